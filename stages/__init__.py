@@ -1,0 +1,1 @@
+"""The eight stages, one file each, and what they stand on: the store, identity, and the tables between them."""

@@ -1,0 +1,60 @@
+"""Runtime: where and how fast, never what. Nothing here enters a key.
+
+The rule: what affects speed, place or logging, but not the training mathematics, belongs here. Set it by environment
+variables (`REGROW_STORE=s3://bucket/prefix`), by a YAML file named with `--runtime`, or by flags.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def default_home() -> Path:
+    """The user's data directory for regrow: `$XDG_DATA_HOME/regrow`, else `~/.local/share/regrow`."""
+    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(data) / "regrow"
+
+
+class Runtime(BaseModel):
+    """Where a run happens and how it uses the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    store: str = Field(default_factory=lambda: str(default_home() / "store"))
+    """The artifact store: a folder, or any fsspec URL such as `s3://bucket/prefix`."""
+    storage_options: dict[str, str] = Field(default_factory=dict)
+    """Extra options for the store's file system, e.g. `endpoint_url`. Credentials belong in the environment."""
+    cache: Path = Field(default_factory=lambda: default_home() / "cache")
+    """Local folder for views of artifacts, digests of local files, and scratch that outlives attempts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training, merging and evaluating compute."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that work on a mapped stage's parts at once."""
+    micro_batch: int = Field(default=1, ge=1)
+    """Packed sequences per forward pass; the global batch is recipe."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+    save_seconds: float = Field(default=600.0, gt=0)
+    """Seconds between training checkpoints."""
+    eval_batch: int = Field(default=32, ge=1)
+    """Items per forward pass while evaluating."""
+    lease_seconds: float = Field(default=60.0, gt=0)
+    """Life of a stage's lease without renewal, in seconds."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much regrow itself logs."""
+
+
+def from_environment(settings: Mapping[str, Any] | None = None) -> Runtime:
+    """The runtime from `settings` (flags and file, already merged) over `REGROW_*` variables over defaults.
+
+    Raises pydantic's ValidationError when a value does not fit its field.
+    """
+    found = {
+        name: os.environ[variable]
+        for name in Runtime.model_fields
+        if (variable := f"REGROW_{name.upper()}") in os.environ and name != "storage_options"
+    }
+    return Runtime.model_validate({**found, **(settings or {})})

@@ -1,0 +1,131 @@
+"""What a stage is: a name, a version, a config type and a plain function.
+
+A stage function looks like this and knows nothing of stores, keys, Prefect or other stages::
+
+    def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts: ...
+
+It reads the read-only folders in `inputs`, writes files under `output`, and returns facts: small JSON for people
+and reports (counts, scores, seconds). Whatever a *later stage* needs must be a file under `output`, because facts
+are not part of an artifact's digest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from stages.errors import UserError
+from stages.identity import Json, Tree
+from stages.runtime import Runtime
+
+__all__ = ["Facts", "Part", "Stage", "StageConfig", "Tell", "UserError", "Work", "merge_facts"]
+
+Facts = dict[str, Json]
+
+
+class StageConfig(BaseModel):
+    """A recipe section (or a part of one): frozen, strict about names, and null means "the default"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {k: v for k, v in values.items() if v is not None}
+        return values
+
+
+class Tell(Protocol):
+    """Where a running stage reports: progress counts and, for training, metrics. Never blocks for long."""
+
+    def __call__(self, done: float, total: float | None = None, unit: str = "", **metrics: Json) -> None:
+        """Say that `done` of `total` `unit`s are finished; `metrics` are extra numbers of this moment."""
+
+
+def _silent(done: float, total: float | None = None, unit: str = "", **metrics: Json) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a running stage may use but what never enters its key."""
+
+    folder: Path
+    """Scratch that outlives attempts at the same key: resume from what is found there, never assume it is empty."""
+    runtime: Runtime = field(default_factory=Runtime)
+    where: Mapping[str, Json] = field(default_factory=dict)
+    """Locations (paths, URLs) and lineage: what a part's `where` said, or what the flow hands to publish."""
+    tell: Tell = _silent
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard of a mapped stage: an artifact of its own, listed by the stage's whole artifact."""
+
+    name: str
+    """Unique in the stage; also the folder prefix of its files in the whole, e.g. `data/chat/00003`."""
+    config: Mapping[str, Json]
+    """This part's own settings, all of them and nobody else's. Enters the key."""
+    inputs: Mapping[str, Tree] = field(default_factory=dict)
+    """The files this part reads, by input name. Their digests enter the key."""
+    where: Mapping[str, Json] = field(default_factory=dict)
+    """Locations. Never enters the key."""
+
+
+C = TypeVar("C", bound=StageConfig)
+Run = Callable[[Any, Mapping[str, Path], Path, Work], Facts]
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C]):
+    """One stage, declared at the bottom of its file as `STAGE = Stage(...)`."""
+
+    name: str
+    """A verb: recipe section, store folder and task name alike."""
+    artifact: str
+    """A noun: what comes out."""
+    version: int
+    """Bumped when the same inputs and config would give other bytes."""
+    config: type[C]
+    run: Run
+    """`run(config, inputs, output, work)`; for a mapped stage it is called once a part, with `part.config` parsed
+    as `part`."""
+    parts: Callable[[C, Mapping[str, Tree]], Sequence[Part]] | None = None
+    """For a mapped stage: the parts, from config and inputs alone. For fetch this is the step that looks at the world."""
+    part: type[StageConfig] | None = None
+    """The config type of one part."""
+    resolves: bool = False
+    """True for fetch: its whole is keyed by what `parts` found (`{name: config}`), not by the recipe section, because
+    locations never enter a key."""
+    plugins: Callable[[Any], Mapping[str, int]] | None = None
+    """The plug-ins a config uses, as `{"format:alpaca": 1}`: their versions enter the key."""
+    locations: frozenset[str] = frozenset()
+    """Top-level config fields that say where, not what, and stay out of the key (publish's destination)."""
+
+    def identity(self, config: StageConfig) -> dict[str, Json]:
+        """The config as it enters the key: everything, defaults filled in, locations left out."""
+        return config.model_dump(mode="json", exclude=set(self.locations))
+
+
+def merge_facts(parts: Sequence[Facts]) -> Facts:
+    """Add up the facts of a mapped stage's parts: numbers summed, dictionaries merged, lists joined, else the first."""
+    merged: Facts = {}
+    for facts in parts:
+        for name, value in facts.items():
+            merged[name] = _merged(merged[name], value) if name in merged else value
+    return merged
+
+
+def _merged(a: Json, b: Json) -> Json:
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return a + b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return merge_facts([a, b])
+    if isinstance(a, list) and isinstance(b, list):
+        return [*a, *b]
+    return a

@@ -1,0 +1,115 @@
+"""The Arrow tables that pass between stages, and how they are read and written.
+
+fetch -> convert -> tokenize -> pack -> train. Row numbers count a shard's rows from 0 in the order of its file, so a
+row can be traced from any table back to the line it came from. All files are Arrow IPC *files* (memory-mappable),
+written in fixed-size batches so that the same rows give the same bytes.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+BATCH_ROWS = 1024
+"""Rows in one record batch of every file."""
+
+ORIGIN_TEMPLATE = 0
+"""Text that the chat template wrote: headers, separators, default system prompts."""
+ORIGIN_CONTENT = 1
+"""Text that came from the data."""
+ORIGIN_END = 2
+"""Template text that ends a turn, e.g. `<|im_end|>`: it trains wherever its turn trains."""
+
+TRAIN_UNSET, TRAIN_NO, TRAIN_YES = -1, 0, 1
+"""A turn's own flag from the data; unset leaves the choice to `pack.train_on`."""
+
+SPAN = pa.struct(
+    [
+        pa.field("start", pa.uint32(), nullable=False),
+        pa.field("end", pa.uint32(), nullable=False),
+        pa.field("origin", pa.uint8(), nullable=False),
+        pa.field("turn", pa.int32(), nullable=False),  # -1: belongs to no turn
+        pa.field("role", pa.string(), nullable=False),  # system, user, assistant, tool, text; "" without a turn
+        pa.field("train", pa.int8(), nullable=False),  # TRAIN_*
+    ]
+)
+"""A half-open range with its origin. Spans of a row are sorted, do not overlap, and cover the row wholly."""
+
+CONVERSATIONS = pa.schema(
+    [
+        pa.field("row", pa.uint32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),  # the rendered conversation
+        pa.field(
+            "spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False
+        ),  # in bytes of the UTF-8 text
+        pa.field("identity", pa.binary(16), nullable=False),  # first 16 bytes of sha256 over the normal form of the row
+    ]
+)
+"""`conversations.arrow`: what convert writes for one shard."""
+
+
+def tokens_schema(vocabulary: int) -> pa.Schema:
+    """`tokens.arrow`: what tokenize writes for one shard. Ids are uint16 where the vocabulary fits, else uint32."""
+    ids = pa.uint16() if vocabulary <= 65536 else pa.uint32()
+    return pa.schema(
+        [
+            pa.field("row", pa.uint32(), nullable=False),
+            pa.field("ids", pa.list_(pa.field("item", ids, nullable=False)), nullable=False),
+            pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in tokens
+            pa.field("identity", pa.binary(16), nullable=False),
+        ]
+    )
+
+
+RANGE = pa.struct([pa.field("start", pa.uint32(), nullable=False), pa.field("end", pa.uint32(), nullable=False)])
+"""A half-open range of token positions, counted from the first token that is used of the row."""
+
+DOCUMENTS = pa.schema(
+    [
+        pa.field("shard", pa.uint32(), nullable=False),  # index into plan.json's "shards"
+        pa.field("row", pa.uint32(), nullable=False),  # position in that shard's tokens table (not the source row)
+        pa.field("start", pa.uint32(), nullable=False),  # first token used
+        pa.field("length", pa.uint32(), nullable=False),  # tokens used
+        pa.field("trained", pa.list_(pa.field("item", RANGE, nullable=False)), nullable=False),
+    ]
+)
+"""`documents.arrow` and `heldout_documents.arrow`: the rows that pack kept, as an index; no token is copied."""
+
+BINS = pa.schema(
+    [
+        pa.field("documents", pa.list_(pa.field("item", pa.uint32(), nullable=False)), nullable=False),
+        pa.field("length", pa.uint32(), nullable=False),  # tokens in the bin
+        pa.field("trained", pa.uint32(), nullable=False),  # trained tokens in the bin
+    ]
+)
+"""`bins.arrow` and `heldout_bins.arrow`: packed sequences. `documents` index the documents table beside it. Training
+bins stand in step order: `global_batch` consecutive bins are one optimizer step (the last step may be short)."""
+
+
+def write_table(path: Path, schema: pa.Schema, rows: Iterable[dict[str, object]]) -> int:
+    """Write row dictionaries as an Arrow file in batches of `BATCH_ROWS`; return how many."""
+    count = 0
+    batch: list[dict[str, object]] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for row in rows:
+            batch.append(row)
+            count += 1
+            if len(batch) == BATCH_ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch = []
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    return count
+
+
+def read_table(path: Path) -> pa.Table:
+    """A memory-mapped Arrow file: nothing is copied until it is touched."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow file, one at a time."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    for number in range(reader.num_record_batches):
+        yield reader.get_batch(number)
