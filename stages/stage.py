@@ -94,7 +94,7 @@ class Stage(Generic[C]):
     """`run(config, inputs, output, work)`; for a mapped stage it is called once a part, with `part.config` parsed
     as `part`."""
     parts: Callable[[C, Mapping[str, Tree]], Sequence[Part]] | None = None
-    """For a mapped stage: the parts, from config and inputs alone. For fetch this is the step that looks at the world."""
+    """For a mapped stage: the parts, from config and inputs alone. For fetch, the step that looks at the world."""
     part: type[StageConfig] | None = None
     """The config type of one part."""
     resolves: bool = False

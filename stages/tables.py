@@ -39,9 +39,7 @@ CONVERSATIONS = pa.schema(
     [
         pa.field("row", pa.uint32(), nullable=False),
         pa.field("text", pa.string(), nullable=False),  # the rendered conversation
-        pa.field(
-            "spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False
-        ),  # in bytes of the UTF-8 text
+        pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in UTF-8 bytes
         pa.field("identity", pa.binary(16), nullable=False),  # first 16 bytes of sha256 over the normal form of the row
     ]
 )
