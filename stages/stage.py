@@ -102,6 +102,8 @@ class Stage(Generic[C]):
     locations never enter a key."""
     plugins: Callable[[Any], Mapping[str, int]] | None = None
     """The plug-ins a config uses, as `{"format:alpaca": 1}`: their versions enter the key."""
+    libraries: tuple[str, ...] = ()
+    """Distributions that shape the bytes, e.g. `("tokenizers",)`: their versions are recorded, not hashed."""
     locations: frozenset[str] = frozenset()
     """Top-level config fields that say where, not what, and stay out of the key (publish's destination)."""
 

@@ -1,0 +1,252 @@
+"""Runs a stage's function in a child process group of its own: `python -m stages.child JOB EVENTS_FD`.
+
+Why a child: a stage may import torch, fork workers, print a library's noise or be cancelled, and none of that may
+touch the process that orchestrates. The child is a small launcher and a worker forked from it:
+
+    parent ──spawns──> launcher (new session, gets SIGTERM when the parent's thread dies) ──forks──> worker
+
+The launcher kills the whole group when the parent is gone, also after `kill -9`, so no orphan keeps a GPU. What the
+stage tells travels back as JSON lines on a pipe; whatever it prints goes to the log.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+GRACE_SECONDS = 30.0
+"""Between SIGTERM and SIGKILL when a run is cancelled: time enough to save a checkpoint."""
+
+SUSPENDED = 75
+"""Exit code of a stage that saved its state on SIGTERM (EX_TEMPFAIL: try again)."""
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a stage function, with local folders only."""
+
+    name: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    output: str
+    work: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ChildFailed(RuntimeError):
+    """The stage's code failed; the message is the last of its traceback, the log holds the rest."""
+
+
+class ChildRefused(ValueError):
+    """The stage refused its input with a UserError; the message is for the user as it stands."""
+
+
+class Suspended(RuntimeError):
+    """The stage saved its state on SIGTERM and can be continued."""
+
+
+Event = dict[str, Any]
+
+
+def run_in_child(
+    stage: str,
+    tasks: Sequence[Task],
+    runtime: Mapping[str, Any],
+    on_event: Callable[[Event], None],
+    on_line: Callable[[str], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run a stage's tasks one after another in one child; return when all are done.
+
+    `on_event` gets `{"event": "tell", "done", "total", "unit", "metrics"}` while a task runs and
+    `{"event": "task", "name", "facts"}` after each. `on_line` gets each printed line. The child's whole group is
+    ended before this returns, however it returns. Must stay in the thread that called it: the death signal is bound
+    to that thread. Raises ChildRefused, ChildFailed, Suspended.
+    """
+    reads, writes = os.pipe()
+    job = json.dumps({"stage": stage, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "true"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.child", str(os.getpid()), str(writes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=(writes,),
+        start_new_session=True,
+        env=environment,
+    )
+    os.close(writes)
+    assert process.stdin is not None and process.stdout is not None
+    last: Event = {}
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(job.encode())
+            process.stdin.close()
+        streams = {reads: b"", process.stdout.fileno(): b""}
+        selector = selectors.DefaultSelector()
+        for stream in streams:
+            selector.register(stream, selectors.EVENT_READ)
+        while streams:
+            # Once the launcher has gone, only what is already in the pipes counts: a stray grandchild may hold them open.
+            gone = process.poll() is not None
+            ready_streams = selector.select(timeout=0 if gone else 1.0)
+            if gone and not ready_streams:
+                break
+            for ready, _ in ready_streams:
+                chunk = os.read(ready.fd, 65536)
+                *lines, streams[ready.fd] = (streams[ready.fd] + chunk).split(b"\n")
+                for line in lines:
+                    if ready.fd == reads:
+                        last = json.loads(line)
+                        on_event(last)
+                    else:
+                        on_line(line.decode(errors="replace"))
+                if not chunk:
+                    selector.unregister(ready.fd)
+                    del streams[ready.fd]
+            if should_stop():
+                raise Suspended("the lease on this stage was lost to another run")
+        code = process.wait()
+    finally:
+        os.close(reads)
+        process.stdout.close()
+        _end_group(process)
+    if code == 0:
+        return
+    if last.get("event") == "refused":
+        raise ChildRefused(last["message"])
+    if code == SUSPENDED:
+        raise Suspended("saved its state and stopped on SIGTERM")
+    raise ChildFailed(last.get("message") or f"the {stage} process ended with {_ending(code)}")
+
+
+def _ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM the group, give it its grace, then SIGKILL; also reaps."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# ---- inside the child -------------------------------------------------------------------------------------------
+
+
+def _launch(parent: int, events: int) -> NoReturn:
+    """Fork the worker, wait for it, and take the group down when the parent is gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    worker = 0
+
+    def on_term(*_: object) -> None:
+        # With the parent alive this is a polite stop, and the worker got the same signal with the group.
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the signal was armed
+        os.killpg(0, signal.SIGKILL)
+    launcher = os.getpid()
+    worker = os.fork()
+    if worker == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(1)
+        _work(events)
+    os.close(events)
+    sys.stdin.close()
+    _, status = os.waitpid(worker, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(launcher, -code)
+        signal.pause()
+    sys.exit(code)
+
+
+def _work(events: int) -> NoReturn:
+    """Read the job from stdin, call the stage function for every task, report on the pipe."""
+    pipe = os.fdopen(events, "w", buffering=1)
+
+    def send(event: Event) -> None:
+        pipe.write(json.dumps(event) + "\n")
+        pipe.flush()
+
+    code = 1
+    try:
+        job = json.loads(sys.stdin.read())
+        # Imported here, in the forked worker: the launcher stays small.
+        from stages.runtime import Runtime
+        from stages.stage import Stage, Work
+
+        stage: Stage[Any] = importlib.import_module(f"stages.{job['stage']}").STAGE
+        config_type = stage.part or stage.config
+        runtime = Runtime.model_validate(job["runtime"])
+        for task in (Task(**t) for t in job["tasks"]):
+            work = Work(Path(task.work), runtime, task.where, _tell(send))
+            inputs = {name: Path(path) for name, path in task.inputs.items()}
+            config = config_type.model_validate(task.config)
+            facts = stage.run(config, inputs, Path(task.output), work)
+            send({"event": "task", "name": task.name, "facts": facts})
+        code = 0
+    except BaseException as error:
+        code = _report(error, send)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Threads and atexit hooks of libraries must not decide the exit code or hang the end.
+        os._exit(code)
+
+
+def _report(error: BaseException, send: Callable[[Event], None]) -> int:
+    """Tell the parent how the stage ended; return the exit code."""
+    from stages.errors import UserError
+
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, UserError):
+        send({"event": "refused", "message": str(error)})
+        return 2
+    traceback.print_exc()
+    send({"event": "failed", "message": f"{type(error).__name__}: {error}"})
+    return 1
+
+
+def _tell(send: Callable[[Event], None]) -> Callable[..., None]:
+    """The stage's `tell`: at most ten plain progress events a second; those with metrics always go."""
+    latest = 0.0
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        nonlocal latest
+        now = time.monotonic()
+        if metrics or now - latest >= 0.1 or done == total:
+            latest = now
+            send({"event": "tell", "done": done, "total": total, "unit": unit, "metrics": metrics})
+
+    return tell
+
+
+if __name__ == "__main__":
+    _launch(int(sys.argv[1]), int(sys.argv[2]))
