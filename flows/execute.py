@@ -1,0 +1,145 @@
+"""Executes one stage of a run: find it, or mend what it reads and build it. No Prefect in here.
+
+A blob that is missing or fails its digest on the way in is not the end: it has been quarantined, the stage that made
+it grows back, and the reading stage goes on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flows.graph import WIRING, stage_named
+from flows.run import Run
+from stages.build import Built, Hooks, build
+from stages.child import ChildFailed, ChildRefused, Event
+from stages.errors import UserError
+from stages.identity import Json
+from stages.store import BadBlob
+
+ATTEMPTS = 3
+"""How often a stage's inputs may turn out damaged before the store itself is called broken."""
+
+LOG_TAIL = 20
+"""Lines of a failed stage's log that the error shows."""
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Who wants to see a run as it happens: the terminal, the dashboard."""
+
+    started: Callable[[Run, str], None] = lambda run, stage: None
+    event: Callable[[Run, str, Event], None] = lambda run, stage, event: None
+    line: Callable[[Run, str, str], None] = lambda run, stage, line: None
+    note: Callable[[Run, str, str], None] = lambda run, stage, message: None
+    finished: Callable[[Run, str, Built], None] = lambda run, stage, built: None
+
+
+_followers: list[Follower] = []
+
+
+@contextmanager
+def following(follower: Follower) -> Iterator[None]:
+    """Show every stage executed in this process to `follower`."""
+    _followers.append(follower)
+    try:
+        yield
+    finally:
+        _followers.remove(follower)
+
+
+class StageFailed(RuntimeError):
+    """A stage's code failed: which, why, and where its log is."""
+
+
+@dataclass
+class _Log:
+    """A stage's printed lines, to a file and to the followers."""
+
+    run: Run
+    stage: str
+    tail: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.run.runtime.cache / "logs" / self.run.id / f"{self.stage}.log"
+
+    def line(self, line: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"{line}\n")
+        self.tail = [*self.tail[-LOG_TAIL + 1 :], line]
+        for follower in _followers:
+            follower.line(self.run, self.stage, line)
+
+
+def execute(run: Run, stage: str, *, force: bool = False) -> Built:
+    """Find or make a stage's artifact and enter it into the run. Raises UserError and StageFailed."""
+    for follower in _followers:
+        follower.started(run, stage)
+    built = _execute(run, stage, force=force, regrow=False)
+    for follower in _followers:
+        follower.finished(run, stage, built)
+    return built
+
+
+def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
+    declared = stage_named(stage)
+    log = _Log(run, stage)
+
+    def note(message: str) -> None:
+        for follower in _followers:
+            follower.note(run, stage, message)
+
+    def on_event(event: Event) -> None:
+        for follower in _followers:
+            follower.event(run, stage, event)
+
+    hooks = Hooks(on_event, log.line, note)
+    for _ in range(ATTEMPTS):
+        inputs = run.inputs(stage)
+        action = run.action(stage)
+        assert action is not None
+        if not (force or regrow) and (found := run.store.find(stage, action.key)):
+            run.artifacts[stage] = found
+            return Built(found, True, 0.0)
+        for name, take in WIRING[stage].items():
+            if missing := run.store.missing(inputs[name]):
+                note(f"{take.stage} grows back: {missing[0]}")
+                _execute(run, take.stage, force=False, regrow=True)
+                inputs = run.inputs(stage)
+        try:
+            built = build(
+                declared,
+                run.config(stage),
+                inputs,
+                run.store,
+                run.runtime,
+                parts=run.parts if declared.resolves else None,
+                where=_where(run, stage),
+                force=force,
+                regrow=regrow,
+                run=run.id,
+                hooks=hooks,
+            )
+        except BadBlob as error:
+            note(str(error))
+            continue
+        except ChildRefused as error:
+            raise UserError(str(error)) from None
+        except ChildFailed as error:
+            tail = "\n".join(f"    {line}" for line in log.tail)
+            raise StageFailed(f"{stage} failed: {error}\n{tail}\n  the whole log: {log.path}") from None
+        run.artifacts[stage] = built.artifact
+        if not built.hit:
+            run.made.add(stage)
+        return replace(built)
+    raise StageFailed(f"{stage}: what it reads was damaged {ATTEMPTS} times in a row; run `regrow verify --deep`")
+
+
+def _where(run: Run, stage: str) -> dict[str, Json]:
+    """Locations and lineage for a stage that needs them; nothing of it enters a key."""
+    if stage != "publish":
+        return {}
+    lineage = {s: {"key": a.key, "digest": a.digest} for s, a in run.artifacts.items()}
+    return {"name": run.name, "run": run.id, "recipe": run.loaded.text, "lineage": lineage, "store": run.store.url}

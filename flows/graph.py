@@ -1,0 +1,123 @@
+"""The graph: eight stages, what each reads of which, and dbt's selectors over it.
+
+    fetch -> convert -> tokenize -> pack -> train -> merge -> evaluate -> publish
+
+Selectors: `train`, `train+` (and all below), `+evaluate` (and all above), `1+train+2` (so many levels), lists with
+commas or spaces, `--exclude` with the same grammar.
+"""
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.errors import UserError
+from stages.identity import Tree
+from stages.stage import Stage
+
+ORDER = ("fetch", "convert", "tokenize", "pack", "train", "merge", "evaluate", "publish")
+
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True)
+class Take:
+    """What a stage takes of another's artifact. Only these files enter its key."""
+
+    stage: str
+    select: Callable[[Tree], Tree] = lambda tree: tree
+
+
+def _model(tree: Tree) -> Tree:
+    return tree.folder("model")
+
+
+def _tokenizer(tree: Tree) -> Tree:
+    return _model(tree).select(*TOKENIZER_FILES)
+
+
+def _data(tree: Tree) -> Tree:
+    return tree.folder("data")
+
+
+WIRING: Mapping[str, Mapping[str, Take]] = {
+    "fetch": {},
+    "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
+    "tokenize": {"conversations": Take("convert"), "tokenizer": Take("fetch", _tokenizer)},
+    "pack": {"tokens": Take("tokenize")},
+    "train": {"model": Take("fetch", _model), "tokens": Take("tokenize"), "plan": Take("pack")},
+    "merge": {"model": Take("fetch", _model), "trained": Take("train")},
+    "evaluate": {
+        "base": Take("fetch", _model),
+        "weights": Take("merge"),
+        "rows": Take("fetch", _data),
+        "tokens": Take("tokenize"),
+        "plan": Take("pack"),
+    },
+    "publish": {"weights": Take("merge"), "scores": Take("evaluate"), "plan": Take("pack")},
+}
+
+
+def stage_named(name: str) -> Stage[Any]:
+    """The stage's declaration."""
+    stage: Stage[Any] = importlib.import_module(f"stages.{name}").STAGE
+    return stage
+
+
+def upstream(name: str) -> list[str]:
+    """The stages that a stage reads from directly, in order."""
+    return [s for s in ORDER if s in {take.stage for take in WIRING[name].values()}]
+
+
+def downstream(name: str) -> list[str]:
+    """The stages that read from it directly, in order."""
+    return [s for s in ORDER if name in upstream(s)]
+
+
+def select(selectors: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """The selected stages in order; no selector means all. Raises UserError for what does not parse."""
+    chosen = _union(selectors) if selectors else set(ORDER)
+    return [s for s in ORDER if s in chosen - _union(exclude)]
+
+
+def _union(selectors: Sequence[str]) -> set[str]:
+    return {s for text in selectors for one in re.split(r"[,\s]+", text.strip()) if one for s in _one(one)}
+
+
+def _one(selector: str) -> set[str]:
+    match = re.fullmatch(r"(?P<above>\d*\+)?(?P<stage>[a-z]+)(?P<below>\+\d*)?", selector)
+    if not match:
+        raise UserError(f"selector `{selector}`: expected STAGE, STAGE+, +STAGE or 1+STAGE+2")
+    stage = match["stage"]
+    if stage not in ORDER:
+        near = difflib.get_close_matches(stage, ORDER, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"the stages are {', '.join(ORDER)}"
+        raise UserError(f"selector `{selector}`: no stage is called `{stage}`; {hint}")
+    return {
+        stage,
+        *_reach(stage, upstream, match["above"]),
+        *_reach(stage, downstream, match["below"]),
+    }
+
+
+def _reach(stage: str, step: Callable[[str], list[str]], count: str | None) -> set[str]:
+    """Stages within so many steps; a bare `+` means however many."""
+    if count is None:
+        return set()
+    levels = int(count.strip("+")) if count.strip("+") else len(ORDER)
+    found: set[str] = set()
+    edge = {stage}
+    for _ in range(levels):
+        edge = {s for one in edge for s in step(one)} - found
+        found |= edge
+    return found

@@ -1,0 +1,192 @@
+"""The plan: what would run, and why. Reads manifests only, one look-up a stage; imports neither Prefect nor torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flows.graph import ORDER, WIRING, select, stage_named, upstream
+from flows.run import Run
+from stages.build import made_by
+from stages.identity import Json
+from stages.store import Artifact, Store
+
+State = Literal["cached", "runs", "unknown", "skipped"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the plan."""
+
+    stage: str
+    state: State
+    """`unknown`: a stage above it runs first, and if that gives the same bytes this one is still cached."""
+    reason: str
+    key: str | None = None
+    artifact: Artifact | None = None
+    drift: str = ""
+    """How what would make this artifact now differs from what made it; informs, and decides only with --strict."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of all eight stages, in order."""
+
+    recipe: str
+    run: str
+    steps: Sequence[Step] = field(default_factory=list)
+
+    @property
+    def to_run(self) -> list[str]:
+        """The stages that run, or may."""
+        return [s.stage for s in self.steps if s.state in ("runs", "unknown")]
+
+    def step(self, stage: str) -> Step:
+        """The step of a stage."""
+        return next(s for s in self.steps if s.stage == stage)
+
+
+def make_plan(
+    run: Run,
+    selectors: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    force: Sequence[str] = (),
+    strict: bool = False,
+) -> Plan:
+    """Plan a run. Fills `run.artifacts` with what is found. Raises UserError for a selected stage whose inputs were
+    never made and are not selected either."""
+    chosen = select(selectors, exclude)
+    forced = set(select(force)) if force else set()
+    baseline = _baseline(run.store, run.name)
+    steps: dict[str, Step] = {}
+    for stage in ORDER:
+        steps[stage] = _step(run, stage, stage in chosen, stage in forced, strict, baseline, steps)
+    for stage in reversed(ORDER):
+        for above in _damaged(run, steps[stage]):
+            steps[above[0]] = Step(above[0], "runs", above[1], steps[above[0]].key)
+    for stage in chosen:
+        for above in upstream(stage):
+            if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
+                run.inputs(stage)  # raises, naming +stage
+    return Plan(run.name, run.id, [steps[s] for s in ORDER])
+
+
+def _step(
+    run: Run,
+    stage: str,
+    chosen: bool,
+    forced: bool,
+    strict: bool,
+    baseline: Mapping[str, Any],
+    before: Mapping[str, Step],
+) -> Step:
+    waiting = [s for s in upstream(stage) if before[s].state in ("runs", "unknown")]
+    if waiting:
+        why = f"depends on {', '.join(waiting)}"
+        if not chosen:
+            return Step(stage, "skipped", f"not selected; {why}")
+        return Step(stage, "runs", f"forced; {why}") if forced else Step(stage, "unknown", why)
+    action = run.action(stage)
+    if action is None:
+        return Step(stage, "skipped" if not chosen else "unknown", "what it reads has not been made")
+    found = run.store.find(stage, action.key)
+    if found:
+        drift = _drift(stage, run, found)
+        if chosen and (forced or (strict and drift)):
+            return Step(stage, "runs", "forced" if forced else drift, action.key, drift=drift)
+        run.artifacts[stage] = found
+        return Step(
+            stage, "cached" if chosen else "skipped", "" if chosen else "not selected", action.key, found, drift
+        )
+    if not chosen:
+        return Step(stage, "skipped", "not selected; not made with these settings", action.key)
+    return Step(stage, "runs", _why(stage, action.document, baseline.get(stage)), action.key)
+
+
+def _damaged(run: Run, step: Step) -> Iterator[tuple[str, str]]:
+    """Stages whose artifacts a running step will read but whose blobs are gone: they grow back."""
+    if step.state != "runs" or step.stage == "fetch" or any(s not in run.artifacts for s in upstream(step.stage)):
+        return
+    inputs = run.inputs(step.stage)
+    for name, take in WIRING[step.stage].items():
+        missing = run.store.missing(inputs[name])
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            yield take.stage, f"grows back: {missing[0]}{more}"
+
+
+def _baseline(store: Store, name: str) -> Mapping[str, Any]:
+    """The stages of the last finished run of this recipe's name: `{stage: {"key", "digest", "action"}}`."""
+    ref = store.read_ref(f"{name}/last")
+    record = store.read_run(ref.value["run"]) if ref else None
+    return record["stages"] if record else {}
+
+
+def _why(stage: str, document: Mapping[str, Json], last: Mapping[str, Any] | None) -> str:
+    """The reason for a miss: the difference from the last run's action document."""
+    if last is None:
+        return "never made"
+    changes = list(differences(stage, last["action"], document))
+    if not changes:
+        return "its manifest is gone"
+    shown = "; ".join(changes[:3])
+    return shown if len(changes) <= 3 else f"{shown}; and {len(changes) - 3} more"
+
+
+def differences(stage: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """How two action documents of a stage differ, in words: `train.learning_rate 0.0001 → 0.0002`."""
+    for name in sorted({*before["inputs"], *after["inputs"]}):
+        if before["inputs"].get(name) != after["inputs"].get(name):
+            yield f"{name} changed"
+    for name in sorted({*before["version"], *after["version"]}):
+        old, new = before["version"].get(name), after["version"].get(name)
+        if old != new:
+            yield f"version of {name} {_shown(old)} → {_shown(new)}"
+    if stage_named(stage).resolves:
+        yield from _part_differences(before["config"], after["config"])
+        return
+    old_values, new_values = dict(_leaves(before["config"])), dict(_leaves(after["config"]))
+    for path in [*old_values, *(p for p in new_values if p not in old_values)]:
+        if old_values.get(path, _ABSENT) != new_values.get(path, _ABSENT):
+            old, new = _shown(old_values.get(path, _ABSENT)), _shown(new_values.get(path, _ABSENT))
+            yield f"{'.'.join((stage, *path))} {old} → {new}"
+
+
+def _part_differences(before: Mapping[str, Json], after: Mapping[str, Json]) -> Iterator[str]:
+    for name in sorted({*before, *after}):
+        if name not in before:
+            yield f"{name} is new"
+        elif name not in after:
+            yield f"{name} is gone"
+        elif before[name] != after[name]:
+            yield f"{name} changed"
+
+
+_ABSENT = object()
+
+
+def _leaves(value: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Json]]:
+    if isinstance(value, dict) and value:
+        for name, below in value.items():
+            yield from _leaves(below, (*path, name))
+    else:
+        yield path, value
+
+
+def _shown(value: object) -> str:
+    if value is _ABSENT or value is None:
+        return "unset"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _drift(stage: str, run: Run, found: Artifact) -> str:
+    """What makes this stage now, where it differs from what made the artifact."""
+    now = made_by(stage_named(stage), run.config(stage))
+    told = []
+    libraries = found.provenance.get("libraries", {})
+    for name, version in now["libraries"].items():
+        if name in libraries and libraries[name] != version:
+            told.append(f"{name} {libraries[name]}")
+    if found.provenance.get("code") not in (None, now["code"]):
+        told.insert(0, "other code")
+    return f"made by {', '.join(told)}" if told else ""

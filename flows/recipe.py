@@ -1,0 +1,183 @@
+"""The recipe: one YAML file, one section a stage.
+
+Each section's model stands in its stage's file; this module only composes them, checks what concerns two sections,
+and turns every mistake into one line: file, line, key, what was expected, the nearest valid name.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from flows.strict_yaml import Document, parse
+from stages.convert import ConvertConfig
+from stages.errors import UserError
+from stages.evaluate import EvaluateConfig
+from stages.fetch import FetchConfig
+from stages.merge import MergeConfig
+from stages.pack import PackConfig
+from stages.publish import PublishConfig
+from stages.stage import StageConfig
+from stages.tokenize import TokenizeConfig
+from stages.train import TrainConfig
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class Recipe(StageConfig):
+    """A fine-tuning pipeline, from sources to a published model."""
+
+    name: Name
+    """What this pipeline is called: lower-case letters, digits and dashes. Refs and runs are kept under it."""
+    fetch: FetchConfig
+    """The base model and the data."""
+    convert: ConvertConfig = Field(default_factory=ConvertConfig)
+    """Rows to conversations, rendered with the chat template."""
+    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
+    """Conversations to token ids."""
+    pack: PackConfig = Field(default_factory=PackConfig)
+    """What trains, and how it is packed into sequences and steps."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """The objective, the adapter and the optimizer."""
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    """The adapter into the base model's weights, with a check."""
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    """What the tuned model must show against the base model."""
+    publish: PublishConfig = Field(default_factory=PublishConfig)
+    """Where the model goes, and the gate before it."""
+
+
+class Loaded(BaseModel):
+    """A recipe with the text it came from."""
+
+    recipe: Recipe
+    text: str
+    path: str
+
+
+def load(path: Path, settings: Sequence[str] = ()) -> Loaded:
+    """Read a recipe file and apply `a.b=value` settings. Raises UserError, all mistakes in one message."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UserError(f"{path}: no such recipe file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
+    document = parse(text, str(path))
+    if not isinstance(document.value, dict):
+        raise UserError(f"{path}:1: a recipe is a mapping of sections (name, fetch, …)")
+    value = document.value
+    for setting in settings:
+        value = _with_setting(value, setting)
+    overridden = {s.partition("=")[0] for s in settings}
+    return Loaded(recipe=check(value, document, str(path), overridden), text=text, path=str(path))
+
+
+def check(value: Any, document: Document, name: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]
+    """Validate a parsed recipe. Raises UserError with one line a mistake."""
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        told = [_told(e, document, name, overridden) for e in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(told))) from None
+    across = list(_across_sections(recipe))
+    if across:
+        places = [f"{_place(path, document, name, overridden)}: {message}" for path, message in across]
+        raise UserError("\n".join(places))
+    return recipe
+
+
+def _with_setting(value: dict[str, Any], setting: str) -> dict[str, Any]:
+    """`a.b=c` applied to a copy; `c` is read as YAML."""
+    dotted, equals, text = setting.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {setting}: expected KEY=VALUE with a dotted key, e.g. train.learning_rate=2e-4")
+    try:
+        leaf = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+    copy: dict[str, Any] = dict(value)
+    inner = copy
+    for key in keys[:-1]:
+        below = inner.get(key)
+        if below is not None and not isinstance(below, dict):
+            raise UserError(f"--set {setting}: {key} is not a section")
+        inner[key] = dict(below or {})
+        inner = inner[key]
+    inner[keys[-1]] = leaf
+    return copy
+
+
+def _told(error: Mapping[str, Any], document: Document, name: str, overridden: set[str]) -> str:
+    """One line for one pydantic error."""
+    path = tuple(k for k in error["loc"] if not _is_tag(k))
+    place = _place(path, document, name, overridden)
+    dotted = ".".join(map(str, path))
+    kind, wanted = error["type"], error["msg"]
+    if kind == "extra_forbidden":
+        choices = sorted(_fields_at(Recipe, path[:-1]))
+        near = difflib.get_close_matches(str(path[-1]), choices, 1, cutoff=0.6)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(choices)}"
+        return f"{place}: unknown key `{dotted}`; {hint}"
+    if kind == "missing":
+        return f"{place}: `{dotted}` is missing"
+    if kind == "value_error":
+        return f"{place}: `{dotted}`: {wanted.removeprefix('Value error, ')}"
+    given = error.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{place}: `{dotted}`: {wanted[:1].lower()}{wanted[1:]}{shown}"
+
+
+def _is_tag(key: object) -> bool:
+    """Pydantic puts the names of union members and validators into a location; they are no keys of the file."""
+    return isinstance(key, str) and (key.startswith(("function-", "tagged-union")) or "[" in key)
+
+
+def _place(path: tuple[str | int, ...], document: Document, name: str, overridden: set[str]) -> str:
+    dotted = ".".join(map(str, path))
+    if any(dotted == s or dotted.startswith(f"{s}.") for s in overridden):
+        return f"--set {dotted}"
+    line = document.line(path)
+    return f"{name}:{line}" if line else name
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    """The valid keys of the mapping at `path`."""
+    models = {model}
+    for key in path:
+        below: set[type[BaseModel]] = set()
+        for one in models:
+            if isinstance(key, str) and key in one.model_fields:
+                below |= set(_models_in(one.model_fields[key].annotation))
+        models = below or models
+    return {name for one in models for name in one.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every model class that a type annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What concerns two sections: (path, what is wrong and how to mend it)."""
+    sources = list(recipe.fetch.data)
+    for source in recipe.convert.sources:
+        if source not in sources:
+            yield (
+                ("convert", "sources", source),
+                f"there is no data source `{source}`; fetch.data has {_listed(sources)}",
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{n}`" for n in names) or "none"

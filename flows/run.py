@@ -1,0 +1,110 @@
+"""A run: what was asked, what its sources resolved to, and the artifacts it has so far.
+
+The record is written to the store when the run starts, so that a retry, a resume or an approval uses what was found
+then, and so that garbage collection keeps what the run uses.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flows.graph import WIRING, stage_named, upstream
+from flows.recipe import Loaded
+from stages.build import action_of
+from stages.errors import UserError
+from stages.identity import Action, File, Json, Tree
+from stages.runtime import Runtime
+from stages.stage import Part, StageConfig
+from stages.store import Artifact, Store
+
+
+@dataclass
+class Run:
+    """One run of one recipe. `artifacts` fills as stages are found or made."""
+
+    id: str
+    loaded: Loaded
+    runtime: Runtime
+    store: Store
+    parts: list[Part]
+    """What fetch's sources resolved to."""
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+    """The stages this run made, rather than found."""
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.loaded.recipe.name
+
+    def config(self, stage: str) -> StageConfig:
+        """The recipe's section of a stage."""
+        config: StageConfig = getattr(self.loaded.recipe, stage)
+        return config
+
+    def inputs(self, stage: str) -> dict[str, Tree]:
+        """The trees a stage reads. Raises UserError naming `+stage` when one was never made."""
+        for above in upstream(stage):
+            if above not in self.artifacts:
+                raise UserError(
+                    f"{stage} reads what {above} makes, and {above} has not been made with these settings: "
+                    f"select `+{stage}` to make it too"
+                )
+        return {name: take.select(self.artifacts[take.stage].tree) for name, take in WIRING[stage].items()}
+
+    def action(self, stage: str) -> Action | None:
+        """The stage's action, or None while an artifact above it is unknown."""
+        if any(above not in self.artifacts for above in upstream(stage)):
+            return None
+        return action_of(stage_named(stage), self.config(stage), self.inputs(stage), self.parts)
+
+    def record(self, status: str) -> None:
+        """Write the run's record."""
+        self.store.write_run(
+            self.id,
+            {
+                "run": self.id,
+                "recipe": self.name,
+                "path": self.loaded.path,
+                "text": self.loaded.text,
+                "status": status,
+                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "parts": [_part_json(p) for p in self.parts],
+                "stages": {
+                    s: {"key": a.key, "digest": a.digest, "action": a.action, "made": s in self.made}
+                    for s, a in self.artifacts.items()
+                },
+            },
+        )
+
+    def become_baseline(self) -> None:
+        """Make this run the one that the next plan's reasons compare with."""
+        ref = f"{self.name}/last"
+        while not self.store.swap_ref(ref, self.store.read_ref(ref), {"run": self.id}):
+            pass
+
+
+def start(loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None) -> Run:
+    """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it."""
+    fetch = stage_named("fetch")
+    if record is not None:
+        return Run(record["run"], loaded, runtime, store, [_part(p) for p in record["parts"]])
+    assert fetch.parts is not None
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    return Run(f"{stamp}-{secrets.token_hex(3)}", loaded, runtime, store, list(fetch.parts(loaded.recipe.fetch, {})))
+
+
+def _part_json(part: Part) -> dict[str, Json]:
+    return {
+        "name": part.name,
+        "config": dict(part.config),
+        "where": dict(part.where),
+        "inputs": {n: [asdict(f) for f in t.files] for n, t in part.inputs.items()},
+    }
+
+
+def _part(value: Mapping[str, Any]) -> Part:
+    inputs = {n: Tree(tuple(File(**f) for f in files)) for n, files in value["inputs"].items()}
+    return Part(value["name"], value["config"], inputs, value["where"])
