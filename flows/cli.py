@@ -1,0 +1,226 @@
+"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `show`, `schema`, `gc`, `verify`.
+
+Importing this module pulls in neither torch nor Prefect; only `run` starts Prefect, and only when something runs.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+
+from flows import screen
+from flows.execute import StageFailed, following
+from flows.plan import Plan, make_plan
+from flows.recipe import Loaded, Recipe, load
+from flows.run import Run, start
+from stages.child import Suspended
+from stages.errors import UserError
+from stages.runtime import Runtime, from_environment
+from stages.store import Store, open_store
+
+EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE, EXIT_SUSPENDED = 1, 2, 3, 4, 75
+
+EXIT_CODES = """Exit codes: 0 done or nothing to do · 1 a stage failed · 2 bad input · 3 `plan --check`: something
+would run · 4 the quality gate was not passed · 75 suspended, continue with the same command · 130 interrupted."""
+
+app = typer.Typer(
+    name="regrow",
+    help="Fine-tuning as a pipeline whose every stage grows back.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Selectors = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SELECT]...", help="Stages: train, train+ (and below), +evaluate (and above), 1+train."),
+]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Stages to leave out; the same grammar.")]
+Force = Annotated[list[str] | None, typer.Option("--force", help="Stages to make again although they are cached.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key.")]
+StoreUrl = Annotated[str | None, typer.Option("--store", help="The artifact store: a folder or an fsspec URL.")]
+RuntimeFile = Annotated[Path | None, typer.Option("--runtime", help="A YAML file with runtime settings.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make again what other code or library versions made.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+console = Console(highlight=False)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    selectors: Selectors = None,
+    exclude: Exclude = None,
+    force: Force = None,
+    settings: Settings = None,
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    strict: Strict = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: make what is not there yet, in a Prefect flow."""
+    this = _start(recipe, settings, store, runtime)
+    plan = make_plan(this, selectors or (), exclude or (), force or (), strict)
+    if as_json and (dry_run or not plan.to_run):
+        print(screen.plan_json(plan))
+    elif not as_json:
+        screen.show_plan(console, plan)
+    if dry_run:
+        return
+    from flows.local import finish, run_plan  # Prefect is imported in there, and only when something runs
+
+    if plan.to_run:
+        forced = [s.stage for s in plan.steps if s.state == "runs" and s.artifact is None and s.reason.startswith("forced")]
+        run_plan(this, plan, forced, console, as_json)
+    raise typer.Exit(finish(this, plan, console, as_json))
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RecipePath,
+    selectors: Selectors = None,
+    exclude: Exclude = None,
+    force: Force = None,
+    settings: Settings = None,
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    strict: Strict = False,
+    why: Annotated[bool, typer.Option("--why", help="Also say what made each cached artifact.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 3 when anything would run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would run, and why."""
+    this = _start(recipe, settings, store, runtime)
+    plan = make_plan(this, selectors or (), exclude or (), force or (), strict)
+    if as_json:
+        print(screen.plan_json(plan))
+    else:
+        screen.show_plan(console, plan, why)
+    if check and plan.to_run:
+        raise typer.Exit(EXIT_WOULD_RUN)
+
+
+@app.command()
+def show(
+    what: Annotated[str | None, typer.Argument(help="A run's id, or the first digits of an artifact's key.")] = None,
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run or an artifact: facts, inputs, files, lineage. Without a name: the latest runs."""
+    from flows.show import show_what
+
+    show_what(_open(_runtime(store, runtime)), what, console, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    print(schema_text())
+
+
+def schema_text() -> str:
+    """The recipe's JSON schema as it stands in `docs/recipe.schema.json`."""
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=2)
+
+
+@app.command()
+def gc(
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Really delete; without it only the report is shown.")] = False,
+    days: Annotated[float, typer.Option("--days", min=0, help="Runs younger than this keep what they used.")] = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Find (and with --delete remove) artifacts that nothing names any more."""
+    from flows.show import show_gc
+
+    show_gc(_open(_runtime(store, runtime)), delete, days, console, as_json)
+
+
+@app.command()
+def verify(
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every blob and check its digest.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that the store holds what its manifests say."""
+    from flows.show import show_verify
+
+    raise typer.Exit(show_verify(_open(_runtime(store, runtime)), deep, console, as_json))
+
+
+def _start(recipe: Path, settings: list[str] | None, store: str | None, runtime_file: Path | None) -> Run:
+    loaded: Loaded = load(recipe, settings or ())
+    runtime = _runtime(store, runtime_file)
+    return start(loaded, runtime, _open(runtime))
+
+
+def _open(runtime: Runtime) -> Store:
+    return open_store(runtime.store, runtime.cache, runtime.storage_options)
+
+
+def _runtime(store: str | None, file: Path | None) -> Runtime:
+    """Flags over file over environment over defaults."""
+    found: dict[str, Any] = {}
+    if file is not None:
+        try:
+            found = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{file}: not a runtime file: {error}") from None
+    if store:
+        found["store"] = store
+    try:
+        return from_environment(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"runtime `{name}`: {first['msg']} (from {file or f'REGROW_{name.upper()}'})") from None
+
+
+def main() -> None:
+    """The `regrow` command: errors become one clear line and an exit code."""
+    code = 0
+    try:
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except UserError as error:
+        _complain(error)
+        code = EXIT_USER
+    except StageFailed as error:
+        _complain(error)
+        code = EXIT_FAILED
+    except Suspended as error:
+        _complain(error)
+        code = EXIT_SUSPENDED
+    except typer.Exit as error:
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        code = 130
+    except typer.TyperException as error:  # type: ignore[attr-defined]
+        error.show()
+        code = EXIT_USER
+    if code in (EXIT_FAILED, EXIT_SUSPENDED, 130) and len(sys.argv) > 2 and sys.argv[1] == "run":
+        words = " ".join(sys.argv[1:])
+        Console(stderr=True, highlight=False).print(f"continue with: regrow {escape(words)}")
+    sys.exit(code)
+
+
+def _complain(error: object) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What the terminal shows: the plan, a live bar for a stage, the summary. Fits 80 columns; only our own lines."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from flows.execute import Follower
+from flows.plan import Plan, Step
+from flows.run import Run
+from stages.build import Built
+from stages.child import Event
+from stages.identity import Json
+
+STYLES = {"cached": "green", "runs": "yellow", "unknown": "yellow dim", "skipped": "dim"}
+WORDS = {"cached": "cached", "runs": "runs", "unknown": "may run", "skipped": "skipped"}
+
+
+def show_plan(console: Console, plan: Plan, why: bool = False) -> None:
+    """The plan as a table: stage, state, key, reason."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
+    table.add_column("key", style="dim", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for step in plan.steps:
+        state = Text(WORDS[step.state], style=STYLES[step.state])
+        table.add_row(step.stage, state, (step.key or "")[:8], _reason(step, why))
+    console.print(table)
+
+
+def _reason(step: Step, why: bool) -> str:
+    told = [step.reason] if step.reason else []
+    if step.drift and step.drift not in told:
+        told.append(step.drift)
+    if why and step.artifact and not step.reason:
+        made = step.artifact.provenance
+        told.append(f"made by run {made.get('run') or '?'} on {made.get('finished', '?')}")
+    return escape("; ".join(told))
+
+
+def plan_json(plan: Plan) -> str:
+    """The plan for machines."""
+    steps = [
+        {"stage": s.stage, "state": s.state, "key": s.key, "reason": s.reason, "drift": s.drift}
+        | ({"digest": s.artifact.digest} if s.artifact else {})
+        for s in plan.steps
+    ]
+    return json.dumps({"recipe": plan.recipe, "steps": steps, "to_run": plan.to_run}, indent=2)
+
+
+class _Rate(ProgressColumn):
+    """Units per second, and the time that is left."""
+
+    def render(self, task: Task) -> Text:
+        if not task.total or not task.completed:
+            return Text("")
+        rate = task.completed / max(task.elapsed or 0.0, 1e-6)
+        unit = task.fields["unit"]
+        left = max(task.total - task.completed, 0) / rate
+        shown = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+        return Text(f"{shown}  {seconds(left)} left", style="dim")
+
+
+def seconds(value: float) -> str:
+    """A duration for people: `4.2 s`, `1:05`, `2:03:07`."""
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@dataclass
+class Screen:
+    """Follows a run on the terminal: a live bar while a stage works, one line when it is done."""
+
+    console: Console
+    progress: Progress | None = None
+    task: TaskID | None = None
+    started: float = 0.0
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def follower(self) -> Follower:
+        """The callbacks to follow a run with."""
+        return Follower(started=self._start, event=self._event, note=self._note, finished=self._finish)
+
+    def _start(self, run: Run, stage: str) -> None:
+        self.started = time.monotonic()
+        if self.console.is_terminal:
+            self.progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description:<9}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.percentage:>3.0f}%"),
+                _Rate(),
+                TextColumn("[dim]{task.fields[extra]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task(stage, total=None, unit="", extra="")
+
+    def _event(self, run: Run, stage: str, event: Event) -> None:
+        if event["event"] != "tell" or self.progress is None or self.task is None:
+            return
+        loss = event["metrics"].get("loss")
+        extra = {"extra": f"loss {loss:.3f}"} if isinstance(loss, float) else {}
+        self.progress.update(
+            self.task, completed=event["done"], total=event["total"], unit=event["unit"] or "items", **extra
+        )
+
+    def _note(self, run: Run, stage: str, message: str) -> None:
+        self.console.print(f"  [yellow]{stage}[/]: {escape(message)}")
+
+    def stop(self) -> None:
+        """Take the live bar down, also when a stage failed."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = self.task = None
+
+    def _finish(self, run: Run, stage: str, built: Built) -> None:
+        self.stop()
+        took = time.monotonic() - self.started
+        mark, what = ("[green]●[/]", "cached") if built.hit else ("[green]✓[/]", seconds(took))
+        facts = headline(stage, built.artifact.facts)
+        self.rows.append((stage, what, built.artifact.key[:8], facts))
+        self.console.print(
+            f"{mark} {stage:<9} {what:>7}  [dim]{built.artifact.key[:8]}[/]  {escape(facts)}", soft_wrap=False
+        )
+
+
+def headline(stage: str, facts: dict[str, Json]) -> str:
+    """The few facts of a stage that fit on its line."""
+    return ", ".join(_phrase(name, facts[name]) for name in HEADLINES.get(stage, ()) if name in facts)
+
+
+HEADLINES: dict[str, Sequence[str]] = {
+    "fetch": ("shards", "rows", "bytes"),
+    "convert": ("rows", "dropped"),
+    "tokenize": ("rows", "tokens"),
+    "pack": ("bins", "steps", "fill"),
+    "train": ("steps", "loss", "tokens_per_second"),
+    "merge": ("top1_agreement",),
+    "evaluate": (),
+    "publish": (),
+}
+
+
+def _phrase(name: str, value: Any) -> str:
+    words = name.replace("_per_second", "/s").replace("_", " ")
+    if isinstance(value, float):
+        return f"{words} {value:,.0f}" if abs(value) >= 100 else f"{words} {value:.4g}"
+    if isinstance(value, dict):
+        return f"{sum(v for v in value.values() if isinstance(v, int))} {words}"
+    return f"{value:,} {words}" if isinstance(value, int) else f"{words} {value}"
