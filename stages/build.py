@@ -206,7 +206,7 @@ class _Maker:
                 self.hooks.on_event(event)
 
             run_in_child(
-                self.stage.name,
+                self.stage.home,
                 tasks,
                 self.runtime.model_dump(mode="json"),
                 on_event,
@@ -295,7 +295,7 @@ def _provenance(stage: Stage[Any], config: StageConfig, run: str, started: float
 
 def made_by(stage: Stage[Any], config: StageConfig) -> dict[str, Json]:
     """The code and libraries that would make this stage now: `plan` compares them with what made the artifact."""
-    modules = [f"stages.{stage.name}", *(plugin_module(p) for p in (stage.plugins(config) if stage.plugins else {}))]
+    modules = [stage.home, *(plugin_module(p) for p in (stage.plugins(config) if stage.plugins else {}))]
     return {
         "code": _code_digest(tuple(modules)),
         "libraries": {name: _library_version(name) for name in stage.libraries},

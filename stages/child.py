@@ -62,14 +62,14 @@ Event = dict[str, Any]
 
 
 def run_in_child(
-    stage: str,
+    module: str,
     tasks: Sequence[Task],
     runtime: Mapping[str, Any],
     on_event: Callable[[Event], None],
     on_line: Callable[[str], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run a stage's tasks one after another in one child; return when all are done.
+    """Run tasks of the stage declared in `module`, one after another in one child; return when all are done.
 
     `on_event` gets `{"event": "tell", "done", "total", "unit", "metrics"}` while a task runs and
     `{"event": "task", "name", "facts"}` after each. `on_line` gets each printed line. The child's whole group is
@@ -77,7 +77,7 @@ def run_in_child(
     to that thread. Raises ChildRefused, ChildFailed, Suspended.
     """
     reads, writes = os.pipe()
-    job = json.dumps({"stage": stage, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
+    job = json.dumps({"module": module, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "true"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.child", str(os.getpid()), str(writes)],
@@ -130,7 +130,7 @@ def run_in_child(
         raise ChildRefused(last["message"])
     if code == SUSPENDED:
         raise Suspended("saved its state and stopped on SIGTERM")
-    raise ChildFailed(last.get("message") or f"the {stage} process ended with {_ending(code)}")
+    raise ChildFailed(last.get("message") or f"the process of {module} ended with {_ending(code)}")
 
 
 def _ending(code: int) -> str:
@@ -201,7 +201,7 @@ def _work(events: int) -> NoReturn:
         from stages.runtime import Runtime
         from stages.stage import Stage, Work
 
-        stage: Stage[Any] = importlib.import_module(f"stages.{job['stage']}").STAGE
+        stage: Stage[Any] = importlib.import_module(job["module"]).STAGE
         config_type = stage.part or stage.config
         runtime = Runtime.model_validate(job["runtime"])
         for task in (Task(**t) for t in job["tasks"]):

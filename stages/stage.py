@@ -102,10 +102,17 @@ class Stage(Generic[C]):
     locations never enter a key."""
     plugins: Callable[[Any], Mapping[str, int]] | None = None
     """The plug-ins a config uses, as `{"format:alpaca": 1}`: their versions enter the key."""
+    module: str = ""
+    """Where `STAGE` stands, if not in `stages.<name>`."""
     libraries: tuple[str, ...] = ()
     """Distributions that shape the bytes, e.g. `("tokenizers",)`: their versions are recorded, not hashed."""
     locations: frozenset[str] = frozenset()
     """Top-level config fields that say where, not what, and stay out of the key (publish's destination)."""
+
+    @property
+    def home(self) -> str:
+        """The module that declares this stage: the child process imports it."""
+        return self.module or f"stages.{self.name}"
 
     def identity(self, config: StageConfig) -> dict[str, Json]:
         """The config as it enters the key: everything, defaults filled in, locations left out."""
