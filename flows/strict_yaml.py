@@ -52,6 +52,8 @@ def parse(text: str, name: str) -> Document:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}" if mark else name
         raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deep to be a recipe") from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
 
