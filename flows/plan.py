@@ -117,7 +117,7 @@ def _damaged(run: Run, step: Step) -> Iterator[tuple[str, str]]:
 def _baseline(store: Store, name: str) -> Mapping[str, Any]:
     """The stages of the last finished run of this recipe's name: `{stage: {"key", "digest", "action"}}`."""
     ref = store.read_ref(f"{name}/last")
-    record = store.read_run(ref.value["run"]) if ref else None
+    record = store.read_run(ref.document["run"]) if ref else None
     return record["stages"] if record else {}
 
 

@@ -81,9 +81,11 @@ class Run:
 
     def become_baseline(self) -> None:
         """Make this run the one that the next plan's reasons compare with."""
-        ref = f"{self.name}/last"
-        while not self.store.swap_ref(ref, self.store.read_ref(ref), {"run": self.id}):
-            pass
+        name = f"{self.name}/last"
+        while True:
+            ref = self.store.read_ref(name)
+            if self.store.swap_ref(name, ref.version if ref else None, {"run": self.id}):
+                return
 
 
 def start(loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None) -> Run:
