@@ -1,0 +1,132 @@
+"""Checkpoints of a stage under way: complete or invisible, kept until its artifact is committed.
+
+`checkpoints/<key>/<attempt>/<step>/files/…` and, written last and only once, `…/<step>/complete.json` listing the files
+with their sha256. Attempts never write into one another's folders, so a holder that lost its lease harms nobody.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from stages.errors import UserError
+from stages.identity import File, Tree, tree_of
+from stages.manifest import check_paths
+from stages.objects import clear_errors
+from stages.store import BadBlob, Store
+from stages.views import spread
+
+KEPT = 2
+"""Complete checkpoints that a save leaves: the newest, and one more in case it turns out bad."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint in the store."""
+
+    key: str
+    attempt: str
+    step: int
+    files: Tree
+
+    @property
+    def path(self) -> str:
+        """Its folder in the store."""
+        return _folder(self.key, self.attempt, self.step)
+
+
+def save_checkpoint(store: Store, key: str, attempt: str, step: int, folder: Path) -> Checkpoint:
+    """Copy a local folder into the store as the checkpoint of `step`; `attempt` names one process's try.
+
+    Returns when it is complete, and drops all but the newest `KEPT` checkpoints of the key. The files may become the
+    store's own (hard links) and turn read-only. Raises UserError where they cannot be written.
+    """
+    assert attempt and "/" not in attempt, attempt
+    files = tree_of(folder)
+    check_paths(files)
+    made = Checkpoint(key, attempt, step, files)
+    if store.objects.stat(f"{made.path}/complete.json") is not None:
+        raise UserError(f"{made.path}: this attempt already saved this step; an attempt's name must be new")
+
+    def upload(file: File) -> None:
+        store.objects.upload(folder / file.path, f"{made.path}/files/{file.path}", file.sha256)
+
+    list(spread(upload, files.files, 4))
+    record = {"step": step, "files": [[f.path, f.size, f.sha256] for f in files.files]}
+    store.objects.create(f"{made.path}/complete.json", json.dumps(record).encode())
+    for old in _complete(store, key)[KEPT:]:
+        _drop(store, old)
+    return made
+
+
+def latest_checkpoint(store: Store, key: str) -> Checkpoint | None:
+    """The complete checkpoint with the highest step, of whatever attempt; None if there is none. One that lacks a
+    file, or has one of another size, is passed over."""
+    return next(iter(_complete(store, key)), None)
+
+
+def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy a checkpoint to a new local folder, which appears only when every file's sha256 was verified.
+
+    Raises BadBlob after retiring a checkpoint that is torn or damaged: ask `latest_checkpoint` again.
+    """
+    aside = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    try:
+        with clear_errors(folder.parent):
+            aside.mkdir(parents=True)
+            bad = {}
+            for file in checkpoint.files.files:
+                target = aside / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    store.objects.download(f"{checkpoint.path}/files/{file.path}", target)
+                except FileNotFoundError:
+                    bad[file.sha256] = f"({file.path} of step {checkpoint.step}) is missing"
+            found = {file.path: file.sha256 for file in tree_of(aside).files}
+            for file in checkpoint.files.files:
+                if file.sha256 not in bad and found[file.path] != file.sha256:
+                    bad[file.sha256] = f"({file.path} of step {checkpoint.step}) holds other bytes"
+            if bad:
+                store.objects.move(f"{checkpoint.path}/complete.json", f"quarantine/{checkpoint.path}/complete.json")
+                raise BadBlob(bad)
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def drop_checkpoints(store: Store, key: str) -> None:
+    """Delete all checkpoints of a key, once its artifact is committed."""
+    for checkpoint in _complete(store, key):
+        _drop(store, checkpoint)
+    for entry in store.objects.list(f"checkpoints/{key}/"):
+        store.objects.delete(entry.path)
+
+
+def _complete(store: Store, key: str) -> list[Checkpoint]:
+    """All complete checkpoints of a key, the highest step first."""
+    sizes = {entry.path: entry.size for entry in store.objects.list(f"checkpoints/{key}/")}
+    found = []
+    for path in sizes:
+        if not path.endswith("/complete.json") or path.count("/") != 4:
+            continue
+        _, _, attempt, step, _ = path.split("/")
+        record = store.objects.read(path)
+        if record is None:
+            continue
+        files = Tree(tuple(File(*file) for file in json.loads(record.data)["files"]))
+        checkpoint = Checkpoint(key, attempt, int(step), files)
+        if all(sizes.get(f"{checkpoint.path}/files/{f.path}") == f.size for f in files.files):
+            found.append(checkpoint)
+    return sorted(found, key=lambda c: (c.step, c.attempt), reverse=True)
+
+
+def _drop(store: Store, checkpoint: Checkpoint) -> None:
+    """The completion record first: what is half deleted must not look complete."""
+    store.objects.delete(f"{checkpoint.path}/complete.json")
+    for file in checkpoint.files.files:
+        store.objects.delete(f"{checkpoint.path}/files/{file.path}")
+
+
+def _folder(key: str, attempt: str, step: int) -> str:
+    return f"checkpoints/{key}/{attempt}/{step:010d}"

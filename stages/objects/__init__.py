@@ -1,0 +1,128 @@
+"""Objects: the few primitives the store needs, over a folder, an S3 bucket or one process's memory.
+
+A path is relative to the store, with forward slashes. Every primitive is whole or nothing: a reader never sees half an
+object, whoever is killed when. `create` and `swap` are atomic between processes and machines; everything that must
+have one winner goes through them and is small (manifests, refs, leases). Blobs are content-addressed, so writing one
+twice is harmless and `upload` needs no such care.
+
+The folder and S3 parts are written for what fsspec's own exclusive modes do there: on `file://` they race or
+overwrite, on S3 they depend on the server's error body.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from stages.errors import UserError
+
+__all__ = ["Entry", "Objects", "Versioned", "blob_path", "clear_errors", "open_objects"]
+
+
+class Entry(NamedTuple):
+    """One object: its path, its size in bytes, and when it was last written (seconds since the epoch)."""
+
+    path: str
+    size: int
+    modified: float
+
+
+class Versioned(NamedTuple):
+    """A small object's bytes with the version that `swap` compares."""
+
+    data: bytes
+    version: str
+
+
+class Objects(Protocol):
+    """Where a store lives. Errors a person can mend come as UserError; a missing object is never an error."""
+
+    @property
+    def url(self) -> str:
+        """The store's address, without secrets."""
+
+    def read(self, path: str) -> Versioned | None:
+        """A small object, or None."""
+
+    def create(self, path: str, data: bytes) -> str | None:
+        """Write an object that must not exist yet. Return its version, or None if another one stands there."""
+
+    def swap(self, path: str, data: bytes, version: str) -> str | None:
+        """Replace the object while it still has that version. Return the new version, or None if it has not."""
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a small object, whatever stands there."""
+
+    def upload(self, source: Path, path: str, sha256: str) -> None:
+        """Write a local file's bytes, whatever stands there. A folder store takes the file itself where it can (hard
+        link) and makes it read-only."""
+
+    def download(self, path: str, target: Path) -> None:
+        """Copy an object to a new local file. Raises FileNotFoundError."""
+
+    def stat(self, path: str) -> Entry | None:
+        """Size and time of an object, or None."""
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """All objects under `prefix`, which ends with a slash. For sweeping and history, never for look-ups."""
+
+    def delete(self, path: str) -> None:
+        """Remove an object if it is there."""
+
+    def move(self, path: str, target: str) -> None:
+        """Give an object another path, if it is there."""
+
+    def local(self, path: str) -> Path | None:
+        """Where the object lies (or would lie) on this machine, if it is a file here."""
+
+    def unfinished(self, before: float, remove: bool) -> int:
+        """How many interrupted writes began before that time; `remove` drops them."""
+
+
+def blob_path(sha256: str) -> str:
+    """Where the blob with that digest lies."""
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def open_objects(url: str, options: Mapping[str, str]) -> Objects:
+    """The objects at a URL: a folder (plain path or `file://`), `s3://bucket/prefix` or `memory://name`.
+
+    `options` are for S3: endpoint_url, region_name, profile, anon, key, secret, token. Raises UserError for a scheme
+    that is not served, and for a folder that cannot be made or written.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        from stages.objects.folder import open_folder
+
+        return open_folder(Path(rest if separator else url))
+    if scheme == "memory":
+        from stages.objects.memory import MemoryObjects
+
+        return MemoryObjects(rest.strip("/"))
+    if scheme == "s3":
+        from stages.objects.s3 import open_s3
+
+        return open_s3(rest, options)
+    raise UserError(f"store {url}: {scheme}:// is not served; use a folder, s3://bucket/prefix or memory://name")
+
+
+@contextmanager
+def clear_errors(place: Path) -> Iterator[None]:
+    """Turn a full disk and missing rights into one line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{place}: the disk is full; free some space, or name a folder on another disk "
+                "(REGROW_STORE, REGROW_CACHE)"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = os.strerror(error.errno)
+            raise UserError(
+                f"{place}: cannot be written by this user ({reason}); change its owner or mode, or name another "
+                "folder (REGROW_STORE, REGROW_CACHE)"
+            ) from error
+        raise

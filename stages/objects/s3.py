@@ -1,0 +1,238 @@
+"""Objects in an S3 bucket, through s3fs: conditional PUTs of small objects, ordinary PUTs of blobs.
+
+Conditions are set on single PUTs only (conditional multipart completion is not atomic on every server) and a refused
+one is recognised by its error code, because servers differ in the rest. s3fs's listing cache is off: it would show
+others' objects never and deleted ones for ever.
+"""
+
+import base64
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stages.errors import UserError
+from stages.objects import Entry, Versioned
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+OPTIONS = ("endpoint_url", "region_name", "profile", "anon", "key", "secret", "token")
+SINGLE_PUT = 16 * 2**20
+"""Bytes up to which a blob goes as one PUT whose SHA256 the server checks; beyond, as parts of this size."""
+PATIENCE = 300.0
+"""Seconds for which a store that was once reached is retried before an operation fails."""
+_REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+
+
+def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
+    """The objects under `bucket/prefix`. Raises UserError when the bucket cannot be reached or read with these rights,
+    within seconds; afterwards outages are waited out for `PATIENCE` seconds."""
+    bucket, _, prefix = address.strip("/").partition("/")
+    if "@" in bucket or ":" in bucket or not bucket:
+        raise UserError("store: write s3://bucket/prefix; credentials belong in the environment (AWS_ACCESS_KEY_ID, …)")
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise UserError(f"storage_options: {', '.join(unknown)} is not known; choose from {', '.join(OPTIONS)}")
+    try:
+        import s3fs
+    except ImportError as error:
+        raise UserError(f"store s3://{bucket}: needs s3fs; pip install 'regrow[s3]'") from error
+    given = dict(options)
+    region = given.pop("region_name", None)
+    fs = s3fs.S3FileSystem(
+        **given | {"anon": given.get("anon", "").lower() in ("1", "true", "yes")},
+        client_kwargs={"region_name": region} if region else {},
+        config_kwargs={
+            "connect_timeout": 4,
+            "read_timeout": 60,
+            "retries": {"mode": "standard", "max_attempts": 2},
+            "max_pool_connections": 32,
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+    objects = S3Objects(fs, bucket, prefix, options.get("endpoint_url", ""), patience=0)
+    objects.read("format.json")
+    return replace(objects, patience=PATIENCE)
+
+
+@dataclass(frozen=True)
+class S3Objects:
+    """See `Objects`. A version is the ETag."""
+
+    fs: Any
+    bucket: str
+    prefix: str
+    endpoint: str
+    patience: float
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def local(self, path: str) -> None:
+        return None
+
+    def read(self, path: str) -> Versioned | None:
+        async def whole() -> Versioned:
+            response = await self.fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(path))
+            async with response["Body"] as body:
+                return Versioned(await body.read(), response["ETag"])
+
+        return self._unless_gone(lambda: self._run(whole))
+
+    def create(self, path: str, data: bytes) -> str | None:
+        return self._conditional(path, data, IfNoneMatch="*")
+
+    def swap(self, path: str, data: bytes, version: str) -> str | None:
+        return self._conditional(path, data, IfMatch=version)
+
+    def put(self, path: str, data: bytes) -> None:
+        self._call("put_object", Key=self._key(path), Body=data)
+
+    def upload(self, source: Path, path: str, sha256: str) -> None:
+        if source.stat().st_size <= SINGLE_PUT:
+            checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+            self._call("put_object", Key=self._key(path), Body=source.read_bytes(), ChecksumSHA256=checksum)
+        else:
+            target = f"{self.bucket}/{self._key(path)}"
+            self._patiently(lambda: self.fs.put_file(str(source), target, chunksize=SINGLE_PUT, max_concurrency=4))
+
+    def download(self, path: str, target: Path) -> None:
+        self._patiently(lambda: self.fs.get_file(f"{self.bucket}/{self._key(path)}", str(target)))
+
+    def stat(self, path: str) -> Entry | None:
+        head = self._unless_gone(lambda: self._call("head_object", Key=self._key(path)))
+        return None if head is None else Entry(path, head["ContentLength"], head["LastModified"].timestamp())
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        more: dict[str, str] = {}
+        while True:
+            page = self._call("list_objects_v2", Prefix=self._key(prefix), **more)
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):
+                    yield Entry(self._path(item["Key"]), item["Size"], item["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, path: str) -> None:
+        self._call("delete_object", Key=self._key(path))
+
+    def move(self, path: str, target: str) -> None:
+        source, goal = (f"{self.bucket}/{self._key(p)}" for p in (path, target))
+        if self._unless_gone(lambda: self._patiently(lambda: (self.fs.cp_file(source, goal), True))):
+            self.delete(path)
+
+    def unfinished(self, before: float, remove: bool) -> int:
+        page = self._call("list_multipart_uploads", Prefix=self._key(""))
+        found = [upload for upload in page.get("Uploads", []) if upload["Initiated"].timestamp() < before]
+        if remove:
+            for upload in found:
+                self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(found)
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+    def _path(self, key: str) -> str:
+        return key.removeprefix(f"{self.prefix}/") if self.prefix else key
+
+    def _conditional(self, path: str, data: bytes, **condition: str) -> str | None:
+        try:
+            version: str = self._call("put_object", Key=self._key(path), Body=data, **condition)["ETag"]
+            return version
+        except OSError as error:
+            if not (isinstance(error, FileExistsError | FileNotFoundError) or _code(error) in _REFUSED):
+                raise
+        # Our own first attempt may have succeeded while its answer was lost: then these are our bytes.
+        found = self.read(path)
+        return found.version if found and found.data == data else None
+
+    def _call(self, method: str, **arguments: Any) -> Any:
+        return self._patiently(lambda: self.fs.call_s3(method, Bucket=self.bucket, **arguments))
+
+    def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        from fsspec.asyn import sync
+
+        result: T = self._patiently(lambda: sync(self.fs.loop, operation))
+        return result
+
+    def _unless_gone(self, operation: Callable[[], T]) -> T | None:
+        try:
+            return operation()
+        except FileNotFoundError:
+            return None
+
+    def _patiently(self, operation: Callable[[], T]) -> T:
+        """Run an S3 operation; wait out outages; turn what a person must mend into UserError."""
+        deadline, wait = time.monotonic() + self.patience, 0.5
+        while True:
+            try:
+                return operation()
+            except Exception as error:
+                if _code(error) in _REFUSED:
+                    raise
+                if not _is_outage(error):
+                    raise (self._told(error) or error) from error
+                if time.monotonic() + wait > deadline:
+                    raise UserError(
+                        f"{self.url}: cannot be reached{self._at()} ({type(error).__name__}); check the network and "
+                        "the endpoint (storage_options endpoint_url or AWS_ENDPOINT_URL)"
+                    ) from error
+                _log.warning("%s: %s; trying again in %.1f s", self.url, type(error).__name__, wait)
+            time.sleep(wait)
+            wait = min(2 * wait, 10.0)
+
+    def _told(self, error: Exception) -> UserError | None:
+        from botocore.exceptions import BotoCoreError
+
+        code = _code(error)
+        if code == "NoSuchBucket":
+            return UserError(f"{self.url}: there is no bucket {self.bucket!r}{self._at()}; create it or mend the URL")
+        if isinstance(error, PermissionError) or code in ("AccessDenied", "InvalidToken", "ExpiredToken"):
+            return UserError(
+                f"{self.url}: the server refused these credentials ({code or 'AccessDenied'}){self._at()}; check "
+                "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE and the rights on the bucket"
+            )
+        if isinstance(error, BotoCoreError) and "redential" in type(error).__name__ + str(error):
+            return UserError(
+                f"{self.url}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "AWS_PROFILE"
+            )
+        if isinstance(error, BotoCoreError) or (isinstance(error, ValueError) and "endpoint" in str(error)):
+            return UserError(f"{self.url}: {error}")
+        if code in ("InvalidBucketName", "PermanentRedirect", "AuthorizationHeaderMalformed"):
+            return UserError(f"{self.url}: the server answers {code}{self._at()}; check the bucket's name and region")
+        return None
+
+    def _at(self) -> str:
+        return f" at {self.endpoint}" if self.endpoint else ""
+
+
+def _code(error: BaseException) -> str:
+    """The server's own error code behind what s3fs raised."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _is_outage(error: Exception) -> bool:
+    from botocore.exceptions import ConnectionError as BotoConnectionError
+    from botocore.exceptions import HTTPClientError, SSLError
+
+    if isinstance(error, SSLError):
+        return False
+    outages = (BotoConnectionError, HTTPClientError, ConnectionError, TimeoutError)
+    return isinstance(error, outages) or _code(error) in (
+        "500",
+        "502",
+        "503",
+        "InternalError",
+        "ServiceUnavailable",
+        "SlowDown",
+    )

@@ -1,0 +1,293 @@
+"""The artifact store: immutable blobs, one manifest an action, movable refs, run records.
+
+Layout below the store's URL::
+
+    blobs/sha256/ab/abcd…       immutable
+    actions/<stage>/<key>.json  the manifest: its appearance is the commit
+    superseded/<stage>/<key>/   manifests that a forced run or regrowth replaced
+    refs/<name>.json            movable names, compare-and-swap
+    runs/<id>.json              what a run used and made
+    locks/  checkpoints/        see stages.lease and stages.checkpoints
+    quarantine/                 what did not hold the bytes its name says
+    format.json                 the layout's version
+
+Opening and finding import neither s3fs nor fsspec unless the URL asks for them.
+"""
+
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from stages import views
+from stages.errors import UserError
+from stages.identity import Action, File, Json, Tree, join, tree_of
+from stages.manifest import Artifact, BadManifest, action_path, check_paths, decode, encode, whole_parts
+from stages.objects import Entry, Objects, blob_path, open_objects
+from stages.views import BadBlob, spread
+
+__all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store"]
+
+FORMAT = 1
+"""Version of the layout."""
+STALE = 24 * 3600.0
+"""Seconds after which a blob that is about to be used again is written again, so that gc sees it as young. Half of
+gc's grace."""
+
+_log = logging.getLogger(__name__)
+
+
+class Ref(NamedTuple):
+    """What a movable name points to, and the version that `swap_ref` compares."""
+
+    document: dict[str, Json]
+    version: str
+
+
+def open_store(url: str, cache: Path, storage_options: Mapping[str, str] | None = None) -> "Store":
+    """The store at a folder or URL, founded there if there is none yet; `cache` is a local folder for views.
+
+    `storage_options` are for S3 (see `stages.objects.open_objects`). Raises UserError when the place cannot be
+    reached, read or founded, or when its server ignores conditional writes.
+    """
+    objects = open_objects(url, storage_options or {})
+    marker = objects.read("format.json")
+    if marker is None:
+        _check_conditions(objects)
+        objects.create("format.json", json.dumps({"format": FORMAT}).encode())
+    elif json.loads(marker.data).get("format") != FORMAT:
+        raise UserError(
+            f"{objects.url}: this store was made by another version of regrow (format.json); upgrade regrow"
+        )
+    return Store(objects, cache.expanduser().absolute())
+
+
+def _check_conditions(objects: Objects) -> None:
+    """Some S3 servers accept conditional writes and ignore the condition: two writers would both win."""
+    probe = f"locks/probe-{uuid4().hex}.json"
+    objects.create(probe, b"1")
+    refused = objects.create(probe, b"2") is None and objects.swap(probe, b"3", '"no such version"') is None
+    objects.delete(probe)
+    if not refused:
+        raise UserError(
+            f"{objects.url}: this server ignores conditional writes (If-None-Match, If-Match), so two runs could "
+            "overwrite each other; use AWS S3, SeaweedFS, MinIO, or a folder"
+        )
+
+
+@dataclass(frozen=True)
+class Store:
+    """Artifacts by action. Safe for any number of threads, processes and machines at once."""
+
+    objects: Objects
+    cache: Path
+    warn: Callable[[str], None] = _log.warning
+    """Told in one line why a manifest was not trusted."""
+
+    @property
+    def url(self) -> str:
+        """The store's address, without secrets."""
+        return self.objects.url
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The artifact of an action, by one look-up. Blobs are trusted to be there (see `missing` and `view`); a
+        manifest that does not add up is quarantined and counts as absent."""
+        return self._found(stage, key)[0]
+
+    def commit(
+        self,
+        action: Action,
+        folder: Path,
+        facts: Mapping[str, Json],
+        provenance: Mapping[str, Json],
+        *,
+        replace: bool = False,
+    ) -> Artifact:
+        """Store a folder's files as what the action made; return the artifact that stands afterwards.
+
+        If somebody else committed first, theirs is returned and ours forgotten, unless `replace` (a forced run,
+        regrowth): then the old manifest moves to `superseded/`. The folder is used up: its files may become the
+        store's own (hard links) and turn read-only. Raises UserError for files that cannot be stored.
+        """
+        if not replace and (winner := self.find(action.stage, action.key)) is not None:
+            return winner
+        try:
+            tree = tree_of(folder)
+            check_paths(tree)
+        except ValueError as error:
+            raise UserError(f"{action.stage}: {error}") from error
+        artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), {})
+        data = encode(artifact)
+        sources = {file.sha256: (file, folder / file.path) for file in tree.files}
+        self._upload(sources, younger_than=STALE)
+        self._settle(sources)
+        artifact, ours = self._publish(artifact, data, replace)
+        if ours:
+            self._settle(sources)  # gc may have swept an old blob just before the manifest stood
+            if self.objects.local("") is None:
+                for file, source in sources.values():
+                    views.keep(self.cache, source, file)
+        return artifact
+
+    def commit_whole(
+        self,
+        action: Action,
+        parts: Mapping[str, Artifact],
+        facts: Mapping[str, Json],
+        provenance: Mapping[str, Json],
+        *,
+        replace: bool = False,
+    ) -> Artifact:
+        """Store an artifact made of others: their files under their names. No bytes move. Raises BadBlob when a
+        part's blob is gone; the part has to grow back first."""
+        if not replace and (winner := self.find(action.stage, action.key)) is not None:
+            return winner
+        tree = join(part.tree.under(name) for name, part in parts.items())
+        check_paths(tree)
+        bad = self._lacking(tree)
+        if bad:
+            raise BadBlob(bad)
+        artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), whole_parts(parts))
+        return self._publish(artifact, encode(artifact), replace)[0]
+
+    def missing(self, tree: Tree) -> list[str]:
+        """What of a tree could not be read: one line a file whose blob is gone or has another size."""
+        bad = self._lacking(tree)
+        return [
+            f"{file.path}: blob {file.sha256[:12]}… {bad[file.sha256]}" for file in tree.files if file.sha256 in bad
+        ]
+
+    def view(self, tree: Tree) -> Path:
+        """A read-only local folder of the tree, every blob's sha256 verified. Raises BadBlob after moving what is bad
+        to quarantine/. The folder is shared and stays: never write to it, never delete it."""
+        return views.view(self.objects, self.cache, tree)
+
+    def manifests(self) -> Iterator[tuple[str, str, Entry]]:
+        """(stage, key, entry) of every manifest, by listing: for gc and reports."""
+        for entry in self.objects.list("actions/"):
+            _, stage, name = entry.path.split("/")
+            yield stage, name.removesuffix(".json"), entry
+
+    def read_ref(self, name: str) -> Ref | None:
+        """What a movable name (`support-bot/production`) points to, or None."""
+        found = self.objects.read(_named("refs", name))
+        return None if found is None else Ref(json.loads(found.data), found.version)
+
+    def swap_ref(self, name: str, expected: str | None, new: Mapping[str, Json]) -> bool:
+        """Point a name elsewhere, only if it still has the version `expected` (None: only if it does not exist).
+
+        Every sha256 in the document that is an action's key or an artifact's digest keeps that artifact from gc.
+        """
+        path, data = _named("refs", name), _dump(new)
+        version = self.objects.create(path, data) if expected is None else self.objects.swap(path, data, expected)
+        return version is not None
+
+    def refs(self) -> Iterator[str]:
+        """All names, sorted."""
+        for entry in sorted(self.objects.list("refs/")):
+            yield entry.path.removeprefix("refs/").removesuffix(".json")
+
+    def write_run(self, run_id: str, document: Mapping[str, Json]) -> None:
+        """Record what a run uses and makes: first when it starts, again as it goes on. Roots like a ref."""
+        self.objects.put(_named("runs", run_id), _dump(document))
+
+    def read_run(self, run_id: str) -> dict[str, Json] | None:
+        """A run's record, or None."""
+        found = self.objects.read(_named("runs", run_id))
+        return None if found is None else _parsed(found.data)
+
+    def runs(self) -> Iterator[tuple[str, dict[str, Json]]]:
+        """(id, record) of every run, the one written last first. Records are read as they are asked for."""
+        for entry in sorted(self.objects.list("runs/"), key=lambda e: (e.modified, e.path), reverse=True):
+            found = self.objects.read(entry.path)
+            if found is not None:
+                yield entry.path.removeprefix("runs/").removesuffix(".json"), _parsed(found.data)
+
+    def _found(self, stage: str, key: str) -> tuple[Artifact | None, str]:
+        path = action_path(stage, key)
+        found = self.objects.read(path)
+        if found is None:
+            return None, ""
+        try:
+            return decode(stage, key, found.data), found.version
+        except BadManifest as error:
+            self.objects.move(path, f"quarantine/{stage}-{key}-{time.time_ns()}.json")
+            self.warn(f"{self.url}: the manifest {path} was moved to quarantine/: {error}")
+            return None, ""
+
+    def _publish(self, artifact: Artifact, data: bytes, replace: bool) -> tuple[Artifact, bool]:
+        """Create the manifest, or adopt or replace the one that stands. Returns what stands, and whether it is ours."""
+        stage, key = artifact.stage, artifact.key
+        path = action_path(stage, key)
+        while True:
+            standing, version = self._found(stage, key)
+            if standing is None:
+                if self.objects.create(path, data) is not None:
+                    return artifact, True
+            elif not replace:
+                return standing, False
+            else:
+                old = encode(standing)
+                self.objects.create(f"superseded/{stage}/{key}/{standing.digest}.json", old)
+                if self.objects.swap(path, data, version) is not None:
+                    return artifact, True
+
+    def _upload(self, sources: Mapping[str, tuple[File, Path]], younger_than: float = math.inf) -> int:
+        """Write the blobs that are not there, whole and younger than some seconds. Returns how many."""
+        oldest = time.time() - younger_than
+
+        def put(item: tuple[File, Path]) -> int:
+            file, source = item
+            there = self.objects.stat(blob_path(file.sha256))
+            if there is not None and there.size == file.size and there.modified > oldest:
+                return 0
+            if source.stat().st_size != file.size:
+                raise UserError(f"{source}: changed while it was being stored; run the stage again")
+            self.objects.upload(source, blob_path(file.sha256), file.sha256)
+            return 1
+
+        return sum(self._spread(put, sources.values(), 4))
+
+    def _settle(self, sources: Mapping[str, tuple[File, Path]]) -> None:
+        """Write again what went missing, until a look finds every blob there with its size."""
+        for _ in range(5):
+            if not self._upload(sources):
+                return
+        raise UserError(f"{self.url}: files vanish as fast as they are written; is something else deleting there?")
+
+    def _lacking(self, tree: Tree) -> dict[str, str]:
+        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256."""
+        files = {file.sha256: file for file in tree.files}
+
+        def wrong(file: File) -> str:
+            there = self.objects.stat(blob_path(file.sha256))
+            if there is None:
+                return "is missing"
+            return "" if there.size == file.size else f"has {there.size} bytes, not {file.size}"
+
+        reasons = zip(files, self._spread(wrong, files.values(), 16), strict=True)
+        return {sha256: reason for sha256, reason in reasons if reason}
+
+    def _spread(self, function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterable[Any]:
+        return map(function, items) if self.objects.local("") is not None else spread(function, items, threads)
+
+
+def _named(kind: str, name: str) -> str:
+    if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", step) for step in name.split("/")):
+        raise UserError(f"{kind[:-1]} name {name!r}: use letters, digits, '.', '_' and '-', in steps divided by '/'")
+    return f"{kind}/{name}.json"
+
+
+def _dump(document: Mapping[str, Json]) -> bytes:
+    return json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+
+
+def _parsed(data: bytes) -> dict[str, Json]:
+    document: dict[str, Json] = json.loads(data)
+    return document
