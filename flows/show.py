@@ -1,0 +1,124 @@
+"""`regrow show`, `gc` and `verify`: what the store holds, as tables or JSON."""
+
+import json
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from stages.errors import UserError
+from stages.gc import collect, verify
+from stages.identity import Json
+from stages.store import Artifact, Store
+
+LATEST_RUNS = 15
+SHOWN_FILES = 12
+
+
+def show_what(store: Store, what: str | None, console: Console, as_json: bool) -> None:
+    """Show the latest runs, one run, or one artifact. Raises UserError when nothing is called so."""
+    if what is None:
+        _show_runs(store, console, as_json)
+    elif record := _run_named(store, what):
+        _show_run(record, console, as_json)
+    else:
+        _show_artifact(_artifact_named(store, what), console, as_json)
+
+
+def _show_runs(store: Store, console: Console, as_json: bool) -> None:
+    records = [record for _, record in islice(store.runs(), LATEST_RUNS)]
+    if as_json:
+        console.print_json(json.dumps([{k: r[k] for k in ("run", "recipe", "status", "written")} for r in records]))
+        return
+    if not records:
+        console.print(f"no runs yet in {store.url}")
+        return
+    table = _table("run", "recipe", "status", "written (UTC)", "made")
+    for record in records:
+        made = [s for s, a in record["stages"].items() if a["made"]]
+        table.add_row(record["run"], record["recipe"], record["status"], record["written"], ", ".join(made) or "nothing")
+    console.print(table)
+
+
+def _run_named(store: Store, what: str) -> dict[str, Json] | None:
+    """The record of a run, by its id or as `NAME` for the last run of a recipe."""
+    try:
+        ref = store.read_ref(f"{what}/last")
+        return store.read_run(ref.document["run"] if ref else what)
+    except UserError:  # not a name a run can have
+        return None
+
+
+def _show_run(record: Mapping[str, Any], console: Console, as_json: bool) -> None:
+    if as_json:
+        console.print_json(json.dumps(record))
+        return
+    console.print(f"run {record['run']} of {record['recipe']}: {record['status']} on {record['written']}")
+    table = _table("stage", "", "key", "digest")
+    for stage, entry in record["stages"].items():
+        table.add_row(stage, "made" if entry["made"] else "cached", entry["key"][:12], entry["digest"][:12])
+    console.print(table)
+
+
+def _artifact_named(store: Store, prefix: str) -> Artifact:
+    """The one artifact whose key starts so; `stage/prefix` narrows it."""
+    stage, _, digits = prefix.rpartition("/")
+    if len(digits) < 4 or not all(c in "0123456789abcdef" for c in digits):
+        raise UserError(f"{prefix}: no run is called so, and a key is at least 4 hexadecimal digits; see `regrow show`")
+    found = [
+        (s, key) for s, key, _ in store.manifests() if key.startswith(digits) and (not stage or s == stage)
+    ]
+    if len(found) != 1:
+        told = "no artifact's key starts so" if not found else f"{len(found)} keys start so; give more digits"
+        raise UserError(f"{prefix}: {told}")
+    artifact = store.find(*found[0])
+    if artifact is None:
+        raise UserError(f"{prefix}: its manifest is damaged and was moved to quarantine/; its stage grows back when run")
+    return artifact
+
+
+def _show_artifact(artifact: Artifact, console: Console, as_json: bool) -> None:
+    if as_json:
+        console.print_json(
+            json.dumps(
+                {
+                    "stage": artifact.stage,
+                    "key": artifact.key,
+                    "digest": artifact.digest,
+                    "action": artifact.action,
+                    "facts": artifact.facts,
+                    "provenance": artifact.provenance,
+                    "parts": artifact.parts,
+                    "files": [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in artifact.tree.files],
+                }
+            )
+        )
+        return
+    console.print(f"{artifact.stage} {artifact.key}\ndigest {artifact.digest}")
+    for title, values in (
+        ("facts", artifact.facts),
+        ("config", artifact.action["config"]),
+        ("inputs", {n: d[:12] for n, d in artifact.action["inputs"].items()}),
+        ("made by", artifact.provenance),
+    ):
+        table = _table(title, "")
+        for name, value in values.items():
+            table.add_row(name, escape(value if isinstance(value, str) else json.dumps(value)))
+        if values:
+            console.print(table)
+    table = _table("file", "bytes", "sha256")
+    for file in artifact.tree.files[:SHOWN_FILES]:
+        table.add_row(escape(file.path), f"{file.size:,}", file.sha256[:12])
+    console.print(table)
+    if (more := len(artifact.tree.files) - SHOWN_FILES) > 0:
+        console.print(f"and {more:,} files more (all with --json)")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,150 @@
+"""Building a stage: one build for many, only what changed, and what is damaged grows back."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.build import Built, build
+from stages.identity import Action, Tree, tree_of
+from stages.objects import blob_path
+from stages.runtime import Runtime
+from stages.store import BadBlob, Store, open_store
+
+TOYS = Path(__file__).parent / "toys"
+
+
+@pytest.fixture(autouse=True)
+def _toys_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    monkeypatch.syspath_prepend(str(TOYS))
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    (tmp_path / "cache").mkdir()
+    return Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", lease_seconds=5)
+
+
+@pytest.fixture
+def store(runtime: Runtime) -> Store:
+    return open_store(runtime.store, runtime.cache)
+
+
+def rows(store: Store, tmp_path: Path, **texts: str) -> Tree:
+    """Texts stored as the files of an artifact of some earlier stage."""
+    folder = tmp_path / "rows"
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    tree = tree_of(folder)
+    return store.commit(Action("rows", {"rows": 1}, {"digest": tree.digest}, {}), folder, {}, {}).tree
+
+
+def shards(store: Store, runtime: Runtime, tree: Tree, suffix: str = "!", **options: Any) -> Built:
+    import shard_stage  # type: ignore[import-not-found]
+
+    return build(shard_stage.STAGE, shard_stage.ShardsConfig(suffix=suffix), {"rows": tree}, store, runtime, **options)
+
+
+def calls(runtime: Runtime) -> list[str]:
+    log = runtime.cache / "calls"
+    return sorted(log.read_text().split()) if log.exists() else []
+
+
+def test_a_second_build_is_a_hit_without_a_child(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="one", b="two")
+    first, second = shards(store, runtime, tree), shards(store, runtime, tree)
+    assert (first.hit, second.hit) == (False, True)
+    assert first.artifact == second.artifact
+    assert first.artifact.facts == {"rows": 2, "by": {"a": 1, "b": 1}}
+    assert calls(runtime) == ["a.txt", "b.txt"]
+    assert (store.view(second.artifact.tree) / "a" / "upper.txt").read_text() == "ONE!"
+
+
+def test_new_data_costs_only_itself(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    shards(store, runtime, rows(store, tmp_path, a="one", b="two"))
+    more = shards(store, runtime, rows(store, tmp_path, a="one", b="two", c="three"))
+    assert not more.hit
+    assert calls(runtime) == ["a.txt", "b.txt", "c.txt"]
+    assert list(more.artifact.parts) == ["a", "b", "c"]
+
+
+def test_a_config_change_makes_all_parts_again(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="one")
+    keys = {shards(store, runtime, tree, suffix).artifact.key for suffix in ("!", "?")}
+    assert len(keys) == 2
+
+
+def test_force_replaces_and_keeps_the_old_manifest(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="one")
+    shards(store, runtime, tree)
+    forced = shards(store, runtime, tree, force=True)
+    assert not forced.hit
+    assert calls(runtime) == ["a.txt", "a.txt"]
+
+
+def test_only_the_damaged_part_grows_back(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="one", b="two")
+    artifact = shards(store, runtime, tree).artifact
+    lost = next(f for f in artifact.tree.files if f.path == "b/upper.txt")
+    store.objects.delete(blob_path(lost.sha256))
+    assert "b/upper.txt" in store.missing(artifact.tree)[0]
+    grown = shards(store, runtime, tree, regrow=True).artifact
+    assert store.missing(grown.tree) == []
+    assert grown.digest == artifact.digest
+    assert calls(runtime) == ["a.txt", "b.txt", "b.txt"]
+
+
+def test_a_damaged_input_is_told_before_the_stage_runs(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="one")
+    blob = Path(runtime.store) / blob_path(tree.files[0].sha256)
+    blob.chmod(0o644)
+    blob.write_text("0ne")
+    with pytest.raises(BadBlob):
+        shards(store, runtime, tree)
+    assert calls(runtime) == []
+
+
+RACER = """
+import sys
+from pathlib import Path
+import shard_stage
+from stages.build import build
+from stages.identity import Tree, File
+from stages.runtime import Runtime
+from stages.store import open_store
+store_url, cache, *files = sys.argv[1:]
+Path(cache).mkdir(parents=True, exist_ok=True)
+runtime = Runtime(store=store_url, cache=Path(cache), lease_seconds=5)
+tree = Tree(tuple(File(p, int(s), d) for p, s, d in (f.split(",") for f in files)))
+store = open_store(store_url, Path(cache))
+built = build(shard_stage.STAGE, shard_stage.ShardsConfig(), {"rows": tree}, store, runtime)
+print(built.hit, built.artifact.digest)
+"""
+
+
+def test_racing_processes_build_once_and_all_adopt_it(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="one", b="two")
+    files = [f"{f.path},{f.size},{f.sha256}" for f in tree.files]
+    hosts = 5
+
+    def race(number: int) -> str:
+        cache = tmp_path / f"host{number}"
+        return subprocess.run(
+            [sys.executable, "-c", RACER, runtime.store, str(cache), *files],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout.strip()
+
+    with ThreadPoolExecutor(hosts) as pool:
+        told = list(pool.map(race, range(hosts)))
+    assert sorted(line.split()[0] for line in told) == ["False", *["True"] * (hosts - 1)]
+    assert len({line.split()[1] for line in told}) == 1
+    built = [tmp_path / f"host{n}" / "calls" for n in range(hosts)]
+    assert sum(log.exists() for log in built) == 1
