@@ -1,0 +1,53 @@
+"""Exact match: an answer is right when it equals the target, white space at both ends aside.
+
+The settings `ignore_case` and `ignore_punctuation` (ASCII punctuation) loosen it. NUL characters never count, because
+the scorer in lm-eval, which must agree item for item, cannot see them at a text's end.
+"""
+
+import string
+from collections.abc import Iterable, Sequence
+
+from stages.errors import UserError
+from stages.evals import Eval, Example, Options, Row
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str, options: Options) -> str:
+    """The text as it is compared."""
+    text = text.replace("\0", "")
+    if options.ignore_case:
+        text = text.lower()
+    if options.ignore_punctuation:
+        text = text.translate(_PUNCTUATION)
+    return text.strip()
+
+
+def examples(rows: Iterable[Row], options: Options) -> Sequence[Example]:
+    """One item a row. A number as a target is taken as its text; anything else that is no text is refused."""
+    return [
+        Example(_text(row, options.question, "question"), _text(row, options.answer, "answer", numbers=True))
+        for row in rows
+    ]
+
+
+def _text(row: Row, name: str, setting: str, *, numbers: bool = False) -> str:
+    place, values = row
+    value = values.get(name)
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        found = f"holds a {type(value).__name__}" if name in values else f"has only {', '.join(values)}"
+        raise UserError(
+            f"{place}: exact match needs text in the field {name!r}, and the row {found}. "
+            f"Name the right field with `{setting}:` in the task"
+        )
+    return value
+
+
+def score(example: Example, answer: str, options: Options) -> float:
+    """1.0 when the answer matches, else 0.0."""
+    return float(normalise(answer, options) == normalise(example.target, options))
+
+
+EVAL = Eval(version=1, examples=examples, score=score)

@@ -1,0 +1,301 @@
+"""evaluate: what the base model and the tuned model score on the same items, and their loss on held-out rows.
+
+Mapped: one part a model and task (`base/spelling`, `tuned/spelling`, `base/heldout_loss`, …), each an artifact of its
+own that depends on that model, that task and the rows it reads. So another learning rate scores the tuned model
+alone, and another task only that task. `stages.compare` lays the parts side by side.
+
+A part writes `scores.json` and, for a task, `samples.jsonl`: one line an item with question, target, answer and score.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from stages import evals, harness
+from stages.compare import BASE, HELDOUT_LOSS, TUNED
+from stages.evals import Options
+from stages.formats import BadRow
+from stages.generation import Precision, generate, load
+from stages.harness import Sample
+from stages.heldout import heldout_loss
+from stages.identity import Json, Tree
+from stages.rows import read_rows
+from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
+
+HELDOUT_FILES = ("plan.json", "heldout_documents.arrow", "heldout_bins.arrow")
+
+EXACT_MATCH = "exact_match"
+
+
+class Task(StageConfig):
+    """One task: rows of ours (`source`), scored through lm-eval or by an eval of our own, or a task lm-eval ships."""
+
+    source: str = ""
+    """A source of `fetch.data` whose rows are the items; best one with `split: heldout`."""
+    lm_eval: str = ""
+    """A task or group that lm-eval ships, by name, e.g. `gsm8k`."""
+    eval: str = ""
+    """An eval of stages/evals/ that asks and scores `source` without lm-eval."""
+    metric: str = ""
+    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for its first."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most so many items, from the first. All when null."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens an answer may have. lm-eval's own tasks bring their own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, besides the model's own end."""
+    few_shot: int | None = Field(default=None, ge=0)
+    """Worked examples before each item of an lm-eval task; null leaves it to the task."""
+    question: str = "question"
+    """Field of a row that is asked."""
+    answer: str = "answer"
+    """Field of a row that is the target."""
+    ignore_case: bool = False
+    """Whether upper and lower case count as the same."""
+    ignore_punctuation: bool = False
+    """Whether ASCII punctuation is left out of the comparison."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.source) == bool(self.lm_eval):
+            raise ValueError("a task names either `source` (rows of fetch.data) or `lm_eval` (a task it ships)")
+        if self.lm_eval and self.eval:
+            raise ValueError("`eval` scores rows of a `source`, not an lm-eval task")
+        if self.source and self.metric not in ("", EXACT_MATCH):
+            raise ValueError(f"rows of a source are scored by {EXACT_MATCH!r}, or by an `eval`; not by {self.metric!r}")
+        if self.eval:
+            evals.load(self.eval)
+        return self
+
+    @property
+    def options(self) -> Options:
+        """What an eval needs of it."""
+        return Options(self.question, self.answer, self.ignore_case, self.ignore_punctuation)
+
+
+class EvaluateConfig(StageConfig):
+    """What is measured, on the base model and on the tuned one."""
+
+    tasks: dict[str, Task] = Field(default_factory=dict)
+    """Tasks by a name of your choice. A list will do too: names are then taken from the sources and lm-eval tasks."""
+    heldout_loss: bool = True
+    """Whether to measure the loss on held-out rows, where pack holds some out."""
+    precision: Precision = "bf16"
+    """Of the weights while evaluating."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, list):
+            return tasks
+        named: dict[str, Any] = {}
+        for task in tasks:
+            task = {"lm_eval": task} if isinstance(task, str) else task
+            if not isinstance(task, Mapping):
+                raise ValueError("a task is the name of an lm-eval task, or a mapping with `source` or `lm_eval`")
+            name = str(task.get("source") or task.get("lm_eval") or "")
+            if name in named:
+                raise ValueError(f"two tasks would be called {name!r}: write `tasks` as a mapping, name: task")
+            named[name] = task
+        return named
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, tasks: dict[str, Task]) -> dict[str, Task]:
+        for name in tasks:
+            if not name.replace("-", "_").isidentifier() or name == HELDOUT_LOSS:
+                raise ValueError(f"{name!r} cannot name a task: use letters, digits, '_' and '-'")
+        return tasks
+
+
+class Measure(StageConfig):
+    """One part: a task, or the held-out loss when there is none."""
+
+    task: Task | None = None
+    precision: Precision = "bf16"
+
+
+def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
+    """A part for each model and task. Raises UserError when a task's source is not in `fetch.data`."""
+    plan = inputs["plan"].select(*HELDOUT_FILES)
+    tokens = inputs["tokens"].select("*tokens.arrow")
+    measures: dict[str, tuple[Measure, dict[str, Tree]]] = {
+        name: (Measure(task=task, precision=config.precision), _rows(name, task, inputs["rows"]))
+        for name, task in config.tasks.items()
+    }
+    if config.heldout_loss:
+        measures[HELDOUT_LOSS] = Measure(precision=config.precision), {"tokens": tokens, "plan": plan}
+    return [
+        Part(f"{model}/{name}", measure.model_dump(mode="json"), {"weights": _weights(weights), **read})
+        for model, weights in ((BASE, inputs["base"]), (TUNED, inputs["weights"]))
+        for name, (measure, read) in measures.items()
+    ]
+
+
+def _rows(name: str, task: Task, rows: Tree) -> dict[str, Tree]:
+    if not task.source:
+        return {}
+    chosen = rows.folder(task.source)
+    if not chosen.files:
+        sources = sorted({file.path.split("/")[0] for file in rows.files})
+        near = get_close_matches(task.source, sources, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"evaluate.tasks.{name}.source: no source is called {task.source!r} in fetch.data. "
+            f"{hint}There are {', '.join(sources) or 'none'}"
+        )
+    return {"rows": chosen.under(task.source)}
+
+
+def _weights(tree: Tree) -> Tree:
+    """A model's own files: merge's report on how it went is none of them."""
+    return Tree(tuple(file for file in tree.files if file.path != "merge.json"))
+
+
+def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Score one model on one task, or measure its held-out loss."""
+    started = time.monotonic()
+    if config.task is None:
+        facts = _measure_loss(config, inputs, output, work)
+    elif config.task.eval:
+        facts = _write(output, _ask(config, config.task, inputs, work), {})
+    elif config.task.source:
+        facts = _write(output, *_ask_through_harness(config, config.task, inputs, work))
+    else:
+        model = load(inputs["weights"], config.precision, work.runtime.device)
+        task = config.task
+        samples = harness.shipped(
+            model, task.lm_eval, task.metric, task.few_shot, task.limit, work.runtime.eval_batch, _items(work)
+        )
+        facts = _write(output, samples, {})
+    return {**facts, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    loss = heldout_loss(
+        inputs["weights"],
+        inputs["tokens"],
+        inputs["plan"],
+        config.precision,
+        work.runtime,
+        lambda done, total: work.tell(done, total, "sequences"),
+    )
+    (output / "scores.json").write_text(json.dumps(asdict(loss)))
+    return {"heldout_tokens": sum(loss.tokens)}
+
+
+def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) -> list[Sample]:
+    """An eval of our own: its examples, answered through plain transformers, scored by it."""
+    chosen = evals.load(task.eval)
+    examples = chosen.examples(_read(inputs["rows"], task), task.options)
+    model = load(inputs["weights"], config.precision, work.runtime.device)
+    prompts = [model.prompt(example.question) for example in examples]
+    answers = generate(
+        model,
+        prompts,
+        task.max_new_tokens,
+        task.stop,
+        work.runtime.eval_batch,
+        lambda done: work.tell(done, len(prompts), "items"),
+    )
+    return [
+        Sample("", i, e.question, e.target, answer, task.eval, chosen.score(e, answer, task.options))
+        for i, (e, answer) in enumerate(zip(examples, answers, strict=True))
+    ]
+
+
+def _ask_through_harness(
+    config: Measure, task: Task, inputs: Mapping[str, Path], work: Work
+) -> tuple[list[Sample], dict[str, Json]]:
+    """The same rows through lm-eval; what it answered is scored a second time by our own exact match."""
+    harness.require()
+    own = evals.load(EXACT_MATCH)
+    examples = own.examples(_read(inputs["rows"], task), task.options)
+    model = load(inputs["weights"], config.precision, work.runtime.device)
+    samples = harness.exact_match(
+        model,
+        examples,
+        task.options,
+        task.max_new_tokens,
+        task.stop,
+        work.runtime.eval_batch,
+        work.folder / "harness",
+        _items(work),
+    )
+    agreeing = sum(
+        own.score(example, sample.answer, task.options) == sample.score
+        for example, sample in zip(examples, samples, strict=True)
+    )
+    shown = [
+        Sample("", s.item, e.question, e.target, s.answer, s.metric, s.score)
+        for e, s in zip(examples, samples, strict=True)
+    ]
+    return shown, {"scored_twice": len(samples), "agreeing": agreeing}
+
+
+def _items(work: Work) -> harness.Answered:
+    return lambda done, total: work.tell(done, total, "requests")
+
+
+def _read(folder: Path, task: Task) -> Iterable[evals.Row]:
+    """The first `limit` rows of the source, shard by shard. Raises UserError when there are none, or at a bad one."""
+    rows = list(_first(_all_rows(folder), task.limit))
+    if not rows:
+        raise UserError(f"evaluate.tasks: the source {task.source!r} holds no rows, so there is nothing to ask")
+    return rows
+
+
+def _first(rows: Iterator[evals.Row], limit: int | None) -> Iterator[evals.Row]:
+    for number, row in enumerate(rows):
+        if number == limit:
+            return
+        yield row
+
+
+def _all_rows(folder: Path) -> Iterator[evals.Row]:
+    for path in sorted(folder.glob("*/*/rows.*")):
+        name = path.relative_to(folder).as_posix()
+        for place, row in read_rows(path, name):
+            if isinstance(row, BadRow):
+                raise UserError(f"{name} {place}: {row}")
+            yield f"{name} {place}", row
+
+
+def _write(output: Path, samples: Sequence[Sample], agreement: Mapping[str, Json]) -> Facts:
+    """`samples.jsonl` line by line, `scores.json` as the means of the (leaf) tasks."""
+    with (output / "samples.jsonl").open("w") as file:
+        for sample in samples:
+            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+    means: dict[str, Json] = {}
+    for task in dict.fromkeys(sample.task for sample in samples):
+        scores = [sample.score for sample in samples if sample.task == task]
+        metric = next(sample.metric for sample in samples if sample.task == task)
+        means[task] = {"metric": metric, "n": len(scores), "value": sum(scores) / len(scores)}
+    (output / "scores.json").write_text(json.dumps({"tasks": means, **agreement}, indent=1))
+    return {"items": len(samples), **agreement}
+
+
+def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
+    """The evals whose versions enter the key: those asked for, and exact match where a source is scored twice."""
+    tasks = config.tasks.values() if isinstance(config, EvaluateConfig) else [config.task] if config.task else []
+    names = {task.eval or EXACT_MATCH for task in tasks if task.source}
+    return {f"eval:{name}": evals.load(name).version for name in sorted(names)}
+
+
+STAGE = Stage(
+    name="evaluate",
+    artifact="scores",
+    version=1,
+    config=EvaluateConfig,
+    run=run,
+    parts=parts,
+    part=Measure,
+    plugins=plugins,
+    libraries=("lm_eval", "torch", "transformers"),
+)

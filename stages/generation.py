@@ -1,0 +1,113 @@
+"""A language model for evaluating: loading it, and greedy answers in batches through plain transformers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.errors import UserError
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights and tokenizer, on their device, in evaluation mode."""
+
+    network: Any
+    """A transformers causal language model."""
+    tokenizer: Any
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template to ask through."""
+        return bool(self.tokenizer.chat_template)
+
+    def prompt(self, question: str) -> str:
+        """The question as the model expects it: through its chat template when it has one, else as it stands."""
+        if not self.chats:
+            return question
+        turns = [{"role": "user", "content": question}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+@lru_cache(maxsize=1)
+def load(folder: Path, precision: Precision, device: Literal["auto", "cpu", "cuda"], packed: bool = False) -> Model:
+    """The model of a local Hugging Face folder. The last one is kept: a model's parts follow one another.
+
+    A `packed` model takes the batches of `packing.collate` and cannot generate. Nothing is looked up on a network.
+    Raises UserError when the folder holds no loadable model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from packing.attention import implementation
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=implementation(device, config) if packed else None,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model to evaluate does not load: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Model(network.to(device).eval(), tokenizer)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch: int,
+    answered: Callable[[int], None],
+) -> list[str]:
+    """Greedy answers in the order of `prompts`, each cut at its first stop string; `answered` hears how many are done.
+
+    Longest prompts first, so that a batch holds prompts of like length and memory peaks at once; prompts longer than
+    the model's context lose their beginning.
+    """
+    import torch
+    from transformers import StopStringCriteria
+
+    tokenizer, network = model.tokenizer, model.network
+    begins_with_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+    ids = [tokenizer(text, add_special_tokens=not begins_with_bos)["input_ids"] for text in prompts]
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), prompts[i]))
+    context = getattr(network.config, "max_position_embeddings", None)
+    criteria = [StopStringCriteria(tokenizer, list(stop))] if stop else []
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        padded = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
+        if context is not None:
+            padded = {name: tensor[:, -(context - max_new_tokens) :] for name, tensor in padded.items()}
+        with torch.inference_mode():
+            made = network.generate(
+                **{name: tensor.to(network.device) for name, tensor in padded.items()},
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=criteria,
+            )
+        texts = tokenizer.batch_decode(made[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = _cut(text, stop)
+        answered(start + len(chosen))
+    return answers
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    for term in stop:
+        text = text.split(term)[0]
+    return text

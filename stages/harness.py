@@ -1,0 +1,255 @@
+"""Scoring one model with lm-eval: on rows of our own, or on a task that lm-eval ships.
+
+Rows of our own become a task of lm-eval: a YAML file beside a Parquet file, exact match on generated text. Parquet,
+because JSON readers guess types, and a target such as 2024-01-01 must stay text.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+from stages.evals import Example, Options
+from stages.generation import Model
+from stages.identity import Json
+
+SEED = 0
+"""Of Python's, numpy's and torch's generators and of lm-eval's choice of few-shot examples."""
+
+OWN_TASK = "rows"
+
+Answered = Callable[[int, int], None]
+"""Hears how many requests are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item that lm-eval asked and scored."""
+
+    task: str
+    """Name of the leaf task: a group such as `mmlu` has many."""
+    item: int
+    question: str
+    target: str
+    answer: str
+    metric: str
+    score: float
+
+
+def require() -> None:
+    """Raise UserError when lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError("evaluate.tasks needs lm-eval, which is not installed: pip install 'regrow[evaluate]'")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError, with the nearest names, for a task that lm-eval does not ship. Reads its index: some seconds."""
+    require()
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks if names else []
+    for name in names:
+        _refuse_unknown(name, known)
+
+
+def _refuse_unknown(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = ", ".join(get_close_matches(name, known, 3, cutoff=0.5)) or "none is near"
+        raise UserError(f"evaluate.tasks: lm-eval has no task {name!r}. Nearest names: {near}")
+
+
+def exact_match(
+    model: Model,
+    examples: Sequence[Example],
+    options: Options,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch: int,
+    folder: Path,
+    answered: Answered,
+) -> list[Sample]:
+    """lm-eval's exact match on our own items, in their order. `folder` receives the task's two files."""
+    require()
+    from lm_eval.tasks import TaskManager
+
+    _write_task(folder, examples, options, max_new_tokens, stop)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return _samples(model, manager, OWN_TASK, "exact_match", None, None, batch, answered)
+
+
+def _write_task(
+    folder: Path, examples: Sequence[Example], options: Options, max_new_tokens: int, stop: Sequence[str]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    fold = str.lower if options.ignore_case else str
+    columns = {"question": [e.question for e in examples], "target": [fold(e.target) for e in examples]}
+    pa.parquet.write_table(pa.table(columns), folder / "rows.parquet")
+    # lm-eval's own ignore_case and ignore_punctuation run before white space is stripped and cut some Unicode text
+    # short; a filter and patterns say the same without that.
+    patterns = ["\0", *([r"[!-/:-@\[-`{-~]"] if options.ignore_punctuation else []), r"^\s+|\s+$"]
+    task = {
+        "task": OWN_TASK,
+        "dataset_path": "parquet",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "rows.parquet")},
+            "cache_dir": str(folder / "datasets"),
+        },
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "question",
+        "doc_to_target": "target",
+        "generation_kwargs": {"until": list(stop), "do_sample": False, "max_gen_toks": max_new_tokens},
+        "filter_list": [
+            {
+                "name": "none",
+                "filter": [
+                    *([{"function": "lowercase"}] if options.ignore_case else []),
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": False,
+                "ignore_punctuation": False,
+                "regexes_to_ignore": patterns,
+            }
+        ],
+    }
+    (folder / "rows.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+
+
+def shipped(
+    model: Model,
+    name: str,
+    metric: str,
+    few_shot: int | None,
+    limit: int | None,
+    batch: int,
+    answered: Answered,
+) -> list[Sample]:
+    """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item.
+
+    Raises UserError for an unknown name or metric, and when the task's data cannot be had.
+    """
+    require()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    _refuse_unknown(name, manager.all_tasks)
+    return _samples(model, manager, name, metric, few_shot, limit, batch, answered)
+
+
+def _samples(
+    model: Model,
+    manager: Any,
+    name: str,
+    metric: str,
+    few_shot: int | None,
+    limit: int | None,
+    batch: int,
+    answered: Answered,
+) -> list[Sample]:
+    import lm_eval
+    import numpy as np
+    import torch
+
+    try:
+        found = manager.load([name])
+    except Exception as error:
+        # Loading a task builds its data set, with whatever error the Hub, the network or its script raises.
+        raise UserError(
+            f"evaluate.tasks: lm-eval's task {name!r} does not load ({type(error).__name__}: {error}). Most of its "
+            "tasks download their data: check the network, or ask for rows of your own with `source:`"
+        ) from error
+    for task in found["tasks"].values():
+        if few_shot is not None:
+            task.set_config(key="num_fewshot", value=few_shot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    results = lm_eval.evaluate(
+        lm=_language_model(model, batch, answered),
+        task_dict=found,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=model.chats,
+        fewshot_as_multiturn=model.chats,
+    )
+    return [sample for task, logged in sorted(results["samples"].items()) for sample in _chosen(task, logged, metric)]
+
+
+def _language_model(model: Model, batch: int, answered: Answered) -> Any:
+    """lm-eval's wrapper of a transformers model, with a count of finished requests."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):  # type: ignore[misc]
+        """Counts where HFLM has one place a batch passes through, whatever its kind."""
+
+        done = total = 0
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            self.total += len(requests)
+            return list(super().generate_until(requests, disable_tqdm=True))
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            self.total += len(requests)
+            return super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            made = super()._model_generate(context, *args, **kwargs)
+            self._count(len(context))
+            return made
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self._count(len(inps))
+            return logits
+
+        def _count(self, batch: int) -> None:
+            self.done = min(self.total, self.done + batch)
+            answered(self.done, self.total)
+
+    return Counting(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch)
+
+
+def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> list[Sample]:
+    """One sample an item: lm-eval logs one a filter, and the task's first filter counts."""
+    first = logged[0]
+    numeric = [m for m in first["metrics"] if isinstance(first[m], int | float)]
+    if metric and metric not in numeric:
+        raise UserError(f"evaluate.tasks: {task} has no metric {metric!r} with a number an item, but {numeric}")
+    if not numeric:
+        raise UserError(f"evaluate.tasks: {task} has no metric with a number an item, only {first['metrics']}")
+    name = metric or numeric[0]
+    return sorted(
+        (
+            Sample(
+                task=task,
+                item=int(sample["doc_id"]),
+                question=str(sample["arguments"][0][0]),
+                target=str(sample["target"]),
+                answer=str(sample["filtered_resps"][0]),
+                metric=name,
+                score=float(sample[name]),
+            )
+            for sample in logged
+            if sample["filter"] == first["filter"]
+        ),
+        key=lambda sample: sample.item,
+    )
