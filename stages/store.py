@@ -111,12 +111,15 @@ class Store:
     ) -> Artifact:
         """Store a folder's files as what the action made; return the artifact that stands afterwards.
 
-        If somebody else committed first, theirs is returned and ours forgotten, unless `replace` (a forced run,
-        regrowth): then the old manifest moves to `superseded/`. The folder is used up: its files may become the
-        store's own (hard links) and turn read-only. Raises UserError for files that cannot be stored.
+        If somebody else committed first, theirs is returned and ours forgotten, unless blobs of it are gone or
+        `replace` is set (a forced run, regrowth): then the old manifest moves to `superseded/`. The folder is used
+        up: its files may become the store's own (hard links) and turn read-only. Raises UserError for files that
+        cannot be stored.
         """
         if not replace and (winner := self.find(action.stage, action.key)) is not None:
-            return winner
+            if not self._lacking(winner.tree):
+                return winner
+            replace = True
         try:
             tree = tree_of(folder)
             check_paths(tree)
@@ -146,8 +149,6 @@ class Store:
     ) -> Artifact:
         """Store an artifact made of others: their files under their names. No bytes move. Raises BadBlob when a
         part's blob is gone; the part has to grow back first."""
-        if not replace and (winner := self.find(action.stage, action.key)) is not None:
-            return winner
         tree = join(part.tree.under(name) for name, part in parts.items())
         check_paths(tree)
         bad = self._lacking(tree)

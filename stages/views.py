@@ -15,6 +15,7 @@ import errno
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,6 +104,21 @@ def intact(cache: Path, path: Path, file: File) -> bool:
 def quarantine(objects: Objects, sha256: str) -> None:
     """Move a blob out of the way, for people to look at."""
     objects.move(blob_path(sha256), f"quarantine/{sha256}-{time.time_ns()}")
+
+
+def sweep(cache: Path, before: float, delete: bool) -> tuple[int, int]:
+    """Views that nobody asked for since `before`, and what only they use: how many things and bytes go."""
+    folders = [folder for folder in (cache / "views").glob("*") if folder.stat().st_mtime < before]
+    links = Counter(path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file())
+    files = [path for kind in ("blobs", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()]
+    stats = {path: path.stat() for path in files}
+    going = {p: s for p, s in stats.items() if s.st_mtime < before and s.st_nlink == 1 + links[s.st_ino]}
+    if delete:
+        for folder in folders:
+            remove_folder(folder)
+        for path in going:
+            path.unlink(missing_ok=True)
+    return len(folders) + len(going), sum(found.st_size for found in going.values())
 
 
 def remove_folder(folder: Path) -> None:

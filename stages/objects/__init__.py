@@ -13,6 +13,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -68,8 +69,9 @@ class Objects(Protocol):
     def list(self, prefix: str) -> Iterator[Entry]:
         """All objects under `prefix`, which ends with a slash. For sweeping and history, never for look-ups."""
 
-    def delete(self, path: str) -> None:
-        """Remove an object if it is there."""
+    def delete(self, path: str, before: float = inf) -> bool:
+        """Remove an object that was last written before that time. Return whether it went. (On S3 an object written
+        between the look and the removal goes too.)"""
 
     def move(self, path: str, target: str) -> None:
         """Give an object another path, if it is there."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from uuid import uuid4
 
@@ -87,7 +88,8 @@ class FolderObjects:
                 os.utime(aside)
                 with aside.open("rb") as file:
                     os.fsync(file.fileno())
-                self._replace(aside, self.root / path)
+                with self._locked():
+                    self._replace(aside, self.root / path)
             finally:
                 aside.unlink(missing_ok=True)
 
@@ -108,9 +110,13 @@ class FolderObjects:
                 if entry is not None:
                     yield entry
 
-    def delete(self, path: str) -> None:
+    def delete(self, path: str, before: float = inf) -> bool:
         with clear_errors(self.root), self._locked():
-            (self.root / path).unlink(missing_ok=True)
+            found = self.stat(path)
+            if found is None or found.modified >= before:
+                return False
+            (self.root / path).unlink()
+            return True
 
     def move(self, path: str, target: str) -> None:
         with clear_errors(self.root), self._locked(), suppress(FileNotFoundError):
@@ -121,7 +127,7 @@ class FolderObjects:
         found = [entry for entry in self.list("tmp/") if entry.modified < before]
         if remove:
             for entry in found:
-                self.delete(entry.path)
+                self.delete(entry.path, before)
         return len(found)
 
     def _aside(self) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -83,10 +84,13 @@ class MemoryObjects:
             if entry is not None:
                 yield entry
 
-    def delete(self, path: str) -> None:
+    def delete(self, path: str, before: float = inf) -> bool:
         with _LOCK:
-            if self._fs.isfile(self._path(path)):
-                self._fs.rm_file(self._path(path))
+            found = self.stat(path)
+            if found is None or found.modified >= before:
+                return False
+            self._fs.rm_file(self._path(path))
+            return True
 
     def move(self, path: str, target: str) -> None:
         with _LOCK:

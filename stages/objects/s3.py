@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,8 +122,13 @@ class S3Objects:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def delete(self, path: str) -> None:
+    def delete(self, path: str, before: float = inf) -> bool:
+        if before < inf:
+            found = self.stat(path)
+            if found is None or found.modified >= before:
+                return False
         self._call("delete_object", Key=self._key(path))
+        return True
 
     def move(self, path: str, target: str) -> None:
         source, goal = (f"{self.bucket}/{self._key(p)}" for p in (path, target))

