@@ -75,7 +75,10 @@ def load(path: Path, settings: Sequence[str] = ()) -> Loaded:
     for setting in settings:
         value = _with_setting(value, setting)
     overridden = {s.partition("=")[0] for s in settings}
-    return Loaded(recipe=check(value, document, str(path), overridden), text=text, path=str(path))
+    recipe = check(value, document, str(path), overridden)
+    # With settings the file no longer says what runs, and what is recorded and published must.
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True) if settings else text
+    return Loaded(recipe=recipe, text=text, path=str(path))
 
 
 def check(value: Any, document: Document, name: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]

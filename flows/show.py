@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -39,7 +40,9 @@ def _show_runs(store: Store, console: Console, as_json: bool) -> None:
     table = _table("run", "recipe", "status", "written (UTC)", "made")
     for record in records:
         made = [s for s, a in record["stages"].items() if a["made"]]
-        table.add_row(record["run"], record["recipe"], record["status"], record["written"], ", ".join(made) or "nothing")
+        table.add_row(
+            record["run"], record["recipe"], record["status"], record["written"], ", ".join(made) or "nothing"
+        )
     console.print(table)
 
 
@@ -68,15 +71,15 @@ def _artifact_named(store: Store, prefix: str) -> Artifact:
     stage, _, digits = prefix.rpartition("/")
     if len(digits) < 4 or not all(c in "0123456789abcdef" for c in digits):
         raise UserError(f"{prefix}: no run is called so, and a key is at least 4 hexadecimal digits; see `regrow show`")
-    found = [
-        (s, key) for s, key, _ in store.manifests() if key.startswith(digits) and (not stage or s == stage)
-    ]
+    found = [(s, key) for s, key, _ in store.manifests() if key.startswith(digits) and (not stage or s == stage)]
     if len(found) != 1:
         told = "no artifact's key starts so" if not found else f"{len(found)} keys start so; give more digits"
         raise UserError(f"{prefix}: {told}")
     artifact = store.find(*found[0])
     if artifact is None:
-        raise UserError(f"{prefix}: its manifest is damaged and was moved to quarantine/; its stage grows back when run")
+        raise UserError(
+            f"{prefix}: its manifest is damaged and was moved to quarantine/; its stage grows back when run"
+        )
     return artifact
 
 
@@ -122,3 +125,43 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def show_gc(store: Store, delete: bool, days: float, console: Console, as_json: bool) -> None:
+    """Collect garbage, or only say what would go."""
+    report = collect(store, delete=delete, run_days=days)
+    if as_json:
+        console.print_json(json.dumps(asdict(report)))
+        return
+    table = _table("stage", "kept", "bytes", "goes", "bytes")
+    for stage in sorted({*report.kept, *report.swept}):
+        kept, swept = report.kept.get(stage), report.swept.get(stage)
+        cells = [f"{t.count:,}" if t else "0" for t in (kept, swept)]
+        sizes = [f"{t.size:,}" if t else "0" for t in (kept, swept)]
+        table.add_row(stage, cells[0], sizes[0], cells[1], sizes[1])
+    console.print(table)
+    word = "deleted" if delete else "would go"
+    for folder, tally in report.freed.items():
+        if tally.count:
+            console.print(f"{folder}: {tally.count:,} {word} ({tally.size:,} bytes)")
+    for ref in report.dangling:
+        console.print(f"[yellow]ref {escape(ref)} names nothing that this store holds[/]")
+    if not delete:
+        console.print("nothing was deleted: this was a dry run, add --delete")
+
+
+def show_verify(store: Store, deep: bool, console: Console, as_json: bool) -> int:
+    """Check the store; return the exit code: 0, or 1 when something cannot be read back."""
+    report = verify(store, deep=deep)
+    if as_json:
+        console.print_json(json.dumps({**asdict(report), "problems": [p._asdict() for p in report.problems]}))
+    else:
+        how = "digests checked" if deep else "sizes checked; --deep reads every byte"
+        console.print(
+            f"{report.artifacts:,} artifacts, {report.blobs.count:,} blobs, {report.blobs.size:,} bytes ({how})"
+        )
+        for problem in report.problems:
+            console.print(f"[red]✗[/] {escape(problem.artifact)} {escape(problem.path)}: {escape(problem.reason)}")
+        if report.problems:
+            console.print("what is damaged grows back when it is next read")
+    return 1 if report.problems else 0
