@@ -1,0 +1,172 @@
+"""Attention that starts afresh at every document of a packed batch.
+
+`register()` gives transformers an implementation called "regrow" through its `AttentionInterface`; load a model with
+`attn_implementation=implementation(device, config)` and pass the batches of `packing.collate`. No model is patched:
+transformers hands the boundaries (`cu_seq_lens_q`) from the model's arguments through to the attention function, and
+builds no mask for an implementation that it knows no mask for.
+
+On a GPU in 16-bit this is one variable-length kernel (`torch.nn.attention.varlen`). Elsewhere each document is a call
+of scaled dot product attention: its cost is the sum of squared document lengths, against the square of the sum for one
+call with a mask (SmolLM2's 9 heads, 2,048 tokens in documents of 60: a fifth of the time, forward and backward).
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+__all__ = ["implementation", "register"]
+
+NAME = "regrow"
+
+KERNEL_INDEX_LIMIT = 2**31
+"""FlashAttention-2's backward pass indexes a buffer of (tokens + 128 * documents) * heads * head size, the head size
+rounded up to 32, with 32-bit integers; beyond that it reads foreign memory."""
+
+
+def register() -> None:
+    """Make "regrow" known to transformers. Calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+
+
+def implementation(device: "str | torch.device", config: Any = None) -> str:
+    """The attention implementation to load a model with, for packed batches: "regrow", on every device.
+
+    Two kinds of models, known by their `config`, get "eager", whose mask transformers builds from `position_ids`:
+    those with chunked attention (Llama 4), which tell the attention function nothing of their chunks, and old ones that
+    do not take an attention function at all. Whether that isolates documents is for `packing.isolation` to say.
+    """
+    register()
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return "eager" if chunked or not _takes_functions(config) else NAME
+
+
+def _takes_functions(config: Any) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return model is None or bool(model._can_set_attn_implementation())
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document; the signature is transformers' `AttentionInterface`.
+
+    `query` is [1, heads, T, head size], `key` and `value` may have fewer heads; the result is [1, T, heads, head
+    size]. A `sliding_window` of w lets a token see itself and the w - 1 before it. `softcap` bounds the scores and
+    `s_aux` [heads] are attention sinks.
+
+    Raises ValueError for what it would get wrong: no boundaries, more than one row, a mask, attention that is not
+    causal, or a batch beyond the kernel's index range.
+    """
+    kind = type(module).__name__
+    if cu_seq_lens_q is None:
+        raise ValueError(f"{kind} does not pass `cu_seq_lens_q` to its attention function: packing cannot isolate it")
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(f"{kind}: a packed batch is one row [1, T], without attention mask and without cache")
+    if not getattr(module, "is_causal", True) or kwargs.get("position_bias") is not None:
+        raise ValueError(f"{kind} is not plain causal attention: packing cannot isolate it")
+    plain = softcap is None and s_aux is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
+    if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        assert max_length_q is not None, "packing.collate gives max_length_q"
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    inner = cu_seq_lens_q[1:-1].tolist()
+    parts = zip(*(each.tensor_split(inner, dim=2) for each in (query, key, value)), strict=True)
+    blocks = [
+        _explicit(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
+        if softcap is not None or s_aux is not None
+        else _block(q, k, v, scaling, dropout, sliding_window)
+        for q, k, v in parts
+        if q.shape[2]
+    ]
+    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """[1, T, heads, head size] All documents in one kernel. `longest` may be more than the longest document."""
+    _, heads, tokens, size = query.shape
+    index = (tokens + 128 * (len(boundaries) - 1)) * heads * (-(-size // 32) * 32)
+    if index >= KERNEL_INDEX_LIMIT:
+        raise ValueError(
+            f"{tokens} tokens in {len(boundaries) - 1} documents with {heads} heads are beyond the attention kernel's "
+            "index range: lower the micro-batch or pack.max_documents"
+        )
+    # From torch 2.12 the kernel wants to be told of fewer key heads; before, it takes them without being asked.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, **grouped)
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
+    """[1, heads, t, head size] One document."""
+    mask = _visible(q, window) if window is not None and window < q.shape[2] else None
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[1, heads, t, head size] One document with capped scores (softcap * tanh(score / softcap)) or with attention
+    sinks (one more score a head that takes its share of the softmax and gives nothing)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(q, window), torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
+    return F.dropout(weights, dropout) @ v
+
+
+def _visible(q: Tensor, window: int | None) -> Tensor:
+    """[t, t] Which keys (columns) each query sees."""
+    size = q.shape[2]
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    return causal if window is None else causal.triu(1 - window)

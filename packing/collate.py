@@ -1,0 +1,211 @@
+"""From a plan to a batch: read packed sequences out of memory-mapped token files and lay them side by side.
+
+    bins = PackedBins(tokens, plan)
+    batch = collate([bins[i] for i in bins.step(0)])
+    model(**batch)
+
+A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut at document boundaries (see
+`packing.attention`), so rows would only add padding.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["IGNORED", "Bin", "PackedBins", "collate"]
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+CACHED_BATCHES = 1024
+"""Opened record batches kept a file: views into the memory map, a few kilobytes each."""
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One packed sequence."""
+
+    ids: NDArray[Any]
+    """[tokens] uint16 or uint32."""
+    labels: NDArray[np.int64]
+    """[tokens] The token's own id where it is trained, else -100: unshifted, as Hugging Face models expect. The first
+    token of a document is never trained, as its prediction would come from the document before."""
+    lengths: NDArray[np.int64]
+    """[documents] Tokens in each document."""
+
+
+class PackedBins:
+    """The packed sequences of a plan: `len(bins)` of them, `bins[i]` reads one.
+
+    `tokens` and `plan` are the folders that the stages tokenize and pack wrote; `heldout` picks the held-out rows
+    instead of the training rows. Opening reads a few numbers; token files are memory-mapped when first touched. Can be
+    sent to another process.
+    """
+
+    def __init__(self, tokens: Path, plan: Path, heldout: bool = False) -> None:
+        self._arguments = (tokens, plan, heldout)
+        description = json.loads((plan / "plan.json").read_text())
+        self.sequence_length: int = description["sequence_length"]
+        self.global_batch: int = description["global_batch"]
+        self.max_documents: int = description["max_documents"]
+        """The most documents in any bin of the plan."""
+        prefix = "heldout_" if heldout else ""
+        self._documents = _Table(plan / f"{prefix}documents.arrow")
+        self._bins = _Table(plan / f"{prefix}bins.arrow")
+        self.lengths: NDArray[np.int64] = self._bins.column("length")
+        """[bins] Tokens in each bin."""
+        self.trained: NDArray[np.int64] = self._bins.column("trained")
+        """[bins] Trained tokens in each bin: what a loss is normalised by, known without reading tokens."""
+        self._shards = [_Table(tokens / shard["path"] / "tokens.arrow") for shard in description["shards"]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __reduce__(self) -> tuple[type["PackedBins"], tuple[Path, Path, bool]]:
+        return PackedBins, self._arguments
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in one pass over the bins."""
+        return -(-len(self) // self.global_batch)
+
+    def step(self, number: int) -> range:
+        """The bins of one optimizer step, costliest first; `packing.plan.deal` shares them out to ranks."""
+        if not 0 <= number < self.steps:
+            raise IndexError(f"step {number} of {self.steps}")
+        return range(number * self.global_batch, min((number + 1) * self.global_batch, len(self)))
+
+    def __getitem__(self, number: int) -> Bin:
+        if not 0 <= number < len(self):
+            raise IndexError(f"bin {number} of {len(self)}")
+        batch, place = self._bins.locate(number)
+        ids: list[NDArray[Any]] = []
+        labels: list[NDArray[np.int64]] = []
+        for document in batch.lists["documents"].row(place).tolist():
+            document_ids, document_labels = self._read(document)
+            ids.append(document_ids)
+            labels.append(document_labels)
+        lengths = np.array([len(part) for part in ids], np.int64)
+        return Bin(np.concatenate(ids), np.concatenate(labels), lengths)
+
+    def _read(self, document: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        batch, place = self._documents.locate(document)
+        shard, row, start, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "start", "length"))
+        tokens, token_place = self._shards[shard].locate(row)
+        ids = tokens.lists["ids"].row(token_place)[start : start + length]
+        labels = np.full(length, IGNORED, np.int64)
+        for begin, end in batch.lists["trained"].row(place).tolist():
+            labels[begin:end] = ids[begin:end]
+        labels[0] = IGNORED
+        return ids, labels
+
+
+def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None = None) -> dict[str, Any]:
+    """One flat batch of T tokens, where T is the bins' total rounded up to `pad_to_multiple`.
+
+    Returns what a transformers model takes: `input_ids`, `labels` and `position_ids` (int64 `[1, T]`; positions start
+    at 0 in every document), `cu_seq_lens_q` = `cu_seq_lens_k` (int32 `[boundaries]` on the CPU, where each document
+    begins and the last ends), and `max_length_q` = `max_length_k` (the longest document, rounded up to a power of two).
+
+    For shapes that never change (compiled models), pass `pad_to_multiple = bins * sequence_length` and
+    `documents = bins * max_documents`: then T and the boundaries, `documents + 2` of them, are fixed. Padding is one
+    more document with label -100; unused boundaries repeat T, which makes empty documents.
+    """
+    lengths = np.concatenate([each.lengths for each in bins])
+    total = int(lengths.sum())
+    padding = -total % pad_to_multiple
+    if padding or documents is not None:
+        lengths = np.append(lengths, padding)
+    if documents is not None:
+        if len(lengths) > documents + 1:
+            raise ValueError(f"{len(lengths) - 1} documents do not fit into a batch made for {documents}")
+        lengths = np.append(lengths, np.zeros(documents + 1 - len(lengths), np.int64))
+    ends = np.cumsum(lengths)
+    positions = np.arange(total + padding) - np.repeat(ends - lengths, lengths)
+    positions[total:] = 0  # a model with learned positions may have fewer of them than there is padding
+    boundaries = torch.from_numpy(np.append(0, ends).astype(np.int32))
+    longest = 1 << (int(lengths.max()) - 1).bit_length()
+    return {
+        "input_ids": _flat([each.ids for each in bins], padding, 0),
+        "labels": _flat([each.labels for each in bins], padding, IGNORED),
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _flat(parts: list[NDArray[Any]], padding: int, fill: int) -> Tensor:
+    """[1, T] The parts and then the padding, as int64."""
+    return torch.from_numpy(np.concatenate([*parts, np.full(padding, fill)]).astype(np.int64))[None]
+
+
+class _Lists(NamedTuple):
+    """A list column: row r is `values[offsets[r]:offsets[r + 1]]`; a range is a pair, so `values` may be [n, 2]."""
+
+    offsets: NDArray[np.int32]
+    values: NDArray[Any]
+
+    def row(self, number: int) -> NDArray[Any]:
+        return self.values[self.offsets[number] : self.offsets[number + 1]]
+
+
+class _Batch(NamedTuple):
+    """The columns of one record batch that this module reads, as NumPy arrays."""
+
+    numbers: dict[str, NDArray[Any]]
+    lists: dict[str, _Lists]
+
+
+class _Table:
+    """Rows of an Arrow file by number, a record batch at a time. All its batches but the last have the same size."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader: Any = None
+        self._batch = lru_cache(CACHED_BATCHES)(self._load)
+
+    def _open(self) -> Any:
+        if self._reader is None:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
+            self._size = self._reader.get_batch(0).num_rows if self._reader.num_record_batches else 0
+        return self._reader
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """A whole column of numbers."""
+        values = self._open().read_all().column(name).to_numpy()
+        return np.asarray(values, np.int64)
+
+    def locate(self, row: int) -> tuple[_Batch, int]:
+        """The batch that holds a row, and the row's place in it."""
+        self._open()
+        number, place = divmod(row, self._size)
+        return self._batch(number), place
+
+    def _load(self, number: int) -> _Batch:
+        batch = self._open().get_batch(number)
+        numbers: dict[str, NDArray[Any]] = {}
+        lists: dict[str, _Lists] = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if pa.types.is_integer(column.type):
+                numbers[name] = column.to_numpy()
+            elif name != "spans" and pa.types.is_list(column.type):
+                lists[name] = _Lists(column.offsets.to_numpy(), _values(column.values))
+        return _Batch(numbers, lists)
+
+
+def _values(values: Any) -> NDArray[Any]:
+    """A list column's values: numbers as they are, ranges as [n, 2]."""
+    if pa.types.is_struct(values.type):
+        return np.stack([values.field("start").to_numpy(), values.field("end").to_numpy()], axis=1)
+    return np.asarray(values.to_numpy())
