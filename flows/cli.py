@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import screen
-from flows.execute import StageFailed, following
-from flows.plan import Plan, make_plan
-from flows.recipe import Loaded, Recipe, load
+from flows.execute import StageFailed
+from flows.plan import make_plan
+from flows.recipe import Recipe, load
 from flows.run import Run, start
 from stages.child import Suspended
 from stages.errors import UserError
@@ -69,20 +69,20 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: make what is not there yet, in a Prefect flow."""
+    from flows.local import Selection, finish, run_plan
+
     this = _start(recipe, settings, store, runtime)
     plan = make_plan(this, selectors or (), exclude or (), force or (), strict)
-    if as_json and (dry_run or not plan.to_run):
-        print(screen.plan_json(plan))
-    elif not as_json:
+    if not as_json:
         screen.show_plan(console, plan)
+    elif dry_run:
+        print(screen.plan_json(plan))
     if dry_run:
         return
-    from flows.local import finish, run_plan  # Prefect is imported in there, and only when something runs
-
-    if plan.to_run:
-        forced = [s.stage for s in plan.steps if s.state == "runs" and s.artifact is None and s.reason.startswith("forced")]
-        run_plan(this, plan, forced, console, as_json)
-    raise typer.Exit(finish(this, plan, console, as_json))
+    selection = Selection(selectors or (), exclude or (), force or (), strict)
+    quiet = Console(quiet=True) if as_json else console
+    dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
+    raise typer.Exit(finish(this, selection, dashboard, console, as_json))
 
 
 @app.command("plan")
@@ -131,14 +131,18 @@ def schema() -> None:
 
 def schema_text() -> str:
     """The recipe's JSON schema as it stands in `docs/recipe.schema.json`."""
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=2)
+    return json.dumps(
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=2
+    )
 
 
 @app.command()
 def gc(
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Really delete; without it only the report is shown.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Really delete; without it only the report is shown.")
+    ] = False,
     days: Annotated[float, typer.Option("--days", min=0, help="Runs younger than this keep what they used.")] = 30.0,
     as_json: AsJson = False,
 ) -> None:
@@ -162,7 +166,7 @@ def verify(
 
 
 def _start(recipe: Path, settings: list[str] | None, store: str | None, runtime_file: Path | None) -> Run:
-    loaded: Loaded = load(recipe, settings or ())
+    loaded = load(recipe, settings or ())
     runtime = _runtime(store, runtime_file)
     return start(loaded, runtime, _open(runtime))
 

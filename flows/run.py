@@ -33,6 +33,8 @@ class Run:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     """The stages this run made, rather than found."""
+    production: str | None = None
+    """Version of the production ref when the run started: it moves only if it still has this one."""
 
     @property
     def name(self) -> str:
@@ -71,6 +73,7 @@ class Run:
                 "text": self.loaded.text,
                 "status": status,
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "production": self.production,
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": {
                     s: {"key": a.key, "digest": a.digest, "action": a.action, "made": s in self.made}
@@ -90,12 +93,15 @@ class Run:
 
 def start(loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None) -> Run:
     """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it."""
-    fetch = stage_named("fetch")
     if record is not None:
-        return Run(record["run"], loaded, runtime, store, [_part(p) for p in record["parts"]])
+        parts = [_part(p) for p in record["parts"]]
+        return Run(record["run"], loaded, runtime, store, parts, production=record["production"])
+    fetch = stage_named("fetch")
     assert fetch.parts is not None
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    return Run(f"{stamp}-{secrets.token_hex(3)}", loaded, runtime, store, list(fetch.parts(loaded.recipe.fetch, {})))
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    ref = store.read_ref(f"{loaded.recipe.name}/production")
+    parts = list(fetch.parts(loaded.recipe.fetch, {}))
+    return Run(run_id, loaded, runtime, store, parts, production=ref.version if ref else None)
 
 
 def _part_json(part: Part) -> dict[str, Json]:

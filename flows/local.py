@@ -1,0 +1,141 @@
+"""Runs a plan from the command line: the Prefect flow in this process, followed on the terminal, then the summary.
+
+Only a plan with something to run starts Prefect.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flows.execute import following
+from flows.plan import Plan, make_plan
+from flows.run import Run
+from flows.screen import Screen
+from flows.settle import Outcome, settle
+from stages.identity import Json
+
+EXIT_GATE = 4
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which stages, as the command line said it."""
+
+    selectors: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    force: Sequence[str] = ()
+    strict: bool = False
+
+
+def run_plan(run: Run, selection: Selection, console: Console) -> str:
+    """Run the `finetune` flow; return the line that tells how to see it again. Raises what a stage raises."""
+    from flows.server import serving
+
+    run.record("started")
+    screen = Screen(console)
+    with serving() as api:
+        # Prefect reads its settings when it is imported, so not before there is a server.
+        from flows.finetune import finetune
+
+        logging.getLogger("prefect").propagate = False
+        console.print(f"[dim]dashboard: {api.url.removesuffix('/api')}[/]")
+        with following(screen.follower()):
+            try:
+                state = finetune(
+                    run.loaded.recipe,
+                    run.runtime,
+                    list(selection.selectors),
+                    list(selection.exclude),
+                    list(selection.force),
+                    selection.strict,
+                    run.id,
+                    return_state=True,
+                )
+                state.result()
+            finally:
+                screen.stop()
+        return api.where(state.state_details.flow_run_id)
+
+
+def finish(run: Run, selection: Selection, dashboard: str, console: Console, as_json: bool) -> int:
+    """Look at the destination and refs, print the summary, return the exit code."""
+    plan = make_plan(run, selection.selectors, selection.exclude)
+    publishes = plan.step("publish").state == "cached"
+    outcome = settle(run) if publishes else None
+    if as_json:
+        console.print_json(json.dumps(_summary(run, plan, outcome, dashboard)))
+    else:
+        _print_summary(run, outcome, dashboard, console)
+    return EXIT_GATE if outcome and not outcome.passed else 0
+
+
+def _summary(run: Run, plan: Plan, outcome: Outcome | None, dashboard: str) -> dict[str, Json]:
+    stages = {s.stage: {"state": s.state, "key": s.key} for s in plan.steps}
+    scores = run.artifacts["publish"].facts["scores"] if outcome else None
+    return {
+        "run": run.id if dashboard else None,
+        "stages": stages,
+        "scores": scores,
+        "outcome": outcome.__dict__ if outcome else None,
+        "dashboard": dashboard,
+    }
+
+
+def _print_summary(run: Run, outcome: Outcome | None, dashboard: str, console: Console) -> None:
+    if outcome is not None:
+        console.print()
+        console.print(_scores(run.artifacts["publish"].facts["scores"]))
+        _print_outcome(run, outcome, console)
+    if dashboard:
+        console.print(f"dashboard  {escape(dashboard)}", soft_wrap=True)
+    else:
+        console.print("nothing to do" if outcome is None or not outcome.arrived else "nothing to make; delivered again")
+
+
+def _scores(scores: Json) -> Table:
+    """Base against tuned, with 95 % intervals."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("score", no_wrap=True)
+    for name in ("n", "base", "tuned"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("difference (95 %)", justify="right", no_wrap=True)
+    for task, told in scores["tasks"].items():
+        table.add_row(f"{task} {told['metric']}", str(told["n"]), *(_interval(told[m], 100) for m in _MODELS))
+    if loss := scores["heldout_loss"]:
+        table.add_row("heldout loss", f"{loss['tokens']:,}", *(_interval(loss[m], 1) for m in _MODELS))
+    return table
+
+
+_MODELS = ("base", "tuned", "difference")
+
+
+def _interval(value: Json, scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    middle, low, high = (f"{scale * value[end]:.{digits}f}" for end in ("value", "low", "high"))
+    return f"{middle} [{low}, {high}]"
+
+
+def _print_outcome(run: Run, outcome: Outcome, console: Console) -> None:
+    mark = "[green]passed[/]" if outcome.passed else "[red]not passed[/]"
+    console.print(f"gate       {mark}: {escape('; '.join(outcome.reasons))}", soft_wrap=True)
+    if outcome.to:
+        console.print(f"model      {escape(_shown(outcome.to))}", soft_wrap=True)
+        console.print(f"report     {escape(_shown(outcome.to))}/README.md", soft_wrap=True)
+    told = {
+        "moved": f"{run.name}/production now names this model",
+        "stands": f"{run.name}/production names this model",
+        "elsewhere": f"{run.name}/production names another model and was left alone",
+        "untouched": "",
+    }[outcome.production]
+    if told:
+        console.print(f"ref        {told}")
+
+
+def _shown(place: str) -> str:
+    return place if "://" in place else str(Path(place))
