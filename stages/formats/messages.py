@@ -1,0 +1,111 @@
+"""OpenAI's chat format: `{"messages": [{"role", "content", ...}], "tools": [...]}`.
+
+A turn may also carry `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, and its own training flag: `train`
+(true or false) or, as OpenAI's fine-tuning files say it, `weight` (1 or 0).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from stages.formats import BadRow, Conversation, Format, Options, Turn, list_at, object_at, text_at
+from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
+
+
+def convert(row: Mapping[str, Any], options: Options) -> Conversation:
+    """One row to one conversation. Raises BadRow."""
+    field = options.name("messages")
+    turns = [turn(message, f"{field}[{i}]", options) for i, message in enumerate(list_at(row, field))]
+    return Conversation(turns, tools(row.get(options.name("tools")), options.name("tools")))
+
+
+def turn(message: Any, place: str, options: Options) -> Turn:
+    """One message of the list. Raises BadRow."""
+    message = object_at(message, place)
+    role = options.role(message.get(options.name("role")), f"{place}.{options.name('role')}")
+    calls = tool_calls(message.get(options.name("tool_calls")), f"{place}.{options.name('tool_calls')}")
+    field = options.name("content")
+    content = message.get(field)
+    if isinstance(content, list):
+        content = "".join(part_text(part, f"{place}.{field}[{i}]") for i, part in enumerate(content))
+    if content is None and calls is None:
+        raise BadRow("missing field", f"{place}.{field} is missing: expected text, or tool_calls")
+    if content is not None and not isinstance(content, str):
+        raise BadRow("wrong type", f"{place}.{field} must be text or a list of text parts")
+    return Turn(
+        role,
+        content,
+        train=flag(message, place, options),
+        reasoning=text_at(message, options.name("reasoning_content"), f"{place}.", optional=True) or None,
+        tool_calls=calls,
+        name=text_at(message, "name", f"{place}.", optional=True) or None,
+        tool_call_id=text_at(message, "tool_call_id", f"{place}.", optional=True) or None,
+    )
+
+
+def part_text(part: Any, place: str) -> str:
+    """The text of one content part. Raises BadRow for pictures, sound and the like."""
+    part = object_at(part, place)
+    if part.get("type", "text") != "text":
+        raise BadRow("content that is not text", f"{place}.type is {part.get('type')!r}: only text parts can be read")
+    return text_at(part, "text", f"{place}.")
+
+
+def flag(message: Mapping[str, Any], place: str, options: Options) -> int:
+    """The turn's own training flag as TRAIN_*. Raises BadRow."""
+    for name in ("train", "weight"):
+        value = message.get(options.name(name))
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise BadRow("wrong type", f"{place}.{options.name(name)} is {value!r}: expected true, false, 1 or 0")
+        return TRAIN_YES if value else TRAIN_NO
+    return TRAIN_UNSET
+
+
+def tool_calls(value: Any, place: str) -> list[dict[str, Any]] | None:
+    """Tool calls with `arguments` as an object, whichever way the row has them. None when there are none."""
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"{place} must be a list of tool calls")
+    return [tool_call(call, f"{place}[{i}]") for i, call in enumerate(value)]
+
+
+def tool_call(value: Any, place: str) -> dict[str, Any]:
+    """One call, `{"function": {"name", "arguments"}}` or without the envelope. Raises BadRow."""
+    value = object_at(value, place)
+    call = object_at(value.get("function", value), f"{place}.function")
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise BadRow("tool call is not JSON", f"{place}.arguments is not JSON: {error}") from error
+    object_at(arguments, f"{place}.arguments")
+    function = {"name": text_at(call, "name", f"{place}."), "arguments": arguments}
+    identity = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+    return {**identity, "type": "function", "function": function}
+
+
+def tools(value: Any, place: str) -> list[Any] | None:
+    """The tools on offer: a list, or a list written as JSON text. Raises BadRow."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRow("tools are not JSON", f"{place} is not JSON: {error}") from error
+    if value is None or value == "" or value == []:
+        return None
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"{place} must be a list of tools")
+    return [object_at(tool, f"{place}[{i}]") for i, tool in enumerate(value)]
+
+
+FORMAT = Format(
+    version=1,
+    convert=convert,
+    fields=frozenset(
+        {"messages", "tools", "role", "content", "train", "weight", "reasoning_content", "tool_calls"},
+    ),
+)

@@ -1,0 +1,129 @@
+"""Reading the rows of one shard, whatever file they came in: JSON Lines, JSON, CSV, Parquet or Arrow.
+
+Everything but `.json` streams. A row that cannot be read comes out as a `BadRow` in its place, so that the reader
+decides whether to stop there.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+from stages.formats import BadRow
+
+Row = dict[str, Any]
+Place = str
+"""Where a row stands in its file, for people: `line 17` or `row 17`, counted from 1."""
+
+
+def read_rows(path: Path, name: str) -> Iterator[tuple[Place, Row | BadRow]]:
+    """The rows of a file in order. `name` is what messages call it.
+
+    Raises UserError when the file as a whole cannot be read.
+    """
+    try:
+        yield from _READERS[path.suffix](path)
+    except _Unreadable as error:
+        raise UserError(f"{name}{error}") from error
+
+
+class _Unreadable(Exception):
+    """The file as a whole is not what its suffix says. The text goes after the file's name."""
+
+
+def _jsonl(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Row | BadRow:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"is not UTF-8 text: {error}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadRow("not JSON", f"is not JSON: {error}")
+    return row if isinstance(row, dict) else BadRow("not an object", "is not an object: expected {...}")
+
+
+def _json(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if data.startswith(b"{"):  # many a .json holds JSON Lines
+        yield from _jsonl(path)
+        return
+    try:
+        rows = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _Unreadable(f" is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise _Unreadable(" holds no list of rows: expected [{...}, ...] or one {...} a line")
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row if isinstance(row, dict) else BadRow("not an object", "is not an object")
+
+
+def _csv(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                place = f"line {reader.line_num}"
+                if None in row or None in row.values():
+                    width = len(reader.fieldnames or ())
+                    yield place, BadRow("wrong number of columns", f"has not the {width} columns of the header")
+                else:
+                    yield place, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise _Unreadable(f", line {reader.line_num}: is not CSV in UTF-8: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _numbered(batch for batch in file.iter_batches(batch_size=1024))
+    except pa.ArrowInvalid as error:
+        raise _Unreadable(f" is not Parquet: {error}") from error
+
+
+def _arrow(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                file = pa.ipc.open_file(source)
+            except pa.ArrowInvalid:  # the datasets library writes the stream form
+                source.seek(0)
+                yield from _numbered(pa.ipc.open_stream(source))
+            else:
+                yield from _numbered(file.get_batch(i) for i in range(file.num_record_batches))
+    except pa.ArrowInvalid as error:
+        raise _Unreadable(f" is not Arrow: {error}") from error
+
+
+def _numbered(batches: Iterator[Any]) -> Iterator[tuple[Place, Row | BadRow]]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[Place, Row | BadRow]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+
+SUFFIXES = ", ".join(_READERS)
+"""The file types that can be read, for messages."""

@@ -1,0 +1,20 @@
+"""Where data and models come from: one file a kind of source.
+
+Each has a `resolve...`, which looks and must be quick, and a `bring...(found, where, output, work)`, which makes one
+part's files out of what was found. Heavy libraries are imported only while bringing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from stages.identity import Json
+
+
+@dataclass(frozen=True)
+class Found:
+    """One thing that a source resolved to."""
+
+    identity: Mapping[str, Json]
+    """What it is: digests, sizes, commits, versions, never a place. Enters the key."""
+    where: Mapping[str, Json] = field(default_factory=dict)
+    """Where it is. Never enters the key."""

