@@ -12,31 +12,46 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from stages import formats, templates
+from stages import formats, rendering, templates
 from stages.formats import BadRow, Conversation, Options
 from stages.identity import Tree
+from stages.rendering import NO_TURN, Rendered, Span, Template
 from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 from stages.tables import BATCH_ROWS, CONVERSATIONS, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, SPAN
-from stages.templates import NO_TURN, Rendered, Span, Template, Tokenizer
-
-Role = Literal["system", "user", "assistant", "tool", "function_call"]
+from stages.tokenizer_files import Tokenizer, read_tokenizer
 
 PLACES = 10
 """Bad rows listed by place, for each reason."""
 
 
+def _known_format(name: str) -> str:
+    formats.find(name)
+    return name
+
+
+def _known_template(name: str) -> str:
+    if name != "tokenizer" and "{" not in name:
+        templates.find(name)
+    return name
+
+
+FormatName = Annotated[str, AfterValidator(_known_format)]
+TemplateName = Annotated[str, AfterValidator(_known_template)]
+Role = Literal["system", "user", "assistant", "tool", "function_call"]
+
+
 class ConvertPart(StageConfig):
     """How the rows of one source are read."""
 
-    format: str = "messages"
+    format: FormatName = "messages"
     """What the rows look like: alpaca, completion, messages or sharegpt."""
-    template: str = "tokenizer"
+    template: TemplateName = "tokenizer"
     """The chat template: `tokenizer` for the model's own, a named one such as `chatml`, or Jinja text."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Field names that differ from the format's: `{messages: dialogue}`."""
@@ -47,16 +62,26 @@ class ConvertPart(StageConfig):
     date: datetime.date | None = None
     """The date that a chat template gets when it asks for today's."""
 
+    @model_validator(mode="after")
+    def _known_fields(self) -> "ConvertPart":
+        known = formats.find(self.format).fields
+        for field in self.fields:
+            if field not in known:
+                near = difflib.get_close_matches(field, known, 1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ValueError(f"fields: {self.format} has no {field!r}, only {', '.join(sorted(known))}.{hint}")
+        return self
+
 
 class ConvertOverride(StageConfig):
     """Settings of one source that differ from the section's."""
 
-    format: str | None = None
+    format: FormatName | None = None
     """As `convert.format`."""
-    template: str | None = None
+    template: TemplateName | None = None
     """As `convert.template`."""
     fields: dict[str, str] | None = None
-    """As `convert.fields`."""
+    """As `convert.fields`; not inherited by a source with a format of its own."""
     roles: dict[str, Role] | None = None
     """As `convert.roles`."""
     bad_rows: Literal["error", "drop"] | None = None
@@ -73,65 +98,45 @@ class ConvertConfig(ConvertPart):
 
     def of(self, source: str) -> ConvertPart:
         """The settings of one source."""
-        own = self.sources[source].model_dump(exclude_none=True) if source in self.sources else {}
-        return ConvertPart.model_validate({**self.model_dump(exclude={"sources"}), **own})
+        override = self.sources.get(source, ConvertOverride())
+        own = override.model_dump(exclude_none=True)
+        inherited = self.model_dump(exclude={"sources"} | ({"fields"} if override.format else set()))
+        return ConvertPart.model_validate({**inherited, **own})
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> "ConvertConfig":
+        for source in self.sources:
+            self.of(source)
+        return self
 
 
 def parts(config: ConvertConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
-    """One part a shard of `rows`. Raises UserError for settings that no source or format can have."""
-    shards = sorted({"/".join(file.path.split("/")[:2]) for file in inputs["rows"].files})
-    sources = {shard.split("/")[0] for shard in shards}
-    for name in config.sources:
-        if name not in sources:
-            raise UserError(f"convert.sources.{name}: no such source in fetch.data.{_meant(name, sources)}")
-    settings = {source: _checked(config.of(source), source) for source in sources}
+    """One part a shard of `rows`, with the settings of its own source only."""
+    shards = sorted({file.path.rpartition("/")[0] for file in inputs["rows"].files})
     return [
         Part(
             name=shard,
-            config=settings[shard.split("/")[0]].model_dump(mode="json"),
+            config=config.of(shard.partition("/")[0]).model_dump(mode="json"),
             inputs={"rows": inputs["rows"].folder(shard), "tokenizer": inputs["tokenizer"]},
         )
         for shard in shards
     ]
 
 
-def _checked(part: ConvertPart, source: str) -> ConvertPart:
-    format_ = formats.find(part.format)
-    for field in part.fields:
-        if field not in format_.fields:
-            known = ", ".join(sorted(format_.fields))
-            raise UserError(
-                f"convert.fields.{field} ({source}): {part.format} has no such field, only {known}."
-                f"{_meant(field, format_.fields)}"
-            )
-    if part.template not in ("tokenizer", *templates.NAMED) and "{" not in part.template:
-        known = ", ".join(["tokenizer", *templates.NAMED])
-        raise UserError(
-            f"convert.template is {part.template!r}: expected one of {known}, or Jinja text."
-            f"{_meant(part.template, templates.NAMED)}"
-        )
-    return part
-
-
-def _meant(name: str, choices: Any) -> str:
-    near = difflib.get_close_matches(name, list(choices), 1)
-    return f" Did you mean {near[0]}?" if near else ""
-
-
 def plugins(config: ConvertPart) -> Mapping[str, int]:
     """The formats and named templates that a config uses, with their versions."""
     used = [config, *(config.of(name) for name in config.sources)] if isinstance(config, ConvertConfig) else [config]
     found = {f"format:{part.format}": formats.find(part.format).version for part in used}
-    named = {part.template: templates.NAMED[part.template][0] for part in used if part.template in templates.NAMED}
-    return {**found, **{f"template:{name}": version for name, version in named.items()}}
+    named = {part.template for part in used} & set(templates.names())
+    return {**found, **{f"template:{name}": templates.find(name).version for name in sorted(named)}}
 
 
 def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Convert one shard. Raises UserError naming file and row at the first bad one, or drops and counts them."""
     source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
-    tokenizer = templates.read_tokenizer(inputs["tokenizer"])
+    tokenizer = read_tokenizer(inputs["tokenizer"])
     template = (
-        templates.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
+        rendering.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
     )
     (path,) = inputs["rows"].glob("rows.*")
     counts = _Counts(source["name"], config.bad_rows)
@@ -200,7 +205,7 @@ def _converted(
                 raise row
             conversation = convert(row, options)
             digest = identity(conversation)
-            rendered = templates.render(template, conversation) if template else plain(tokenizer, conversation)
+            rendered = rendering.render(template, conversation) if template else plain(tokenizer, conversation)
         except BadRow as error:
             counts.bad(place, error)
             continue
@@ -235,7 +240,7 @@ def plain(tokenizer: Tokenizer, conversation: Conversation) -> Rendered:
         (turn.content, ORIGIN_CONTENT, 0),
         (end, ORIGIN_END, 0),
     ]
-    return Rendered("".join(text for text, _, _ in pieces), templates.spans(pieces, conversation.turns), [])
+    return Rendered("".join(text for text, _, _ in pieces), rendering.spans(pieces, conversation.turns), [])
 
 
 def _without_end(spans: list[Span]) -> int:
@@ -272,4 +277,5 @@ STAGE = Stage(
     parts=parts,
     part=ConvertPart,
     plugins=plugins,
+    libraries=("jinja2",),
 )

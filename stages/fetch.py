@@ -185,4 +185,5 @@ STAGE = Stage(
     parts=parts,
     part=FetchPart,
     resolves=True,
+    libraries=("transformers", "huggingface-hub", "datasets", "reasoning-gym"),
 )

@@ -111,7 +111,7 @@ def find(name: str) -> Format:
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"convert.format is {name!r}: expected one of {', '.join(names())}.{hint}")
+        raise UserError(f"there is no format {name!r}: expected one of {', '.join(names())}.{hint}")
     found = importlib.import_module(f"{__name__}.{name}").FORMAT
     assert isinstance(found, Format), f"stages/formats/{name}.py must define FORMAT"
     return found

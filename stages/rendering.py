@@ -1,34 +1,22 @@
-"""Chat templates: the tokenizer's own or a named one, rendered once per conversation with exact spans.
+"""Rendering: a conversation through a chat template, once, with the origin of every byte.
 
 `load` compiles a template in a sandbox set up like the one of Hugging Face's transformers, so the text is the same.
 The data goes in as `Traced` strings (see `stages/traced.py`), so the render itself tells data and template apart.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
-from stages import sandbox, traced
+from stages import sandbox, templates, traced
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Turn
 from stages.tables import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
+from stages.tokenizer_files import Tokenizer
 from stages.traced import TEMPLATE, Untraceable
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-NAMED: Mapping[str, tuple[int, str]] = {"chatml": (1, CHATML)}
-"""Templates a recipe can name instead of the tokenizer's own: (version, Jinja text)."""
-
 
 NO_TURN = -1
 
@@ -55,21 +43,6 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
-    """What convert needs to know of a tokenizer, read from its files alone."""
-
-    template: str | None
-    variables: dict[str, str]
-    """Named tokens (`bos_token`, `eos_token`, ...), which templates may use."""
-    special: tuple[str, ...]
-    """Texts of the special tokens."""
-    added: tuple[str, ...]
-    """Texts of all tokens that are matched before the text is split."""
-    prefix: str
-    """What the tokenizer itself puts before a plain text (a begin token), else empty."""
-
-
-@dataclass(frozen=True)
 class Template:
     """A compiled template with what was learned about it."""
 
@@ -85,60 +58,8 @@ class Template:
     """Texts that end a turn."""
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Read a tokenizer's files. Raises UserError when `tokenizer.json` is not there."""
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            "the model has no tokenizer.json: save one with transformers' AutoTokenizer.from_pretrained(...)"
-            ".save_pretrained(...) beside its weights"
-        )
-    tokenizer = _json(folder / "tokenizer.json")
-    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-    variables = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
-    }
-    added = tokenizer.get("added_tokens") or []
-    return Tokenizer(
-        template=_own_template(folder, config.get("chat_template")),
-        variables=variables,
-        special=tuple(token["content"] for token in added if token["special"]),
-        added=tuple(token["content"] for token in added),
-        prefix=_prefix(tokenizer.get("post_processor")),
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def _own_template(folder: Path, configured: Any) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    if isinstance(configured, list):  # several named ones, as older tokenizers have
-        configured = {entry["name"]: entry["template"] for entry in configured}.get("default")
-    return configured if isinstance(configured, str) else None
-
-
-def _prefix(processor: Mapping[str, Any] | None) -> str:
-    if not processor:
-        return ""
-    if processor["type"] == "Sequence":
-        return "".join(_prefix(part) for part in processor["processors"])
-    if processor["type"] != "TemplateProcessing":
-        return ""
-    texts = []
-    for piece in processor["single"]:
-        if "Sequence" in piece:
-            break
-        texts += processor["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
-    return "".join(texts)
-
-
 def load(tokenizer: Tokenizer, choice: str, today: date | None = None) -> Template:
-    """Compile the template `choice`: `tokenizer`, a name in `NAMED`, or Jinja text.
+    """Compile the template `choice`: `tokenizer`, a named one, or Jinja text.
 
     `today` is what the template gets when it asks for the date. Raises UserError when there is no such template, or
     when it cannot be compiled or does not render a plain question and answer.
@@ -151,7 +72,7 @@ def load(tokenizer: Tokenizer, choice: str, today: date | None = None) -> Templa
             )
         source = tokenizer.template
     else:
-        source = NAMED[choice][1] if choice in NAMED else choice
+        source = templates.find(choice).text if choice in templates.names() else choice
     try:
         compiled = sandbox.environment(today).from_string(source)
     except jinja2.TemplateSyntaxError as error:

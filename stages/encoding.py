@@ -1,0 +1,263 @@
+"""Encoding: text with spans to token ids with spans, exactly as Hugging Face's tokenizer would, except for forgeries.
+
+Control tokens are only those that the chat template wrote; their text in content is encoded as text. A token belongs
+to the span that holds its first byte. For byte-level vocabularies the first bytes come from the ids alone (cumulative
+byte lengths, checked by their sum row by row); every other row asks the tokenizer for its offsets.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stages.errors import UserError
+from stages.tables import ORIGIN_CONTENT
+
+Ids = npt.NDArray[np.uint32]
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer with what the fast path needs to know of it."""
+
+    settings: dict[str, Any]
+    """`tokenizer.json`, with control tokens marked special and without its post-processor."""
+    lengths: npt.NDArray[np.int64] | None
+    """Bytes of each id's text, for byte-level vocabularies without a normalizer that changes text."""
+    nfc: bool
+    """Whether text is brought into NFC first: `lengths` then hold only for text that already is."""
+    control: npt.NDArray[np.bool_]
+    """Whether an id is a control token."""
+
+    @cached_property
+    def matching(self) -> Any:
+        """The tokenizer as it is: control tokens are matched wherever they stand."""
+        return _tokenizer(self.settings)
+
+    @cached_property
+    def plain(self) -> tuple[Any, Any]:
+        """Tokenizers that read control tokens as text: for the start of a row, and for what follows a control token."""
+        first, rest = _tokenizer(self.settings), _tokenizer({**self.settings, **_without_prefix(self.settings)})
+        first.encode_special_tokens = rest.encode_special_tokens = True
+        return first, rest
+
+    @cached_property
+    def tokens(self) -> dict[str, dict[str, Any]]:
+        """The control tokens by their text, as `tokenizer.json` describes them."""
+        return {token["content"]: token for token in self.settings["added_tokens"] if token["special"]}
+
+    @cached_property
+    def pattern(self) -> "re.Pattern[str]":
+        """Matches the text of a control token, the longest at its place."""
+        return re.compile("|".join(re.escape(text) for text in sorted(self.tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def load(path: Path, control: Sequence[str]) -> Encoder:
+    """Read `tokenizer.json`. `control` are texts that are control tokens besides those that the file calls special."""
+    settings = json.loads(path.read_text("utf-8"))
+    settings["post_processor"] = settings["truncation"] = settings["padding"] = None
+    added = settings["added_tokens"] = settings.get("added_tokens") or []
+    for token in added:
+        token["special"] = token["special"] or token["content"] in control
+    vocabulary: dict[str, int] = _tokenizer(settings).get_vocab(with_added_tokens=True)
+    size = max(vocabulary.values()) + 1
+    flags = np.zeros(size, np.bool_)
+    flags[[token["id"] for token in added if token["special"]]] = True
+    normalizers = [step["type"] for step in _steps(settings.get("normalizer"), "normalizers")]
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(settings.get("pre_tokenizer"), "pretokenizers"))
+    lengths = None
+    if byte_level and normalizers in ([], ["NFC"]):
+        lengths = np.zeros(size, np.int64)
+        lengths[list(vocabulary.values())] = [len(text) for text in vocabulary]
+        for token in added:
+            lengths[token["id"]] = len(token["content"].encode())
+    return Encoder(settings, lengths, normalizers == ["NFC"], flags)
+
+
+def _tokenizer(settings: Mapping[str, Any]) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+
+def _steps(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    if not step:
+        return []
+    return [s for part in step[inner] for s in _steps(part, inner)] if step["type"] == "Sequence" else [step]
+
+
+def _without_prefix(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The pre-tokenizer without the space that some put before the first word of a text only."""
+
+    def changed(step: Any) -> Any:
+        if isinstance(step, dict):
+            step = {name: changed(value) for name, value in step.items()}
+            return {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
+        return [changed(item) for item in step] if isinstance(step, list) else step
+
+    return {"pre_tokenizer": changed(settings.get("pre_tokenizer"))}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as ids: `ids` and the byte at which each token starts in its row, flat; `counts` are tokens a row."""
+
+    ids: Ids
+    starts: Positions
+    counts: Positions
+    exact: int
+    """Rows that did not take the fast path."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of some rows, flat: bytes at which they start in their row, their origins, and how many a row has."""
+
+    starts: Positions
+    origins: npt.NDArray[np.uint8]
+    counts: Positions
+
+
+def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -> Encoded:
+    """Encode rows of `sizes` bytes. Raises UserError when a control token's text cannot be written as plain text."""
+    encodings = encoder.matching.encode_batch_fast(texts, add_special_tokens=False)
+    counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
+    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
+    slow = np.ones(len(texts), np.bool_)
+    starts = np.zeros(len(ids), np.int64)
+    token_rows = np.repeat(np.arange(len(texts)), counts)
+    if encoder.lengths is not None:
+        lengths = encoder.lengths[ids]
+        ends = np.cumsum(lengths)
+        totals = np.bincount(token_rows, weights=lengths, minlength=len(texts)).astype(np.int64)
+        slow = totals != sizes
+        if encoder.nfc:
+            slow |= np.fromiter((not unicodedata.is_normalized("NFC", text) for text in texts), np.bool_, len(texts))
+        starts = ends - lengths - np.repeat(np.cumsum(totals) - totals, counts)
+    first_token = np.cumsum(counts) - counts
+    first_span = np.cumsum(spans.counts) - spans.counts
+    for row in np.flatnonzero(slow):
+        here = slice(first_token[row], first_token[row] + counts[row])
+        starts[here] = _offsets(encoder.matching.encode(texts[row], add_special_tokens=False), texts[row])
+    forged = _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
+    if not len(forged):
+        return Encoded(ids, starts, counts, int(slow.sum()))
+    all_ids, all_starts = np.split(ids, first_token[1:]), np.split(starts, first_token[1:])
+    for row in forged:
+        here = slice(first_span[row], first_span[row] + spans.counts[row])
+        all_ids[row], all_starts[row] = encode_around(
+            encoder, texts[row], [*spans.starts[here].tolist(), int(sizes[row])], spans.origins[here].tolist()
+        )
+        counts[row] = len(all_ids[row])
+        slow[row] = True
+    return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()))
+
+
+def _offsets(encoding: Any, text: str) -> Positions:
+    """The byte at which each token starts, from the tokenizer's offsets, which count characters."""
+    starts = np.maximum.accumulate(_bytes(text, [start for start, _ in encoding.offsets]))
+    return np.minimum(starts, len(text.encode()) - 1)
+
+
+def _bytes(text: str, characters: Sequence[int]) -> Positions:
+    """Positions in characters as positions in UTF-8 bytes."""
+    found = np.array(characters, np.int64)
+    if text.isascii():
+        return found
+    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    return np.concatenate(([0], np.cumsum(widths)))[found]
+
+
+def _rows_with_forged(
+    encoder: Encoder, ids: Ids, starts: Positions, token_rows: Positions, sizes: Positions, spans: Spans
+) -> Positions:
+    """Rows where a control token was matched in text that did not come from the template alone."""
+    tokens = np.flatnonzero(encoder.control[ids])
+    if not len(tokens):
+        return tokens
+    base = np.cumsum(sizes) - sizes
+    span_starts = spans.starts + np.repeat(base, spans.counts)
+    content_before = np.concatenate(([0], np.cumsum(spans.origins == ORIGIN_CONTENT)))
+    rows = token_rows[tokens]
+    low = base[rows] + starts[tokens]
+    after = np.minimum(tokens + 1, len(ids) - 1)
+    last = (tokens + 1 == len(ids)) | (token_rows[after] != rows)
+    high = np.where(last, base[rows] + sizes[rows], base[rows] + starts[after])
+    first_span = np.searchsorted(span_starts, low, "right") - 1
+    last_span = np.searchsorted(span_starts, high - 1, "right") - 1
+    forged = content_before[last_span + 1] > content_before[first_span]
+    return np.unique(rows[forged])
+
+
+def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[int]) -> tuple[Ids, Positions]:
+    """Ids and first bytes of one row whose content holds the text of control tokens.
+
+    `bounds` are the spans' borders in bytes, from 0 to the end. Only control tokens inside the template's spans
+    become tokens; everything between two of them is encoded as plain text, the way the tokenizer itself goes on
+    after a control token.
+    """
+    data = text.encode()
+    ids: list[int] = []
+    starts: list[int] = []  # in characters
+    done = 0
+
+    def write(stop: int) -> None:
+        nonlocal done
+        if done < stop:
+            encoding = encoder.plain[done > 0].encode(text[done:stop], add_special_tokens=False)
+            if encoder.control[encoding.ids].any():
+                raise UserError(
+                    f"the tokenizer cannot write {text[done:stop][:60]!r} as plain text: it holds a control token"
+                )
+            ids.extend(encoding.ids)
+            starts.extend(done + start for start, _ in encoding.offsets)
+        done = max(done, stop)
+
+    for first, last in _template_ranges(bounds, origins):
+        low, high = len(data[:first].decode()), len(data[:last].decode())
+        for match in encoder.pattern.finditer(text, low, high):
+            token = encoder.tokens[match[0]]
+            start, stop = match.span()
+            if token["lstrip"]:
+                start = done + len(text[done:start].rstrip())
+            if token["rstrip"]:
+                stop = len(text) - len(text[stop:].lstrip())
+            write(start)
+            ids.append(token["id"])
+            starts.append(start)
+            done = stop
+    write(len(text))
+    return np.array(ids, np.uint32), _bytes(text, starts)
+
+
+def _template_ranges(bounds: list[int], origins: list[int]) -> Iterator[tuple[int, int]]:
+    """Byte ranges between contents, neighbouring spans joined."""
+    start = None
+    for at, origin in zip(bounds, [*origins, ORIGIN_CONTENT], strict=True):
+        if origin == ORIGIN_CONTENT:
+            if start is not None:
+                yield start, at
+            start = None
+        elif start is None:
+            start = at
+
+
+def carry(spans: Spans, sizes: Positions, encoded: Encoded) -> tuple[Positions, Positions]:
+    """Spans in bytes as spans in tokens (begin and end, in their rows): a token goes where its first byte is."""
+    base = np.cumsum(sizes) - sizes
+    token_starts = encoded.starts + np.repeat(base, encoded.counts)
+    first_token = np.cumsum(encoded.counts) - encoded.counts
+    begin = np.searchsorted(token_starts, spans.starts + np.repeat(base, spans.counts), "left")
+    end = np.append(begin[1:], len(token_starts))
+    row_start = np.repeat(first_token, spans.counts)
+    return begin - row_start, end - row_start

@@ -1,0 +1,13 @@
+"""ChatML: every turn between `<|im_start|>` and `<|im_end|>`, its role on the first line."""
+
+from stages.templates import Named
+
+TEMPLATE = Named(
+    version=1,
+    text=(
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+)

@@ -1,0 +1,76 @@
+"""What convert needs to know of a tokenizer, read from its files alone: no library is loaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What convert needs to know of a tokenizer, read from its files alone."""
+
+    template: str | None
+    variables: dict[str, str]
+    """Named tokens (`bos_token`, `eos_token`, ...), which templates may use."""
+    special: tuple[str, ...]
+    """Texts of the special tokens."""
+    added: tuple[str, ...]
+    """Texts of all tokens that are matched before the text is split."""
+    prefix: str
+    """What the tokenizer itself puts before a plain text (a begin token), else empty."""
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read a tokenizer's files. Raises UserError when `tokenizer.json` is not there."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            "the model has no tokenizer.json: save one with transformers' AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...) beside its weights"
+        )
+    tokenizer = _json(folder / "tokenizer.json")
+    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
+    variables = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+    }
+    added = tokenizer.get("added_tokens") or []
+    return Tokenizer(
+        template=_own_template(folder, config.get("chat_template")),
+        variables=variables,
+        special=tuple(token["content"] for token in added if token["special"]),
+        added=tuple(token["content"] for token in added),
+        prefix=_prefix(tokenizer.get("post_processor")),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _own_template(folder: Path, configured: Any) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    if isinstance(configured, list):  # several named ones, as older tokenizers have
+        configured = {entry["name"]: entry["template"] for entry in configured}.get("default")
+    return configured if isinstance(configured, str) else None
+
+
+def _prefix(processor: Mapping[str, Any] | None) -> str:
+    if not processor:
+        return ""
+    if processor["type"] == "Sequence":
+        return "".join(_prefix(part) for part in processor["processors"])
+    if processor["type"] != "TemplateProcessing":
+        return ""
+    texts = []
+    for piece in processor["single"]:
+        if "Sequence" in piece:
+            break
+        texts += processor["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
+    return "".join(texts)
