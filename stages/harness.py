@@ -4,6 +4,7 @@ Rows of our own become a task of lm-eval: a YAML file beside a Parquet file, exa
 because JSON readers guess types, and a target such as 2024-01-01 must stay text.
 """
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ SEED = 0
 """Of Python's, numpy's and torch's generators and of lm-eval's choice of few-shot examples."""
 
 OWN_TASK = "rows"
+
+UNFILTERED = "none"
+"""lm-eval's name for a task's answers when it extracts nothing from them."""
 
 Answered = Callable[[int, int], None]
 """Hears how many requests are done, and of how many."""
@@ -74,6 +78,8 @@ def exact_match(
 ) -> list[Sample]:
     """lm-eval's exact match on our own items, in their order. `folder` receives the task's two files."""
     require()
+    # Else the datasets library reports the reading of a local file to a server. It looks when it is imported.
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     from lm_eval.tasks import TaskManager
 
     _write_task(folder, examples, options, max_new_tokens, stop)
@@ -91,31 +97,28 @@ def _write_task(
     folder.mkdir(parents=True, exist_ok=True)
     fold = str.lower if options.ignore_case else str
     columns = {"question": [e.question for e in examples], "target": [fold(e.target) for e in examples]}
-    pa.parquet.write_table(pa.table(columns), folder / "rows.parquet")
-    # lm-eval's own ignore_case and ignore_punctuation run before white space is stripped and cut some Unicode text
-    # short; a filter and patterns say the same without that.
+    rows = folder / "rows.parquet"
+    pa.parquet.write_table(pa.table(columns), rows)
+    task = task_document(str(rows), str(folder / "datasets"), options, max_new_tokens, stop)
+    (folder / "rows.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+
+
+def task_document(rows: str, cache: str, options: Options, max_new_tokens: int, stop: Sequence[str]) -> dict[str, Json]:
+    """lm-eval's task over a Parquet file with the columns question and target (in lower case to ignore case)."""
+    # lm-eval's own ignore_case and ignore_punctuation run after the patterns, so white space next to punctuation would
+    # stay, and they cut off what grows when lowered (İ); a filter and patterns of ours say the same without that.
     patterns = ["\0", *([r"[!-/:-@\[-`{-~]"] if options.ignore_punctuation else []), r"^\s+|\s+$"]
-    task = {
+    lower = [{"function": "lowercase"}] if options.ignore_case else []
+    return {
         "task": OWN_TASK,
         "dataset_path": "parquet",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "rows.parquet")},
-            "cache_dir": str(folder / "datasets"),
-        },
+        "dataset_kwargs": {"data_files": {"test": rows}, "cache_dir": cache},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "question",
         "doc_to_target": "target",
         "generation_kwargs": {"until": list(stop), "do_sample": False, "max_gen_toks": max_new_tokens},
-        "filter_list": [
-            {
-                "name": "none",
-                "filter": [
-                    *([{"function": "lowercase"}] if options.ignore_case else []),
-                    {"function": "take_first"},
-                ],
-            }
-        ],
+        "filter_list": [{"name": UNFILTERED, "filter": [*lower, {"function": "take_first"}]}],
         "metric_list": [
             {
                 "metric": "exact_match",
@@ -127,7 +130,6 @@ def _write_task(
             }
         ],
     }
-    (folder / "rows.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
 
 
 def shipped(
@@ -244,7 +246,7 @@ def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> lis
                 item=int(sample["doc_id"]),
                 question=str(sample["arguments"][0][0]),
                 target=str(sample["target"]),
-                answer=str(sample["filtered_resps"][0]),
+                answer=str(sample["resps"][0][0] if sample["filter"] == UNFILTERED else sample["filtered_resps"][0]),
                 metric=name,
                 score=float(sample[name]),
             )

@@ -1,0 +1,131 @@
+"""The model card: what the model is, how it scored, what it was made from and how to load it, as Markdown."""
+
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from stages.compare import report
+from stages.identity import Json
+
+SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|ACCESS_KEY(_ID)?|API_KEY)$")
+"""Environment variables whose values must never be published."""
+SECRET_FORMS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bghp_[A-Za-z0-9]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|(?<=://)[^/\s@\"']+:[^/\s@\"']+(?=@)"
+    r"|(?<=[?&])(?:X-Amz-[A-Za-z]+|Signature|sig|token|access_token)=[^&\s\"']+",
+    re.IGNORECASE,
+)
+"""Tokens by their form, credentials before a host, and signatures in a URL's query."""
+
+
+def redacted(text: str) -> str:
+    """The text without anything that looks like, or is known from the environment as, a secret."""
+    for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):
+        if SECRET_NAMES.search(name.upper()) and len(value) >= 8:
+            text = text.replace(value, "[secret removed]")
+    return SECRET_FORMS.sub("[secret removed]", text)
+
+
+def card(
+    name: str,
+    recipe: str,
+    license: str,
+    scores: Json,
+    gate: Json,
+    data: str,
+    lineage: Mapping[str, Json],
+) -> str:
+    """The card's Markdown. `recipe` is the YAML text, `data` a Markdown summary of the data, `license` may be ""."""
+    parsed: Any = yaml.safe_load(recipe) or {}
+    base = base_model(parsed)
+    license = license or _license_of(parsed)
+    front: dict[str, Json] = {
+        **({"base_model": base} if base else {}),
+        **({"license": license} if license else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["regrow", *_method(parsed)],
+    }
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {name}
+
+{"Fine-tuned from `" + base + "`" if base else "Fine-tuned"} with regrow.
+
+## Scores
+
+{report(scores)}
+Gate: **{"passed" if gate["passed"] else "not passed"}**: {"; ".join(gate["reasons"])}.
+
+## How to load
+
+```python
+from transformers import pipeline
+chat = pipeline("text-generation", model=".")  # this folder, or its name on the Hub
+print(chat([{{"role": "user", "content": "Hello!"}}])[0]["generated_text"][-1]["content"])
+```
+
+## Data
+
+{data.strip()}
+
+## Lineage
+
+Keys say what was asked for, digests say what came out.
+
+{_lineage(lineage)}
+
+## Recipe
+
+```yaml
+{recipe.strip()}
+```
+"""
+
+
+def base_model(recipe: Mapping[str, Any]) -> str:
+    """What the recipe fine-tunes, as it may be published: a Hub name, a package, or a last path component."""
+    model = _section(_section(recipe, "fetch"), "model")
+    if model.get("hub"):
+        return str(model["hub"])
+    if model.get("package"):
+        return str(model["package"])
+    if model.get("url"):
+        return PurePosixPath(urlsplit(str(model["url"])).path).name
+    return PurePosixPath(str(model.get("path", ""))).name
+
+
+def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = recipe.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _license_of(recipe: Mapping[str, Any]) -> str:
+    """The licence of a base model that came as a Python package, from the package's own metadata; else ""."""
+    package = _section(_section(recipe, "fetch"), "model").get("package")
+    if not package:
+        return ""
+    try:
+        fields = metadata(str(package)).json
+    except PackageNotFoundError:
+        return ""
+    told = str(fields.get("license_expression") or fields.get("license") or "")
+    return told.lower() if re.fullmatch(r"[A-Za-z0-9.+-]{2,40}", told) else ""
+
+
+def _method(recipe: Mapping[str, Any]) -> list[str]:
+    train = _section(recipe, "train")
+    return [str(train[name]) for name in ("objective", "method") if train.get(name)]
+
+
+def _lineage(lineage: Mapping[str, Json]) -> str:
+    rows = [f"| {stage} | `{made['key'][:16]}` | `{made['digest'][:16]}` |" for stage, made in lineage.items()]
+    return "\n".join(["| stage | key | digest |", "| --- | --- | --- |", *rows])

@@ -1,0 +1,68 @@
+"""Delivers a published model to where people look for it: a folder, a bucket, the Hub.
+
+An index, `.regrow.json`, lists what was delivered, so that "is it there already?" costs milliseconds and so that only
+what regrow wrote is ever replaced. In a folder the new version appears at once, under its own name, or not at all; in
+a bucket the index is written last and says whether the rest is whole; on the Hub one commit holds everything.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.deliver.folder import deliver_to_folder, edited, local_index
+from stages.deliver.index import is_whole
+from stages.identity import Tree, join
+from stages.store import Store
+
+__all__ = ["deliver", "delivered", "delivery"]
+
+PRIVATE = ("merge.json", "samples.jsonl")
+"""What stays in the store: a check's figures, and answers that quote rows of the data."""
+
+
+def delivery(weights: Tree, card: Tree) -> Tree:
+    """What is delivered: the model's files and the card's. Of two with one name the card's counts."""
+    named = {file.path for file in card.files} | set(PRIVATE)
+    kept = Tree(tuple(file for file in weights.files if file.path not in named))
+    return join([kept, Tree(tuple(file for file in card.files if file.path not in PRIVATE))])
+
+
+def delivered(to: str, tree: Tree, options: Mapping[str, str] | None = None) -> bool:
+    """Whether exactly this is there already, by the index and, in a folder, by sizes and times. Hashes nothing."""
+    if to.startswith("hf://"):
+        from stages.deliver.hub import hub_index
+
+        return is_whole(hub_index(to), tree)
+    if "://" in to:
+        from stages.deliver.bucket import bucket_index, reach
+
+        return is_whole(bucket_index(*reach(to, options or {})), tree)
+    folder = _folder(to)
+    index = local_index(folder)
+    return is_whole(index, tree) and not edited(folder, index)
+
+
+def deliver(
+    to: str, tree: Tree, store: Store, *, private: bool = True, options: Mapping[str, str] | None = None
+) -> None:
+    """Put the tree's files there, replacing what regrow delivered earlier; nothing happens when it is there already.
+
+    `to` is a folder, an fsspec URL, or `hf://org/name` (`private` counts only there); `options` are for S3, as the
+    store's. Raises UserError when something else stands there, or when the place cannot be reached or written;
+    BadBlob when the store's bytes turn out damaged.
+    """
+    if delivered(to, tree, options):
+        return
+    if to.startswith("hf://"):
+        from stages.deliver.hub import deliver_to_hub
+
+        deliver_to_hub(to, tree, store.view(tree), private)
+    elif "://" in to:
+        from stages.deliver.bucket import deliver_to_bucket
+
+        deliver_to_bucket(to, tree, store, options or {})
+    else:
+        deliver_to_folder(_folder(to), tree, store.view(tree))
+
+
+def _folder(to: str) -> Path:
+    return Path(to).expanduser().absolute()

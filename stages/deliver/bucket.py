@@ -1,0 +1,72 @@
+"""Delivers to a bucket, or to whatever else fsspec reaches: the index comes last and says that the rest is whole."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from stages.deliver.index import INDEX, index_document, some
+from stages.errors import UserError
+from stages.identity import Json, Tree
+from stages.objects import blob_path
+from stages.store import Store
+
+
+def reach(to: str, options: Mapping[str, str]) -> tuple[Any, str]:
+    """The file system and the path in it."""
+    if to.startswith("s3://"):
+        from stages.objects.s3 import open_s3
+
+        return open_s3(to.removeprefix("s3://"), options).fs, to.removeprefix("s3://").strip("/")
+    import fsspec
+
+    try:
+        fs, root = fsspec.core.url_to_fs(to)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"publish.to: {to}: {error}") from error
+    return fs, str(root).rstrip("/")
+
+
+def bucket_index(fs: Any, root: str) -> Json:
+    """The index below `root`, or None. Raises UserError where it may not be read."""
+    try:
+        return json.loads(fs.cat_file(f"{root}/{INDEX}"))
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise UserError(f"publish.to: {root} cannot be read: {error}") from error
+
+
+def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, str]) -> None:
+    """Upload the tree's files, or have the server copy them where the store lies on it. Raises UserError."""
+    fs, root = reach(to, options)
+    old = bucket_index(fs, root)
+    if old is None and (foreign := [path for path in fs.find(root) if path.strip("/") != root.strip("/")]):
+        raise UserError(
+            f"publish.to: {to} holds files that regrow did not write ({some(foreign)}); choose another destination"
+        )
+    try:
+        _write_index(fs, root, index_document(tree, whole=False))
+        same_place = to.startswith("s3://") and store.url.startswith("s3://") and _same_server(fs, store)
+        view = None if same_place else store.view(tree)
+        for file in tree.files:
+            target = f"{root}/{file.path}"
+            if view is None:
+                fs.cp_file(f"{store.url.removeprefix('s3://')}/{blob_path(file.sha256)}", target)
+            else:
+                fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                fs.put_file(str(view / file.path), target)
+        for path in set(old["files"] if old else ()) - {file.path for file in tree.files}:
+            fs.rm_file(f"{root}/{path}")
+        _write_index(fs, root, index_document(tree))
+    except OSError as error:
+        raise UserError(f"publish.to: {to} cannot be written: {error}") from error
+
+
+def _same_server(fs: Any, store: Store) -> bool:
+    """Whether the store's bucket is reached as the destination is, so that the server itself can copy."""
+    return bool(getattr(store.objects, "fs", None) and store.objects.fs.endpoint_url == fs.endpoint_url)  # type: ignore[attr-defined]
+
+
+def _write_index(fs: Any, root: str, index: Json) -> None:
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe_file(f"{root}/{INDEX}", json.dumps(index, indent=1).encode())

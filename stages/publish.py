@@ -1,0 +1,91 @@
+"""publish: the model card with scores, gate, data and lineage; then the model where people look for it.
+
+`run` writes the card beside `scores.json`, `samples.jsonl`, `gate.json`, `recipe.yaml` and `lineage.json`. Delivering
+to `to` (`stages.deliver`) and moving the production ref (`promote`) follow outside, hit or not, and only when the gate
+passed: a failed gate is a result, not a crash.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from stages import compare, gate
+from stages.card import card, redacted
+from stages.gate import Gate
+from stages.identity import Json
+from stages.stage import Facts, Stage, StageConfig, Work
+from stages.store import Store
+
+
+class PublishConfig(StageConfig):
+    """Where the model goes, and what it must show first."""
+
+    to: str = ""
+    """A folder, an fsspec URL such as `s3://bucket/models/mine`, or `hf://org/name`. Empty: nowhere."""
+    private: bool = True
+    """Whether a repository made on the Hub is private."""
+    license: str = ""
+    """The licence the card names, e.g. `apache-2.0`; empty takes the base model's where it is known."""
+    gate: Gate = Field(default_factory=Gate)
+    """What the scores must show."""
+
+
+def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Write the card and decide the gate."""
+    scores = compare.compare(inputs["scores"])
+    decision = gate.decide(config.gate, scores)
+    recipe = str(work.where.get("recipe", ""))
+    lineage: dict[str, Json] = dict(work.where.get("lineage") or {})
+    text = card(
+        str(work.where.get("name", "model")),
+        recipe,
+        config.license,
+        scores,
+        decision,
+        _data(inputs["plan"]),
+        lineage,
+    )
+    documents = {
+        "scores.json": scores,
+        "gate.json": decision,
+        "lineage.json": {"run": work.where.get("run", ""), "stages": lineage},
+    }
+    texts = {"README.md": text, "recipe.yaml": recipe}
+    texts |= {name: json.dumps(document, indent=1) + "\n" for name, document in documents.items()}
+    for name, content in texts.items():
+        (output / name).write_text(redacted(content))
+    with (output / "samples.jsonl").open("w") as file:
+        for sample in compare.samples(inputs["scores"]):
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    return {**decision, "scores": scores}
+
+
+def _data(plan: Path) -> str:
+    """What was trained on, as the card tells it."""
+    numbers = json.loads((plan / "plan.json").read_text())
+    sources = sorted({shard["source"] for shard in numbers["shards"] if shard["split"] == "train"})
+    return (
+        f"{numbers['tokens']:,} tokens from {', '.join(sources) or 'no source'}, of which "
+        f"{numbers['trained_tokens']:,} trained, in {numbers['steps']:,} steps of {numbers['global_batch']} sequences "
+        f"of {numbers['sequence_length']:,} tokens."
+    )
+
+
+def promote(store: Store, name: str, model: Mapping[str, Json], compared: str | None) -> bool:
+    """Point `<name>/production` at a model whose gate passed; False when somebody moved it meanwhile.
+
+    `compared` is the version of the ref (None: there was none) when this model was compared with what it points to.
+    """
+    return store.swap_ref(f"{name}/production", compared, model)
+
+
+STAGE = Stage(
+    name="publish",
+    artifact="card",
+    version=1,
+    config=PublishConfig,
+    run=run,
+    locations=frozenset({"to", "private"}),
+)
