@@ -44,7 +44,7 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
         config.license,
         scores,
         decision,
-        _data(inputs["plan"]),
+        (inputs["plan"] / "report.md").read_text(),
         lineage,
     )
     documents = {
@@ -60,17 +60,6 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
         for sample in compare.samples(inputs["scores"]):
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
     return {**decision, "scores": scores}
-
-
-def _data(plan: Path) -> str:
-    """What was trained on, as the card tells it."""
-    numbers = json.loads((plan / "plan.json").read_text())
-    sources = sorted({shard["source"] for shard in numbers["shards"] if shard["split"] == "train"})
-    return (
-        f"{numbers['tokens']:,} tokens from {', '.join(sources) or 'no source'}, of which "
-        f"{numbers['trained_tokens']:,} trained, in {numbers['steps']:,} steps of {numbers['global_batch']} sequences "
-        f"of {numbers['sequence_length']:,} tokens."
-    )
 
 
 def promote(store: Store, name: str, model: Mapping[str, Json], compared: str | None) -> bool:

@@ -8,7 +8,7 @@ a bucket the index is written last and says whether the rest is whole; on the Hu
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.deliver.folder import deliver_to_folder, edited, local_index
+from stages.deliver.folder import deliver_to_folder, edited, local_index, sweep
 from stages.deliver.index import is_whole
 from stages.identity import Tree, join
 from stages.store import Store
@@ -50,6 +50,8 @@ def deliver(
     store's. Raises UserError when something else stands there, or when the place cannot be reached or written;
     BadBlob when the store's bytes turn out damaged.
     """
+    if "://" not in to:
+        sweep(_folder(to))
     if delivered(to, tree, options):
         return
     if to.startswith("hf://"):

@@ -88,12 +88,16 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside the destination, removed when done; what killed deliveries left there goes too."""
+def sweep(folder: Path) -> None:
+    """Remove what killed deliveries left beside the folder: half a new version, or the whole of an old one."""
     for left in folder.parent.glob(f".{folder.name}.delivery-*"):
         with suppress(OSError), _locked(left):
             shutil.rmtree(left)
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside the destination, removed when done."""
     aside = folder.parent / f".{folder.name}.delivery-{uuid4().hex}"
     aside.mkdir()
     try:

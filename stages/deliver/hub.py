@@ -62,11 +62,11 @@ def _api(to: str) -> Any:
 
 
 def _index(api: Any, name: str) -> Json:
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return json.loads(Path(api.hf_hub_download(name, INDEX)).read_text())
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None
     except Exception as error:
         raise _told(f"hf://{name}", error) from error

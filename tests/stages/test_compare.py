@@ -1,0 +1,96 @@
+"""Laying two models side by side: pairs, directions, leaf tasks, held-out loss, and the report's words."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from stages.compare import compare, report, samples
+from stages.intervals import newcombe
+
+
+def part(folder: Path, name: str, answers: Sequence[tuple[str, float]], task: str = "") -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    with (folder / name / "samples.jsonl").open("a") as file:
+        for item, (answer, score) in enumerate(answers):
+            line = {"task": task, "item": item, "question": f"q{item}", "target": "t", "metric": "exact_match"}
+            file.write(json.dumps({**line, "answer": answer, "score": score}) + "\n")
+    (folder / name / "scores.json").write_text(json.dumps({"tasks": {}, "scored_twice": 2, "agreeing": 2}))
+
+
+def loss(folder: Path, model: str, sums: list[float], tokens: list[int]) -> None:
+    (folder / model / "heldout_loss").mkdir(parents=True)
+    (folder / model / "heldout_loss/scores.json").write_text(json.dumps({"sums": sums, "tokens": tokens}))
+
+
+def test_a_gain_is_told_with_intervals_and_the_better_model(tmp_path: Path) -> None:
+    part(tmp_path, "base/spelling", [("no", 0.0)] * 38 + [("t", 1.0)] * 2)
+    part(tmp_path, "tuned/spelling", [("t", 1.0)] * 30 + [("no", 0.0)] * 8 + [("t", 1.0)] * 2)
+    found = compare(tmp_path)
+    task = found["tasks"]["spelling"]
+    assert (task["metric"], task["n"], task["better"]) == ("exact_match", 40, "tuned")
+    assert (task["base"]["value"], task["tuned"]["value"]) == (0.05, 0.8)
+    assert task["difference"] == newcombe(2, 0, 30, 8).document
+    assert found["heldout_loss"] is None
+    assert (found["scored_twice"], found["agreeing"]) == (4, 4)
+    text = report(found)
+    assert "| spelling | exact_match | 40 | 5.0 % (" in text
+    assert "| +75.0 (" in text
+    assert text.splitlines()[2].endswith("| tuned |")
+
+
+def test_less_loss_is_better_and_a_lower_score_is_not(tmp_path: Path) -> None:
+    part(tmp_path, "base/spelling", [("t", 1.0)] * 30)
+    part(tmp_path, "tuned/spelling", [("no", 0.0)] * 30)
+    loss(tmp_path, "base", [20.0, 30.0, 28.0, 21.0], [10, 14, 13, 11])
+    loss(tmp_path, "tuned", [10.0, 15.0, 14.0, 12.0], [10, 14, 13, 11])
+    found = compare(tmp_path)
+    assert found["tasks"]["spelling"]["better"] == "base"
+    heldout = found["heldout_loss"]
+    assert heldout["better"] == "tuned"
+    assert heldout["tokens"] == 48
+    assert heldout["base"]["value"] == pytest.approx(99 / 48)
+    assert heldout["difference"]["value"] == pytest.approx(-1.0)
+    assert "| held-out rows | loss, nats a token | 48 tokens | 2.062 (" in report(found)
+
+
+def test_a_draw_is_unclear(tmp_path: Path) -> None:
+    part(tmp_path, "base/spelling", [("t", 1.0), ("no", 0.0)] * 10)
+    part(tmp_path, "tuned/spelling", [("no", 0.0), ("t", 1.0)] * 10)
+    assert compare(tmp_path)["tasks"]["spelling"]["better"] == "unclear"
+
+
+def test_a_group_shows_its_tasks_one_by_one(tmp_path: Path) -> None:
+    for model in ("base", "tuned"):
+        part(tmp_path, f"{model}/mmlu", [("a", 1.0)] * 3, task="mmlu_law")
+        part(tmp_path, f"{model}/mmlu", [("a", 0.0)] * 2, task="mmlu_art")
+        part(tmp_path, f"{model}/gsm8k", [("a", 0.0)] * 2, task="gsm8k")
+    assert {name: task["n"] for name, task in compare(tmp_path)["tasks"].items()} == {
+        "gsm8k": 2,
+        "mmlu/mmlu_law": 3,
+        "mmlu/mmlu_art": 2,
+    }
+
+
+def test_samples_hold_both_answers(tmp_path: Path) -> None:
+    part(tmp_path, "base/spelling", [("no", 0.0)])
+    part(tmp_path, "tuned/spelling", [("t", 1.0)])
+    [sample] = samples(tmp_path)
+    assert sample == {
+        "task": "spelling",
+        "item": 0,
+        "question": "q0",
+        "target": "t",
+        "metric": "exact_match",
+        "base": "no",
+        "tuned": "t",
+        "base_score": 0.0,
+        "tuned_score": 1.0,
+    }
+
+
+def test_nothing_measured_says_so(tmp_path: Path) -> None:
+    loss(tmp_path, "base", [], [])
+    loss(tmp_path, "tuned", [], [])
+    assert report(compare(tmp_path)).startswith("Nothing was measured")

@@ -1,0 +1,122 @@
+"""Intervals against published values, slow oracles and their own promises."""
+
+import random
+from math import sqrt
+from statistics import NormalDist
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.intervals import Interval, Z, bootstrap, newcombe, paired_difference, share, wilson
+
+COUNTS = st.tuples(st.integers(1, 400), st.floats(0, 1)).map(lambda t: (round(t[0] * t[1]), t[0]))
+TABLE = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
+
+
+def test_wilson_gives_the_published_value() -> None:
+    # 81 of 263: the example of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), 857-872.
+    found = wilson(81, 263)
+    assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+@given(COUNTS)
+def test_wilsons_limits_are_where_the_score_test_just_rejects(counts: tuple[int, int]) -> None:
+    successes, n = counts
+    found = wilson(successes, n)
+
+    def rejects(p: float) -> bool:
+        return abs(successes / n - p) > Z * sqrt(p * (1 - p) / n)
+
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    margin = 1e-6
+    if found.low > margin:
+        assert rejects(found.low - margin) and not rejects(found.low + margin)
+    if found.high < 1 - margin:
+        assert rejects(found.high + margin) and not rejects(found.high - margin)
+
+
+def test_newcombe_gives_the_published_value() -> None:
+    # Airway hyper-responsiveness before and after a transplantation (1, 1, 7, 12), as tabled by Fagerland, Lydersen
+    # and Laake, Statistics in Medicine 33 (2014), 2850-2875: 0.286 with limits 0.026 and 0.507.
+    found = newcombe(1, 1, 7, 12)
+    assert found.value == pytest.approx(0.2857, abs=5e-5)
+    assert (found.low, found.high) == (pytest.approx(0.026, abs=5e-4), pytest.approx(0.507, abs=5e-4))
+
+
+@given(TABLE)
+def test_newcombe_is_antisymmetric_and_bounded(table: tuple[int, int, int, int]) -> None:
+    both, first, second, neither = table
+    found, mirrored = newcombe(both, first, second, neither), newcombe(both, second, first, neither)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert (found.low, found.high) == (pytest.approx(-mirrored.high), pytest.approx(-mirrored.low))
+    assert found.value == pytest.approx((second - first) / sum(table))
+
+
+@pytest.mark.parametrize(("both", "first", "second"), [(0.5, 0.05, 0.15), (0.0, 0.04, 0.6), (0.3, 0.2, 0.2)])
+def test_newcombe_covers_the_truth_about_95_times_in_100(both: float, first: float, second: float) -> None:
+    generator = random.Random(0)
+    rounds, n, covered = 1500, 80, 0
+    for _ in range(rounds):
+        cells = generator.choices(range(4), [both, first, second, 1 - both - first - second], k=n)
+        found = newcombe(*(cells.count(i) for i in range(4)))
+        covered += found.low <= second - first <= found.high
+    assert 0.93 <= covered / rounds <= 0.99
+
+
+def test_a_clear_gain_excludes_zero_and_a_draw_does_not() -> None:
+    assert newcombe(4, 1, 40, 55).low > 0
+    assert newcombe(4, 6, 7, 83).low < 0 < newcombe(4, 6, 7, 83).high
+    nothing = newcombe(10, 0, 0, 90)
+    assert nothing.low <= 0 <= nothing.high
+
+
+def test_paired_difference_counts_the_pairs() -> None:
+    first, second = [1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0]
+    assert paired_difference(first, second) == newcombe(1, 1, 2, 2)
+
+
+def test_scores_between_0_and_1_get_a_bootstrap_near_the_normal_interval() -> None:
+    generator = random.Random(1)
+    scores = [generator.random() for _ in range(400)]
+    mean = sum(scores) / 400
+    error = sqrt(sum((s - mean) ** 2 for s in scores) / 399 / 400)
+    found = share(scores)
+    half = NormalDist().inv_cdf(0.975) * error
+    assert found.value == pytest.approx(mean)
+    assert (found.low, found.high) == (
+        pytest.approx(mean - half, abs=half / 8),
+        pytest.approx(mean + half, abs=half / 8),
+    )
+
+
+def test_pairing_narrows_the_interval() -> None:
+    generator = random.Random(2)
+    first = [generator.random() for _ in range(200)]
+    second = [s + 0.01 + 0.01 * generator.random() for s in first]
+    paired = paired_difference(first, second)
+    assert 0.01 < paired.low < paired.high < 0.02
+    assert share(first).high > share(second).low
+
+
+def test_a_ratio_is_weighted() -> None:
+    found = bootstrap([10.0, 2.0], [10.0, 1.0])
+    assert found.value == 12 / 11
+    assert (found.low, found.high) == (1.0, 2.0)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=1, max_size=30))
+def test_the_same_scores_give_the_same_interval(scores: list[float]) -> None:
+    assert share(scores) == share(scores)
+    assert share(scores).low <= share(scores).value + 1e-12
+
+
+@pytest.mark.parametrize("call", [lambda: wilson(3, 2), lambda: wilson(0, 0), lambda: paired_difference([], [])])
+def test_counts_that_cannot_be_are_refused(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError):
+        call()
+
+
+def test_documents_hold_plain_numbers() -> None:
+    assert Interval(0.5, 0.25, 0.75).document == {"value": 0.5, "low": 0.25, "high": 0.75}
