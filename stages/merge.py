@@ -1,0 +1,228 @@
+"""merge: the model with its training folded in, as an ordinary Hugging Face folder, and the proof that it is the same.
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+After LoRA, every adapted weight becomes W + alpha / rank * B A, computed in float32 and rounded once, to the dtype of
+the model. The folder is then loaded again from disk and must give the adapter's logits on a few texts; a merge that
+lost the training, or part of it, fails here and not in production. After full fine-tuning the weights are passed on.
+All other files (config, tokenizer, chat template) are the model's own, byte for byte.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.stage import Facts, Stage, StageConfig, UserError, Work
+
+if TYPE_CHECKING:
+    import torch
+
+TEXTS = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "Question: A bus leaves at 9:40 and arrives at 12:15. How long does the trip take?\nAnswer: 2 hours 35 minutes",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Spell the word 'garden' backwards, one letter at a time: n e d r a g",
+    '{"name": "Ada", "born": 1815, "languages": ["English", "Français", "日本語"]}',
+    "Once there was a fox who lived under the roots of an old oak, and every evening she went out to look for supper.",
+)
+"""What the logits are compared on: prose, arithmetic, code, data, and letters beyond ASCII."""
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+DAMAGED = 0.1
+"""Share of the training's effect (as a KL divergence) that rounding may take."""
+
+
+class MergeConfig(StageConfig):
+    """Nothing to choose: the merged model has the dtype of the model it came from."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near the saved model's next-token distributions are to the trained ones, over all positions of the texts."""
+
+    positions: int
+    max_difference: float
+    """Largest absolute difference of two logits."""
+    max_logit: float
+    """Largest absolute logit: the scale of the above."""
+    top1_agreement: float
+    """Share of positions with the same most likely token."""
+    kl: float
+    """Mean KL(trained || saved), in nats."""
+    kl_of_training: float
+    """Mean KL(trained || model before training), in nats: how much the training changed."""
+
+
+def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Merge `inputs["trained"]` (train's `adapter/` or `weights/`) into `inputs["model"]`.
+
+    Writes a model folder and `merge.json`, the figures of the comparison. Raises UserError when the result is not the
+    trained model.
+    """
+    trained = inputs["trained"]
+    merged = (trained / "adapter").is_dir()
+    assert merged or (trained / "weights").is_dir(), f"{trained} holds neither adapter/ nor weights/"
+    facts = (
+        _merge(inputs["model"], trained / "adapter", output, work)
+        if merged
+        else _pass_on(inputs["model"], trained, output)
+    )
+    changed, tensors = _changed(inputs["model"], output)
+    facts |= {"tensors": tensors, "changed_tensors": changed}
+    if not changed:
+        if merged and not facts["adapter_is_zero"]:
+            raise UserError(
+                "merge: the merged model is identical to the model before training, although the adapter is not zero: "
+                f"its changes are smaller than {facts['dtype']} can hold. Train longer or with a higher learning rate"
+            )
+        facts["warning"] = "training changed nothing: the result is identical to the model before training"
+    (output / "merge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    return facts
+
+
+def _copy_rest(model: Path, output: Path) -> None:
+    for path in sorted(p for p in model.rglob("*") if p.is_file()):
+        if not any(path.match(pattern) for pattern in WEIGHTS):
+            target = output / path.relative_to(model)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _pass_on(model: Path, trained: Path, output: Path) -> Facts:
+    _copy_rest(model, output)
+    for pattern in WEIGHTS:
+        for path in sorted((trained / "weights").glob(pattern)):
+            with suppress(OSError):  # another file system
+                os.link(path, output / path.name)
+                continue
+            shutil.copyfile(path, output / path.name)
+    return {"method": "full"}
+
+
+def _merge(model: Path, adapter: Path, output: Path, work: Work) -> Facts:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = AutoConfig.from_pretrained(model, local_files_only=True).dtype or torch.float32
+    device = "cuda" if work.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    probes = _probes(model)
+
+    def load(folder: Path) -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return loaded.to(device).eval()
+
+    work.tell(0, 3, "models")
+    base = load(model)
+    before = _logits(base, probes)
+    work.tell(1, 3, "models")
+    adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+    zero = _is_zero(adapted)
+    wanted = _logits(adapted, probes)
+    work.tell(2, 3, "models")
+    whole = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    whole.save_pretrained(output)
+    _copy_rest(model, output)
+    del base, adapted, whole
+    likeness = compare(before, wanted, _logits(load(output), probes))
+    work.tell(3, 3, "models")
+    require_likeness(likeness, dtype)
+    return {
+        "method": "lora",
+        "dtype": str(dtype).removeprefix("torch."),
+        "adapter_is_zero": zero,
+        "likeness": asdict(likeness),
+    }
+
+
+def _probes(model: Path) -> "list[torch.Tensor]":
+    """Token ids [1, tokens] of the texts, and of one as a conversation where the tokenizer has a chat template."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    texts: list[str] = list(TEXTS)
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": TEXTS[1]}, {"role": "assistant", "content": TEXTS[0]}]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    return [torch.tensor([each]) for each in ids if each]
+
+
+def _logits(model: Any, probes: "Sequence[torch.Tensor]") -> "torch.Tensor":
+    """[positions, vocabulary] on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        found = [model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in probes]
+    return torch.cat(found)
+
+
+def compare(before: "torch.Tensor", wanted: "torch.Tensor", found: "torch.Tensor") -> Likeness:
+    """Compare the saved model's logits `found` with the trained ones `wanted`; all [positions, vocabulary]."""
+    from torch.nn.functional import kl_div, log_softmax
+
+    def kl(other: "torch.Tensor") -> float:
+        return float(
+            kl_div(log_softmax(other, -1), log_softmax(wanted, -1), log_target=True, reduction="batchmean").clamp(min=0)
+        )
+
+    return Likeness(
+        positions=len(wanted),
+        max_difference=float((wanted - found).abs().max()),
+        max_logit=float(wanted.abs().max()),
+        top1_agreement=float((wanted.argmax(-1) == found.argmax(-1)).float().mean()),
+        kl=kl(found),
+        kl_of_training=kl(before),
+    )
+
+
+def require_likeness(likeness: Likeness, dtype: "torch.dtype") -> None:
+    """Raise UserError when the saved model is not the trained one, but for rounding to `dtype`."""
+    import torch
+
+    bound = torch.finfo(dtype).eps ** 0.5 * max(1.0, likeness.max_logit)
+    if not likeness.max_difference <= bound:
+        raise UserError(
+            f"merge: the merged model does not give the adapter's logits: they differ by up to "
+            f"{likeness.max_difference:.3g}, rounding explains {bound:.3g}. {likeness}"
+        )
+
+
+def _is_zero(adapted: Any) -> bool:
+    """Whether the adapter's product is exactly zero, as before the first step."""
+    return all(
+        not module.lora_B[name].weight.any()
+        for module in adapted.modules()
+        if hasattr(module, "lora_B")
+        for name in module.lora_B
+    )
+
+
+def _changed(model: Path, output: Path) -> tuple[int, int]:
+    """How many tensors differ between the two folders' weights, and how many there are."""
+    import torch
+
+    before, count, changed = dict(_tensors(model)), 0, 0
+    for name, tensor in _tensors(output):
+        count += 1
+        other = before.get(name)
+        changed += other is None or not torch.equal(tensor(), other())
+    return changed, count
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        file: Any = safe_open(path, framework="pt")
+        for name in sorted(file.keys()):
+            yield name, lambda file=file, name=name: file.get_tensor(name)
+
+
+STAGE = Stage(name="merge", artifact="weights", version=1, config=MergeConfig, run=run)

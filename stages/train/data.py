@@ -1,0 +1,97 @@
+"""Optimizer steps as the trainer reads them: each a list of micro-batches and the number of trained tokens in all.
+
+The plan's bins stand in step order. The first epoch takes its steps as they stand, every later one in a seeded
+permutation of whole steps; so a step number alone says which bins it reads, and resuming seeks there.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+
+from packing.collate import PackedBins, collate
+from stages.errors import UserError
+from stages.tables import read_table
+
+
+class Step(TypedDict):
+    """One optimizer step."""
+
+    batches: list[dict[str, Any]]
+    """Prepared micro-batches."""
+    trained: int
+    """Trained tokens in all of them: what their summed losses are divided by."""
+
+
+def step_order(steps: int, total: int, seed: int) -> list[int]:
+    """The plan's step that each of `total` training steps takes: 0 to `steps` - 1, then permutations of them."""
+    epochs = [np.arange(steps)]
+    for epoch in range(1, -(-total // steps)):
+        epochs.append(np.random.default_rng((seed, epoch)).permutation(steps))
+    return [int(step) for step in np.concatenate(epochs)[:total]]
+
+
+class Steps(Dataset[Step]):
+    """The steps of a training run by number."""
+
+    def __init__(
+        self,
+        bins: PackedBins,
+        order: Sequence[int],
+        micro_batch: int,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.bins, self.order, self.micro_batch, self.prepare = bins, order, micro_batch, prepare
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> Step:
+        step = self.numbers(number)
+        micro_batches = [step[i : i + self.micro_batch] for i in range(0, len(step), self.micro_batch)]
+        return {
+            "batches": [self.prepare(collate([self.bins[i] for i in numbers])) for numbers in micro_batches],
+            "trained": self.trained(number),
+        }
+
+    def numbers(self, number: int) -> range:
+        """The bins of a training step."""
+        return self.bins.step(self.order[number])
+
+    def tokens(self, number: int) -> int:
+        """Tokens in a training step, without padding."""
+        return int(self.bins.lengths[self.numbers(number)].sum())
+
+    def trained(self, number: int) -> int:
+        """Trained tokens in a training step."""
+        return int(self.bins.trained[self.numbers(number)].sum())
+
+
+def name_rows(tokens: Path, plan: Path, shards: Sequence[str], bins: Iterable[int], at_most: int = 20) -> str:
+    """The source rows in some bins, for an error message: `chat/00000 rows 3, 17; code/00002 row 5`."""
+    lists = read_table(plan / "bins.arrow").column("documents")
+    documents = read_table(plan / "documents.arrow").take([d for b in bins for d in lists[b].as_py()])
+    found: dict[str, list[int]] = {}
+    for shard, row in zip(documents["shard"].to_pylist()[:at_most], documents["row"].to_pylist(), strict=False):
+        found.setdefault(shards[shard], []).append(row)
+    parts = []
+    for path, places in sorted(found.items()):
+        rows = read_table(tokens / path / "tokens.arrow").column("row").take(places).to_pylist()
+        parts.append(f"{path} row{'s' if len(rows) > 1 else ''} {', '.join(map(str, sorted(rows)))}")
+    more = f" and {len(documents) - at_most} more" if len(documents) > at_most else ""
+    return "; ".join(parts) + more
+
+
+def refuse_unknown_tokens(tokens: Path, shards: Iterable[str], vocabulary: int) -> None:
+    """Raise UserError when a token has no embedding in the model."""
+    for path in shards:
+        ids = read_table(tokens / path / "tokens.arrow").column("ids")
+        highest = max((pc.max(chunk.values).as_py() or 0 for chunk in ids.chunks), default=0)
+        if highest >= vocabulary:
+            raise UserError(
+                f"{path}: the tokenizer gives token {highest}, but the model embeds only {vocabulary} tokens: "
+                "tokenizer and weights do not belong together"
+            )

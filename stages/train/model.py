@@ -1,0 +1,101 @@
+"""The model that is trained: loaded, given its adapter, and written at the end.
+
+What is trained is held in float32 and computed in the recipe's precision (bf16 through autocast). AdamW on bfloat16
+weights loses every update smaller than about 1/256 of a weight, which at usual learning rates is most of them. What is
+frozen is held in the recipe's precision.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from packing.attention import implementation
+from stages.errors import UserError
+from stages.train import Lora, TrainConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load(folder: Path, config: TrainConfig, device: str) -> PreTrainedModel:
+    """The model of a local folder, ready for packed batches, in the dtype it is trained in.
+
+    Raises UserError when transformers cannot load it without running code from the folder.
+    """
+    dtype = DTYPES[config.precision] if config.method == "lora" else torch.float32
+    try:
+        described = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=implementation(device, described), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the model cannot be loaded for training: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def adapt(model: PreTrainedModel, lora: Lora) -> PeftModel:
+    """The model with a fresh float32 LoRA adapter, everything else frozen; the start is drawn from torch's seed.
+
+    Raises UserError when a target names no layer or a layer is narrower than the rank.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    _refuse_unknown_targets(lora.targets, layers)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    for name, module in adapted.named_modules():
+        if hasattr(module, "lora_A"):
+            narrowest = min(module.in_features, module.out_features)
+            if lora.rank > narrowest:
+                raise UserError(
+                    f"train.lora.rank is {lora.rank}, but {name.removeprefix('base_model.model.')} is only {narrowest} "
+                    "wide: choose a rank no larger, or leave that layer out of train.lora.targets"
+                )
+            # Autocast chooses the arithmetic; PEFT would lift the layer's input to float32 first.
+            module.cast_input_dtype_enabled = False
+    return adapted
+
+
+def _refuse_unknown_targets(targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> None:
+    if isinstance(targets, str):
+        return
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            choices = sorted({name.rpartition(".")[2] for name in layers})
+            raise UserError(f"train.lora.targets: no layer is called {target!r}; there are {', '.join(choices)}")
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter the way PEFT loads it, with bytes that depend on nothing but the training."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = None  # a path of this machine
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT keeps a set
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write all weights in the dtype of the model they came from, in `source`."""
+    dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype
+    model.to(dtype or torch.float32).save_pretrained(folder)
+
+
+def trainable(model: Any) -> int:
+    """Weights that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

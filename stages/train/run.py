@@ -1,0 +1,135 @@
+"""The stage function of train: check, load, train (or go on training), write."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from packing.collate import Bin, PackedBins, collate
+from packing.isolation import check_isolation
+from stages import objectives
+from stages.errors import UserError
+from stages.objectives import Objective
+from stages.stage import Facts, Work
+from stages.train import TrainConfig, checkpoints, model
+from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
+from stages.train.trainer import make_trainer, stop_on_sigterm, to_device
+
+SUSPENDED = 75
+"""Exit code after SIGTERM: a checkpoint is saved, the same call goes on from it (EX_TEMPFAIL)."""
+
+METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
+"""What a line of metrics.jsonl holds: nothing that a clock decides."""
+
+
+def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Train `inputs["model"]` on `inputs["tokens"]` in the order of `inputs["plan"]`.
+
+    Writes `adapter/` or `weights/`, `metrics.jsonl` and `train.json` to `output`, checkpoints to
+    `work.folder/checkpoints`, where it also looks for one to go on from. Raises UserError for what a user can mend,
+    and SystemExit(75) after SIGTERM, once its state is saved.
+    """
+    started = time.monotonic()
+    bins = _open_bins(inputs)
+    shards = [shard["path"] for shard in json.loads((inputs["plan"] / "plan.json").read_text())["shards"]]
+    objective = objectives.find(config.objective)
+    device = _device(work.runtime.device)
+    total = config.max_steps or math.ceil(config.epochs * bins.steps)
+    steps = Steps(bins, step_order(bins.steps, total, config.seed), work.runtime.micro_batch, objective.prepare)
+    with stop_on_sigterm() as stop:
+        set_seed(config.seed)
+        loaded = model.load(inputs["model"], config, device)
+        refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().num_embeddings)
+        trained: Any = model.adapt(loaded, config.lora) if config.method == "lora" else loaded
+        trained.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+            isolation = _prove_isolation(trained)
+            loss = objective.loss(trained, to_device(_example(objective, bins), device))
+        checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
+        trainer = make_trainer(
+            trained,
+            config,
+            steps,
+            loss,
+            device,
+            work,
+            stop,
+            lambda numbers: name_rows(inputs["tokens"], inputs["plan"], shards, numbers),
+        )
+        ready = time.monotonic()
+        if not stop.asked:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < total:
+            raise SystemExit(SUSPENDED)
+    done = time.monotonic()
+    _write(config, trained, trainer.state.log_history, inputs["model"], output)
+    resumed = int(checkpoint.name) if checkpoint else 0
+    history = trainer.state.log_history
+    return {
+        "steps": total,
+        "resumed_at_step": resumed,
+        "skipped_checkpoints": list(skipped),
+        "tokens": sum(entry["tokens"] for entry in history),
+        "trained_tokens": sum(entry["trained_tokens"] for entry in history),
+        "trained_weights": model.trainable(trained),
+        "first_loss": history[0]["loss"],
+        "last_loss": history[-1]["loss"],
+        "isolation": dict(isolation),
+        "device": device,
+        "seconds_to_prepare": round(ready - started, 2),
+        "seconds_of_training": round(done - ready, 2),
+        "tokens_per_second": round(sum(entry["tokens"] for entry in history[resumed:]) / (done - ready), 1),
+        "peak_memory_bytes": _peak_memory(device),
+    }
+
+
+def _write(config: TrainConfig, trained: Any, history: list[dict[str, Any]], source: Path, output: Path) -> None:
+    if config.method == "lora":
+        model.save_adapter(trained, output / "adapter")
+    else:
+        model.save_weights(trained, source, output / "weights")
+    lines = [json.dumps({name: entry[name] for name in METRICS}) for entry in history]
+    (output / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (output / "train.json").write_text(
+        json.dumps({"method": config.method, "objective": config.objective, "steps": len(lines)}, indent=2) + "\n"
+    )
+
+
+def _open_bins(inputs: Mapping[str, Path]) -> PackedBins:
+    bins = PackedBins(inputs["tokens"], inputs["plan"])
+    if not len(bins) or not bins.trained.sum():
+        raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
+    return bins
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _prove_isolation(trained: Any) -> Mapping[str, float]:
+    try:
+        return check_isolation(trained)
+    except ValueError as error:
+        raise UserError(f"train: {error}") from error
+
+
+def _example(objective: Objective, bins: PackedBins) -> dict[str, Any]:
+    """The first document as a prepared batch."""
+    packed = bins[0]
+    length = packed.lengths[0]
+    return objective.prepare(collate([Bin(packed.ids[:length], packed.labels[:length], packed.lengths[:1])]))
+
+
+def _peak_memory(device: str) -> int:
+    """Of the GPU's memory, or of this process's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

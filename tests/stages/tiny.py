@@ -1,0 +1,98 @@
+"""Tiny models, tokens and plans for tests: random weights, and documents whose next tokens can be learned."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packing.plan import pack
+from stages.tables import BINS, DOCUMENTS, tokens_schema, write_table
+
+VOCABULARY = 64
+
+
+def llama(folder: Path, **changes: Any) -> Path:
+    """A random two-layer Llama in a folder."""
+    return save(folder, "LlamaConfig", **changes)
+
+
+def save(folder: Path, config_name: str, *, dtype: str = "float32", **changes: Any) -> Path:
+    """A random model of any architecture that takes Llama's names for its sizes."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **changes,
+    }
+    config = getattr(transformers, config_name)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    return folder
+
+
+def documents(count: int = 60, seed: int = 0) -> list[list[int]]:
+    """Documents of 4 to 20 tokens that count upwards from a random start: easy to learn."""
+    random = np.random.default_rng(seed)
+    return [[int(3 + (s + i) % 60) for i in range(n)] for s, n in random.integers((0, 4), (60, 21), (count, 2))]
+
+
+def plan(
+    folder: Path,
+    rows: Sequence[Sequence[int]],
+    *,
+    sequence_length: int = 64,
+    global_batch: int = 4,
+    untrained: int = 2,
+) -> dict[str, Path]:
+    """Tokens and plan of one shard, `chat/00000`; all but the first `untrained` tokens of a document train."""
+    tokens, plan = folder / "tokens", folder / "plan"
+    write_table(
+        tokens / "chat/00000/tokens.arrow",
+        tokens_schema(VOCABULARY),
+        ({"row": 10 + i, "ids": list(ids), "spans": [], "identity": bytes(16)} for i, ids in enumerate(rows)),
+    )
+    write_table(
+        plan / "documents.arrow",
+        DOCUMENTS,
+        (
+            {"shard": 0, "row": i, "start": 0, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
+            for i, ids in enumerate(rows)
+        ),
+    )
+    packed = pack(np.array([len(ids) for ids in rows]), sequence_length, global_batch=global_batch, seed=0)
+    bins = [packed.documents[a:b].tolist() for a, b in zip(packed.offsets, packed.offsets[1:], strict=False)]
+    write_table(
+        plan / "bins.arrow",
+        BINS,
+        (
+            {
+                "documents": numbers,
+                "length": sum(len(rows[d]) for d in numbers),
+                "trained": sum(len(rows[d]) - untrained for d in numbers),
+            }
+            for numbers in bins
+        ),
+    )
+    description = {
+        "sequence_length": sequence_length,
+        "global_batch": global_batch,
+        "max_documents": max((len(numbers) for numbers in bins), default=0),
+        "shards": [{"path": "chat/00000", "source": "chat", "split": "train"}],
+    }
+    (plan / "plan.json").write_text(json.dumps(description))
+    return {"tokens": tokens, "plan": plan}
