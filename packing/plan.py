@@ -167,8 +167,8 @@ def _arrange(costs: NDArray[np.int64], global_batch: int, random: np.random.PCG6
         costs 9 8 7 6 5 4 3 2, two bins a step: classes 9 8 7 6 | 5 4 3 2, shuffled 7 9 6 8 | 4 2 5 3
         -> steps (7 4) (9 2) (6 5) (8 3)
 
-    So each step is a fair sample of long and short documents, and two steps differ by less than the costliest and the
-    cheapest bin do: the classes' ranges do not overlap. Bins that do not fill a step are taken evenly from the
+    So each step is a fair sample of long and short documents, and two steps differ by no more than the costliest and
+    the cheapest bin do: the classes' ranges do not overlap. Bins that do not fill a step are taken evenly from the
     whole range and form the last one.
     """
     ranked = np.argsort(-costs, kind="stable")
