@@ -1,0 +1,159 @@
+"""The dashboard's pages as Markdown text: pure functions of a plan, or of an artifact's small files.
+
+Nothing of Prefect in here. A page's key is fixed, so that the dashboard's page of that key shows its history over runs.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
+from flows.plan import Plan, Step
+from flows.screen import WORDS
+from stages.compare import BASE, TUNED, compare
+from stages.identity import Json
+
+MOST_BYTES = 90_000
+"""A page's size at most: the dashboard's database keeps every version of every page."""
+
+COLORS = {"cached": "#22c55e", "runs": "#f59e0b", "unknown": "#f59e0b", "skipped": "#94a3b8"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page about a stage's artifact: its key, the files it is made from, and how."""
+
+    key: str
+    title: str
+    files: tuple[str, ...]
+    markdown: Callable[[Path], str]
+
+
+def plan_page(plan: Plan) -> str:
+    """The plan: the stages as a graph, coloured by what will happen, and why."""
+    boxes = [Box(s.stage, WORDS[s.state], COLORS[s.state], s.state in ("unknown", "skipped")) for s in plan.steps]
+    told = ", ".join(f"{s.stage} {WORDS[s.state]}" for s in plan.steps)
+    return (
+        f"{image(chain(boxes), told)}\n\n"
+        f"{_table(('stage', 'plan', 'key', 'why'), [_step_row(s) for s in plan.steps])}\n"
+        f"recipe `{plan.recipe}`, run `{plan.run}`\n"
+    )
+
+
+def _step_row(step: Step) -> tuple[str, ...]:
+    why = "; ".join(dict.fromkeys(told for told in (step.reason, step.drift) if told))
+    return step.stage, WORDS[step.state].replace(" ", "\u00a0"), f"`{step.key[:8]}`" if step.key else "", why
+
+
+def loss_page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The loss so far and the last step, from training's metrics a step: `step`, `loss` and what else was measured."""
+    losses = [(float(row["step"]), float(row["loss"])) for row in rows]
+    last = {name.replace("_", " "): number(value) for name, value in rows[-1].items() if value is not None}
+    return f"{image(loss_curve(losses), 'loss over steps')}\n\n{_table(list(last), [list(last.values())])}"
+
+
+def _loss_of(folder: Path) -> str:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return loss_page([json.loads(line) for line in lines])
+
+
+def _scores_of(folder: Path) -> str:
+    return scores_page(compare(folder))
+
+
+def scores_page(scores: Mapping[str, Any]) -> str:
+    """Base and tuned model on every task, with 95 % intervals, as a chart and as a table."""
+    measured = dict(scores["tasks"])
+    bars = [
+        Bar(f"{_short(name)} · {model}", **task[model], tuned=model == TUNED)
+        for name, task in measured.items()
+        for model in (BASE, TUNED)
+    ]
+    told = [image(interval_bars(bars, "score, with its 95 % interval"), "scores of both models")] if bars else []
+    if loss := scores["heldout_loss"]:
+        measured["held-out rows"] = {**loss, "metric": "loss, nats a token", "n": loss["tokens"]}
+    if not measured:
+        return "Nothing was measured.\n"
+    header = ("task", "metric", "items", BASE, TUNED, "difference", "better")
+    told.append(_table(header, [_score_row(name, task) for name, task in measured.items()]))
+    return "\n\n".join(told)
+
+
+def _score_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
+    values = (_interval(task[BASE]), _interval(task[TUNED]), _interval(task["difference"], "+"))
+    return name, task["metric"], f"{task['n']:,}", *values, task["better"]
+
+
+def _interval(value: Mapping[str, float], sign: str = "") -> str:
+    return f"{value['value']:{sign}.3f} [{value['low']:{sign}.3f},\u00a0{value['high']:{sign}.3f}]"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+PACKING = {
+    "sequences": "bins",
+    "tokens a sequence": "sequence_length",
+    "sequences a step": "global_batch",
+    "steps an epoch": "steps",
+    "documents": "documents",
+    "most documents a sequence": "max_documents",
+    "cut to fit": "truncated",
+    "tokens": "tokens",
+    "of them trained": "trained_tokens",
+}
+
+
+def _packing_of(folder: Path) -> str:
+    return packing_page(json.loads((folder / "plan.json").read_text()))
+
+
+def packing_page(plan: Mapping[str, Json]) -> str:
+    """How full the packed sequences are, and what training will make of them."""
+    rows = [("filled", f"**{plan['fill']:.1%}**"), ("padding", f"{1 - plan['fill']:.1%}")]
+    rows += [(told, f"{plan[name]:,}") for told, name in PACKING.items()]
+    return _table(("", "packed"), rows)
+
+
+def _report_of(folder: Path) -> str:
+    return (folder / "report.md").read_text()
+
+
+def _card_of(folder: Path) -> str:
+    """The card without the YAML before it, which is for the Hub."""
+    return re.sub(r"\A---\n.*?\n---\n", "", (folder / "README.md").read_text(), flags=re.DOTALL)
+
+
+PAGES: Mapping[str, Sequence[Page]] = {
+    "pack": (
+        Page("data-report", "What became of the data", ("report.md",), _report_of),
+        Page("packing", "How full the packed sequences are", ("plan.json",), _packing_of),
+    ),
+    "train": (Page("loss-curve", "Loss over steps", ("metrics.jsonl",), _loss_of),),
+    "evaluate": (
+        Page("scores", "The tuned model against the base model", ("*scores.json", "*samples.jsonl"), _scores_of),
+    ),
+    "publish": (Page("model-card", "The published model's card", ("README.md",), _card_of),),
+}
+
+
+def trimmed(markdown: str, most: int = MOST_BYTES) -> str:
+    """The text, cut at a line's end when it is too long for a page, saying so."""
+    data = markdown.encode()
+    if len(data) <= most:
+        return markdown
+    kept = data[:most].decode(errors="ignore").rpartition("\n")[0]
+    return f"{kept}\n\n… cut here: {len(data):,} bytes are too many for this page; the artifact has all of it.\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(c) for c in line)} |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,197 @@
+"""The Prefect API that a run reports to: the configured one, else a server of its own for as long as the run takes.
+
+    with serving() as api:
+        from flows.finetune import finetune
+        ...
+        print(api.where(flow_run_id))
+
+Prefect's own stand-in for a missing server has no dashboard, gets the Ctrl-C that was meant for the run (which then
+stays "Running" for ever) and outlives a killed run. The ordinary `prefect server start` costs the same seconds; here
+it runs in a session of its own and the kernel ends it with this process. Its database stays in the user's data
+directory, so that `prefect server start` with the printed `PREFECT_HOME` shows every run again.
+
+`python -m flows.server PARENT` is that server's first moment; nothing else runs this module.
+"""
+
+import ctypes
+import importlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from stages.child import PR_SET_PDEATHSIG
+from stages.runtime import default_home
+
+PORT = 4200
+"""Prefect's usual port, so that a page opened during a run is found again later; another one when it is taken."""
+
+PAGE = "/v2/runs/flow-run/"
+"""Where a local dashboard shows a flow run."""
+
+START_SECONDS = 150.0
+"""How long the server may take to start. Usually 4 s, 9 s with a new database, more on a busy machine."""
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
+}
+"""Prefect in this process: log to the API, show nothing on the terminal. What the user has set wins."""
+
+PROFILE = """\
+active = "regrow"
+
+[profiles.regrow]
+PREFECT_SERVER_ANALYTICS_ENABLED = "false"
+PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT = "false"
+"""
+"""The settings of a server started in our home, by us or by the user."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where runs are reported to."""
+
+    url: str
+    """The REST API, ending in `/api`."""
+    home: Path | None
+    """The server's own `PREFECT_HOME`, or None when somebody else's API is used."""
+
+    def page(self, flow_run: UUID | str) -> str:
+        """The run's page in the dashboard; of our own server, there while this process runs."""
+        if self.home is not None:
+            return f"{self.url.removesuffix('/api')}{PAGE}{flow_run}"
+        from prefect.utilities.urls import url_for
+
+        return url_for("flow-run", flow_run) or self.url
+
+    def where(self, flow_run: UUID | str) -> str:
+        """The one line that tells how to see a finished run."""
+        if self.home is None:
+            return self.page(flow_run)
+        home = str(self.home).replace(str(Path.home()), "~", 1)
+        quoted = home if home.startswith("~") and " " not in home else shlex.quote(str(self.home))
+        return f"PREFECT_HOME={quoted} prefect server start, then http://127.0.0.1:{PORT}{PAGE}{flow_run}"
+
+
+@contextmanager
+def serving(home: Path | None = None) -> Iterator[Api]:
+    """Have a Prefect API: `PREFECT_API_URL` or a profile's when there is one, else a server of our own.
+
+    Prefect must not have been imported yet: it sets up its logging then. Raises RuntimeError when the server does not
+    start, naming its log.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from prefect.settings import get_current_settings
+
+    if configured := get_current_settings().api.url:
+        yield Api(configured, None)
+    else:
+        with own_server(home or default_home() / "prefect") as api, reporting_to(api):
+            yield api
+
+
+@contextmanager
+def reporting_to(api: Api) -> Iterator[None]:
+    """Let flows of this process report to `api`, and deliver what they hold back at the end."""
+    from prefect.context import refresh_global_settings_context
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogHandler
+
+    # In the environment, because a setting in a context variable would not reach other threads.
+    before = {name: value for name, value in os.environ.items() if name == "PREFECT_API_URL"}
+    os.environ["PREFECT_API_URL"] = api.url
+    refresh_global_settings_context()
+    try:
+        yield
+    finally:
+        EventsWorker.drain_all(timeout=10)  # task states travel as events
+        APILogHandler().flush()
+        del os.environ["PREFECT_API_URL"]
+        os.environ.update(before)
+        refresh_global_settings_context()
+
+
+@contextmanager
+def own_server(home: Path, port: int = PORT) -> Iterator[Api]:
+    """A server process on this machine's loopback interface, on `port` if it is free, ended when the block is left."""
+    home.mkdir(parents=True, exist_ok=True)
+    profiles = home / "profiles.toml"
+    if not profiles.exists():
+        profiles.write_text(PROFILE)
+    port = _free_port(port)
+    theirs = ("PREFECT_API_URL", "PREFECT_PROFILE", *(n for n in os.environ if n.startswith("PREFECT_LOGGING_")))
+    environment = {n: v for n, v in os.environ.items() if n not in theirs}
+    # By settings, not by flags: the dashboard's pages learn the port from the settings alone.
+    environment |= {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+    }
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
+        )
+    try:
+        api = Api(f"http://127.0.0.1:{port}/api", home)
+        importlib.import_module("prefect.flow_engine")  # seconds as well, so meanwhile
+        _wait_until_healthy(process, api, home / "server.log")
+        yield api
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(process: "subprocess.Popen[bytes]", api: Api, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{api.url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.05)
+    raise RuntimeError(f"Prefect's server did not start (exit code {process.poll()}); its log: {log}")
+
+
+def _free_port(wanted: int) -> int:
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise RuntimeError("no free port on the loopback interface for Prefect's server")
+
+
+def _become_server(parent: int) -> None:
+    """Turn this process into `prefect server start`, to be ended by the kernel when the parent is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == parent:
+        os.execv(sys.executable, [sys.executable, "-m", "prefect", "server", "start"])
+
+
+if __name__ == "__main__":
+    _become_server(int(sys.argv[1]))

@@ -1,0 +1,123 @@
+"""One Prefect server for the tests of flows, and a tiny recipe that really trains."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from flows.server import Api, own_server, reporting_to
+from stages.runtime import Runtime
+
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """A real server that lives as long as the session (one for each xdist worker); nothing reports to it by itself."""
+    with own_server(tmp_path_factory.mktemp("prefect"), port=0) as api:
+        yield api
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A recipe over a random two-layer model and a few hundred rows, with a store of its own."""
+
+    recipe: dict[str, Any]
+    runtime: Runtime
+    api: Api
+    folder: Path = field(repr=False)
+
+    def run(self, *select: str, **changes: Any) -> UUID:
+        """Run the flow to its end; return the flow run's id. Raises what the flow raises."""
+        from flows.finetune import finetune
+        from flows.recipe import Recipe
+
+        recipe = Recipe.model_validate(self.recipe | {name: self.recipe[name] | v for name, v in changes.items()})
+        with reporting_to(self.api):
+            state = finetune(recipe, self.runtime, select, return_state=True)
+        state.result()
+        return UUID(str(state.state_details.flow_run_id))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a byte-level tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    marks = ["<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*marks, *letters])}, merges=[]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token=marks[0], eos_token=marks[1], pad_token=marks[1]
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes, **ids)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prefect_api: Api) -> Callable[[], Tiny]:
+    """Makes a recipe with an empty store."""
+
+    def make() -> Tiny:
+        folder = tmp_path_factory.mktemp("tiny")
+        chance = random.Random(0)
+        words = ["".join(chance.choices("abcdefgh", k=4)) for _ in range(240)]
+        for name, chosen in (("echo", words[:200]), ("heldout", words[200:])):
+            turns = [[{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}] for w in chosen]
+            rows = [{"messages": t, "question": t[0]["content"], "answer": t[1]["content"]} for t in turns]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = {
+            "name": "tiny",
+            "fetch": {
+                "model": {"path": str(tiny_model)},
+                "data": {
+                    "echo": {"files": str(folder / "echo.jsonl")},
+                    "heldout": {"files": str(folder / "heldout.jsonl"), "split": "heldout"},
+                },
+            },
+            "pack": {"sequence_length": 128, "global_batch": 4},
+            "train": {"lora": {"rank": 2}, "learning_rate": 0.01},
+            "evaluate": {"tasks": {"echo": {"source": "heldout", "max_new_tokens": 8}}},
+            "publish": {"to": str(folder / "out"), "gate": {"require": "nothing"}},
+        }
+        return Tiny(recipe, Runtime(store=str(folder / "store"), cache=folder / "cache"), prefect_api, folder)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A recipe that ran twice as far as training: once to make everything, once to find it."""
+
+    tiny: Tiny
+    made: UUID
+    found: UUID
+
+
+@pytest.fixture(scope="session")
+def trained(make_tiny: Callable[[], Tiny]) -> Trained:
+    """The one real training of these tests."""
+    tiny = make_tiny()
+    return Trained(tiny, tiny.run("+train"), tiny.run("+train"))
