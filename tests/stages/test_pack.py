@@ -1,0 +1,329 @@
+"""pack: what trains, what is dropped and counted, what is held out, and what comes out as files."""
+
+import hashlib
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packing.collate import IGNORED, PackedBins
+from stages.identity import tree_of
+from stages.pack import STAGE, PackConfig
+from stages.selection import trained_ranges
+from stages.stage import UserError, Work
+from stages.tables import (
+    ORIGIN_CONTENT,
+    ORIGIN_END,
+    ORIGIN_TEMPLATE,
+    TRAIN_NO,
+    TRAIN_UNSET,
+    TRAIN_YES,
+    read_table,
+    tokens_schema,
+    write_table,
+)
+
+Span = tuple[int, int, int, int, str, int]
+"""start, end, origin, turn, role, train"""
+
+
+def spans(*items: Span) -> list[dict[str, Any]]:
+    return [dict(zip(("start", "end", "origin", "turn", "role", "train"), item, strict=True)) for item in items]
+
+
+def turns(*told: tuple[str, int] | tuple[str, int, int]) -> list[dict[str, Any]]:
+    """A conversation of (role, content tokens, train flag): each turn has 2 tokens of header and 1 that ends it."""
+    found: list[Span] = []
+    at = 0
+    for turn, (role, size, *flag) in enumerate(told):
+        train = flag[0] if flag else TRAIN_UNSET
+        for length, origin in ((2, ORIGIN_TEMPLATE), (size, ORIGIN_CONTENT), (1, ORIGIN_END)):
+            found.append((at, at + length, origin, turn, role, train))
+            at += length
+    return spans(*found)
+
+
+def row(*told: tuple[str, int] | tuple[str, int, int], identity: str | None = None) -> dict[str, Any]:
+    """A row whose identity is drawn from its own count unless given."""
+    made = turns(*told)
+    row.count = getattr(row, "count", 0) + 1  # type: ignore[attr-defined]
+    digest = hashlib.sha256((identity or f"row {row.count}").encode()).digest()[:16]  # type: ignore[attr-defined]
+    return {"ids": list(range(made[-1]["end"])), "spans": made, "identity": digest}
+
+
+def shard(
+    folder: Path, path: str, rows: Sequence[dict[str, Any]], split: str = "train", dropped: dict[str, int] | None = None
+) -> None:
+    numbered = ({"row": 100 + i, **each} for i, each in enumerate(rows))
+    write_table(folder / path / "tokens.arrow", tokens_schema(50_000), numbered)
+    counts = {
+        "rows": len(rows) + sum((dropped or {}).values()),
+        "dropped": dropped or {},
+        "source": path.split("/")[0],
+        "split": split,
+    }
+    (folder / path / "counts.json").write_text(json.dumps(counts))
+
+
+class Packed:
+    """What one run of the stage gave."""
+
+    def __init__(self, tokens: Path, output: Path, **config: Any) -> None:
+        output.mkdir(parents=True)
+        settings = PackConfig(**{"sequence_length": 64, "global_batch": 2, **config})
+        self.facts = STAGE.run(settings, {"tokens": tokens}, output, Work(output.parent / "work"))
+        self.output = output
+        self.plan = json.loads((output / "plan.json").read_text())
+        self.report = json.loads((output / "report.json").read_text())
+        self.bins = PackedBins(tokens, output)
+        self.heldout = PackedBins(tokens, output, heldout=True)
+
+    def rows(self, heldout: bool = False) -> set[tuple[str, int]]:
+        table = read_table(self.output / f"{'heldout_' if heldout else ''}documents.arrow")
+        shards, places = (table.column(name).to_pylist() for name in ("shard", "row"))
+        return {(self.plan["shards"][number]["path"], place) for number, place in zip(shards, places, strict=True)}
+
+
+def labels(bins: PackedBins) -> Iterator[list[int]]:
+    """Positions that train, document by document (ids count from 0 in every row)."""
+    for number in range(len(bins)):
+        each = bins[number]
+        for part in np.split(each.labels, np.cumsum(each.lengths)[:-1]):
+            yield part[part != IGNORED].tolist()
+
+
+CHAT = [("system", 3), ("user", 4), ("assistant", 5), ("user", 2), ("assistant", 3)]
+"""Turns begin at 0, 6, 13, 21, 26; the row has 32 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [
+        ("assistant", [*range(15, 21), *range(28, 32)]),
+        ("last", [*range(28, 32)]),
+        ("all", [*range(2, 6), *range(8, 13), *range(15, 21), *range(23, 26), *range(28, 32)]),
+    ],
+)
+def test_contents_and_ends_of_the_chosen_turns_train(tmp_path: Path, train_on: str, expected: list[int]) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(*CHAT)])
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", train_on=train_on)
+    assert list(labels(packed.bins)) == [expected]
+    assert packed.facts["trained_tokens"] == len(expected) == packed.bins.trained.sum()
+
+
+def test_a_turns_own_flag_goes_before_the_choice(tmp_path: Path) -> None:
+    told = [("user", 4, TRAIN_YES), ("assistant", 5, TRAIN_NO), ("assistant", 2)]
+    shard(tmp_path / "tokens", "chat/00000", [row(*told)])
+    packed = Packed(tmp_path / "tokens", tmp_path / "out")
+    assert list(labels(packed.bins)) == [[*range(2, 7), *range(17, 20)]]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all", "last"])
+def test_raw_text_trains_under_every_choice_but_for_its_first_token(tmp_path: Path, train_on: str) -> None:
+    text = {**row(("text", 1)), "spans": spans((0, 9, ORIGIN_CONTENT, 0, "text", TRAIN_UNSET)), "ids": list(range(9))}
+    shard(tmp_path / "tokens", "books/00000", [text])
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", train_on=train_on)
+    assert list(labels(packed.bins)) == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert packed.facts["trained_tokens"] == 8
+
+
+SPANS = st.lists(
+    st.tuples(
+        st.integers(0, 6),
+        st.sampled_from([ORIGIN_TEMPLATE, ORIGIN_CONTENT, ORIGIN_END]),
+        st.sampled_from(["", "user", "assistant", "text", "tool"]),
+        st.sampled_from([TRAIN_UNSET, TRAIN_NO, TRAIN_YES]),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.lists(SPANS, max_size=5), train_on=st.sampled_from(["assistant", "all", "last"]), limit=st.integers(1, 30)
+)
+def test_trained_ranges_are_what_a_token_by_token_reading_gives(rows: list[Any], train_on: str, limit: int) -> None:
+    made, expected = [], []
+    for told in rows:
+        at, items, trained = 0, [], set()
+        last = max((turn for turn, (_, _, role, _) in enumerate(told) if role == "assistant"), default=-1)
+        for turn, (size, origin, role, flag) in enumerate(told):
+            items.append((at, at + size, origin, turn if role else -1, role, flag))
+            chosen = {
+                "assistant": role == "assistant",
+                "last": role == "assistant" and turn == last,
+                "all": role != "",
+            }[train_on] or role == "text"
+            if origin != ORIGIN_TEMPLATE and (flag == TRAIN_YES or (flag == TRAIN_UNSET and chosen)):
+                trained |= set(range(at, at + size))
+            at += size
+        made.append({"row": 0, "ids": [0] * at, "spans": spans(*items), "identity": bytes(16)})
+        expected.append(sorted(place for place in trained if 0 < place < limit))
+    batch = pa.RecordBatch.from_pylist(made, schema=tokens_schema(10))
+    tokens, counts, starts, ends = trained_ranges(batch, train_on, limit)
+    assert tokens.tolist() == [len(each) for each in expected]
+    pieces = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    cuts = np.cumsum([0, *counts]).tolist()
+    for low, high, each in zip(cuts, cuts[1:], expected, strict=False):
+        assert [place for a, b in pieces[low:high] for place in range(a, b)] == each
+        assert all(a < b for a, b in pieces[low:high])
+        assert all(b < a for (_, b), (a, _) in zip(pieces[low:high], pieces[low + 1 : high], strict=False)), (
+            "not merged"
+        )
+
+
+def test_every_row_is_packed_or_counted(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    asked = ("user", 3), ("assistant", 4)
+    chat = [
+        row(*asked),
+        row(("user", 3), ("assistant", 90)),
+        row(("user", 3)),
+        row(*asked, identity="twice"),
+        row(*asked, identity="twice"),
+        row(*asked, identity="secret"),
+    ]
+    shard(tokens, "chat/00000", chat, dropped={"empty": 2})
+    shard(tokens, "probe/00000", [row(*asked, identity="secret"), row(*asked, identity="other")], split="heldout")
+    packed = Packed(tokens, tmp_path / "out")
+    assert packed.rows() == {("chat/00000", 0), ("chat/00000", 3)}
+    assert packed.rows(heldout=True) == {("probe/00000", 0), ("probe/00000", 1)}
+    assert packed.facts["rows"] == 10
+    assert packed.facts["dropped"] == {
+        "duplicate": 1,
+        "empty": 2,
+        "in held-out": 1,
+        "nothing to train on": 1,
+        "overlong": 1,
+    }
+    assert packed.facts["heldout_rows"] == 2
+    assert [(s["name"], s["documents"], s["heldout"]) for s in packed.report["sources"]] == [
+        ("chat", 2, 0),
+        ("probe", 0, 2),
+    ]
+
+
+def test_duplicates_stay_when_asked_but_held_out_rows_never_train(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    asked = ("user", 3), ("assistant", 4)
+    shard(tokens, "chat/00000", [row(*asked, identity=name) for name in ("twice", "twice", "secret")])
+    shard(tokens, "probe/00000", [row(*asked, identity="secret")], split="heldout")
+    packed = Packed(tokens, tmp_path / "out", deduplicate=False)
+    assert packed.rows() == {("chat/00000", 0), ("chat/00000", 1)}
+    assert packed.facts["dropped"] == {"in held-out": 1}
+
+
+def test_truncation_cuts_the_end_and_counts(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    rows = [
+        row(("user", 3), ("assistant", 90)),
+        row(("user", 90), ("assistant", 9)),
+        row(("user", 3), ("assistant", 9)),
+    ]
+    shard(tokens, "chat/00000", rows)
+    packed = Packed(tokens, tmp_path / "out", overlong="truncate")
+    assert packed.facts["truncated"] == 1
+    assert packed.facts["dropped"] == {"nothing to train on": 1}
+    assert sorted(labels(packed.bins)) == [list(range(8, 18)), list(range(8, 64))]
+
+
+def test_overlong_rows_as_an_error_are_named(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    asked = ("user", 3), ("assistant", 4)
+    shard(tokens, "a/00000", [row(*asked)])
+    shard(tokens, "b/00001", [row(*asked), row(("user", 3), ("assistant", 90))])
+    with pytest.raises(UserError, match=r"b/00001, row 101: 99 tokens do not fit into pack\.sequence_length 64"):
+        Packed(tokens, tmp_path / "out", overlong="error")
+
+
+@pytest.mark.parametrize(
+    ("rows", "split", "told"),
+    [
+        ([], "train", "there are no rows to pack"),
+        ([[("user", 5)]], "train", r"of 1, 1 nothing to train on\. To mend it, look at pack\.train_on \(assistant\)"),
+        ([[("user", 5), ("assistant", 99)]], "train", r"1 overlong\. To mend it, raise pack\.sequence_length \(64\)"),
+        (
+            [[("user", 5), ("assistant", 5)]],
+            "heldout",
+            r"1 held out\. To mend it, give a source without split: heldout",
+        ),
+    ],
+)
+def test_nothing_to_train_on_is_an_error_with_its_mend(tmp_path: Path, rows: list[Any], split: str, told: str) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(*each) for each in rows], split=split)
+    with pytest.raises(UserError, match=told):
+        Packed(tmp_path / "tokens", tmp_path / "out")
+
+
+def test_a_held_out_row_stays_held_out_when_data_is_added(tmp_path: Path) -> None:
+    asked = ("user", 3), ("assistant", 4)
+    first = [row(*asked) for _ in range(400)]
+    shard(tmp_path / "one", "chat/00000", first)
+    shard(tmp_path / "two", "chat/00000", first)
+    shard(tmp_path / "two", "chat/00001", [row(*asked) for _ in range(400)])
+    one = Packed(tmp_path / "one", tmp_path / "out1", heldout_fraction=0.1, seed=1)
+    two = Packed(tmp_path / "two", tmp_path / "out2", heldout_fraction=0.1, seed=2)
+    assert 20 < len(one.rows(heldout=True)) < 60
+    assert one.rows(heldout=True) == {each for each in two.rows(heldout=True) if each[0] == "chat/00000"}
+    assert not one.rows() & one.rows(heldout=True)
+
+
+def many(tokens: Path, count: int = 3000) -> None:
+    random = np.random.default_rng(0)
+    for number in range(2):
+        sizes = random.integers(1, 50, count)
+        shard(tokens, f"chat/{number:05}", [row(("user", 2), ("assistant", int(size))) for size in sizes])
+
+
+def test_the_plan_is_complete_reproducible_and_says_its_steps(tmp_path: Path) -> None:
+    """More rows and bins than fit into one record batch."""
+    many(tmp_path / "tokens")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", global_batch=7, max_documents=4)
+    assert tree_of(Packed(tmp_path / "tokens", tmp_path / "again", global_batch=7, max_documents=4).output) == tree_of(
+        packed.output
+    )
+    assert tree_of(Packed(tmp_path / "tokens", tmp_path / "other", global_batch=7, seed=1).output) != tree_of(
+        packed.output
+    )
+    bins = packed.bins
+    assert packed.plan["max_documents"] == bins.max_documents <= 4
+    assert packed.facts["steps"] == bins.steps == -(-len(bins) // 7)
+    read = [bins[number] for number in range(len(bins))]
+    assert sum(len(each.lengths) for each in read) == packed.facts["documents"] == 6000
+    assert all(len(each.ids) == length <= 64 for each, length in zip(read, bins.lengths, strict=True))
+    assert all((each.labels != IGNORED).sum() == n for each, n in zip(read, bins.trained, strict=True))
+    assert packed.facts["fill"] == pytest.approx(sum(len(each.ids) for each in read) / (len(read) * 64), abs=1e-4)
+
+
+def test_the_report_can_be_read_by_people(tmp_path: Path) -> None:
+    many(tmp_path / "tokens", 50)
+    shard(tmp_path / "tokens", "a|b/00000", [row(("user", 3), ("assistant", 90))], dropped={"<empty>": 3})
+    packed = Packed(tmp_path / "tokens", tmp_path / "out")
+    lengths = packed.report["lengths"]
+    assert sum(lengths["counts"]) == 101
+    assert lengths["edges"][0] <= lengths["min"] <= lengths["median"] <= lengths["p95"] <= lengths["max"] == 99
+    markdown = (packed.output / "report.md").read_text()
+    assert "| chat | 100 | 100 | 0 | 0 | 0 |" in markdown
+    assert "| a\\|b | 4 | 0 | 0 | 4 | 0 | 0 | – |" in markdown
+    page = (packed.output / "report.html").read_text()
+    assert "&lt;empty&gt;" in page
+    assert "<script" not in page and "http" not in page, "the page is self-contained"
+    chart = ET.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    assert sum(int(bar[0].text.split(": ")[1].split()[0]) for bar in chart.iter("rect")) == 101
+    assert any("sequence length 64" in (text.text or "") for text in chart.iter("text"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("sequence_length", 63), ("global_batch", 0), ("heldout_fraction", 1.0), ("train_on", "user")],
+)
+def test_settings_out_of_bounds_are_refused(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=setting):
+        PackConfig(**{setting: value})
