@@ -99,24 +99,22 @@ def _print_summary(run: Run, outcome: Outcome | None, dashboard: str, console: C
 
 
 def _scores(scores: Json) -> Table:
-    """Base against tuned, with 95 % intervals."""
+    """Base against tuned, with 95 % intervals; 80 columns wide at most."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("score", no_wrap=True)
-    for name in ("n", "base", "tuned"):
+    table.add_column("95 % intervals", overflow="ellipsis", no_wrap=True)
+    for name in ("base", "tuned", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("difference (95 %)", justify="right", no_wrap=True)
     for task, told in scores["tasks"].items():
-        table.add_row(f"{task} {told['metric']}", str(told["n"]), *(_interval(told[m], 100) for m in _MODELS))
+        table.add_row(f"{task} % of {told['n']}", *(_interval(told[m], 100, 1) for m in _MODELS))
     if loss := scores["heldout_loss"]:
-        table.add_row("heldout loss", f"{loss['tokens']:,}", *(_interval(loss[m], 1) for m in _MODELS))
+        table.add_row("held-out loss", *(_interval(loss[m], 1, 2) for m in _MODELS))
     return table
 
 
 _MODELS = ("base", "tuned", "difference")
 
 
-def _interval(value: Json, scale: float) -> str:
-    digits = 1 if scale == 100 else 3
+def _interval(value: Json, scale: float, digits: int) -> str:
     middle, low, high = (f"{scale * value[end]:.{digits}f}" for end in ("value", "low", "high"))
     return f"{middle} [{low}, {high}]"
 
