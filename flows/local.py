@@ -121,7 +121,7 @@ def _interval(value: Json, scale: float, digits: int) -> str:
 
 def _print_outcome(run: Run, outcome: Outcome, console: Console) -> None:
     mark = "[green]passed[/]" if outcome.passed else "[red]not passed[/]"
-    console.print(f"gate       {mark}: {escape('; '.join(outcome.reasons))}", soft_wrap=True)
+    console.print(f"gate       {mark}: {escape('; '.join(outcome.reasons))}")
     if outcome.to:
         console.print(f"model      {escape(_shown(outcome.to))}", soft_wrap=True)
         console.print(f"report     {escape(_shown(outcome.to))}/README.md", soft_wrap=True)

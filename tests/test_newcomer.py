@@ -1,0 +1,139 @@
+"""What a newcomer does, with the real command in a process of its own: every shipped recipe for two steps, a second
+run with nothing to do, the published folder loaded as the card says, and every command of the README and docs/."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TWO_STEPS = ("train.max_steps=2", "evaluate.tasks.reversal.limit=4", "publish.gate.require=nothing")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A user's machine: a home with a store, and a working folder."""
+
+    home: Path
+
+    def regrow(self, *arguments: str, expect: int | None = 0) -> "subprocess.CompletedProcess[str]":
+        """Run the command as a user would, at 80 columns; it must exit with `expect`."""
+        environment = {
+            **{n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "REGROW_"))},
+            "XDG_DATA_HOME": str(self.home),
+            "COLUMNS": "80",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=560,
+        )
+        if expect is not None:
+            assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def run(self, recipe: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """`regrow run` for two steps, publishing below the home."""
+        return self.regrow("run", recipe, *arguments, *self.settings(recipe))
+
+    def settings(self, recipe: str) -> list[str]:
+        """The overrides that make a recipe short."""
+        to = f"publish.to={self.home / 'out' / Path(recipe).stem}"
+        return [word for setting in (*TWO_STEPS, to) for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("home"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_recipe_runs_for_two_steps_and_then_has_nothing_to_do(place: Place, path: Path) -> None:
+    recipe = str(path.relative_to(ROOT))
+    first = place.run(recipe)
+    assert first.stderr == "", "only our own lines on the screen"
+    assert max(len(line) for line in first.stdout.splitlines() if "/" not in line) <= 80
+    started = time.monotonic()
+    again = place.run(recipe)
+    took = time.monotonic() - started
+    assert "nothing to do" in again.stdout
+    assert took < 6, f"{took:.1f} s: with nothing to do a run must not start Prefect"
+    plan = json.loads(place.regrow("plan", recipe, "--check", "--json", *place.settings(recipe)).stdout)
+    assert {step["state"] for step in plan["steps"]} == {"cached"}
+
+
+def test_the_published_folder_loads_as_the_card_says(place: Place) -> None:
+    place.run("configs/quickstart.yaml")
+    folder = place.home / "out" / "quickstart"
+    card = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.S)
+    assert code
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    for stage in ("fetch", "convert", "tokenize", "pack", "train", "merge", "evaluate"):
+        assert f"| {stage} | `" in card
+
+
+def test_a_changed_key_reruns_only_what_depends_on_it(place: Place) -> None:
+    place.run("configs/quickstart.yaml")
+    settings = place.settings("configs/quickstart.yaml")
+    changed = [*settings, "--set", "train.learning_rate=5e-4"]
+    plan = json.loads(place.regrow("plan", "configs/quickstart.yaml", "--json", *changed).stdout)
+    states = {s["stage"]: s["state"] for s in plan["steps"]}
+    assert [states[s] for s in ("fetch", "convert", "tokenize", "pack", "train", "merge")] == [
+        "cached",
+        "cached",
+        "cached",
+        "cached",
+        "runs",
+        "unknown",
+    ]
+    reason = next(s["reason"] for s in plan["steps"] if s["stage"] == "train")
+    assert reason == "train.learning_rate 0.001 → 0.0005"
+    place.regrow("plan", "configs/quickstart.yaml", "--check", *changed, expect=3)
+
+
+def commands() -> list[str]:
+    """Every command line of the README and docs/ that starts with `regrow`."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(), re.S):
+            lines = (line.removeprefix("$ ").partition("  #")[0].strip() for line in block.splitlines())
+            found += [line for line in lines if line.startswith("regrow ")]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_documented_command_runs(place: Place, command: str) -> None:
+    words = shlex.split(command)[1:]
+    if words[0] in ("run", "plan"):
+        words += place.settings(words[1])
+    done = place.regrow(*words, expect=None)
+    # 3 is `plan --check` saying that something would run: an answer, not a mistake.
+    assert done.returncode in (0, 3), f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_make_target_in_the_docs_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    pages = (ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md")))
+    named = {t for page in pages for t in re.findall(r"`make ([a-z-]+)`", page.read_text())}
+    assert named <= targets
