@@ -213,9 +213,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         code = 130
-    except typer.TyperException as error:  # type: ignore[attr-defined]
-        error.show()
+    except typer.TyperException as error:
+        _complain(f"{error.format_message()} See `regrow --help`.")
         code = EXIT_USER
+    except OSError as error:  # a full disk, a folder that cannot be written: said by the system better than by us
+        _complain(error)
+        code = EXIT_FAILED
     if code in (EXIT_FAILED, EXIT_SUSPENDED, 130) and len(sys.argv) > 2 and sys.argv[1] == "run":
         words = " ".join(sys.argv[1:])
         Console(stderr=True, highlight=False).print(f"continue with: regrow {escape(words)}")

@@ -60,7 +60,7 @@ def run_plan(run: Run, selection: Selection, console: Console) -> str:
                 state.result()
             finally:
                 screen.stop()
-        return api.where(state.state_details.flow_run_id)
+        return api.where(str(state.state_details.flow_run_id))
 
 
 def finish(run: Run, selection: Selection, dashboard: str, console: Console, as_json: bool) -> int:

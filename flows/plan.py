@@ -61,8 +61,8 @@ def make_plan(
     for stage in ORDER:
         steps[stage] = _step(run, stage, stage in chosen, stage in forced, strict, baseline, steps)
     for stage in reversed(ORDER):
-        for above in _damaged(run, steps[stage]):
-            steps[above[0]] = Step(above[0], "runs", above[1], steps[above[0]].key)
+        for damaged, reason in _damaged(run, steps[stage]):
+            steps[damaged] = Step(damaged, "runs", reason, steps[damaged].key)
     for stage in chosen:
         for above in upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":

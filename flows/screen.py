@@ -86,6 +86,7 @@ class Screen:
     progress: Progress | None = None
     task: TaskID | None = None
     started: float = 0.0
+    extra: str = ""
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def follower(self) -> Follower:
@@ -93,7 +94,7 @@ class Screen:
         return Follower(started=self._start, event=self._event, note=self._note, finished=self._finish)
 
     def _start(self, run: Run, stage: str) -> None:
-        self.started = time.monotonic()
+        self.started, self.extra = time.monotonic(), ""
         if self.console.is_terminal:
             self.progress = Progress(
                 SpinnerColumn(),
@@ -111,11 +112,10 @@ class Screen:
     def _event(self, run: Run, stage: str, event: Event) -> None:
         if event["event"] != "tell" or self.progress is None or self.task is None:
             return
-        loss = event["metrics"].get("loss")
-        extra = {"extra": f"loss {loss:.3f}"} if isinstance(loss, float) else {}
-        self.progress.update(
-            self.task, completed=event["done"], total=event["total"], unit=event["unit"] or "items", **extra
-        )
+        if isinstance(loss := event["metrics"].get("loss"), float):
+            self.extra = f"loss {loss:.3f}"
+        unit = event["unit"] or "items"
+        self.progress.update(self.task, completed=event["done"], total=event["total"], unit=unit, extra=self.extra)
 
     def _note(self, run: Run, stage: str, message: str) -> None:
         self.console.print(f"  [yellow]{stage}[/]: {escape(message)}")
