@@ -3,9 +3,12 @@
     model = AutoModelForCausalLM.from_pretrained(folder)
 
 After LoRA, every adapted weight becomes W + alpha / rank * B A, computed in float32 and rounded once, to the dtype of
-the model. The folder is then loaded again from disk and must give the adapter's logits on a few texts; a merge that
-lost the training, or part of it, fails here and not in production. After full fine-tuning the weights are passed on.
-All other files (config, tokenizer, chat template) are the model's own, byte for byte.
+the model. On a few texts, logits are compared along the way: adapter and merged weights (equal, but for the order of
+float32 sums), what was saved and what is read back from disk (equal), adapter and final model (as near as rounding
+allows). A merge that lost the training, or part of it, fails here and not in production.
+
+After full fine-tuning the weights are passed on. All other files (config, tokenizer, chat template) are the model's
+own, byte for byte.
 """
 
 import json
@@ -33,8 +36,12 @@ TEXTS = (
 """What the logits are compared on: prose, arithmetic, code, data, and letters beyond ASCII."""
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-DAMAGED = 0.1
-"""Share of the training's effect (as a KL divergence) that rounding may take."""
+EXACT = 1e-3
+"""Largest difference of logits, relative to the largest logit, that float32 arithmetic in another order explains."""
+NOISE = 5e-3
+"""KL divergence in nats that rounding the weights may always cost: ten times what bfloat16 costs SmolLM2-135M."""
+DAMAGE = 0.1
+"""Share of the training's own KL divergence that it may cost besides."""
 
 
 class MergeConfig(StageConfig):
@@ -112,32 +119,57 @@ def _merge(model: Path, adapter: Path, output: Path, work: Work) -> Facts:
     dtype = AutoConfig.from_pretrained(model, local_files_only=True).dtype or torch.float32
     device = "cuda" if work.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     probes = _probes(model)
-
-    def load(folder: Path) -> Any:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        return loaded.to(device).eval()
-
     work.tell(0, 3, "models")
-    base = load(model)
+    base = _load(model, device)
     before = _logits(base, probes)
     work.tell(1, 3, "models")
     adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
     zero = _is_zero(adapted)
     wanted = _logits(adapted, probes)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    exact = compare(before, wanted, _logits(merged, probes))
+    require_same(exact)
     work.tell(2, 3, "models")
-    whole = adapted.merge_and_unload(safe_merge=True).to(dtype)
-    whole.save_pretrained(output)
+    narrow = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
+    _round(merged, narrow)
+    rounded = _logits(merged, probes)
+    del base, adapted, merged
+    narrow.save_pretrained(output)
     _copy_rest(model, output)
-    del base, adapted, whole
-    likeness = compare(before, wanted, _logits(load(output), probes))
+    del narrow
+    saved = _logits(_load(output, device), probes)
+    require_saved(compare(before, rounded, saved))
+    likeness = compare(before, wanted, saved)
+    require_kept(likeness, dtype)
     work.tell(3, 3, "models")
-    require_likeness(likeness, dtype)
     return {
         "method": "lora",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "adapter_is_zero": zero,
+        "max_difference_before_rounding": exact.max_difference,
         "likeness": asdict(likeness),
     }
+
+
+def _round(wide: Any, narrow: Any) -> None:
+    """Give `narrow`, the model in its own dtypes, the weights of `wide`, and `wide` what rounding left of them.
+
+    Weights that were not merged come out with the bits they had.
+    """
+    import torch
+
+    with torch.no_grad():
+        for (name, ours), (other, theirs) in zip(narrow.named_parameters(), wide.named_parameters(), strict=True):
+            assert name == other
+            theirs.copy_(ours.copy_(theirs))
+
+
+def _load(folder: Path, device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return loaded.to(device).eval()
 
 
 def _probes(model: Path) -> "list[torch.Tensor]":
@@ -182,16 +214,35 @@ def compare(before: "torch.Tensor", wanted: "torch.Tensor", found: "torch.Tensor
     )
 
 
-def require_likeness(likeness: Likeness, dtype: "torch.dtype") -> None:
-    """Raise UserError when the saved model is not the trained one, but for rounding to `dtype`."""
-    import torch
-
-    bound = torch.finfo(dtype).eps ** 0.5 * max(1.0, likeness.max_logit)
-    if not likeness.max_difference <= bound:
+def require_same(likeness: Likeness) -> None:
+    """Raise UserError when weights merged in float32 do not give the adapter's logits."""
+    if not likeness.max_difference <= EXACT * likeness.max_logit:
         raise UserError(
-            f"merge: the merged model does not give the adapter's logits: they differ by up to "
-            f"{likeness.max_difference:.3g}, rounding explains {bound:.3g}. {likeness}"
+            "merge: the merged weights do not give the adapter's logits, so this adapter cannot be folded into this "
+            f"model (a layer that shares its weights with another one, or a model it was not trained on): {likeness}"
         )
+
+
+def require_saved(likeness: Likeness) -> None:
+    """Raise UserError when the model read back from disk is not the one that was written."""
+    if not likeness.max_difference <= EXACT * likeness.max_logit:
+        raise UserError(
+            "merge: the saved model does not give the logits of the model that was saved: the model's library does "
+            f"not write what it reads: {likeness}"
+        )
+
+
+def require_kept(likeness: Likeness, dtype: "torch.dtype") -> None:
+    """Raise UserError when rounding to `dtype` damaged what was trained."""
+    if not likeness.kl <= NOISE + DAMAGE * likeness.kl_of_training:
+        raise UserError(
+            f"merge: rounding the merged weights to {_name(dtype)}, the dtype of the model, takes too much of the "
+            f"training; start from the model in a wider dtype: {likeness}"
+        )
+
+
+def _name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_zero(adapted: Any) -> bool:

@@ -6,6 +6,9 @@ frozen is held in the recipe's precision.
 """
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,22 @@ def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Write all weights in the dtype of the model they came from, in `source`."""
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype
     model.to(dtype or torch.float32).save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)  # the Trainer changed the one in memory
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold all weights in float32 for a while. Widening and narrowing again changes no bit."""
+    narrow = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype != torch.float32}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data = parameter.data.to(dtype)
 
 
 def trainable(model: Any) -> int:
