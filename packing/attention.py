@@ -7,7 +7,8 @@ builds no mask for an implementation that it knows no mask for.
 
 On a GPU in 16-bit this is one variable-length kernel (`torch.nn.attention.varlen`). Elsewhere each document is a call
 of scaled dot product attention: its cost is the sum of squared document lengths, against the square of the sum for one
-call with a mask (SmolLM2's 9 heads, 2,048 tokens in documents of 60: a fifth of the time, forward and backward).
+call with a mask. (SmolLM2's 9 heads, 2,048 tokens in documents of about 60, one CPU core, forward and backward: 26 ms
+against 471 ms.)
 """
 
 import inspect
