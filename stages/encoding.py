@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,9 +60,9 @@ class Encoder:
         return re.compile("|".join(re.escape(text) for text in sorted(self.tokens, key=len, reverse=True)) or r"(?!)")
 
 
-def load(path: Path, control: Sequence[str]) -> Encoder:
-    """Read `tokenizer.json`. `control` are texts that are control tokens besides those that the file calls special."""
-    settings = json.loads(path.read_text("utf-8"))
+def load(tokenizer_json: str, control: Sequence[str]) -> Encoder:
+    """Make an encoder. `control` are texts that are control tokens besides those that the file calls special."""
+    settings = json.loads(tokenizer_json)
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
     added = settings["added_tokens"] = settings.get("added_tokens") or []
     for token in added:
@@ -129,25 +128,26 @@ class Spans:
 
 def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -> Encoded:
     """Encode rows of `sizes` bytes. Raises UserError when a control token's text cannot be written as plain text."""
-    encodings = encoder.matching.encode_batch_fast(texts, add_special_tokens=False)
+    batch = encoder.matching.encode_batch if encoder.lengths is None else encoder.matching.encode_batch_fast
+    encodings = batch(texts, add_special_tokens=False)
     counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
     ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
+    first_token = np.cumsum(counts) - counts
+    first_span = np.cumsum(spans.counts) - spans.counts
+    token_rows = np.repeat(np.arange(len(texts)), counts)
     slow = np.ones(len(texts), np.bool_)
     starts = np.zeros(len(ids), np.int64)
-    token_rows = np.repeat(np.arange(len(texts)), counts)
     if encoder.lengths is not None:
         lengths = encoder.lengths[ids]
-        ends = np.cumsum(lengths)
         totals = np.bincount(token_rows, weights=lengths, minlength=len(texts)).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths - np.repeat(np.cumsum(totals) - totals, counts)
         slow = totals != sizes
         if encoder.nfc:
             slow |= np.fromiter((not unicodedata.is_normalized("NFC", text) for text in texts), np.bool_, len(texts))
-        starts = ends - lengths - np.repeat(np.cumsum(totals) - totals, counts)
-    first_token = np.cumsum(counts) - counts
-    first_span = np.cumsum(spans.counts) - spans.counts
+        again = encoder.matching.encode_batch([texts[row] for row in np.flatnonzero(slow)], add_special_tokens=False)
+        encodings = dict(zip(np.flatnonzero(slow), again, strict=True))
     for row in np.flatnonzero(slow):
-        here = slice(first_token[row], first_token[row] + counts[row])
-        starts[here] = _offsets(encoder.matching.encode(texts[row], add_special_tokens=False), texts[row])
+        starts[first_token[row] : first_token[row] + counts[row]] = _offsets(encodings[row], texts[row])
     forged = _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
     if not len(forged):
         return Encoded(ids, starts, counts, int(slow.sum()))

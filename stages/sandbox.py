@@ -16,6 +16,7 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
 
 from stages import traced
 from stages.traced import Traced, Untraceable
@@ -48,15 +49,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     concat = staticmethod(traced.concat)
 
     def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().call(__context, __obj, *args, **kwargs)
         # A method of a plain string, given traced ones. Methods of traced strings look after themselves.
-        if type(getattr(__obj, "__self__", None)) is str:
-            if __obj.__name__ == "join" and len(args) == 1:
-                return traced.join(__obj.__self__, list(args[0]))
-            result = super().call(__context, __obj, *args, **kwargs)
-            if isinstance(result, str | list | tuple) and traced.holds_traced([*args, *kwargs.values()]):
-                raise Untraceable(f"it puts data into a text by .{__obj.__name__}()")
-            return result
-        return super().call(__context, __obj, *args, **kwargs)
+        # (The sandbox wraps `format` in a function of its own.)
+        method = getattr(__obj, "__wrapped__", __obj)
+        if type(getattr(method, "__self__", None)) is str and isinstance(result, str | list | tuple):
+            if method.__name__ == "join" and len(args) == 1:
+                return traced.join(method.__self__, list(args[0]))
+            given = [*args, *(value for name, value in kwargs.items() if not name.startswith("_"))]
+            if traced.holds_traced(given):
+                raise Untraceable(f"it puts data into a text by .{method.__name__}()")
+        return result
 
 
 def environment(today: date | None = None) -> jinja2.Environment:
@@ -68,6 +71,7 @@ def environment(today: date | None = None) -> jinja2.Environment:
     made.filters["join"] = _join
     made.filters["tojson"] = _tojson
     made.filters["string"] = str
+    made.filters["safe"] = _safe
     made.globals.pop("lipsum")
     made.globals["raise_exception"] = _raise_exception
     if today is not None:
@@ -79,7 +83,7 @@ def _watched(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(found)
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = found(*args, **kwargs)
-        if isinstance(result, str) and type(result) is not Traced and result:
+        if isinstance(result, str) and not isinstance(result, Traced) and result:
             # `default` and the like may hand back one of their own arguments.
             if any(result is value for value in (*args, *kwargs.values())):
                 return result
@@ -88,6 +92,17 @@ def _watched(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return watched
+
+
+class _Safe(Traced):
+    """Text marked safe: `+` would escape what it is added to as if for HTML, which nobody can want."""
+
+    __slots__ = ()
+    __add__ = __radd__ = Traced._refuse
+
+
+def _safe(value: Any) -> str:
+    return _Safe(value, traced.runs_of(value)) if isinstance(value, Traced) else Markup(value)
 
 
 def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:

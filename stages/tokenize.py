@@ -21,6 +21,7 @@ from stages.encoding import Encoder, Positions, Spans, carry, encode, load
 from stages.identity import Tree
 from stages.stage import Facts, Part, Stage, StageConfig, Work
 from stages.tables import SPAN, read_batches, tokens_schema
+from stages.tokenizer_files import backend
 
 CHUNK_BYTES = 4 << 20
 """Text encoded at once: enough to keep all cores busy, little enough to keep memory flat."""
@@ -33,7 +34,8 @@ class TokenizeConfig(StageConfig):
 def parts(config: TokenizeConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     """One part a shard of `conversations`."""
     shards = sorted({file.path.rpartition("/")[0] for file in inputs["conversations"].files})
-    tokenizer = inputs["tokenizer"].select("tokenizer.json")
+    templates = inputs["tokenizer"].select("chat_template*").files
+    tokenizer = Tree(tuple(file for file in inputs["tokenizer"].files if file not in templates))
     return [
         Part(
             name=shard,
@@ -50,7 +52,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
     with pa.memory_map(str(source)) as file:
         reader = pa.ipc.open_file(file)
         control = json.loads((reader.schema.metadata or {}).get(b"control", b"[]"))
-    encoder = load(inputs["tokenizer"] / "tokenizer.json", control)
+    encoder = load(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), control)
     schema = tokens_schema(len(encoder.control))
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
     rows = tokens = exact = 0
@@ -125,5 +127,5 @@ STAGE = Stage(
     run=run,
     parts=parts,
     part=TokenizeConfig,
-    libraries=("tokenizers",),
+    libraries=("tokenizers", "transformers"),
 )

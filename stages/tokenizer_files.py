@@ -1,6 +1,9 @@
-"""What convert needs to know of a tokenizer, read from its files alone: no library is loaded."""
+"""A tokenizer's files: what convert needs to know of them, and what transformers makes of them."""
 
+import hashlib
+import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,3 +77,38 @@ def _prefix(processor: Mapping[str, Any] | None) -> str:
             break
         texts += processor["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
     return "".join(texts)
+
+
+def backend(folder: Path, memory: Path) -> str:
+    """`tokenizer.json` as transformers reads it, which for some model types is not what the file says.
+
+    What transformers makes of a folder is remembered under `memory`, by the files' bytes and its version: starting
+    it takes seconds. Raises UserError when it cannot read the tokenizer, or only in its slow form.
+    """
+    digest = hashlib.sha256(_transformers_version().encode())
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    held = memory / f"{digest.hexdigest()}.json"
+    if not held.is_file():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"transformers cannot read the model's tokenizer: {reason}") from error
+        if not tokenizer.is_fast:
+            raise UserError("the model's tokenizer has only a slow form in transformers: expected a tokenizer.json")
+        held.parent.mkdir(parents=True, exist_ok=True)
+        aside = held.with_suffix(f".{os.getpid()}")
+        aside.write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
+        aside.replace(held)
+    return held.read_text("utf-8")
+
+
+def _transformers_version() -> str:
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError("tokenizing needs transformers: pip install 'regrow[train]'") from error

@@ -6,8 +6,9 @@ operation that a template can do either carries the origins along or raises `Unt
 """
 
 import json
+import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, SupportsIndex
 
 from stages.errors import UserError
@@ -50,7 +51,7 @@ class Traced(str):
             if step != 1:
                 raise Untraceable("it takes every n-th character of a text")
             return self._cut(start, max(start, stop))
-        index = key.__index__()
+        index = operator.index(key)
         text = super().__getitem__(index)
         index %= len(self)
         return Traced(text, self._cut(index, index + 1)._runs)
@@ -170,7 +171,7 @@ def concat(parts: Iterable[str]) -> str:
     """`"".join(parts)` that keeps the runs; plain when no part is traced."""
     parts = list(parts)
     text = "".join(parts)
-    if not any(type(part) is Traced for part in parts):
+    if not any(isinstance(part, Traced) for part in parts):
         return text
     runs: list[tuple[int, int]] = []
     for part in parts:
@@ -190,10 +191,10 @@ def join(separator: str, parts: Sequence[str]) -> str:
     return concat(spread)
 
 
-def mark(value: Any, leaf: int) -> Any:
-    """A JSON value with all its strings, keys too, traced to `leaf`."""
+def mark(value: Any, leaf: Callable[[], int]) -> Any:
+    """A JSON value with all its strings, keys too, traced; `leaf` numbers each as it comes."""
     if isinstance(value, str):
-        return Traced(value, ((len(value), leaf),))
+        return Traced(value, ((len(value), leaf()),))
     if isinstance(value, dict):
         return {mark(key, leaf): mark(item, leaf) for key, item in value.items()}
     if isinstance(value, list | tuple):
