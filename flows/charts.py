@@ -8,6 +8,7 @@ import base64
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import pairwise
 
@@ -68,7 +69,7 @@ def chain(boxes: Sequence[Box]) -> str:
 def loss_curve(losses: Sequence[Point], height: int = 280) -> str:
     """SVG of (step, loss): every step faint, their moving mean strong. Needs at least one point, all of them finite."""
     steps = thinned(losses)
-    plot = _Plot(*_bounds(steps), height)
+    plot = _Plot(steps, height)
     body = [
         *plot.axes("step", "loss"),
         plot.line(steps, TUNED, 1.0, 0.45),
@@ -130,7 +131,8 @@ def _mean(points: Sequence[Point]) -> Point:
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that enclose low…high, some `about` of them."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    span = max((high - low) or size or 1.0, 1e-6 * size, 1e-9)
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
@@ -147,10 +149,9 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Plot:
-    """A plot area with linear axes."""
+    """A plot area with linear axes around points: across from the first to the last, up between round numbers."""
 
-    xs: Sequence[float]
-    ys: Sequence[float]
+    points: Sequence[Point]
     height: int
     left: float = 58.0
     right: float = WIDTH - 14.0
@@ -160,17 +161,29 @@ class _Plot:
     def bottom(self) -> float:
         return self.height - 42.0
 
+    @cached_property
+    def across(self) -> tuple[float, float]:
+        values = [x for x, _ in self.points]
+        return min(values), max(max(values), min(values) + 1)
+
+    @cached_property
+    def up(self) -> list[float]:
+        values = [y for _, y in self.points]
+        return nice_ticks(min(values), max(values))
+
     def x(self, value: float) -> float:
-        return self.left + (self.right - self.left) * (value - self.xs[0]) / (self.xs[-1] - self.xs[0])
+        low, high = self.across
+        return self.left + (self.right - self.left) * (value - low) / (high - low)
 
     def y(self, value: float) -> float:
-        return self.bottom - (self.bottom - self.top) * (value - self.ys[0]) / (self.ys[-1] - self.ys[0])
+        return self.bottom - (self.bottom - self.top) * (value - self.up[0]) / (self.up[-1] - self.up[0])
 
     def axes(self, across: str, up: str) -> Iterator[str]:
-        for tick in self.ys:
+        for tick in self.up:
             yield _rule(self.left, self.y(tick), self.right, self.y(tick), GRID)
             yield _text(self.left - 8, self.y(tick) + 4, number(tick), anchor="end")
-        for tick in self.xs:
+        low, high = self.across
+        for tick in (t for t in nice_ticks(low, high, 8) if low <= t <= high):
             yield _rule(self.x(tick), self.bottom, self.x(tick), self.bottom + 4, INK)
             yield _text(self.x(tick), self.bottom + 18, number(tick))
         yield _text((self.left + self.right) / 2, self.height - 6, across)
@@ -182,12 +195,6 @@ class _Plot:
             f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" '
             f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
         )
-
-
-def _bounds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Axis ticks around the points."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    return nice_ticks(min(xs), max(xs), 8), nice_ticks(min(ys), max(ys), 5)
 
 
 def _svg(height: int, body: Sequence[str]) -> str:

@@ -34,6 +34,9 @@ from stages.store import BadBlob
 PROGRESS_SECONDS = 2.0
 """Between two updates of the progress."""
 
+PATIENCE_SECONDS = 8.0
+"""A stage that is done sooner shows no progress."""
+
 CURVE_SECONDS = 10.0
 """Between two updates of the loss curve, at first; later a twentieth of the time so far, for each one is kept as an
 event."""
@@ -98,7 +101,8 @@ class Dashboard:
 
     def _show_progress(self, stage: _Stage, event: Event) -> None:
         now, total = time.monotonic(), event["total"]
-        if not total or now - max(stage.started, stage.progressed) < PROGRESS_SECONDS:
+        due = max(stage.started + PATIENCE_SECONDS, stage.progressed + PROGRESS_SECONDS)
+        if not total or now < due:
             return
         percent = round(100.0 * min(event["done"] / total, 1.0), 1)
         told = f"{stage.name}: {event['done']:,.0f} of {total:,.0f} {event['unit']}".rstrip()

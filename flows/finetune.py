@@ -21,10 +21,11 @@ from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
 from flows.graph import upstream
 from flows.plan import Plan, make_plan
-from flows.recipe import Loaded, Recipe
+from flows.recipe import Loaded, Recipe, check
 from flows.run import Run, start
 from flows.screen import headline, seconds
 from flows.settle import Outcome, settle
+from flows.strict_yaml import Document
 from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
@@ -80,6 +81,8 @@ def opened(recipe: Recipe, runtime: Runtime, run: str = "") -> Run:
     record = store.read_run(run) if run else None
     if run and record is None:
         raise UserError(f"run `{run}`: there is no such run in {store.url}; see `regrow show`")
+    if record is None:
+        check(recipe.model_dump(mode="json"), Document({}, {}), "recipe")
     text = record["text"] if record else yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True))
     loaded = Loaded(recipe=recipe, text=text, path=record["path"] if record else "")
     return start(loaded, runtime, store, record)
@@ -88,7 +91,8 @@ def opened(recipe: Recipe, runtime: Runtime, run: str = "") -> Run:
 def label(client: SyncPrefectClient, run: Run) -> None:
     """Tag the flow run with its recipe, model and method, beside the tags it already has."""
     recipe = run.loaded.recipe
-    model = next(iter(recipe.fetch.model_dump(mode="json", exclude_none=True)["model"].values()))
+    source = recipe.fetch.model
+    model = source.hub or source.package or str(source.path or source.url).rstrip("/").rpartition("/")[2]
     found = [f"recipe:{recipe.name}", f"model:{model}", f"method:{recipe.train.method}"]
     client.update_flow_run(flow_run.id, tags=sorted({*flow_run.tags, *found}))
 

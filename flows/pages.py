@@ -74,7 +74,7 @@ def scores_page(scores: Mapping[str, Any]) -> str:
     ]
     told = [image(interval_bars(bars, "score, with its 95 % interval"), "scores of both models")] if bars else []
     if loss := scores["heldout_loss"]:
-        measured["held-out rows"] = {**loss, "metric": "loss, nats a token", "n": loss["tokens"]}
+        measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:
         return "Nothing was measured.\n"
     header = ("task", "metric", "items", BASE, TUNED, "difference", "better")
@@ -84,7 +84,8 @@ def scores_page(scores: Mapping[str, Any]) -> str:
 
 def _score_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
     values = (_interval(task[BASE]), _interval(task[TUNED]), _interval(task["difference"], "+"))
-    return name, task["metric"], f"{task['n']:,}", *values, task["better"]
+    items = f"{task['n']:,}" if "n" in task else f"{task['tokens']:,} tokens"
+    return name, task["metric"], items, *values, task["better"]
 
 
 def _interval(value: Mapping[str, float], sign: str = "") -> str:
