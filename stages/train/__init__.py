@@ -75,6 +75,12 @@ class TrainConfig(StageConfig):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the adapter's start, dropout, and the order of steps after the first epoch."""
 
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, name: str) -> str:
+        objectives.find(name)
+        return name
+
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train. See `stages.train.run` for inputs, files and errors."""

@@ -48,7 +48,8 @@ def adapt(model: PreTrainedModel, lora: Lora) -> PeftModel:
     Raises UserError when a target names no layer or a layer is narrower than the rank.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    _refuse_unknown_targets(lora.targets, layers)
+    if not isinstance(lora.targets, str):
+        _refuse_bad_targets(model, lora.targets, layers)
     adapted = get_peft_model(
         model,
         LoraConfig(
@@ -72,13 +73,17 @@ def adapt(model: PreTrainedModel, lora: Lora) -> PeftModel:
     return adapted
 
 
-def _refuse_unknown_targets(targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> None:
-    if isinstance(targets, str):
-        return
+def _refuse_bad_targets(model: PreTrainedModel, targets: tuple[str, ...], layers: dict[str, nn.Module]) -> None:
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
+        meant = [layers[name] for name in layers if name == target or name.endswith(f".{target}")]
+        if not meant:
             choices = sorted({name.rpartition(".")[2] for name in layers})
             raise UserError(f"train.lora.targets: no layer is called {target!r}; there are {', '.join(choices)}")
+        if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() in meant:
+            raise UserError(
+                f"train.lora.targets: {target!r} shares its weights with the embeddings, so an adapter on it cannot be "
+                "merged: leave it out"
+            )
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

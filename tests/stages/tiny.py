@@ -1,5 +1,6 @@
 """Tiny models, tokens and plans for tests: random weights, and documents whose next tokens can be learned."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,10 @@ def plan(
     sequence_length: int = 64,
     global_batch: int = 4,
     untrained: int = 2,
+    packed: bool = True,
 ) -> dict[str, Path]:
-    """Tokens and plan of one shard, `chat/00000`; all but the first `untrained` tokens of a document train."""
+    """Tokens and plan of one shard, `chat/00000`; all but the first `untrained` tokens of a document train. Not
+    `packed` is a bin a document, in the order of the rows."""
     tokens, plan = folder / "tokens", folder / "plan"
     write_table(
         tokens / "chat/00000/tokens.arrow",
@@ -74,8 +77,10 @@ def plan(
             for i, ids in enumerate(rows)
         ),
     )
-    packed = pack(np.array([len(ids) for ids in rows]), sequence_length, global_batch=global_batch, seed=0)
-    bins = [packed.documents[a:b].tolist() for a, b in zip(packed.offsets, packed.offsets[1:], strict=False)]
+    found = pack(np.array([len(ids) for ids in rows]), sequence_length, global_batch=global_batch, seed=0)
+    bins = [found.documents[a:b].tolist() for a, b in itertools.pairwise(found.offsets)]
+    if not packed:
+        bins = [[i] for i in range(len(rows))]
     write_table(
         plan / "bins.arrow",
         BINS,

@@ -1,0 +1,191 @@
+"""merge on tiny models: the folder is the trained model, and a merge that is not is found out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from stages import merge
+from stages.errors import UserError
+from stages.identity import tree_of
+from stages.runtime import Runtime
+from stages.stage import Facts, Work
+from tests.stages import tiny
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def make_model(folder: Path, config_name: str = "LlamaConfig", **changes: Any) -> Path:
+    """A random model with a tokenizer of single bytes."""
+    tiny.save(folder, config_name, vocab_size=256, **changes)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(folder: Path, model: Path, scale: float = 1.0, **changes: Any) -> Path:
+    """A trained-looking adapter; returns the folder that train would have written."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **changes}
+    adapted = get_peft_model(base, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(scale)
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    return folder
+
+
+def run(output: Path, model: Path, trained: Path) -> Facts:
+    output.mkdir(parents=True)
+    work = Work(output.parent / "work", Runtime(device="cpu"))
+    return merge.STAGE.run(merge.MergeConfig(), {"model": model, "trained": trained}, output, work)
+
+
+def adapted_logits(model: Path, trained: Path, ids: torch.Tensor) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logits: torch.Tensor = PeftModel.from_pretrained(base, str(trained / "adapter")).eval()(ids).logits
+    return logits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("config_name", "changes"),
+    [
+        ("LlamaConfig", {}),
+        ("LlamaConfig", {"tie_word_embeddings": True}),
+        ("Qwen3Config", {}),
+        ("Gemma2Config", {"query_pre_attn_scalar": 8}),
+        ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    ],
+)
+def test_the_merged_folder_gives_the_adapters_logits(
+    tmp_path: Path, config_name: str, changes: dict[str, Any], dtype: str
+) -> None:
+    model = make_model(tmp_path / "model", config_name, dtype=dtype, **changes)
+    trained = make_adapter(tmp_path / "trained", model)
+    facts = run(tmp_path / "output", model, trained)
+    assert facts["changed_tensors"] and "warning" not in facts
+
+    # Three lines, as anybody would.
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    ids = tokenizer("A text that merge has not compared.", return_tensors="pt").input_ids
+
+    assert merged.dtype == getattr(torch, dtype)
+    assert tokenizer.chat_template == TEMPLATE
+    expected = adapted_logits(model, trained, ids)
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    torch.testing.assert_close(
+        merged.float()(ids).logits, expected, rtol=tolerance, atol=tolerance * expected.max().item()
+    )
+    figures = json.loads((tmp_path / "output/merge.json").read_text())["likeness"]
+    assert figures["kl"] < 0.01 * figures["kl_of_training"]
+
+
+def test_everything_but_the_weights_is_the_models_own(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "LICENSE").write_text("the model's licence")
+    trained = make_adapter(tmp_path / "trained", model)
+    run(tmp_path / "first", model, trained)
+    run(tmp_path / "second", model, trained)
+    assert tree_of(tmp_path / "first") == tree_of(tmp_path / "second")
+    for path in model.iterdir():
+        same = (tmp_path / "first" / path.name).read_bytes() == path.read_bytes()
+        assert same == (path.name != "model.safetensors"), path.name
+
+
+def test_weights_without_an_adapter_keep_every_bit(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype="bfloat16")
+    run(tmp_path / "output", model, make_adapter(tmp_path / "trained", model, target_modules=["q_proj"]))
+    before, after = (load_file(f / "model.safetensors") for f in (model, tmp_path / "output"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)
+    }
+
+
+def test_an_adapter_that_cannot_be_folded_in_is_refused(tmp_path: Path) -> None:
+    # Merging into a tied head changes the embeddings too.
+    model = make_model(tmp_path / "model", tie_word_embeddings=True)
+    trained = make_adapter(tmp_path / "trained", model, target_modules=["lm_head"])
+    with pytest.raises(UserError, match="do not give the adapter's logits"):
+        run(tmp_path / "output", model, trained)
+
+
+def likeness_of(model: Path, wanted_from: Path, found_from: Path) -> merge.Likeness:
+    """Compare two adapters of one model."""
+    probes = merge._probes(model)
+    before = merge._logits(merge._load(model, "cpu"), probes)
+    wanted, found = (torch.cat([adapted_logits(model, t, p)[0] for p in probes]) for t in (wanted_from, found_from))
+    return merge.compare(before, wanted, found)
+
+
+def test_a_merge_with_a_tampered_adapter_does_not_pass_as_the_adapter(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    trained, tampered = (make_adapter(tmp_path / name, model) for name in ("trained", "tampered"))
+    merge.require_same(likeness_of(model, trained, tampered))
+    path = tampered / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    weights[name] = weights[name] * 1.05  # one matrix of many, five per cent
+    save_file(weights, path)
+    with pytest.raises(UserError, match="do not give the adapter's logits"):
+        merge.require_same(likeness_of(model, trained, tampered))
+    with pytest.raises(UserError, match="saved model does not give"):
+        merge.require_saved(likeness_of(model, trained, tampered))
+
+
+def test_the_model_before_training_does_not_pass_as_the_trained_one(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    trained = make_adapter(tmp_path / "trained", model)
+    untrained = make_adapter(tmp_path / "untrained", model, scale=0.0)
+    with pytest.raises(UserError, match="takes too much of the training"):
+        merge.require_kept(likeness_of(model, trained, untrained), torch.bfloat16)
+
+
+def test_numbers_that_are_none_do_not_pass() -> None:
+    logits = torch.zeros(2, 3)
+    broken = merge.compare(logits, logits, torch.full((2, 3), float("nan")))
+    with pytest.raises(UserError):
+        merge.require_same(broken)
+    with pytest.raises(UserError):
+        merge.require_kept(broken, torch.float32)
+
+
+def test_training_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype="bfloat16")
+    trained = make_adapter(tmp_path / "trained", model, scale=1e-9)
+    with pytest.raises(UserError, match=r"identical to the model before training.*bfloat16"):
+        run(tmp_path / "output", model, trained)
+
+
+def test_training_that_changed_nothing_is_said(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    trained = make_adapter(tmp_path / "trained", model, scale=0.0)
+    assert "changed nothing" in str(run(tmp_path / "output", model, trained)["warning"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_weights_are_passed_on(tmp_path: Path, tied: bool) -> None:
+    model = make_model(tmp_path / "model", tie_word_embeddings=tied)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight.mul_(2)
+    loaded.save_pretrained(tmp_path / "trained/weights")
+    facts = run(tmp_path / "output", model, tmp_path / "trained")
+    assert facts["changed_tensors"] == 1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    ids = torch.arange(9)[None]
+    assert torch.equal(merged(ids).logits, loaded(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "output").chat_template == TEMPLATE

@@ -1,0 +1,141 @@
+"""A training run that is killed, stopped or damaged goes on and computes the losses it would have computed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.identity import tree_of
+from stages.runtime import Runtime
+from stages.stage import Facts, Work
+from stages.train import STAGE, TrainConfig, checkpoints
+from tests.stages import tiny
+
+CONFIG = {"epochs": 3, "learning_rate": 1e-2, "lora": {"dropout": 0.1}}
+"""Dropout, so that the random state counts; three epochs, so that the order of steps does."""
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.stages.test_train_resume import run
+
+when, folder = sys.argv[1], Path(sys.argv[2])
+inputs = {name: folder / name for name in ("model", "tokens", "plan")}
+
+def die(event, arguments):
+    # Real deaths at chosen moments: before a file of the second save is opened, or before it is made visible.
+    here = " ".join(str(a) for a in arguments[:2])
+    if event == "open" and when == "saving" and "checkpoint-2" in here and "trainer_state" in here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "os.rename" and when == "renaming" and "checkpoint-2" in here:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def tell(done, total=None, unit="", **metrics):
+    if when == "saved" and metrics.get("checkpoint") == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+run(folder, inputs, METHOD, tell, save_seconds=1e-9)
+"""
+
+
+def run(folder: Path, inputs: dict[str, Path], method: str, tell: Any = None, **runtime: Any) -> Facts:
+    output = folder / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    torch.set_num_threads(1)
+    work = Work(
+        folder / "work", Runtime.model_validate({"device": "cpu", **runtime}), **({"tell": tell} if tell else {})
+    )
+    return STAGE.run(TrainConfig.model_validate({**CONFIG, "method": method}), inputs, output, work)
+
+
+def prepare(folder: Path) -> dict[str, Path]:
+    return {"model": tiny.llama(folder / "model"), **tiny.plan(folder, tiny.documents())}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The outputs of a run that nothing happened to, by method."""
+    found = {}
+    for method in ("lora", "full"):
+        folder = tmp_path_factory.mktemp(method)
+        run(folder, prepare(folder), method)
+        found[method] = folder / "output"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("when", "method", "resumed"),
+    [("saved", "lora", 2), ("renaming", "full", 1), pytest.param("saving", "lora", 1, marks=pytest.mark.full)],
+)
+def test_kill_9_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
+    tmp_path: Path, unbroken: dict[str, Path], when: str, method: str, resumed: int
+) -> None:
+    inputs = prepare(tmp_path)
+    script = KILLED.replace("METHOD", repr(method))
+    died = subprocess.run(
+        [sys.executable, "-c", script, when, str(tmp_path)], capture_output=True, cwd=Path(__file__).parents[2]
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    facts = run(tmp_path, inputs, method)
+    assert facts["resumed_at_step"] == resumed
+    assert facts["skipped_checkpoints"] == []
+    assert tree_of(tmp_path / "output") == tree_of(unbroken[method])
+
+
+def test_sigterm_saves_and_the_next_call_goes_on(tmp_path: Path, unbroken: dict[str, Path]) -> None:
+    inputs = prepare(tmp_path)
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        if done >= 1 and "loss" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, inputs, "lora", tell)
+    assert stopped.value.code == 75
+    assert not any((tmp_path / "output").iterdir())
+    facts = run(tmp_path, inputs, "lora")
+    assert 0 < facts["resumed_at_step"] < facts["steps"]
+    assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, unbroken: dict[str, Path]) -> None:
+    inputs = prepare(tmp_path)
+    run(tmp_path, inputs, "lora", save_seconds=1e-9)
+    newest, older = sorted((tmp_path / "work/checkpoints").iterdir(), key=lambda p: int(p.name), reverse=True)
+    path = newest / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    facts = run(tmp_path, inputs, "lora")
+    assert facts["resumed_at_step"] == int(older.name)
+    assert facts["skipped_checkpoints"] == [f"checkpoint {newest.name}: adapter_model.safetensors missing or damaged"]
+    assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    inputs = prepare(tmp_path)
+    told: list[float] = []
+    first = run(tmp_path, inputs, "lora", save_seconds=1e-9)
+    assert isinstance(first["steps"], int)
+    second = run(tmp_path, inputs, "lora", lambda done, *_, **metrics: told.append(done) if "loss" in metrics else None)
+    assert second["resumed_at_step"] == first["steps"] - 1
+    assert told == [first["steps"]]
+
+
+def test_checkpoints_hold_no_pickle_that_runs_code(tmp_path: Path) -> None:
+    inputs = prepare(tmp_path)
+    run(tmp_path, inputs, "full", save_seconds=1e-9)
+    newest, _ = checkpoints.newest(tmp_path / "work/checkpoints")
+    assert newest is not None
+    names = {path.name for path in newest.iterdir()}
+    assert "training_args.bin" not in names
+    assert json.loads((newest / "complete.json").read_text())
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(newest / name, weights_only=True)
