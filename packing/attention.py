@@ -23,9 +23,11 @@ __all__ = ["implementation", "register"]
 
 NAME = "regrow"
 
-KERNEL_INDEX_LIMIT = 2**31
-"""FlashAttention-2's backward pass indexes a buffer of (tokens + 128 * documents) * heads * head size, the head size
-rounded up to 32, with 32-bit integers; beyond that it reads foreign memory."""
+KERNEL_DOCUMENTS = 65_535
+"""The most documents that one call of the kernel takes: they are a dimension of its grid of thread blocks."""
+
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""From torch 2.12 the kernel wants to be told of fewer key heads; before, it takes them without being asked."""
 
 
 def register() -> None:
@@ -76,7 +78,7 @@ def attend(
     `s_aux` [heads] are attention sinks.
 
     Raises ValueError for what it would get wrong: no boundaries, more than one row, a mask, attention that is not
-    causal, or a batch beyond the kernel's index range.
+    causal, or more documents than the kernel takes.
     """
     kind = type(module).__name__
     if cu_seq_lens_q is None:
@@ -110,19 +112,16 @@ def _kernel(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """[1, T, heads, head size] All documents in one kernel. `longest` may be more than the longest document."""
-    _, heads, tokens, size = query.shape
-    index = (tokens + 128 * (len(boundaries) - 1)) * heads * (-(-size // 32) * 32)
-    if index >= KERNEL_INDEX_LIMIT:
+    """[1, T, heads, head size] All documents in one kernel. `longest` may be more than the longest document, but the
+    kernel starts its blocks for that length in every document, so the closer the faster."""
+    if len(boundaries) - 1 > KERNEL_DOCUMENTS:
         raise ValueError(
-            f"{tokens} tokens in {len(boundaries) - 1} documents with {heads} heads are beyond the attention kernel's "
-            "index range: lower the micro-batch or pack.max_documents"
+            f"{len(boundaries) - 1} documents in a batch are more than the attention kernel takes "
+            f"({KERNEL_DOCUMENTS}): lower the micro-batch or pack.max_documents"
         )
-    # From torch 2.12 the kernel wants to be told of fewer key heads; before, it takes them without being asked.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, **grouped)
+    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, **GROUPED)
     assert isinstance(out, Tensor)
     return out[None]
 
