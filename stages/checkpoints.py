@@ -13,7 +13,7 @@ from uuid import uuid4
 from stages.errors import UserError
 from stages.identity import File, Tree, tree_of
 from stages.manifest import check_paths
-from stages.objects import clear_errors
+from stages.objects import Entry, clear_errors
 from stages.store import BadBlob, Store
 from stages.views import spread
 
@@ -55,15 +55,14 @@ def save_checkpoint(store: Store, key: str, attempt: str, step: int, folder: Pat
     list(spread(upload, files.files, 4))
     record = {"step": step, "files": [[f.path, f.size, f.sha256] for f in files.files]}
     store.objects.create(f"{made.path}/complete.json", json.dumps(record).encode())
-    for old in _complete(store, key)[KEPT:]:
-        _drop(store, old)
+    _prune(store, made)
     return made
 
 
 def latest_checkpoint(store: Store, key: str) -> Checkpoint | None:
     """The complete checkpoint with the highest step, of whatever attempt; None if there is none. One that lacks a
     file, or has one of another size, is passed over."""
-    return next(iter(_complete(store, key)), None)
+    return next(iter(_complete(store, key, _listed(store, key))), None)
 
 
 def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None:
@@ -97,35 +96,50 @@ def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None
 
 def drop_checkpoints(store: Store, key: str) -> None:
     """Delete all checkpoints of a key, once its artifact is committed."""
-    for checkpoint in _complete(store, key):
-        _drop(store, checkpoint)
-    for entry in store.objects.list(f"checkpoints/{key}/"):
-        store.objects.delete(entry.path)
+    _delete(store, _listed(store, key))
 
 
-def _complete(store: Store, key: str) -> list[Checkpoint]:
-    """All complete checkpoints of a key, the highest step first."""
-    sizes = {entry.path: entry.size for entry in store.objects.list(f"checkpoints/{key}/")}
+def _complete(store: Store, key: str, entries: list[Entry]) -> list[Checkpoint]:
+    """The complete checkpoints among a key's objects, the highest step first."""
+    sizes = {entry.path: entry.size for entry in entries}
     found = []
-    for path in sizes:
-        if not path.endswith("/complete.json") or path.count("/") != 4:
-            continue
-        _, _, attempt, step, _ = path.split("/")
-        record = store.objects.read(path)
+    for entry in filter(_is_record, entries):
+        record = store.objects.read(entry.path)
         if record is None:
             continue
+        step, attempt = _place(entry)
         files = Tree(tuple(File(*file) for file in json.loads(record.data)["files"]))
-        checkpoint = Checkpoint(key, attempt, int(step), files)
+        checkpoint = Checkpoint(key, attempt, step, files)
         if all(sizes.get(f"{checkpoint.path}/files/{f.path}") == f.size for f in files.files):
             found.append(checkpoint)
     return sorted(found, key=lambda c: (c.step, c.attempt), reverse=True)
 
 
-def _drop(store: Store, checkpoint: Checkpoint) -> None:
-    """The completion record first: what is half deleted must not look complete."""
-    store.objects.delete(f"{checkpoint.path}/complete.json")
-    for file in checkpoint.files.files:
-        store.objects.delete(f"{checkpoint.path}/files/{file.path}")
+def _prune(store: Store, made: Checkpoint) -> None:
+    """Delete all that is older than the newest `KEPT` complete checkpoints, torn ones of dead attempts included."""
+    entries = _listed(store, made.key)
+    kept = [(c.step, c.attempt) for c in _complete(store, made.key, entries)[:KEPT]]
+    oldest = min([*kept, (made.step, made.attempt)])
+    _delete(store, [entry for entry in entries if _place(entry) < oldest])
+
+
+def _delete(store: Store, entries: list[Entry]) -> None:
+    """The completion records first: what is half deleted must not look complete."""
+    for entry in sorted(entries, key=_is_record, reverse=True):
+        store.objects.delete(entry.path)
+
+
+def _listed(store: Store, key: str) -> list[Entry]:
+    return list(store.objects.list(f"checkpoints/{key}/"))
+
+
+def _place(entry: Entry) -> tuple[int, str]:
+    _, _, attempt, step, _ = entry.path.split("/", 4)
+    return int(step), attempt
+
+
+def _is_record(entry: Entry) -> bool:
+    return entry.path.endswith("/complete.json") and entry.path.count("/") == 4
 
 
 def _folder(key: str, attempt: str, step: int) -> str:

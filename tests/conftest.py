@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -105,6 +106,7 @@ def _credentials(pair: tuple[str, str]) -> dict[str, str]:
     return {"accessKey": pair[0], "secretKey": pair[1]}
 
 
+@cache
 def _client(endpoint: str):  # type: ignore[no-untyped-def]
     import s3fs
 

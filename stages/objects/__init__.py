@@ -95,6 +95,8 @@ def open_objects(url: str, options: Mapping[str, str]) -> Objects:
     that is not served, and for a folder that cannot be made or written.
     """
     scheme, separator, rest = url.partition("://")
+    if not url or (separator and not rest and scheme in ("file", "s3")):
+        raise UserError(f"store {url!r}: names no place; use a folder, s3://bucket/prefix or memory://name")
     if not separator or scheme == "file":
         from stages.objects.folder import open_folder
 

@@ -29,6 +29,8 @@ def open_folder(folder: Path) -> "FolderObjects":
             (root / "tmp").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{root}: the store must be a folder, but a file stands there or above it") from error
+    except OSError as error:
+        raise UserError(f"{root}: no folder can be made there ({error.strerror}); set REGROW_STORE") from error
     for place in (root, root / "tmp"):
         if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise UserError(f"{place}: cannot be written by this user; change its owner or mode, or set REGROW_STORE")

@@ -25,6 +25,8 @@ SINGLE_PUT = 16 * 2**20
 """Bytes up to which a blob goes as one PUT whose SHA256 the server checks; beyond, as parts of this size."""
 PATIENCE = 300.0
 """Seconds for which a store that was once reached is retried before an operation fails."""
+FIRST_ANSWER = 6.0
+"""Seconds for which a store that was never reached may keep silent."""
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 
 
@@ -166,7 +168,8 @@ class S3Objects:
     def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         from fsspec.asyn import sync
 
-        result: T = self._patiently(lambda: sync(self.fs.loop, operation))
+        timeout = None if self.patience else FIRST_ANSWER
+        result: T = self._patiently(lambda: sync(self.fs.loop, operation, timeout=timeout))
         return result
 
     def _unless_gone(self, operation: Callable[[], T]) -> T | None:

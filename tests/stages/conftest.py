@@ -1,0 +1,63 @@
+"""Stores to test against: a folder, this process's memory, and a bucket of a real S3 server."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from stages.identity import Action, Json
+from stages.store import Store, open_store
+
+MakeFolder = Callable[[Mapping[str, bytes]], Path]
+MakeAction = Callable[..., Action]
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh store's URL, of every kind."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3").url)
+    return str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh store's URL that other processes can open too."""
+    return str(request.getfixturevalue("s3").url) if request.param == "s3" else str(tmp_path / "store")
+
+
+@pytest.fixture
+def any_store(any_url: str, tmp_path: Path) -> Store:
+    return open_store(any_url, tmp_path / "cache")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store in a folder."""
+    return open_store(str(tmp_path / "store"), tmp_path / "cache")
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """Writes files into a new folder, the way a stage's output lies there."""
+
+    def make(files: Mapping[str, bytes]) -> Path:
+        folder = tmp_path / "outputs" / uuid4().hex
+        for path, data in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_action() -> MakeAction:
+    """Actions that differ in what is given."""
+
+    def make(stage: str = "pack", **config: Json) -> Action:
+        return Action(stage, {stage: 1}, config, {"tokens": "0" * 64})
+
+    return make

@@ -1,0 +1,59 @@
+"""Many processes, one artifact: one winner whom all adopt; and a process killed at any step leaves a sound store."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.gc import verify
+from stages.store import open_store
+
+DRIVER = str(Path(__file__).with_name("store_driver.py"))
+
+
+def drive(*arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, DRIVER, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def at_once(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """Let processes go when all are ready; what each said last."""
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return said
+
+
+def test_many_processes_race_for_one_artifact(shared_url: str, tmp_path: Path) -> None:
+    open_store(shared_url, tmp_path / "cache")
+    said = at_once([drive("race", shared_url, tmp_path, f"racer{n}") for n in range(6)])
+    results = [json.loads(line) for line in said]
+    assert {r["name"] for r in results} == {f"racer{n}" for n in range(6)}
+    assert len({(r["digest"], r["made_by"]) for r in results}) == 1
+    store = open_store(shared_url, tmp_path / "cache")
+    assert verify(store, deep=True).problems == []
+    assert list(store.objects.list("superseded/")) == []
+
+
+def test_a_lease_keeps_processes_apart(shared_url: str, tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    number.write_text("0")
+    open_store(shared_url, tmp_path / "cache")
+    assert at_once([drive("count", shared_url, tmp_path, number) for _ in range(3)]) == ["done\n"] * 3
+    assert number.read_text() == "30"
+
+
+@pytest.mark.parametrize("does", ["commit", "replace", "checkpoint"])
+def test_a_process_killed_at_any_step_leaves_a_sound_store(shared_url: str, tmp_path: Path, does: str) -> None:
+    process = drive("kills", shared_url, tmp_path, does)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    assert int(said) >= 5  # as many steps as it takes, each of which was the last one once
