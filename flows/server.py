@@ -14,7 +14,9 @@ directory, so that `prefect server start` with the printed `PREFECT_HOME` shows 
 """
 
 import ctypes
+import fcntl
 import importlib
+import importlib.metadata
 import os
 import shlex
 import signal
@@ -131,36 +133,58 @@ def own_server(home: Path, port: int = PORT) -> Iterator[Api]:
     profiles = home / "profiles.toml"
     if not profiles.exists():
         profiles.write_text(PROFILE)
-    port = _free_port(port)
-    theirs = ("PREFECT_API_URL", "PREFECT_PROFILE", *(n for n in os.environ if n.startswith("PREFECT_LOGGING_")))
-    environment = {n: v for n, v in os.environ.items() if n not in theirs}
-    # By settings, not by flags: the dashboard's pages learn the port from the settings alone.
-    environment |= {
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": str(port),
-    }
-    with (home / "server.log").open("wb") as log:
+    with _reserved(port) as ours:
+        api = Api(f"http://127.0.0.1:{ours}/api", home)
+        process = _started(api, home, ours)
+        try:
+            yield api
+        finally:
+            _end(process)
+
+
+def _started(api: Api, home: Path, port: int) -> "subprocess.Popen[bytes]":
+    """The server's process, healthy. Two that set up one database at once break it: only the first may start alone."""
+    marker, version = home / "database-of", importlib.metadata.version("prefect")
+    with (home / "starting.lock").open("w") as lock, (home / "server.log").open("ab") as log:
+        if not marker.exists() or marker.read_text() != version:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.server", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=environment,
+            env=_server_environment(home, port),
         )
-    try:
-        api = Api(f"http://127.0.0.1:{port}/api", home)
-        importlib.import_module("prefect.flow_engine")  # seconds as well, so meanwhile
-        _wait_until_healthy(process, api, home / "server.log")
-        yield api
-    finally:
-        process.terminate()
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            importlib.import_module("prefect.flow_engine")  # seconds as well, so meanwhile
+            _wait_until_healthy(process, api, home / "server.log")
+        except BaseException:
+            _end(process)
+            raise
+        marker.write_text(version)
+    return process
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _server_environment(home: Path, port: int) -> dict[str, str]:
+    """This process's environment without what the user set for clients: another API, a profile, logging."""
+    theirs = ("PREFECT_API_URL", "PREFECT_PROFILE", *(n for n in os.environ if n.startswith("PREFECT_LOGGING_")))
+    return {
+        **{name: value for name, value in os.environ.items() if name not in theirs},
+        "PREFECT_HOME": str(home),
+        # By settings, not by flags: the dashboard's pages learn the port from the settings alone.
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+    }
 
 
 def _wait_until_healthy(process: "subprocess.Popen[bytes]", api: Api, log: Path) -> None:
@@ -174,16 +198,20 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", api: Api, log: Path)
     raise RuntimeError(f"Prefect's server did not start (exit code {process.poll()}); its log: {log}")
 
 
-def _free_port(wanted: int) -> int:
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise RuntimeError("no free port on the loopback interface for Prefect's server")
+@contextmanager
+def _reserved(wanted: int) -> Iterator[int]:
+    """A port that is ours: the wanted one, or any other when somebody has it or had it a moment ago.
+
+    The socket stays bound but does not listen. Set after binding, SO_REUSEADDR lets the server bind beside it; anybody
+    else who reserves this way is refused, so two runs that start at once do not end up with one server.
+    """
+    with socket.socket() as reservation:
+        try:
+            reservation.bind(("127.0.0.1", wanted))
+        except OSError:
+            reservation.bind(("127.0.0.1", 0))
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield int(reservation.getsockname()[1])
 
 
 def _become_server(parent: int) -> None:

@@ -76,13 +76,16 @@ def states(home: Path, flow: str) -> list[tuple[str, str]]:
         ).fetchall()
 
 
-def test_a_run_shows_nothing_of_prefect_and_leaves_its_states(home: Path) -> None:
-    process = start(home, 0, "good")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
-    assert out.splitlines() == [out.strip()]
-    assert not is_up(out.strip())
-    assert states(home, "good") == [("COMPLETED", "COMPLETED")]
+def test_two_runs_at_once_show_nothing_of_prefect_and_leave_their_states(home: Path) -> None:
+    """Their servers would ask for one port, and set up one database."""
+    both = [start(home, 0, name) for name in ("one", "two")]
+    told = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert [err for _, err in told] == ["", ""]
+    urls = [out.strip() for out, _ in told]
+    assert len({*urls}) == 2
+    assert not any(is_up(url) for url in urls)
+    assert [states(home, name) for name in ("one", "two")] == [[("COMPLETED", "COMPLETED")]] * 2
 
 
 def test_ctrl_c_ends_the_server_after_the_run_was_recorded(home: Path) -> None:
