@@ -128,6 +128,13 @@ def test_dealing_gives_every_bin_to_one_rank_and_balances_them(cost: list[int], 
         assert max(totals) - min(totals) <= max(cost, default=0) - min(cost, default=0)
 
 
+def test_what_a_rank_gains_in_one_round_it_gives_back_in_the_next() -> None:
+    assert deal(8, 3) == [[0, 5, 6], [1, 4, 7], [2, 3]]
+    cost = [40 - number for number in range(32)]
+    for ranks in (2, 4, 8, 16):
+        assert len({sum(cost[number] for number in hand) for hand in deal(32, ranks)}) == 1
+
+
 @pytest.mark.parametrize(("lengths", "told"), [([3, 0], "document 1 has 0 tokens"), ([65, 3], "document 0 has 65")])
 def test_a_length_out_of_range_is_named(lengths: list[int], told: str) -> None:
     with pytest.raises(ValueError, match=told):
