@@ -2,9 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +16,7 @@ from flows.plan import Plan, Step
 from flows.run import Run
 from stages.build import Built
 from stages.child import Event
-from stages.identity import Json
+from stages.stage import Facts
 
 STYLES = {"cached": "green", "runs": "yellow", "unknown": "yellow dim", "skipped": "dim"}
 WORDS = {"cached": "cached", "runs": "runs", "unknown": "may run", "skipped": "skipped"}
@@ -137,27 +136,62 @@ class Screen:
         )
 
 
-def headline(stage: str, facts: dict[str, Json]) -> str:
+def headline(stage: str, facts: Facts) -> str:
     """The few facts of a stage that fit on its line."""
-    return ", ".join(_phrase(name, facts[name]) for name in HEADLINES.get(stage, ()) if name in facts)
+    return ", ".join(_HEADLINES[stage](facts)) if stage in _HEADLINES else ""
 
 
-HEADLINES: dict[str, Sequence[str]] = {
-    "fetch": ("shards", "rows", "bytes"),
-    "convert": ("rows", "dropped"),
-    "tokenize": ("rows", "tokens"),
-    "pack": ("bins", "steps", "fill"),
-    "train": ("steps", "loss", "tokens_per_second"),
-    "merge": ("top1_agreement",),
-    "evaluate": (),
-    "publish": (),
+def _fetched(facts: Facts) -> Iterator[str]:
+    if "parameters" in facts:
+        yield f"{facts['parameters'] / 1e6:,.0f} M parameters"
+    yield f"{facts['rows']:,} rows"
+
+
+def _converted(facts: Facts) -> Iterator[str]:
+    yield f"{facts['rows']:,} rows"
+    if dropped := sum(facts["dropped"].values()):
+        yield f"{dropped:,} dropped"
+
+
+def _tokenized(facts: Facts) -> Iterator[str]:
+    yield f"{facts['tokens']:,} tokens"
+
+
+def _packed(facts: Facts) -> Iterator[str]:
+    yield f"{facts['bins']:,} sequences, {facts['fill']:.1%} full"
+    yield f"{facts['trained_tokens'] / facts['tokens']:.1%} of the tokens train"
+    if dropped := sum(facts["dropped"].values()):
+        yield f"{dropped:,} dropped"
+
+
+def _trained(facts: Facts) -> Iterator[str]:
+    yield f"{facts['steps']:,} steps"
+    yield f"loss {facts['first_loss']:.3f} → {facts['last_loss']:.3f}"
+    yield f"{facts['tokens_per_second']:,.0f} tokens/s"
+    if facts["resumed_at_step"]:
+        yield f"resumed at {facts['resumed_at_step']:,}"
+
+
+def _merged(facts: Facts) -> Iterator[str]:
+    if likeness := facts.get("likeness"):
+        yield f"same top token as the adapter at {likeness['top1_agreement']:.1%} of positions"
+
+
+def _evaluated(facts: Facts) -> Iterator[str]:
+    yield f"{facts['items']:,} answers scored"
+
+
+def _published(facts: Facts) -> Iterator[str]:
+    yield "the gate passed" if facts["passed"] else "the gate did not pass"
+
+
+_HEADLINES: dict[str, Callable[[Facts], Iterator[str]]] = {
+    "fetch": _fetched,
+    "convert": _converted,
+    "tokenize": _tokenized,
+    "pack": _packed,
+    "train": _trained,
+    "merge": _merged,
+    "evaluate": _evaluated,
+    "publish": _published,
 }
-
-
-def _phrase(name: str, value: Any) -> str:
-    words = name.replace("_per_second", "/s").replace("_", " ")
-    if isinstance(value, float):
-        return f"{words} {value:,.0f}" if abs(value) >= 100 else f"{words} {value:.4g}"
-    if isinstance(value, dict):
-        return f"{sum(v for v in value.values() if isinstance(v, int))} {words}"
-    return f"{value:,} {words}" if isinstance(value, int) else f"{words} {value}"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.graph import ORDER
 from stages.errors import UserError
 from stages.gc import collect, verify
 from stages.identity import Json
@@ -37,12 +38,12 @@ def _show_runs(store: Store, console: Console, as_json: bool) -> None:
     if not records:
         console.print(f"no runs yet in {store.url}")
         return
-    table = _table("run", "recipe", "status", "written (UTC)", "made")
+    table = _table("recipe", "status", "written (UTC)", "made")
+    table.add_column("run", no_wrap=True)
     for record in records:
-        made = [s for s, a in record["stages"].items() if a["made"]]
-        table.add_row(
-            record["run"], record["recipe"], record["status"], record["written"], ", ".join(made) or "nothing"
-        )
+        made = sum(a["made"] for a in record["stages"].values())
+        cells = (record["recipe"], record["status"], record["written"][:16].replace("T", " "))
+        table.add_row(*cells, f"{made} of {len(record['stages'])}", record["run"])
     console.print(table)
 
 
@@ -61,7 +62,8 @@ def _show_run(record: Mapping[str, Any], console: Console, as_json: bool) -> Non
         return
     console.print(f"run {record['run']} of {record['recipe']}: {record['status']} on {record['written']}")
     table = _table("stage", "", "key", "digest")
-    for stage, entry in record["stages"].items():
+    for stage in (s for s in ORDER if s in record["stages"]):
+        entry = record["stages"][stage]
         table.add_row(stage, "made" if entry["made"] else "cached", entry["key"][:12], entry["digest"][:12])
     console.print(table)
 
