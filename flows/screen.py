@@ -144,7 +144,10 @@ def headline(stage: str, facts: Facts) -> str:
 def _fetched(facts: Facts) -> Iterator[str]:
     if "parameters" in facts:
         yield f"{facts['parameters'] / 1e6:,.0f} M parameters"
-    yield f"{facts['rows']:,} rows"
+    if "rows" in facts:  # files are brought in unread: convert counts their rows
+        yield f"{facts['rows']:,} rows"
+    if "bytes" in facts:
+        yield f"{facts['bytes'] / 1e6:,.1f} MB copied"
 
 
 def _converted(facts: Facts) -> Iterator[str]:
