@@ -31,15 +31,14 @@ from stages.child import Event
 from stages.identity import Json
 from stages.store import BadBlob
 
-PROGRESS_SECONDS = 2.0
-"""Between two updates of the progress."""
-
 PATIENCE_SECONDS = 8.0
 """A stage that is done sooner shows no progress."""
 
+PROGRESS_SECONDS = 2.0
+"""Between two updates of the progress, at first; later a hundredth of the time so far. Each one is kept as an event."""
+
 CURVE_SECONDS = 10.0
-"""Between two updates of the loss curve, at first; later a twentieth of the time so far, for each one is kept as an
-event."""
+"""The same for the loss curve, which is larger; later a twentieth of the time so far."""
 
 MOST_LINE = 10_000
 """Characters of one log line."""
@@ -101,8 +100,8 @@ class Dashboard:
 
     def _show_progress(self, stage: _Stage, event: Event) -> None:
         now, total = time.monotonic(), event["total"]
-        due = max(stage.started + PATIENCE_SECONDS, stage.progressed + PROGRESS_SECONDS)
-        if not total or now < due:
+        pause = max(PROGRESS_SECONDS, (now - stage.started) / 100)
+        if not total or now < max(stage.started + PATIENCE_SECONDS, stage.progressed + pause):
             return
         percent = round(100.0 * min(event["done"] / total, 1.0), 1)
         told = f"{stage.name}: {event['done']:,.0f} of {total:,.0f} {event['unit']}".rstrip()

@@ -77,7 +77,7 @@ def scores_page(scores: Mapping[str, Any]) -> str:
         measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:
         return "Nothing was measured.\n"
-    header = ("task", "metric", "items", BASE, TUNED, "difference", "better")
+    header = ("task", "items", BASE, TUNED, "difference", "better")
     told.append(_table(header, [_score_row(name, task) for name, task in measured.items()]))
     return "\n\n".join(told)
 
@@ -85,7 +85,7 @@ def scores_page(scores: Mapping[str, Any]) -> str:
 def _score_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
     values = (_interval(task[BASE]), _interval(task[TUNED]), _interval(task["difference"], "+"))
     items = f"{task['n']:,}" if "n" in task else f"{task['tokens']:,} tokens"
-    return name, task["metric"], items, *values, task["better"]
+    return f"{name}, {task['metric']}", items, *values, task["better"]
 
 
 def _interval(value: Mapping[str, float], sign: str = "") -> str:
