@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Recomputing activations, under the name that this version of transformers knows it by."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 def make_trainer(
     model: Any,
     config: TrainConfig,
@@ -87,8 +94,7 @@ def make_trainer(
         bf16=config.precision == "bf16",
         seed=config.seed,
         use_cpu=device == "cpu",
-        activation_checkpointing=work.runtime.activation_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(work.runtime.activation_checkpointing),
         dataloader_num_workers=0 if device == "cpu" else 1,
         save_strategy="no",  # `_Saving` asks by the clock
         logging_steps=1,
