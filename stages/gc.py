@@ -5,9 +5,9 @@ names, a run younger than `run_days`. A root names an artifact when its key or d
 document, so roots need no common form; naming too much keeps too much and harms nobody. What is younger than the grace
 stays too: somebody may be about to name it.
 
-Manifests go before blobs, and a blob goes only when no manifest that still stands lists it; each is looked at once more
-just before it goes. A commit that reuses a blob older than half the grace writes it again, and looks again after its
-manifest stands. What is swept under a reader's feet all the same is found missing and grows back.
+Manifests go before blobs, and a blob goes only when no manifest that stays lists it and it is still old at that moment.
+Every commit makes the blobs it lists young before its manifest stands, so one that comes in meanwhile loses nothing.
+An artifact that nobody names may go while a run that just found it is about to read it: then it grows back.
 """
 
 import json
@@ -103,8 +103,6 @@ def collect(store: Store, *, delete: bool = False, run_days: float = 30.0, grace
 
     for folder in ("actions", "superseded"):
         sweep(folder, (m.entry for path, m in found.items() if path not in live and path.startswith(f"{folder}/")))
-    if delete:
-        held = _blobs(_manifests(store, found).values())
     sweep("blobs", (e for e in store.objects.list("blobs/") if e.path.rpartition("/")[2] not in held))
     committed = {m.artifact.key for m in found.values()}
     checkpoints = list(store.objects.list("checkpoints/"))
@@ -153,13 +151,10 @@ def verify(store: Store, *, deep: bool = False) -> Verified:
     return Verified(deep, artifacts, Tally(len(blobs), sum(blobs.values())), problems)
 
 
-def _manifests(store: Store, known: dict[str, _Manifest] | None = None) -> dict[str, _Manifest]:
-    """All manifests that stand now, by path; those that are `known` and unchanged are not read again."""
-    known = known or {}
+def _manifests(store: Store) -> dict[str, _Manifest]:
+    """All manifests, superseded ones too, by path."""
 
     def read(entry: Entry) -> _Manifest | None:
-        if entry.path in known and known[entry.path].entry == entry:
-            return known[entry.path]
         found = store.objects.read(entry.path)
         if found is None:
             return None

@@ -37,8 +37,7 @@ __all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store"]
 FORMAT = 1
 """Version of the layout."""
 STALE = 24 * 3600.0
-"""Seconds after which a blob that is about to be used again is written again, so that gc sees it as young. Half of
-gc's grace."""
+"""Seconds after which a blob that is used again is made young again before a manifest lists it. Half of gc's grace."""
 
 _log = logging.getLogger(__name__)
 
@@ -128,11 +127,10 @@ class Store:
         artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), {})
         data = encode(artifact)
         sources = {file.sha256: (file, folder / file.path) for file in tree.files}
-        self._upload(sources, younger_than=STALE)
         self._settle(sources)
         artifact, ours = self._publish(artifact, data, replace)
         if ours:
-            self._settle(sources)  # gc may have swept an old blob just before the manifest stood
+            self._settle(sources)  # somebody may have deleted a blob just before the manifest stood
             if self.objects.local("") is None:
                 for file, source in sources.values():
                     views.keep(self.cache, source, file)
@@ -151,7 +149,7 @@ class Store:
         part's blob is gone; the part has to grow back first."""
         tree = join(part.tree.under(name) for name, part in parts.items())
         check_paths(tree)
-        bad = self._lacking(tree)
+        bad = self._lacking(tree, younger_than=STALE)
         if bad:
             raise BadBlob(bad)
         artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), whole_parts(parts))
@@ -239,38 +237,36 @@ class Store:
                 if self.objects.swap(path, data, version) is not None:
                     return artifact, True
 
-    def _upload(self, sources: Mapping[str, tuple[File, Path]], younger_than: float = math.inf) -> int:
-        """Write the blobs that are not there, whole and younger than some seconds. Returns how many."""
-        oldest = time.time() - younger_than
+    def _settle(self, sources: Mapping[str, tuple[File, Path]]) -> None:
+        """Write the blobs that are not there, until a look finds every one there with its size, and young."""
+        tree = Tree(tuple(file for file, _ in sources.values()))
 
-        def put(item: tuple[File, Path]) -> int:
-            file, source = item
-            there = self.objects.stat(blob_path(file.sha256))
-            if there is not None and there.size == file.size and there.modified > oldest:
-                return 0
+        def put(sha256: str) -> None:
+            file, source = sources[sha256]
             if source.stat().st_size != file.size:
                 raise UserError(f"{source}: changed while it was being stored; run the stage again")
-            self.objects.upload(source, blob_path(file.sha256), file.sha256)
-            return 1
+            self.objects.upload(source, blob_path(sha256), sha256)
 
-        return sum(self._spread(put, sources.values(), 4))
-
-    def _settle(self, sources: Mapping[str, tuple[File, Path]]) -> None:
-        """Write again what went missing, until a look finds every blob there with its size."""
         for _ in range(5):
-            if not self._upload(sources):
+            lacking = self._lacking(tree, younger_than=STALE)
+            if not lacking:
                 return
+            list(self._spread(put, lacking, 4))
         raise UserError(f"{self.url}: files vanish as fast as they are written; is something else deleting there?")
 
-    def _lacking(self, tree: Tree) -> dict[str, str]:
-        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256."""
+    def _lacking(self, tree: Tree, younger_than: float = math.inf) -> dict[str, str]:
+        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256. Blobs older than
+        `younger_than` seconds are made young on the way."""
         files = {file.sha256: file for file in tree.files}
+        oldest = time.time() - younger_than
 
         def wrong(file: File) -> str:
             there = self.objects.stat(blob_path(file.sha256))
             if there is None:
                 return "is missing"
-            return "" if there.size == file.size else f"has {there.size} bytes, not {file.size}"
+            if there.size != file.size:
+                return f"has {there.size} bytes, not {file.size}"
+            return "" if there.modified > oldest or self.objects.touch(there) else "is missing"
 
         reasons = zip(files, self._spread(wrong, files.values(), 16), strict=True)
         return {sha256: reason for sha256, reason in reasons if reason}

@@ -60,6 +60,9 @@ class Objects(Protocol):
         """Write a local file's bytes, whatever stands there. A folder store takes the file itself where it can (hard
         link) and makes it read-only."""
 
+    def touch(self, entry: Entry) -> bool:
+        """Make an object look written just now. Return False if it is gone."""
+
     def download(self, path: str, target: Path) -> None:
         """Copy an object to a new local file. Raises FileNotFoundError."""
 

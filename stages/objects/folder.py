@@ -62,8 +62,7 @@ class FolderObjects:
             try:
                 self._link(aside, self.root / path)
             except FileExistsError:
-                found = self.read(path)
-                return found.version if found and found.data == data else None
+                return None
         return sha256(data).hexdigest()
 
     def swap(self, path: str, data: bytes, version: str) -> str | None:
@@ -81,19 +80,30 @@ class FolderObjects:
             self._replace(aside, self.root / path)
 
     def upload(self, source: Path, path: str, sha256: str) -> None:
-        aside = self._aside()
-        with clear_errors(self.root):
-            try:
-                if not _taken(source, aside):
-                    copy_file(source, aside)
-                    aside.chmod(source.stat().st_mode & 0o444)
-                os.utime(aside)
-                with aside.open("rb") as file:
-                    os.fsync(file.fileno())
-                with self._locked():
-                    self._replace(aside, self.root / path)
-            finally:
-                aside.unlink(missing_ok=True)
+        with clear_errors(self.root), self._aside_path() as aside:
+            if not _taken(source, aside):
+                copy_file(source, aside)
+                aside.chmod(source.stat().st_mode & 0o444)
+            os.utime(aside)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            with self._locked():
+                self._replace(aside, self.root / path)
+
+    def touch(self, entry: Entry) -> bool:
+        place = self.root / entry.path
+        try:
+            with clear_errors(self.root), self._locked():
+                try:
+                    os.utime(place)
+                except PermissionError:  # another user's file: replace it by a copy of our own
+                    with self._aside_path() as aside:
+                        copy_file(place, aside)
+                        aside.chmod(place.stat().st_mode & 0o444)
+                        self._replace(aside, place)
+        except FileNotFoundError:
+            return False
+        return True
 
     def download(self, path: str, target: Path) -> None:
         copy_file(self.root / path, target)
@@ -132,20 +142,22 @@ class FolderObjects:
                 self.delete(entry.path, before)
         return len(found)
 
-    def _aside(self) -> Path:
-        return self.root / "tmp" / uuid4().hex
+    @contextmanager
+    def _aside_path(self) -> Iterator[Path]:
+        aside = self.root / "tmp" / uuid4().hex
+        try:
+            yield aside
+        finally:
+            aside.unlink(missing_ok=True)
 
     @contextmanager
     def _written_aside(self, data: bytes) -> Iterator[Path]:
-        aside = self._aside()
-        try:
+        with self._aside_path() as aside:
             with aside.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             yield aside
-        finally:
-            aside.unlink(missing_ok=True)
 
     def _link(self, aside: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

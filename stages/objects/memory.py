@@ -42,9 +42,8 @@ class MemoryObjects:
 
     def create(self, path: str, data: bytes) -> str | None:
         with _LOCK:
-            found = self.read(path)
-            if found is not None:
-                return found.version if found.data == data else None
+            if self.read(path) is not None:
+                return None
             self.put(path, data)
         return sha256(data).hexdigest()
 
@@ -62,6 +61,13 @@ class MemoryObjects:
 
     def upload(self, source: Path, path: str, sha256: str) -> None:
         self.put(path, source.read_bytes())
+
+    def touch(self, entry: Entry) -> bool:
+        with _LOCK:
+            found = self.read(entry.path)
+            if found is not None:
+                self.put(entry.path, found.data)
+        return found is not None
 
     def download(self, path: str, target: Path) -> None:
         found = self.read(path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from stages.errors import UserError
 from stages.objects import Entry, Versioned
@@ -23,6 +24,8 @@ T = TypeVar("T")
 OPTIONS = ("endpoint_url", "region_name", "profile", "anon", "key", "secret", "token")
 SINGLE_PUT = 16 * 2**20
 """Bytes up to which a blob goes as one PUT whose SHA256 the server checks; beyond, as parts of this size."""
+SINGLE_COPY = 5 * 2**30 - 1
+"""Bytes up to which S3 copies an object in one request."""
 PATIENCE = 300.0
 """Seconds for which a store that was once reached is retried before an operation fails."""
 FIRST_ANSWER = 6.0
@@ -82,12 +85,8 @@ class S3Objects:
         return None
 
     def read(self, path: str) -> Versioned | None:
-        async def whole() -> Versioned:
-            response = await self.fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(path))
-            async with response["Body"] as body:
-                return Versioned(await body.read(), response["ETag"])
-
-        return self._unless_gone(lambda: self._run(whole))
+        found = self._get(path)
+        return found and found[0]
 
     def create(self, path: str, data: bytes) -> str | None:
         return self._conditional(path, data, IfNoneMatch="*")
@@ -105,6 +104,20 @@ class S3Objects:
         else:
             target = f"{self.bucket}/{self._key(path)}"
             self._patiently(lambda: self.fs.put_file(str(source), target, chunksize=SINGLE_PUT, max_concurrency=4))
+
+    def touch(self, entry: Entry) -> bool:
+        """By a copy onto itself, which the server does without sending the bytes."""
+        source = f"{self.bucket}/{self._key(entry.path)}"
+
+        def copy() -> bool:
+            if entry.size <= SINGLE_COPY:
+                key = self._key(entry.path)
+                self._call("copy_object", Key=key, CopySource=source, MetadataDirective="REPLACE")
+            else:
+                self._patiently(lambda: self.fs.cp_file(source, source))
+            return True
+
+        return self._unless_gone(copy) or False
 
     def download(self, path: str, target: Path) -> None:
         self._patiently(lambda: self.fs.get_file(f"{self.bucket}/{self._key(path)}", str(target)))
@@ -151,16 +164,27 @@ class S3Objects:
     def _path(self, key: str) -> str:
         return key.removeprefix(f"{self.prefix}/") if self.prefix else key
 
+    def _get(self, path: str) -> tuple[Versioned, dict[str, str]] | None:
+        """A small object and its metadata, or None."""
+
+        async def whole() -> tuple[Versioned, dict[str, str]]:
+            response = await self.fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(path))
+            async with response["Body"] as body:
+                return Versioned(await body.read(), response["ETag"]), response["Metadata"]
+
+        return self._unless_gone(lambda: self._run(whole))
+
     def _conditional(self, path: str, data: bytes, **condition: str) -> str | None:
+        mark = {"writer": uuid4().hex}
         try:
-            version: str = self._call("put_object", Key=self._key(path), Body=data, **condition)["ETag"]
-            return version
+            made = self._call("put_object", Key=self._key(path), Body=data, Metadata=mark, **condition)
+            return str(made["ETag"])
         except OSError as error:
             if not (isinstance(error, FileExistsError | FileNotFoundError) or _code(error) in _REFUSED):
                 raise
-        # Our own first attempt may have succeeded while its answer was lost: then these are our bytes.
-        found = self.read(path)
-        return found.version if found and found.data == data else None
+        # Refused may be a second attempt whose first went through, but was never answered.
+        found = self._get(path)
+        return found[0].version if found and found[1].get("writer") == mark["writer"] else None
 
     def _call(self, method: str, **arguments: Any) -> Any:
         return self._patiently(lambda: self.fs.call_s3(method, Bucket=self.bucket, **arguments))

@@ -37,6 +37,27 @@ def race(url: str, folder: Path, name: str) -> None:
     print(json.dumps({"name": name, "digest": artifact.digest, "made_by": artifact.facts["made_by"]}))
 
 
+def create(url: str, folder: Path, name: str, times: str) -> None:
+    objects = open_store(url, folder / "cache").objects
+    print("ready", flush=True)
+    sys.stdin.readline()
+    won = [n for n in range(int(times)) if objects.create(f"refs/race/{n}.json", name.encode()) is not None]
+    print(json.dumps({"name": name, "won": won}))
+
+
+def swap(url: str, folder: Path, times: str) -> None:
+    objects = open_store(url, folder / "cache").objects
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(int(times)):
+        while True:
+            found = objects.read("refs/number.json")
+            assert found is not None
+            if objects.swap("refs/number.json", f"{int(found.data) + 1:09}".encode(), found.version):
+                break
+    print("done")
+
+
 def count(url: str, folder: Path, file: str) -> None:
     store, number = open_store(url, folder / "cache"), Path(file)
     print("ready", flush=True)
@@ -207,5 +228,12 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 if __name__ == "__main__":
-    does: dict[str, Callable[..., None]] = {"race": race, "count": count, "hold": hold, "kills": kills}
+    does: dict[str, Callable[..., None]] = {
+        "race": race,
+        "create": create,
+        "swap": swap,
+        "count": count,
+        "hold": hold,
+        "kills": kills,
+    }
     does[sys.argv[1]](sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

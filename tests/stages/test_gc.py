@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,57 @@ def test_a_commit_at_any_step_of_gc_is_not_broken(
             assert artifact is not None
             assert contents(elsewhere(store).view(artifact.tree)) == FILES, f"step {step}"
     assert step > 15
+
+
+def test_a_whole_made_at_any_step_of_gc_is_not_broken(
+    tmp_path: Path, make_folder: MakeFolder, make_action: MakeAction
+) -> None:
+    """Its parts are old and nobody names them: they may go before, but not once the whole stands."""
+    step, left, stood = 0, [0], 0
+    while left[0] <= 0:
+        step, left = step + 1, [step + 1]
+        store, action = aged_store(tmp_path / str(step), make_folder, make_action)
+        part = store.find("pack", make_action(n=1).key)
+        assert part is not None
+
+        def commit(store: Store = store, action: Action = action, part: Artifact = part) -> None:
+            with suppress(BadBlob):
+                store.commit_whole(action, {"part": part}, {}, {})
+
+        collect(replace(store, objects=Interrupted(store.objects, left, commit)), delete=True)  # type: ignore[arg-type]
+        if whole := store.find("pack", action.key):
+            stood += 1
+            assert len(contents(elsewhere(store).view(whole.tree))) == 2, f"step {step}"
+    assert stood > 5
+
+
+def test_a_blob_deleted_just_before_the_manifest_stands_is_written_again(
+    store: Store, make_folder: MakeFolder, make_action: MakeAction
+) -> None:
+    output, deleted = make_folder(FILES), []
+
+    class Deleting:
+        def __getattr__(self, name: str) -> Any:
+            if name == "create" and not deleted:
+                deleted.extend(entry.path for entry in store.objects.list("blobs/"))
+                for path in deleted:
+                    store.objects.delete(path)
+            return getattr(store.objects, name)
+
+    artifact = replace(store, objects=Deleting()).commit(make_action(), output, {}, {})  # type: ignore[arg-type]
+    assert len(deleted) == 2
+    assert contents(elsewhere(store).view(artifact.tree)) == FILES
+
+
+def test_bytes_used_again_are_made_young(any_store: Store, make_folder: MakeFolder, make_action: MakeAction) -> None:
+    part = any_store.commit(make_action(n=1), make_folder(FILES), {}, {})
+    [old, *_] = any_store.objects.list("blobs/")
+    assert any_store.objects.touch(old)
+    now = any_store.objects.stat(old.path)
+    assert now is not None and now.size == old.size and now.modified >= old.modified
+    assert contents(elsewhere(any_store).view(part.tree)) == FILES
+    any_store.objects.delete(old.path)
+    assert not any_store.objects.touch(old) and any_store.objects.stat(old.path) is None
 
 
 class Dictionary(RuleBasedStateMachine):

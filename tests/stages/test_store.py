@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -310,6 +311,31 @@ def test_a_manifest_that_is_not_what_its_name_says_is_a_miss_with_a_reason(
     assert len(paths(store, "quarantine/")) == 1 and paths(store, "actions/") == []
     artifact = store.commit(make_action(), make_folder(FILES), {}, {})
     assert store.find("pack", key) == artifact and told == [line]
+
+
+def test_a_conditional_write_whose_answer_was_lost_is_known_as_ours(s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    objects: Any = open_store(s3.url, tmp_path / "cache").objects
+    call = objects.fs.call_s3
+
+    class Deaf:
+        """An S3 client that never hears that a PUT went through, and asks again."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(objects.fs, name)
+
+        def call_s3(self, method: str, **arguments: Any) -> Any:
+            answer = call(method, **arguments)
+            if method == "put_object":
+                raise ConnectionError("the answer is lost")
+            return answer
+
+    deaf = replace(objects, fs=Deaf())
+    version = deaf.create("refs/a.json", b"1")
+    assert version is not None and objects.read("refs/a.json") == (b"1", version)
+    assert objects.create("refs/a.json", b"1") is None  # the same bytes, but not ours
+    swapped = deaf.swap("refs/a.json", b"2", version)
+    assert swapped is not None and objects.read("refs/a.json") == (b"2", swapped)
+    assert objects.swap("refs/a.json", b"2", version) is None
 
 
 def test_refs_move_only_from_where_they_were_seen(any_store: Store) -> None:

@@ -32,11 +32,30 @@ def at_once(processes: "list[subprocess.Popen[str]]") -> list[str]:
     return said
 
 
+def test_an_object_is_created_once(shared_url: str, tmp_path: Path) -> None:
+    store, times = open_store(shared_url, tmp_path / "cache"), 60 if shared_url.startswith("s3") else 1000
+    racers = [drive("create", shared_url, tmp_path, f"racer{n}", times) for n in range(3)]
+    results = [json.loads(line) for line in at_once(racers)]
+    assert sorted(n for result in results for n in result["won"]) == list(range(times))
+    for result in results:
+        for n in result["won"]:
+            found = store.objects.read(f"refs/race/{n}.json")
+            assert found is not None and found.data == result["name"].encode()
+
+
+def test_compare_and_swap_loses_no_step(shared_url: str, tmp_path: Path) -> None:
+    store, times = open_store(shared_url, tmp_path / "cache"), 20 if shared_url.startswith("s3") else 300
+    store.objects.create("refs/number.json", b"0")
+    assert at_once([drive("swap", shared_url, tmp_path, times) for _ in range(3)]) == ["done\n"] * 3
+    found = store.objects.read("refs/number.json")
+    assert found is not None and int(found.data) == 3 * times
+
+
 def test_many_processes_race_for_one_artifact(shared_url: str, tmp_path: Path) -> None:
     open_store(shared_url, tmp_path / "cache")
-    said = at_once([drive("race", shared_url, tmp_path, f"racer{n}") for n in range(6)])
+    said = at_once([drive("race", shared_url, tmp_path, f"racer{n}") for n in range(4)])
     results = [json.loads(line) for line in said]
-    assert {r["name"] for r in results} == {f"racer{n}" for n in range(6)}
+    assert {r["name"] for r in results} == {f"racer{n}" for n in range(4)}
     assert len({(r["digest"], r["made_by"]) for r in results}) == 1
     store = open_store(shared_url, tmp_path / "cache")
     assert verify(store, deep=True).problems == []
