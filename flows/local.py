@@ -4,16 +4,17 @@ Only a plan with something to run starts Prefect.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flows.execute import following
+from flows.graph import select
 from flows.plan import Plan, make_plan
 from flows.run import Run
 from flows.screen import Screen
@@ -34,33 +35,35 @@ class Selection:
 
 
 def run_plan(run: Run, selection: Selection, console: Console) -> str:
-    """Run the `finetune` flow; return the line that tells how to see it again. Raises what a stage raises."""
+    """Run the plan's flow; return the line that tells how to see it again. Raises what a stage raises."""
     from flows.server import serving
 
     run.record("started")
     screen = Screen(console)
     with serving() as api:
-        # Prefect reads its settings when it is imported, so not before there is a server.
-        from flows.finetune import finetune
-
-        logging.getLogger("prefect").propagate = False
         console.print(f"[dim]dashboard: {api.url.removesuffix('/api')}[/]")
         with following(screen.follower()):
             try:
-                state = finetune(
-                    run.loaded.recipe,
-                    run.runtime,
-                    list(selection.selectors),
-                    list(selection.exclude),
-                    list(selection.force),
-                    selection.strict,
-                    run.id,
-                    return_state=True,
-                )
+                state = _flow(run, selection)
                 state.result()
             finally:
                 screen.stop()
         return api.where(str(state.state_details.flow_run_id))
+
+
+def _flow(run: Run, selection: Selection) -> Any:
+    """Run a single stage as its own small flow, everything else as `finetune`; return the final state."""
+    # Prefect reads its settings when it is imported, so not before there is a server.
+    from flows.finetune import finetune
+    from flows.stage import stage
+
+    recipe, runtime = run.loaded.recipe, run.runtime
+    chosen, forced = select(selection.selectors, selection.exclude), list(selection.force)
+    if len(chosen) == 1 and not selection.strict:
+        again = bool(forced) and chosen[0] in select(forced)
+        return stage(chosen[0], recipe, runtime, again, run.id, return_state=True)
+    selectors, exclude = list(selection.selectors), list(selection.exclude)
+    return finetune(recipe, runtime, selectors, exclude, forced, selection.strict, run.id, return_state=True)
 
 
 def finish(run: Run, selection: Selection, dashboard: str, console: Console, as_json: bool) -> int:

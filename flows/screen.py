@@ -162,7 +162,7 @@ def _tokenized(facts: Facts) -> Iterator[str]:
 
 def _packed(facts: Facts) -> Iterator[str]:
     yield f"{facts['bins']:,} sequences, {facts['fill']:.1%} full"
-    yield f"{facts['trained_tokens'] / facts['tokens']:.1%} of the tokens train"
+    yield f"{facts['trained_tokens'] / facts['tokens']:.1%} trained"
     if dropped := sum(facts["dropped"].values()):
         yield f"{dropped:,} dropped"
 
@@ -177,7 +177,7 @@ def _trained(facts: Facts) -> Iterator[str]:
 
 def _merged(facts: Facts) -> Iterator[str]:
     if likeness := facts.get("likeness"):
-        yield f"same top token as the adapter at {likeness['top1_agreement']:.1%} of positions"
+        yield f"top tokens as the adapter's: {likeness['top1_agreement']:.1%}"
 
 
 def _evaluated(facts: Facts) -> Iterator[str]:

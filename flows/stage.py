@@ -23,6 +23,11 @@ def run_name() -> str:
 
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False)
-def stage(stage: StageName, recipe: Recipe, runtime: Runtime | None = None, force: bool = False) -> State[None]:
-    """Make one stage of a recipe, again with `force`. Raises UserError and StageFailed."""
-    return finetune.fn(recipe, runtime, select=[stage], force=[stage] if force else [])
+def stage(
+    stage: StageName, recipe: Recipe, runtime: Runtime | None = None, force: bool = False, run: str = ""
+) -> State[None]:
+    """Make one stage of a recipe, again with `force`; with `run`, of the sources as that run found them.
+
+    Raises UserError and StageFailed.
+    """
+    return finetune.fn(recipe, runtime, select=[stage], force=[stage] if force else [], run=run)
