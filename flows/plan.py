@@ -115,10 +115,9 @@ def _damaged(run: Run, step: Step) -> Iterator[tuple[str, str]]:
 
 
 def _baseline(store: Store, name: str) -> Mapping[str, Any]:
-    """The stages of the last finished run of this recipe's name: `{stage: {"key", "digest", "action"}}`."""
+    """Each stage as the last finished run of this recipe's name had it: `{stage: {"key", "digest", "action"}}`."""
     ref = store.read_ref(f"{name}/last")
-    record = store.read_run(ref.document["run"]) if ref else None
-    return record["stages"] if record else {}
+    return ref.document["stages"] if ref else {}
 
 
 def _why(stage: str, document: Mapping[str, Json], last: Mapping[str, Any] | None) -> str:

@@ -75,20 +75,24 @@ class Run:
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "production": self.production,
                 "parts": [_part_json(p) for p in self.parts],
-                "stages": {
-                    s: {"key": a.key, "digest": a.digest, "action": a.action, "made": s in self.made}
-                    for s, a in self.artifacts.items()
-                },
+                "stages": self._stages(),
             },
         )
 
     def become_baseline(self) -> None:
-        """Make this run the one that the next plan's reasons compare with."""
+        """Make this run's stages what the next plan's reasons compare with; of a stage it left out, the last run's."""
         name = f"{self.name}/last"
         while True:
             ref = self.store.read_ref(name)
-            if self.store.swap_ref(name, ref.version if ref else None, {"run": self.id}):
+            stages = {**(ref.document["stages"] if ref else {}), **self._stages()}
+            if self.store.swap_ref(name, ref.version if ref else None, {"run": self.id, "stages": stages}):
                 return
+
+    def _stages(self) -> dict[str, Json]:
+        return {
+            s: {"key": a.key, "digest": a.digest, "action": a.action, "made": s in self.made}
+            for s, a in self.artifacts.items()
+        }
 
 
 def start(loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None) -> Run:

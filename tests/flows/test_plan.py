@@ -179,3 +179,13 @@ def test_drift_is_told_and_decides_only_when_strict(make_host: Callable[..., Hos
     assert host.plan().step("pack").state == "cached"
     assert "other code" in host.plan().step("pack").drift
     assert make_plan(host.start(), ("+pack",), strict=True).step("pack").state == "runs"
+
+
+def test_a_run_of_one_stage_does_not_forget_the_reasons_of_the_others(make_host: Callable[..., Host]) -> None:
+    host = make_host()
+    host.run()
+    only = host.start()
+    for stage in ("fetch", "convert"):
+        execute(only, stage)
+    only.become_baseline()
+    assert host.plan(pack={"seed": 9}).step("pack").reason.startswith("pack.")
