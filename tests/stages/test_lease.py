@@ -65,6 +65,7 @@ def test_other_actions_do_not_wait(store: Store) -> None:
         assert not second.lost.is_set() and not third.lost.is_set()
 
 
+@pytest.mark.parametrize("shared_url", ["folder", "s3"], indirect=True)
 def test_a_holder_killed_on_this_machine_is_followed_at_once(shared_url: str, tmp_path: Path) -> None:
     store = open_store(shared_url, tmp_path / "cache")
     command = [sys.executable, DRIVER, "hold", shared_url, str(tmp_path)]
@@ -80,24 +81,23 @@ def test_a_holder_killed_on_this_machine_is_followed_at_once(shared_url: str, tm
     assert time.monotonic() - started < 10
 
 
-def test_a_holder_that_fell_silent_elsewhere_is_followed_after_its_time(any_store: Store) -> None:
-    foreign(any_store, seconds=1.0)
+def test_a_holder_that_fell_silent_elsewhere_is_followed_after_its_time(store: Store) -> None:
+    foreign(store, seconds=1.0)
     told: list[str] = []
     started = time.monotonic()
-    with lease(any_store, "train", KEY, 60.0, "me", told.append):
+    with lease(store, "train", KEY, 60.0, "me", told.append):
         assert 1.0 <= time.monotonic() - started < 5.0
-        assert document(any_store)["owner"] == "me"
+        assert document(store)["owner"] == "me"
     assert told == [f"waiting for a far host, who is at work on train/{KEY}"]
 
 
 def test_a_clock_that_is_wrong_by_years_changes_nothing(store: Store) -> None:
-    for year in (1990, 2090):
-        foreign(store, seconds=1.0)
-        wrong = time.mktime((year, 1, 1, 0, 0, 0, 0, 0, 0))
-        os.utime(Path(store.url) / PATH, (wrong, wrong))
-        started = time.monotonic()
-        with lease(store, "train", KEY, 60.0, "me"):
-            assert 1.0 <= time.monotonic() - started < 5.0
+    foreign(store, seconds=1.0)
+    wrong = time.mktime((2090, 1, 1, 0, 0, 0, 0, 0, 0))
+    os.utime(Path(store.url) / PATH, (wrong, wrong))
+    started = time.monotonic()
+    with lease(store, "train", KEY, 60.0, "me"):
+        assert 1.0 <= time.monotonic() - started < 5.0
 
 
 def test_a_holder_that_renews_is_not_followed(store: Store) -> None:

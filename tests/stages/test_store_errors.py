@@ -182,6 +182,7 @@ def test_an_endpoint_that_is_not_there(s3, tmp_path: Path, endpoint: str) -> Non
     assert endpoint in message
 
 
+@pytest.mark.full
 def test_an_endpoint_that_never_answers(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"

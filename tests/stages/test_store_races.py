@@ -4,13 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stages.gc import verify
+from stages.identity import Action
 from stages.store import open_store
 
+ALSO_S3 = pytest.mark.parametrize("shared_url", ["folder", "s3"], indirect=True)
+S3_IF_FULL = pytest.mark.parametrize(
+    "shared_url", ["folder", pytest.param("s3", marks=pytest.mark.full)], indirect=True
+)
 DRIVER = str(Path(__file__).with_name("store_driver.py"))
 
 
@@ -32,8 +40,9 @@ def at_once(processes: "list[subprocess.Popen[str]]") -> list[str]:
     return said
 
 
+@ALSO_S3
 def test_an_object_is_created_once(shared_url: str, tmp_path: Path) -> None:
-    store, times = open_store(shared_url, tmp_path / "cache"), 60 if shared_url.startswith("s3") else 1000
+    store, times = open_store(shared_url, tmp_path / "cache"), 60 if shared_url.startswith("s3") else 600
     racers = [drive("create", shared_url, tmp_path, f"racer{n}", times) for n in range(3)]
     results = [json.loads(line) for line in at_once(racers)]
     assert sorted(n for result in results for n in result["won"]) == list(range(times))
@@ -43,14 +52,16 @@ def test_an_object_is_created_once(shared_url: str, tmp_path: Path) -> None:
             assert found is not None and found.data == result["name"].encode()
 
 
+@S3_IF_FULL
 def test_compare_and_swap_loses_no_step(shared_url: str, tmp_path: Path) -> None:
-    store, times = open_store(shared_url, tmp_path / "cache"), 20 if shared_url.startswith("s3") else 300
+    store, times = open_store(shared_url, tmp_path / "cache"), 20 if shared_url.startswith("s3") else 200
     store.objects.create("refs/number.json", b"0")
     assert at_once([drive("swap", shared_url, tmp_path, times) for _ in range(3)]) == ["done\n"] * 3
     found = store.objects.read("refs/number.json")
     assert found is not None and int(found.data) == 3 * times
 
 
+@ALSO_S3
 def test_many_processes_race_for_one_artifact(shared_url: str, tmp_path: Path) -> None:
     open_store(shared_url, tmp_path / "cache")
     said = at_once([drive("race", shared_url, tmp_path, f"racer{n}") for n in range(4)])
@@ -62,6 +73,7 @@ def test_many_processes_race_for_one_artifact(shared_url: str, tmp_path: Path) -
     assert list(store.objects.list("superseded/")) == []
 
 
+@S3_IF_FULL
 def test_a_lease_keeps_processes_apart(shared_url: str, tmp_path: Path) -> None:
     number = tmp_path / "number"
     number.write_text("0")
@@ -70,9 +82,40 @@ def test_a_lease_keeps_processes_apart(shared_url: str, tmp_path: Path) -> None:
     assert number.read_text() == "30"
 
 
+@S3_IF_FULL
 @pytest.mark.parametrize("does", ["commit", "replace", "checkpoint"])
 def test_a_process_killed_at_any_step_leaves_a_sound_store(shared_url: str, tmp_path: Path, does: str) -> None:
     process = drive("kills", shared_url, tmp_path, does)
     said, _ = process.communicate()
     assert process.returncode == 0
     assert int(said) >= 5  # as many steps as it takes, each of which was the last one once
+
+
+@pytest.mark.full
+def test_an_outage_of_the_server_is_waited_out(s3_server_of_ones_own, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    server, s3 = s3_server_of_ones_own
+    store = open_store(s3.url, tmp_path / "cache")
+    (tmp_path / "output").mkdir()
+    for n in range(60):
+        (tmp_path / "output" / str(n)).write_bytes(b"%d" % n * 1000)
+    action = Action("pack", {}, {}, {})
+    begun = threading.Event()
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            if name == "upload":
+                begun.set()
+            return getattr(store.objects, name)
+
+    with ThreadPoolExecutor(1) as pool:
+        committing = pool.submit(
+            replace(store, objects=Watched()).commit,  # type: ignore[arg-type]
+            *(action, tmp_path / "output", {}, {}),
+        )
+        assert begun.wait(30)
+        server.kill()
+        assert not committing.done()
+        server.start()
+        artifact = committing.result(timeout=120)
+    assert store.find("pack", action.key) == artifact
+    assert verify(store, deep=True).problems == []
