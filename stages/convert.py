@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field, model_validator
 
-from stages import formats, rendering, templates
+from stages import chat_template, formats, rendering, templates
+from stages.chat_template import Template
+from stages.chunks import NO_TURN
 from stages.formats import BadRow, Conversation, Options
 from stages.identity import Tree
-from stages.rendering import NO_TURN, Rendered, Span, Template
+from stages.rendering import Rendered, Span
 from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 from stages.tables import BATCH_ROWS, CONVERSATIONS, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, SPAN
@@ -136,7 +138,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
     source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
     tokenizer = read_tokenizer(inputs["tokenizer"])
     template = (
-        rendering.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
+        chat_template.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
     )
     (path,) = inputs["rows"].glob("rows.*")
     counts = _Counts(source["name"], config.bad_rows)

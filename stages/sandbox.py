@@ -79,16 +79,19 @@ def environment(today: date | None = None) -> jinja2.Environment:
     return made
 
 
+FOLLOWED = frozenset({"capitalize", "d", "default", "first", "last", "lower", "replace", "trim", "upper"})
+"""Jinja's own filters that make strings by nothing but methods of the string they get."""
+
+
 def _watched(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(found)
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = found(*args, **kwargs)
-        if isinstance(result, str) and not isinstance(result, Traced) and result:
-            # `default` and the like may hand back one of their own arguments.
-            if any(result is value for value in (*args, *kwargs.values())):
-                return result
-            if any(traced.holds_traced(value) for value in (*args, *kwargs.values())):
-                raise Untraceable(f"it passes data through the filter `{name}`")
+        if not isinstance(result, str) or not result or (name in FOLLOWED and isinstance(result, Traced)):
+            return result
+        given = (*args, *kwargs.values())
+        if not any(result is value for value in given) and any(traced.holds_traced(value) for value in given):
+            raise Untraceable(f"it passes data through the filter `{name}`")
         return result
 
     return watched

@@ -1,0 +1,111 @@
+"""A chat template, compiled, with what a few small renders tell about it: how it opens and ends turns.
+
+The sandbox it runs in is set up like the one of Hugging Face's transformers, so that the text is the same.
+"""
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jinja2
+
+from stages import sandbox, templates
+from stages.chunks import Calls, render_chunks
+from stages.errors import UserError
+from stages.formats import BadRow, Conversation, Turn
+from stages.tokenizer_files import Tokenizer
+
+
+@dataclass(frozen=True)
+class Template:
+    """A compiled template with what was learned about it."""
+
+    compiled: jinja2.Template
+    variables: dict[str, str]
+    """Named tokens (`bos_token`, ...) that the template may use."""
+    control: tuple[str, ...] = ()
+    """Token texts that only the template may write: the special tokens, and added ones that stand in its source."""
+    opening: str = ""
+    """What stands between a question and its answer."""
+    prompt: str = ""
+    """What `add_generation_prompt` adds, which the model never has to write; empty where the template adds nothing."""
+    header: str = ""
+    """The beginning of `prompt`, up to its first control token."""
+    endings: tuple[str, ...] = ()
+    """Texts that end a turn."""
+    calls: Calls | None = None
+    """How it takes tool calls; None where it knows none."""
+
+
+_QUESTION = Turn("user", "?")
+_ANSWER = Turn("assistant", "!")
+_CALL = Turn(
+    "assistant",
+    None,
+    tool_calls=[{"id": "000000000", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}],
+)
+
+
+def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) -> Template:
+    """Compile the template `choice`: `tokenizer`, a named one, or Jinja text.
+
+    `today` is what the template gets when it asks for the date. Raises UserError when there is no such template, or
+    when it cannot be compiled or does not write a plain question and answer.
+    """
+    if choice == "tokenizer":
+        if tokenizer.template is None:
+            raise UserError(
+                "the model's tokenizer has no chat template: name one, e.g. `convert.template: chatml`, or choose "
+                "`convert.format: completion`"
+            )
+        source = tokenizer.template
+    else:
+        source = templates.find(choice).text if choice in templates.names() else choice
+    try:
+        compiled = sandbox.environment(today).from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
+    bare = Template(compiled, tokenizer.variables)
+    try:
+        _, after_question = _around(bare, [_QUESTION])
+        opening, after_answer = _around(bare, [_QUESTION, _ANSWER])
+        _, prompted = _around(bare, [_QUESTION], add_generation_prompt=True)
+    except BadRow as error:
+        raise UserError(f"the chat template fails on a plain question and answer: {error}") from error
+    literal = {text for text in tokenizer.added if text in source and not text.isspace()}
+    control = tuple(sorted({*tokenizer.special, *literal}))
+    endings = {_ending(after, control) for after in (after_question, after_answer)} - {""}
+    calls, after_call = _calls(bare)
+    if not any(ending in after_call for ending in endings):
+        endings |= {token for token in control if after_call.rstrip().endswith(token)}
+    prompt = prompted.removeprefix(after_question) if prompted.startswith(after_question) else ""
+    header = _ending(prompt, control) or prompt
+    return Template(compiled, tokenizer.variables, control, opening, prompt, header, tuple(sorted(endings)), calls)
+
+
+def _around(template: Template, turns: list[Turn], **more: bool) -> tuple[str, str]:
+    """What the template writes before and after the last turn's leaves. Raises BadRow when it leaves that turn out."""
+    chunks = render_chunks(template.compiled, template.variables, template.calls, Conversation(turns), **more)
+    last = [number for number, (_, leaf, _) in enumerate(chunks) if leaf and leaf.turn == len(turns) - 1]
+    if not last:
+        raise BadRow("left out by the chat template", f"it leaves out what the {turns[-1].role} says")
+    before, after = chunks[: last[0]], chunks[last[-1] + 1 :]
+    return before[-1][0] if before else "", after[-1][0] if after else ""
+
+
+def _ending(after: str, control: tuple[str, ...]) -> str:
+    """The text that ends a turn, from what stands after the last one: up to its first control token, if any."""
+    ends = [after.index(token) + len(token) for token in control if token in after]
+    return after[: min(ends)] if ends else after.rstrip()
+
+
+def _calls(bare: Template) -> tuple[Calls | None, str]:
+    """How the template takes tool calls, and what it writes after one."""
+    silences: list[Mapping[str, str | None]] = [{}, {"content": None}, {"content": ""}]
+    for calls in (Calls(silence, as_text) for as_text in (False, True) for silence in silences):
+        try:
+            _, after = _around(replace(bare, calls=calls), [_QUESTION, _CALL])
+            return calls, after
+        except BadRow:
+            continue
+    return None, ""

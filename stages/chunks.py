@@ -1,0 +1,110 @@
+"""A conversation through a Jinja template, once, as pieces that know which string of the data they came from."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+
+from stages import traced
+from stages.errors import UserError
+from stages.formats import BadRow, Conversation, Turn
+from stages.traced import TEMPLATE, Untraceable
+
+NO_TURN = -1
+
+
+class Calls(NamedTuple):
+    """How tool calls are handed to a template: they differ in what they can take."""
+
+    silence: Mapping[str, str | None]
+    """What a turn without content says: nothing, `{"content": None}` or `{"content": ""}`."""
+    as_text: bool
+    """Whether arguments come as JSON text instead of an object."""
+
+
+class Leaf(NamedTuple):
+    """A string of the data that was handed to the template."""
+
+    turn: int
+    kind: str
+
+
+CONTENT, REASONING, CALLS, NAMES, TOOLS = "content", "reasoning", "tool calls", "names", "tools"
+
+Chunk = tuple[str, Leaf | None, bool]
+"""A piece of the render, the leaf that it came from (None: the template), and whether that leaf was written before."""
+
+
+def render_chunks(
+    compiled: jinja2.Template,
+    variables: Mapping[str, str],
+    calls: Calls | None,
+    conversation: Conversation,
+    **more: bool,
+) -> list[Chunk]:
+    """The render as pieces in order. `variables` and `more` are what the template finds beside messages and tools.
+
+    Raises BadRow when the template refuses the conversation or fails on it, UserError when it cannot be followed.
+    """
+    leaves: list[Leaf] = []
+    messages = [
+        _message(turn, number, calls or Calls({}, False), leaves) for number, turn in enumerate(conversation.turns)
+    ]
+    tools = _marked(conversation.tools, Leaf(NO_TURN, TOOLS), leaves) if conversation.tools else None
+    context = {"add_generation_prompt": False, "documents": None, **variables, **more}
+    try:
+        text = compiled.render(messages=messages, tools=tools, **context)
+    except Untraceable as error:
+        raise UserError(f"the chat template cannot be followed: {error}; name or write another one") from error
+    except jinja2.TemplateError as error:
+        raise BadRow("refused by the chat template", f"the chat template refuses it: {error.message}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise BadRow("refused by the chat template", f"the chat template fails on it: {error}") from error
+    chunks: list[Chunk] = []
+    seen: set[int] = set()
+    at = 0
+    for length, number in traced.runs_of(text):
+        piece = str.__getitem__(text, slice(at, at + length))
+        chunks.append((piece, None, False) if number == TEMPLATE else (piece, leaves[number], number in seen))
+        seen.add(number)
+        at += length
+    return chunks
+
+
+def _message(turn: Turn, number: int, calls: Calls, leaves: list[Leaf]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, **(calls.silence if turn.content is None else {})}
+    if turn.content is not None:
+        message["content"] = _marked(turn.content, Leaf(number, CONTENT), leaves)
+    if turn.reasoning is not None:
+        # The names that templates read it by.
+        message["reasoning_content"] = message["thinking"] = _marked(turn.reasoning, Leaf(number, REASONING), leaves)
+    if turn.tool_calls is not None:
+        message["tool_calls"] = [_tool_call(call, number, calls, leaves) for call in turn.tool_calls]
+    for name in ("name", "tool_call_id"):
+        if (value := getattr(turn, name)) is not None:
+            message[name] = _marked(value, Leaf(number, NAMES), leaves)
+    return message
+
+
+def _tool_call(call: Mapping[str, Any], number: int, calls: Calls, leaves: list[Leaf]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    if calls.as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    marked = {
+        "name": _marked(function["name"], Leaf(number, CALLS), leaves),
+        "arguments": _marked(arguments, Leaf(number, CALLS), leaves),
+    }
+    identity = {"id": _marked(call["id"], Leaf(number, NAMES), leaves)} if "id" in call else {}
+    return {**identity, "type": "function", "function": marked}
+
+
+def _marked(value: Any, leaf: Leaf, leaves: list[Leaf]) -> Any:
+    """The value with each of its strings traced to a number of its own in `leaves`."""
+
+    def number() -> int:
+        leaves.append(leaf)
+        return len(leaves) - 1
+
+    return traced.mark(value, number)
