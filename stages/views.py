@@ -51,11 +51,13 @@ def view(objects: Objects, cache: Path, tree: Tree) -> Path:
     with clear_errors(cache):
         while not _shows(cache, folder, tree):
             aside = folder.with_name(f".{uuid4().hex}")  # beside it: a read-only folder cannot change its parent
-            _build(aside, tree, _gather(objects, cache, tree))
-            if not _moved(aside, folder) and not _shows(cache, folder, tree):  # damaged, not merely made by another
-                _moved(folder, aside.with_suffix(".damaged"))
-            remove_folder(aside)
-            remove_folder(aside.with_suffix(".damaged"))
+            try:
+                _build(aside, tree, _gather(objects, cache, tree))
+                if not _moved(aside, folder) and not _shows(cache, folder, tree):  # damaged, not just made by another
+                    _moved(folder, aside.with_suffix(".damaged"))
+            finally:
+                remove_folder(aside)
+                remove_folder(aside.with_suffix(".damaged"))
         os.utime(folder)
     return folder
 
