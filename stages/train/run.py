@@ -14,15 +14,13 @@ from transformers import set_seed
 from packing.collate import Bin, PackedBins, collate
 from packing.isolation import check_isolation
 from stages import objectives
+from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.objectives import Objective
 from stages.stage import Facts, Work
 from stages.train import TrainConfig, checkpoints, model
 from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
 from stages.train.trainer import make_trainer, stop_on_sigterm, to_device
-
-SUSPENDED = 75
-"""Exit code after SIGTERM: a checkpoint is saved, the same call goes on from it (EX_TEMPFAIL)."""
 
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
 """What a line of metrics.jsonl holds: nothing that a clock decides."""
@@ -45,7 +43,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     with stop_on_sigterm() as stop:
         set_seed(config.seed)
         loaded = model.load(inputs["model"], config, device)
-        refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().num_embeddings)
+        refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
         trained: Any = model.adapt(loaded, config.lora) if config.method == "lora" else loaded
         trained.to(device)
         isolation = _prove_isolation(trained, device, config.precision)
@@ -62,6 +60,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             stop,
             lambda numbers: name_rows(inputs["tokens"], inputs["plan"], shards, numbers),
         )
+        work.tell(int(checkpoint.name) if checkpoint else 0, total, "steps")
         ready = time.monotonic()
         if not stop.asked:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -148,6 +148,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             total += loss.detach()
         return total
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule without its first value: a learning rate of zero would waste the first step."""
+        before = self.lr_scheduler
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        if before is None:
+            scheduler.step()
+        return scheduler
+
     def floating_point_ops(self, inputs: Step) -> int:
         """Not counted: the Trainer's formula knows nothing of packing."""
         return 0
