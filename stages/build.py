@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -30,7 +30,11 @@ from stages.identity import Action, Json, Tree
 from stages.lease import lease
 from stages.runtime import Runtime
 from stages.stage import Facts, Part, Stage, StageConfig, merge_facts
-from stages.store import Artifact, Store
+from stages.store import Artifact, BadBlob, Store
+from stages.views import spread
+
+LOOKUPS = 16
+"""Parts looked up at once: a look-up on S3 is mostly waiting."""
 
 WHOLE = ""
 """The task name of a stage that is not mapped."""
@@ -115,7 +119,7 @@ def build(
             [artifact] = maker.make([_Job(WHOLE, action, config.model_dump(mode="json"), inputs, replace)])
         else:
             listed = parts if parts is not None else stage.parts(config, inputs)
-            made = maker.make_parts(listed, force=force, regrow=regrow)
+            made = maker.make_parts(listed, force=force)
             facts = merge_facts([a.facts for a in made.values()])
             artifact = store.commit_whole(
                 action, made, facts, _provenance(stage, config, run, started), replace=replace
@@ -145,20 +149,17 @@ class _Maker:
     hooks: Hooks
     should_stop: Callable[[], bool]
 
-    def make_parts(self, parts: Sequence[Part], *, force: bool, regrow: bool) -> dict[str, Artifact]:
+    def make_parts(self, parts: Sequence[Part], *, force: bool) -> dict[str, Artifact]:
         """The parts' artifacts by name, in order: found ones as they are, the others made."""
         assert self.stage.part is not None
         made: dict[str, Artifact] = {}
         jobs: list[_Job] = []
-        for part in parts:
-            action = part_action(self.stage, part)
-            found = None if force else self.store.find(self.stage.name, action.key)
-            if found and regrow and self.store.missing(found.tree):
-                found = None
-            if found:
+        actions = [part_action(self.stage, part) for part in parts]
+        for part, action, found in zip(parts, actions, spread(self._whole, actions, LOOKUPS), strict=True):
+            if found and not force:
                 made[part.name] = found
             else:
-                jobs.append(_Job(part.name, action, dict(part.config), part.inputs, force or regrow, part.where))
+                jobs.append(_Job(part.name, action, dict(part.config), part.inputs, force, part.where))
         groups = [jobs[n :: self.runtime.workers] for n in range(min(self.runtime.workers, len(jobs)))]
         if len(groups) > 1:
             with ThreadPoolExecutor(len(groups)) as pool:
@@ -168,6 +169,11 @@ class _Maker:
         names = [job.name for group in groups for job in group]
         made.update(zip(names, results, strict=True))
         return {part.name: made[part.name] for part in parts}
+
+    def _whole(self, action: Action) -> Artifact | None:
+        """A part's artifact, unless one of its blobs is gone."""
+        found = self.store.find(self.stage.name, action.key)
+        return None if found is None or self.store.missing(found.tree) else found
 
     def make(self, jobs: Sequence[_Job]) -> list[Artifact]:
         """Run jobs one after another in one child; return their artifacts in order."""
@@ -229,12 +235,11 @@ class _Mirror:
 
     def restore(self) -> None:
         """Fetch the store's newest complete checkpoint unless this machine has one at least as new."""
-        newest = latest_checkpoint(self.store, self.key)
-        if newest is None:
-            return
-        local = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit()]
-        if newest.step > max(local, default=-1):
-            fetch_checkpoint(self.store, newest, self.folder / str(newest.step))
+        local = max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=-1)
+        while (newest := latest_checkpoint(self.store, self.key)) is not None and newest.step > local:
+            with suppress(BadBlob):  # it has been retired by then, and the next one is asked for
+                fetch_checkpoint(self.store, newest, self.folder / str(newest.step))
+                return
 
     def save(self, step: int, name: str) -> None:
         """Upload one checkpoint folder in the background; a failed upload surfaces at the next save or at the end."""

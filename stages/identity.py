@@ -25,8 +25,8 @@ SCHEMA = 1
 def canonical_json(value: Json) -> str:
     """The one text of a JSON value: sorted keys, no spaces, plain UTF-8.
 
-    Raises ValueError for NaN and infinities, and TypeError for whatever has no stable form (sets, paths, objects,
-    keys that are not strings), naming where it stands.
+    Raises ValueError for NaN, infinities and lone surrogates, and TypeError for whatever has no stable form (sets,
+    paths, objects, keys that are not strings), naming where it stands.
     """
     _refuse_unstable(value, "$")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -43,7 +43,12 @@ def _refuse_unstable(value: Json, place: str) -> None:
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             _refuse_unstable(item, f"{place}[{number}]")
-    elif not (value is None or type(value) in (str, bool, int, float)):
+    elif type(value) is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{place} holds half of a character (a lone surrogate): it has no UTF-8 form") from None
+    elif not (value is None or type(value) in (bool, int, float)):
         raise TypeError(f"{place} is a {type(value).__name__}: it has no stable JSON form")
 
 
