@@ -121,6 +121,16 @@ class Measure(StageConfig):
     precision: Precision = "bf16"
 
 
+def check(config: EvaluateConfig) -> None:
+    """What can be told before anything is trained: UserError for a task that lm-eval does not ship, or without it.
+
+    Takes some seconds where tasks of lm-eval are named, to read its index.
+    """
+    if any(not task.eval for task in config.tasks.values()):
+        harness.require()
+    harness.check_names([task.lm_eval for task in config.tasks.values() if task.lm_eval])
+
+
 def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
     """A part for each model and task. Raises UserError when a task's source is not in `fetch.data`."""
     plan = inputs["plan"].select(*HELDOUT_FILES)

@@ -1,14 +1,15 @@
 """A language model for evaluating: loading it, and greedy answers in batches through plain transformers."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from stages.errors import UserError
 
 Precision = Literal["bf16", "fp32"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,25 @@ class Model:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-@lru_cache(maxsize=1)
-def load(folder: Path, precision: Precision, device: Literal["auto", "cpu", "cuda"], packed: bool = False) -> Model:
-    """The model of a local Hugging Face folder. The last one is kept: a model's parts follow one another.
+def load(folder: Path, precision: Precision, device: Device, packed: bool = False) -> Model:
+    """The model of a local Hugging Face folder. The last one is kept, as a model's tasks follow one another.
 
     A `packed` model takes the batches of `packing.collate` and cannot generate. Nothing is looked up on a network.
     Raises UserError when the folder holds no loadable model.
     """
+    wanted = (folder, precision, device, packed)
+    if wanted not in _kept:
+        # Let go first: two large models at once may not fit.
+        _kept.clear()
+        gc.collect()
+        _kept[wanted] = _load(*wanted)
+    return _kept[wanted]
+
+
+_kept: dict[tuple[Path, Precision, Device, bool], Model] = {}
+
+
+def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

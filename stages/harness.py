@@ -52,10 +52,12 @@ def require() -> None:
 
 def check_names(names: Sequence[str]) -> None:
     """Raise UserError, with the nearest names, for a task that lm-eval does not ship. Reads its index: some seconds."""
+    if not names:
+        return
     require()
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager().all_tasks if names else []
+    known = TaskManager().all_tasks
     for name in names:
         _refuse_unknown(name, known)
 
@@ -211,7 +213,9 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             self.total += len(requests)
-            return super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
+            found = super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
+            self._count(self.total - self.done)  # requests with one context share a forward pass
+            return found
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             made = super()._model_generate(context, *args, **kwargs)

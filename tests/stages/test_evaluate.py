@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,12 +14,15 @@ import pytest
 from pydantic import ValidationError
 
 from stages import evaluate, generation, harness
+from stages.build import Built, Hooks, build
+from stages.compare import compare
 from stages.errors import UserError
 from stages.evals import Example, Options
 from stages.evaluate import EvaluateConfig, Measure, Task
-from stages.identity import Json, Tree, tree_of
+from stages.identity import Action, Json, Tree, tree_of
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.store import Store
 from stages.tables import BINS, DOCUMENTS, tokens_schema, write_table
 
 TEMPLATE = (
@@ -154,6 +158,7 @@ def refuse(*args, **kwargs):
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 from stages import evaluate
 from stages.stage import Work
+from stages.store import Store
 from stages.runtime import Runtime
 from stages.evaluate import Measure, Task
 evaluate.run(Measure(task=Task(source="spelling", max_new_tokens=2)),
@@ -194,6 +199,74 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=re.escape("pip install 'regrow[evaluate]'")):
         harness.require()
+
+
+CHOICES = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: right
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Path) -> None:
+    import torch
+    from lm_eval.tasks import TaskManager
+
+    model = generation.load(chat_model, "fp32", "cpu")
+    questions = [("sun", ["nus", "uns"]), ("moon", ["noom", "moon", "oomn"]), ("tree", ["a", "b"])]
+
+    def log_likelihood(question: str, choice: str) -> float:
+        before = model.tokenizer(model.prompt(question))["input_ids"]
+        after = model.tokenizer(model.prompt(question) + choice)["input_ids"]
+        with torch.no_grad():
+            logs = model.network(torch.tensor([after])).logits[0].log_softmax(-1)
+        return sum(float(logs[i - 1, after[i]]) for i in range(len(before), len(after)))
+
+    rows = []
+    expected = []
+    for number, (question, choices) in enumerate(questions):
+        best = max(range(len(choices)), key=lambda i: log_likelihood(question, choices[i]))
+        right = best if number != 1 else (best + 1) % 3
+        rows.append(json.dumps({"question": question, "choices": choices, "right": right}))
+        expected.append(float(right == best))
+    (tmp_path / "rows.json").write_text("\n".join(rows))
+    (tmp_path / "choices.yaml").write_text(CHOICES.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    told: list[tuple[int, int]] = []
+    samples = harness._samples(model, manager, "choices", "", None, None, 2, lambda *now: told.append(now))
+    assert [(sample.task, sample.metric, sample.score) for sample in samples] == [
+        ("choices", "acc", score) for score in expected
+    ]
+    assert expected == [1.0, 0.0, 1.0]
+    assert told[-1] == (7, 7)
+    with pytest.raises(UserError, match="choices has no metric 'bleu'"):
+        harness._samples(model, manager, "choices", "bleu", None, None, 2, lambda *now: None)
+
+
+@pytest.mark.full
+def test_an_unknown_lm_eval_task_is_told_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"lm-eval has no task 'gsm9k'\. Nearest names: .*gsm8k"):
+        evaluate.check(EvaluateConfig(tasks={"a": Task(lm_eval="gsm9k")}))
+    evaluate.check(EvaluateConfig(tasks={"a": Task(lm_eval="gsm8k"), "b": Task(lm_eval="mmlu"), "c": Task(source="s")}))
+
+
+@pytest.mark.full
+def test_a_task_whose_data_cannot_be_had_says_so(chat_model: Path, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from stages import generation, harness
+model = generation.load(Path({str(chat_model)!r}), "fp32", "cpu")
+harness.shipped(model, "gsm8k", "", None, None, 2, print)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert "UserError: evaluate.tasks: lm-eval's task 'gsm8k' does not load" in done.stderr
 
 
 # ---- configuration and parts ------------------------------------------------------------------------------------
@@ -338,3 +411,38 @@ def test_the_same_model_scores_the_same_bytes(chat_model: Path, tmp_path: Path) 
     for name in ("a", "b"):
         run(tmp_path / name, config, inputs)
     assert tree_of(tmp_path / "a/output") == tree_of(tmp_path / "b/output")
+
+
+def test_another_tuned_model_is_scored_alone(chat_model: Path, store: Store, tmp_path: Path) -> None:
+    held = heldout(tmp_path, [[5, 6, 7, 8, 9]], [[0]], 300)
+    folders = {"base": chat_model, "rows": rows(tmp_path, [{"question": "q", "answer": "a"}]), **held}
+    trees = {name: committed(store, folder) for name, folder in folders.items()}
+    config = EvaluateConfig(tasks={"spelling": Task(source="spelling", max_new_tokens=2)})
+    ran: list[str] = []
+    hooks = Hooks(on_event=lambda event: ran.append(event["name"]) if event["event"] == "task" else None)
+
+    def evaluated(epsilon: float) -> Built:
+        tuned = tmp_path / f"tuned-{epsilon}"
+        shutil.copytree(chat_model, tuned)
+        settings = json.loads((tuned / "config.json").read_text())
+        (tuned / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": epsilon}))
+        inputs = {**trees, "weights": committed(store, tuned)}
+        return build(evaluate.STAGE, config, inputs, store, Runtime(cache=store.cache), hooks=hooks)
+
+    evaluated(0.1)
+    assert ran == ["base/spelling", "base/heldout_loss", "tuned/spelling", "tuned/heldout_loss"]
+    ran.clear()
+    built = evaluated(0.5)
+    assert ran == ["tuned/spelling", "tuned/heldout_loss"]
+    scores = compare(store.view(built.artifact.tree))
+    assert scores["tasks"]["spelling"]["n"] == 1
+    assert scores["heldout_loss"]["tokens"] == 3
+    assert scores["heldout_loss"]["base"]["value"] != scores["heldout_loss"]["tuned"]["value"]
+    assert built.artifact.facts["items"] == 2
+    assert built.artifact.facts["scored_twice"] == built.artifact.facts["agreeing"] == 2
+
+
+def committed(store: Store, folder: Path) -> Tree:
+    copy = store.cache.parent / "copies" / folder.name
+    shutil.copytree(folder, copy)
+    return store.commit(Action("fetch", {"fetch": 1}, {"n": folder.name}, {}), copy, {}, {}).tree
