@@ -93,4 +93,4 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
     return {f"objective:{config.objective}": objectives.find(config.objective).version}
 
 
-STAGE = Stage(name="train", artifact="adapter", version=2, config=TrainConfig, run=run, plugins=_plugins)
+STAGE = Stage(name="train", artifact="adapter", version=3, config=TrainConfig, run=run, plugins=_plugins)
