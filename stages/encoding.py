@@ -24,6 +24,9 @@ Ids = npt.NDArray[np.uint32]
 Positions = npt.NDArray[np.int64]
 
 
+_SAMPLES = ("Hello world", " lead", "\n\n x", "a  b", "12 345", "é漢字🙂")
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A tokenizer with what the fast path needs to know of it."""
@@ -55,6 +58,18 @@ class Encoder:
         return {token["content"]: token for token in self.settings["added_tokens"] if token["special"]}
 
     @cached_property
+    def composes(self) -> bool:
+        """Whether what follows a control token is encoded as `plain` does it, so that a row can be put together."""
+        first, rest = self.plain
+        for text, token in self.tokens.items():
+            if not (token["lstrip"] or token["rstrip"] or token["single_word"]):
+                for sample in _SAMPLES:
+                    apart = [*_ids(first, sample), token["id"], *_ids(rest, sample)]
+                    if _ids(self.matching, sample + text + sample) != apart:
+                        return False
+        return True
+
+    @cached_property
     def pattern(self) -> "re.Pattern[str]":
         """Matches the text of a control token, the longest at its place."""
         return re.compile("|".join(re.escape(text) for text in sorted(self.tokens, key=len, reverse=True)) or r"(?!)")
@@ -80,6 +95,11 @@ def load(tokenizer_json: str, control: Sequence[str]) -> Encoder:
         for token in added:
             lengths[token["id"]] = len(token["content"].encode())
     return Encoder(settings, lengths, normalizers == ["NFC"], flags)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return found
 
 
 def _tokenizer(settings: Mapping[str, Any]) -> Any:
@@ -127,14 +147,49 @@ class Spans:
 
 
 def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -> Encoded:
-    """Encode rows of `sizes` bytes. Raises UserError when a control token's text cannot be written as plain text."""
+    """Encode rows of `sizes` bytes. Raises Unwritable when a control token's text cannot be written as plain text."""
     batch = encoder.matching.encode_batch if encoder.lengths is None else encoder.matching.encode_batch_fast
     encodings = batch(texts, add_special_tokens=False)
     counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
     ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
+    token_rows = np.repeat(np.arange(len(texts)), counts)
+    starts, slow = _starts(encoder, texts, sizes, encodings, ids, counts, token_rows)
+    forged = _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
+    if not len(forged):
+        return Encoded(ids, starts, counts, int(slow.sum()))
     first_token = np.cumsum(counts) - counts
     first_span = np.cumsum(spans.counts) - spans.counts
-    token_rows = np.repeat(np.arange(len(texts)), counts)
+    all_ids, all_starts = np.split(ids, first_token[1:]), np.split(starts, first_token[1:])
+    for row in forged:
+        here = slice(first_span[row], first_span[row] + spans.counts[row])
+        bounds = [*spans.starts[here].tolist(), int(sizes[row])]
+        try:
+            all_ids[row], all_starts[row] = encode_around(encoder, texts[row], bounds, spans.origins[here].tolist())
+        except UserError as error:
+            raise Unwritable(int(row), str(error)) from error
+        counts[row] = len(all_ids[row])
+        slow[row] = True
+    return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()))
+
+
+class Unwritable(UserError):
+    """A row (`row`, counted within the call) with text that this tokenizer can only read as a control token."""
+
+    def __init__(self, row: int, detail: str) -> None:
+        super().__init__(detail)
+        self.row = row
+
+
+def _starts(
+    encoder: Encoder,
+    texts: list[str],
+    sizes: Positions,
+    encodings: Sequence[Any],
+    ids: Ids,
+    counts: Positions,
+    token_rows: Positions,
+) -> tuple[Positions, npt.NDArray[np.bool_]]:
+    """The byte at which each token starts in its row, and which rows had to ask the tokenizer for it."""
     slow = np.ones(len(texts), np.bool_)
     starts = np.zeros(len(ids), np.int64)
     if encoder.lengths is not None:
@@ -144,22 +199,13 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
         slow = totals != sizes
         if encoder.nfc:
             slow |= np.fromiter((not unicodedata.is_normalized("NFC", text) for text in texts), np.bool_, len(texts))
-        again = encoder.matching.encode_batch([texts[row] for row in np.flatnonzero(slow)], add_special_tokens=False)
-        encodings = dict(zip(np.flatnonzero(slow), again, strict=True))
-    for row in np.flatnonzero(slow):
-        starts[first_token[row] : first_token[row] + counts[row]] = _offsets(encodings[row], texts[row])
-    forged = _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
-    if not len(forged):
-        return Encoded(ids, starts, counts, int(slow.sum()))
-    all_ids, all_starts = np.split(ids, first_token[1:]), np.split(starts, first_token[1:])
-    for row in forged:
-        here = slice(first_span[row], first_span[row] + spans.counts[row])
-        all_ids[row], all_starts[row] = encode_around(
-            encoder, texts[row], [*spans.starts[here].tolist(), int(sizes[row])], spans.origins[here].tolist()
-        )
-        counts[row] = len(all_ids[row])
-        slow[row] = True
-    return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()))
+    rows = np.flatnonzero(slow)
+    if encoder.lengths is not None:  # these came without offsets
+        encodings = encoder.matching.encode_batch([texts[row] for row in rows], add_special_tokens=False)
+    first_token = np.cumsum(counts) - counts
+    for row, encoding in zip(rows, encodings, strict=True):
+        starts[first_token[row] : first_token[row] + counts[row]] = _offsets(encoding, texts[row])
+    return starts, slow
 
 
 def _offsets(encoding: Any, text: str) -> Positions:
@@ -204,8 +250,12 @@ def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[
 
     `bounds` are the spans' borders in bytes, from 0 to the end. Only control tokens inside the template's spans
     become tokens; everything between two of them is encoded as plain text, the way the tokenizer itself goes on
-    after a control token.
+    after a control token. Raises UserError when the tokenizer does not let itself be kept from it.
     """
+    if not encoder.composes:
+        raise UserError(
+            "it holds the text of a control token, which this kind of tokenizer cannot be kept from reading"
+        )
     data = text.encode()
     ids: list[int] = []
     starts: list[int] = []  # in characters
@@ -216,9 +266,7 @@ def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[
         if done < stop:
             encoding = encoder.plain[done > 0].encode(text[done:stop], add_special_tokens=False)
             if encoder.control[encoding.ids].any():
-                raise UserError(
-                    f"the tokenizer cannot write {text[done:stop][:60]!r} as plain text: it holds a control token"
-                )
+                raise UserError("it holds the text of a control token, which this tokenizer cannot write as plain text")
             ids.extend(encoding.ids)
             starts.extend(done + start for start, _ in encoding.offsets)
         done = max(done, stop)

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.encoding import Encoder, Positions, Spans, carry, encode, load
+from stages.encoding import Encoder, Positions, Spans, Unwritable, carry, encode, load
 from stages.identity import Tree
-from stages.stage import Facts, Part, Stage, StageConfig, Work
+from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 from stages.tables import SPAN, read_batches, tokens_schema
 from stages.tokenizer_files import backend
 
@@ -59,7 +59,11 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
     total = counts["rows"] - sum(counts["dropped"].values())
     with pa.OSFile(str(output / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in read_batches(source):
-            table, slow = _tokenized(encoder, batch, schema)
+            try:
+                table, slow = _tokenized(encoder, batch, schema)
+            except Unwritable as error:
+                row = batch.column("row")[error.row].as_py()
+                raise UserError(f"{counts['source']}, row {row + 1}: {error}; take the row out") from error
             writer.write_batch(table)
             rows, tokens, exact = rows + len(table), tokens + len(table.column("ids").flatten()), exact + slow
             work.tell(rows, total, "rows", tokens=tokens)
@@ -79,7 +83,10 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     for low, high in _chunks(sizes):
         here = slice(first_span[low], first_span[high])
         some = Spans(first_bytes.to_numpy()[here].astype(np.int64), origins.to_numpy()[here], counts[low:high])
-        encoded.append(encode(encoder, batch.column("text")[low:high].to_pylist(), sizes[low:high], some))
+        try:
+            encoded.append(encode(encoder, batch.column("text")[low:high].to_pylist(), sizes[low:high], some))
+        except Unwritable as error:
+            raise Unwritable(low + error.row, str(error)) from error
         begin, end = carry(some, sizes[low:high], encoded[-1])
         begins.append(begin)
         ends.append(end)
