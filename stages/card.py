@@ -36,18 +36,22 @@ def card(
     name: str,
     recipe: str,
     license: str,
+    license_file: str,
     scores: Json,
     gate: Json,
     data: str,
     lineage: Mapping[str, Json],
 ) -> str:
-    """The card's Markdown. `recipe` is the YAML text, `data` a Markdown summary of the data, `license` may be ""."""
+    """The card's Markdown. `recipe` is the YAML text, `data` a Markdown summary of the data.
+
+    `license` may be "": then the base model's is named where its package tells it, else its `license_file` beside the
+    card, if there is one.
+    """
     parsed: Any = yaml.safe_load(recipe) or {}
     base = base_model(parsed)
-    license = license or _license_of(parsed)
     front: dict[str, Json] = {
         **({"base_model": base} if base else {}),
-        **({"license": license} if license else {}),
+        **_license(license or _license_of(parsed), license_file),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["regrow", *_method(parsed)],
@@ -106,6 +110,13 @@ def base_model(recipe: Mapping[str, Any]) -> str:
 def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = recipe.get(name)
     return found if isinstance(found, Mapping) else {}
+
+
+def _license(license: str, file: str) -> dict[str, Json]:
+    """The Hub's fields for a licence by name, or by the text beside the card."""
+    if license:
+        return {"license": license}
+    return {"license": "other", "license_link": file} if file else {}
 
 
 def _license_of(recipe: Mapping[str, Any]) -> str:

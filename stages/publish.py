@@ -42,6 +42,7 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
         str(work.where.get("name", "model")),
         recipe,
         config.license,
+        next((path.name for path in sorted(inputs["weights"].glob("LICENSE*"))), ""),
         scores,
         decision,
         (inputs["plan"] / "report.md").read_text(),

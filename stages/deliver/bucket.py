@@ -47,7 +47,7 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, s
     try:
         _write_index(fs, root, index_document(tree, whole=False))
         same_place = to.startswith("s3://") and store.url.startswith("s3://") and _same_server(fs, store)
-        view = None if same_place else store.view(tree)
+        view = None if same_place and not store.missing(tree) else store.view(tree)
         for file in tree.files:
             target = f"{root}/{file.path}"
             if view is None:

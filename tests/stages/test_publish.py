@@ -36,7 +36,8 @@ def inputs(folder: Path, right: int = 8) -> dict[str, Path]:
         (part / "scores.json").write_text(json.dumps({"tasks": {}, "scored_twice": 10, "agreeing": 10}))
     (folder / "plan").mkdir()
     (folder / "plan/report.md").write_text("**10** rows · **2,048** trained tokens\n")
-    return {"scores": folder / "scores", "plan": folder / "plan"}
+    (folder / "weights").mkdir()
+    return {"scores": folder / "scores", "plan": folder / "plan", "weights": folder / "weights"}
 
 
 def run(folder: Path, config: PublishConfig, right: int = 8, recipe: str = RECIPE) -> tuple[Path, dict[str, Any]]:
@@ -133,11 +134,19 @@ def test_the_base_models_name_gives_no_place_away(model: dict[str, str], name: s
     assert base_model({"fetch": {"model": model}}) == name
 
 
-def test_a_packages_licence_is_known() -> None:
+@pytest.mark.parametrize(
+    ("package", "named", "file", "front"),
+    [
+        ("pydantic", "", "LICENSE", "license: mit\n"),
+        ("pydantic", "apache-2.0", "", "license: apache-2.0\n"),
+        ("no-such-package", "", "LICENSE.txt", "license: other\nlicense_link: LICENSE.txt\n"),
+        ("no-such-package", "", "", "base_model: no-such-package\nlibrary_name"),
+    ],
+)
+def test_the_licence_is_named_as_far_as_it_is_known(package: str, named: str, file: str, front: str) -> None:
     gate = {"passed": True, "reasons": ["it is"]}
     scores = {"tasks": {}, "heldout_loss": None}
-    text = card("n", "fetch: {model: {package: pydantic}}", "", scores, gate, "", {})
-    assert "license: mit\n" in text
+    assert front in card("n", f"fetch: {{model: {{package: {package}}}}}", named, file, scores, gate, "", {})
 
 
 def test_destination_and_visibility_stay_out_of_the_key() -> None:
