@@ -1,0 +1,272 @@
+"""convert: rows in any file and format become the same conversations; bad ones are told, or dropped and counted."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from stages import convert
+from stages.errors import UserError
+from stages.formats import Conversation, Turn
+from stages.identity import File, Tree, canonical_json
+from stages.tables import CONVERSATIONS, read_table
+from tests.stages.chats import digest, rows_of, run_convert, smollm2, source
+
+CHAT = {"messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là.", "weight": 0}]}
+BAD = {"messages": [{"role": "user"}]}
+ALPACA = [{"instruction": "Add.", "input": f"1 {n}", "output": str(n + 1)} for n in range(3)]
+
+
+def pieces(row: dict[str, Any]) -> list[tuple[str, int, str, int, str]]:
+    data = row["text"].encode()
+    return [
+        ("TCE"[s["origin"]], s["turn"], s["role"], s["train"], data[s["start"] : s["end"]].decode())
+        for s in row["spans"]
+    ]
+
+
+def test_a_row_becomes_text_with_spans(tmp_path: Path) -> None:
+    output, facts = run_convert(tmp_path, source(tmp_path / "rows", [CHAT]), smollm2())
+    [row] = rows_of(output)
+    assert row["row"] == 0 and len(row["identity"]) == 16
+    assert pieces(row)[1:] == [
+        ("C", 0, "user", -1, "Où?"),
+        ("E", 0, "user", -1, "<|im_end|>"),
+        ("T", -1, "", -1, "\n<|im_start|>assistant\n"),
+        ("C", 1, "assistant", 0, "Là."),
+        ("E", 1, "assistant", 0, "<|im_end|>"),
+        ("T", -1, "", -1, "\n"),
+    ]
+    assert read_table(output / "conversations.arrow").schema.equals(CONVERSATIONS)
+    assert json.loads((output / "counts.json").read_text()) == {
+        "source": "mine",
+        "split": "train",
+        "rows": 1,
+        "dropped": {},
+        "places": {},
+        "unwritten": {},
+        "turns_without_end": 0,
+    }
+    assert facts == {"rows": 1, "dropped": {}, "unwritten": {}}
+
+
+def written(folder: Path, suffix: str) -> Path:
+    """The alpaca rows as a file of one kind."""
+    table = pa.Table.from_pylist(ALPACA)
+    path = folder / f"rows{suffix}"
+    match suffix:
+        case ".json":
+            path.write_text(json.dumps(ALPACA, indent=1))
+        case ".csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ALPACA[0])
+                writer.writeheader()
+                writer.writerows(ALPACA)
+        case ".parquet":
+            pq.write_table(table, path, row_group_size=2)
+        case ".arrow":
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet", ".arrow"])
+def test_every_kind_of_file_says_the_same(tmp_path: Path, suffix: str) -> None:
+    lines, _ = run_convert(tmp_path / "a", source(tmp_path / "lines", ALPACA), smollm2(), {"format": "alpaca"})
+    other = source(tmp_path / "other", written(tmp_path, suffix).read_bytes(), suffix)
+    found, _ = run_convert(tmp_path / "b", other, smollm2(), {"format": "alpaca"})
+    assert digest(lines) == digest(found)
+
+
+def test_an_arrow_stream_and_a_json_of_lines_are_read_too(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ALPACA)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    stream = source(tmp_path / "stream", sink.getvalue().to_pybytes(), ".arrow")
+    lines = "".join(json.dumps(row) + "\n" for row in ALPACA).encode()
+    as_json = source(tmp_path / "json", b"\xef\xbb\xbf" + lines, ".json")
+    found = [
+        rows_of(run_convert(p.parent / f"{p.name}-", p, smollm2(), {"format": "alpaca"})[0]) for p in (stream, as_json)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_the_same_conversation_has_the_same_identity_in_every_format(tmp_path: Path) -> None:
+    kinds: dict[str, Any] = {
+        "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        "alpaca": {"instruction": "q", "output": "a"},
+        "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    }
+    found = [
+        rows_of(run_convert(tmp_path / kind, source(tmp_path / kind / "r", [row]), smollm2(), {"format": kind})[0])
+        for kind, row in kinds.items()
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_identity_is_over_all_that_is_said() -> None:
+    base = Conversation([Turn("user", "q"), Turn("assistant", "a")])
+    others = [
+        Conversation([Turn("user", "q"), Turn("assistant", "b")]),
+        Conversation([Turn("user", "qa"), Turn("assistant", "")]),
+        Conversation([Turn("user", "q"), Turn("user", "a")]),
+        Conversation([Turn("user", "q"), Turn("assistant", "a", train=0)]),
+        Conversation([Turn("user", "q"), Turn("assistant", "a", reasoning="r")]),
+        Conversation(base.turns, tools=[{"name": "f"}]),
+    ]
+    found = {convert.identity(conversation) for conversation in [base, *others]}
+    assert len(found) == len(others) + 1
+    assert convert.identity(Conversation(list(base.turns))) in found
+
+
+@pytest.mark.parametrize(
+    ("data", "suffix", "says"),
+    [
+        (b'{"messages": []}\n', ".jsonl", "mine.jsonl, line 1: messages is empty"),
+        (b"\n\n" + json.dumps(BAD).encode(), ".jsonl", r"mine.jsonl, line 3: messages\[0\].content is missing"),
+        (b'{"messages": \n', ".jsonl", "mine.jsonl, line 1: is not JSON"),
+        (b"[1]\n", ".jsonl", "mine.jsonl, line 1: is not an object"),
+        (b'{"messages": "\xff"}\n', ".jsonl", "mine.jsonl, line 1: is not UTF-8"),
+        (json.dumps([CHAT, BAD]).encode(), ".json", r"mine.json, row 2: messages\[0\].content is missing"),
+        (b"[1, 2", ".json", "mine.json is not JSON"),
+        (b'"x"', ".json", "mine.json holds no list of rows"),
+        (b"a,b\n1,2\n1,2,3\n", ".csv", "mine.csv, line 3: has not the 2 columns"),
+        (b"a,b\n1,2\n1\n", ".csv", "mine.csv, line 3: has not the 2 columns"),
+        (b"not parquet at all", ".parquet", "mine.parquet is not Parquet"),
+        (b"not arrow at all", ".arrow", "mine.arrow is not Arrow"),
+        (b"\n", ".jsonl", "mine.jsonl: there are no rows in it"),
+        (b"[]", ".json", "mine.json: there are no rows in it"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode(),
+            ".jsonl",
+            "mine.jsonl, line 1: holds half a surrogate pair",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_told_with_its_place(tmp_path: Path, data: bytes, suffix: str, says: str) -> None:
+    format_ = {"format": "alpaca", "fields": {"instruction": "a", "output": "b"}} if suffix == ".csv" else {}
+    with pytest.raises(UserError, match=says):
+        run_convert(tmp_path, source(tmp_path / "rows", data, suffix), smollm2(), format_)
+
+
+def test_a_bad_row_stops_with_the_mend_or_is_dropped_and_counted(tmp_path: Path) -> None:
+    rows = source(tmp_path / "rows", [CHAT, *[BAD] * 12, {"messages": [{"role": "x", "content": "y"}]}, CHAT])
+    with pytest.raises(UserError, match=r"mine.jsonl, line 2: .*convert.bad_rows: drop"):
+        run_convert(tmp_path / "strict", rows, smollm2())
+    output, facts = run_convert(tmp_path, rows, smollm2(), {"bad_rows": "drop"})
+    assert [row["row"] for row in rows_of(output)] == [0, 14], "rows keep their number in the file"
+    counts = json.loads((output / "counts.json").read_text())
+    assert counts["rows"] == 15
+    assert counts["dropped"] == facts["dropped"] == {"missing field": 12, "unknown role": 1}
+    assert counts["places"]["missing field"] == [f"mine.jsonl, line {n}" for n in range(2, 12)]
+    assert counts["places"]["unknown role"] == ["mine.jsonl, line 14"]
+
+
+def test_what_the_template_refuses_names_the_row(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    rows = [CHAT, {"messages": [{"role": "tool", "content": "x"}]}]
+    with pytest.raises(UserError, match=r"mine.jsonl, line 2: the chat template refuses it: no tools here"):
+        run_convert(tmp_path, source(tmp_path / "rows", rows), smollm2(), {"template": template})
+
+
+def test_what_is_left_unwritten_and_unended_is_counted(tmp_path: Path) -> None:
+    chat = {
+        "messages": [*CHAT["messages"], {"role": "assistant", "content": "b", "reasoning_content": "hm"}],
+        "tools": [{"name": "f"}],
+    }
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    output, facts = run_convert(tmp_path, source(tmp_path / "rows", [chat]), smollm2(), {"template": template})
+    assert facts["unwritten"] == {"tools": 1, "reasoning of assistant": 1}
+    assert json.loads((output / "counts.json").read_text())["turns_without_end"] == 2
+
+
+def test_completion_needs_no_template_and_ends_with_the_tokenizers_end(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "model"
+    tokenizer.mkdir()
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (tokenizer / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "post_processor": processor}))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>"}))
+    rows = source(tmp_path / "rows", [{"text": "Où?"}])
+    output, _ = run_convert(tmp_path, rows, tokenizer, {"format": "completion"})
+    assert pieces(rows_of(output)[0]) == [
+        ("T", -1, "", -1, "<s>"),
+        ("C", 0, "text", -1, "Où?"),
+        ("E", 0, "text", -1, "</s>"),
+    ]
+    with pytest.raises(UserError, match="no chat template"):
+        run_convert(tmp_path / "chat", source(tmp_path / "chats", [CHAT]), tokenizer)
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    rows = source(tmp_path / "rows", [CHAT] * 1500)
+    once, _ = run_convert(tmp_path / "a", rows, smollm2())
+    again, _ = run_convert(tmp_path / "b", rows, smollm2())
+    assert digest(once) == digest(again)
+
+
+class TestConfig:
+    def test_a_source_has_its_own_settings_and_nobody_elses(self) -> None:
+        config = convert.ConvertConfig.model_validate(
+            {
+                "fields": {"messages": "chat"},
+                "template": "chatml",
+                "sources": {"a": {"format": "alpaca"}, "b": {"bad_rows": "drop"}},
+            }
+        )
+        names = [
+            "a/00000/rows.jsonl",
+            "a/00000/source.json",
+            "b/00000/rows.csv",
+            "b/00000/source.json",
+            "c/00000/rows.csv",
+        ]
+        rows = Tree(tuple(File(name, 1, "0" * 64) for name in names))
+        found = {part.name: part for part in convert.parts(config, {"rows": rows, "tokenizer": Tree(())})}
+        assert list(found) == ["a/00000", "b/00000", "c/00000"]
+        assert {file.path for file in found["a/00000"].inputs["rows"].files} == {"rows.jsonl", "source.json"}
+        a, b, c = (convert.ConvertPart.model_validate(part.config) for part in found.values())
+        assert (a.format, a.fields, a.template, a.bad_rows) == ("alpaca", {}, "chatml", "error")
+        assert (b.format, b.fields, b.bad_rows) == ("messages", {"messages": "chat"}, "drop")
+        assert (c.format, c.fields, c.bad_rows) == ("messages", {"messages": "chat"}, "error")
+        for part in found.values():
+            canonical_json(dict(part.config))
+
+    def test_plugins_are_those_in_use(self) -> None:
+        config = convert.ConvertConfig.model_validate({"template": "chatml", "sources": {"a": {"format": "alpaca"}}})
+        assert convert.plugins(config) == {"format:messages": 1, "format:alpaca": 1, "template:chatml": 1}
+        assert convert.plugins(config.of("a")) == {"format:alpaca": 1, "template:chatml": 1}
+        assert convert.plugins(config.of("b")) == {"format:messages": 1, "template:chatml": 1}
+
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [
+            ({"format": "alpacca"}, "Did you mean alpaca"),
+            ({"template": "chatlm"}, "Did you mean chatml"),
+            ({"sources": {"a": {"format": "x"}}}, "there is no format 'x'"),
+            ({"fields": {"mesages": "x"}}, "Did you mean messages"),
+            ({"sources": {"a": {"format": "alpaca", "fields": {"messages": "x"}}}}, "alpaca has no 'messages'"),
+            ({"roles": {"agent": "assistent"}}, "assistant"),
+            ({"bad_rows": "skip"}, "drop"),
+            ({"formatt": "alpaca"}, "formatt"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_with_the_recipe(self, config: dict[str, Any], says: str) -> None:
+        with pytest.raises(ValidationError, match=says):
+            convert.ConvertConfig.model_validate(config)
+
+    def test_null_means_the_default(self) -> None:
+        config = convert.ConvertConfig.model_validate({"format": None, "sources": {"a": {"template": None}}})
+        assert config.format == "messages" and config.of("a").template == "tokenizer"
