@@ -16,7 +16,11 @@ def reach(to: str, options: Mapping[str, str]) -> tuple[Any, str]:
     if to.startswith("s3://"):
         from stages.objects.s3 import open_s3
 
-        return open_s3(to.removeprefix("s3://"), options).fs, to.removeprefix("s3://").strip("/")
+        address = to.removeprefix("s3://").strip("/")
+        try:
+            return open_s3(address, options).fs, address
+        except UserError as error:
+            raise UserError(f"publish.to: {error}") from error
     import fsspec
 
     try:
@@ -44,10 +48,13 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, s
         raise UserError(
             f"publish.to: {to} holds files that regrow did not write ({some(foreign)}); choose another destination"
         )
+    same_place = to.startswith("s3://") and store.url.startswith("s3://") and _same_server(fs, store)
+    view = None if same_place and not store.missing(tree) else store.view(tree)
+    index = index_document(tree)
+    # Until all is there the index lists the old files too, so that an interrupted delivery leaves none behind.
+    earlier = dict(old["files"]) if old else {}
     try:
-        _write_index(fs, root, index_document(tree, whole=False))
-        same_place = to.startswith("s3://") and store.url.startswith("s3://") and _same_server(fs, store)
-        view = None if same_place and not store.missing(tree) else store.view(tree)
+        _write_index(fs, root, {**index, "whole": False, "files": {**earlier, **index["files"]}})
         for file in tree.files:
             target = f"{root}/{file.path}"
             if view is None:
@@ -55,9 +62,10 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, s
             else:
                 fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                 fs.put_file(str(view / file.path), target)
-        for path in set(old["files"] if old else ()) - {file.path for file in tree.files}:
-            fs.rm_file(f"{root}/{path}")
-        _write_index(fs, root, index_document(tree))
+        for path in set(earlier) - set(index["files"]):
+            if fs.exists(f"{root}/{path}"):
+                fs.rm_file(f"{root}/{path}")
+        _write_index(fs, root, index)
     except OSError as error:
         raise UserError(f"publish.to: {to} cannot be written: {error}") from error
 

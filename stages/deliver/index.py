@@ -5,10 +5,10 @@ from stages.identity import Json, Tree
 INDEX = ".regrow.json"
 
 
-def index_document(tree: Tree, *, whole: bool = True) -> dict[str, Json]:
-    """The index of a tree; `whole` is False while the files are being written."""
+def index_document(tree: Tree) -> dict[str, Json]:
+    """The index of a tree that is there wholly; while its files are being written, `whole` is False."""
     files = {file.path: {"size": file.size, "sha256": file.sha256} for file in tree.files}
-    return {"made_by": "regrow", "whole": whole, "digest": tree.digest, "files": files}
+    return {"made_by": "regrow", "whole": True, "digest": tree.digest, "files": files}
 
 
 def is_whole(index: Json, tree: Tree) -> bool:

@@ -246,12 +246,35 @@ def test_what_stopped_halfway_is_not_delivered_and_goes_on(place: tuple[str, Sto
     to, store, fs = place
     tree = stored(store, tmp_path / "a", MODEL)
     root = to.split("://")[1]
-    fs.pipe_file(f"{root}/{INDEX}", json.dumps(index_document(tree, whole=False)).encode())
-    fs.pipe_file(f"{root}/config.json", b"half")
+    halfway = {**index_document(tree), "whole": False}
+    halfway["files"]["of-an-earlier-version.txt"] = {}
+    fs.pipe_file(f"{root}/{INDEX}", json.dumps(halfway).encode())
+    for name in ("config.json", "of-an-earlier-version.txt"):
+        fs.pipe_file(f"{root}/{name}", b"half")
     assert not delivered(to, tree)
     deliver(to, tree, store)
     assert remote(fs, to) == MODEL
     assert delivered(to, tree)
+
+
+def test_an_interrupted_delivery_remembers_the_version_before(
+    store: Store, tree: Tree, newer: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    to, fs = f"memory://{uuid4().hex}/mine", fsspec.filesystem("memory")
+    deliver(to, tree, store)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(fs), "put_file", full)
+        with pytest.raises(UserError, match="no space left"):
+            deliver(to, newer, store)
+    assert not delivered(to, newer) and not delivered(to, tree)
+    deliver(to, newer, store)
+    assert remote(fs, to) == NEWER
 
 
 def test_an_unknown_scheme_is_named(store: Store, tree: Tree) -> None:
