@@ -24,11 +24,25 @@ def normalise(text: str, options: Options) -> str:
 
 
 def examples(rows: Iterable[Row], options: Options) -> Sequence[Example]:
-    """One item a row. A number as a target is taken as its text; anything else that is no text is refused."""
-    return [
-        Example(_text(row, options.question, "question"), _text(row, options.answer, "answer", numbers=True))
-        for row in rows
-    ]
+    """One item a row: its fields of question and target, or `messages` of one user turn and its answer.
+
+    A number as a target is taken as its text; anything else that is no text is refused.
+    """
+    return [_example(row, options) for row in rows]
+
+
+def _example(row: Row, options: Options) -> Example:
+    messages = row[1].get("messages")
+    if options.question not in row[1] and isinstance(messages, list):
+        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+        if roles != ["user", "assistant"]:
+            raise UserError(
+                f"{row[0]}: exact match asks one question, so `messages` must be one user and one assistant turn, "
+                f"and not {roles}. Name fields of the row with `question:` and `answer:` in the task"
+            )
+        question, answer = ((row[0], message) for message in messages)
+        return Example(_text(question, "content", "question"), _text(answer, "content", "answer"))
+    return Example(_text(row, options.question, "question"), _text(row, options.answer, "answer", numbers=True))
 
 
 def _text(row: Row, name: str, setting: str, *, numbers: bool = False) -> str:

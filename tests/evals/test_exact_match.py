@@ -71,6 +71,13 @@ def test_a_number_is_a_target_and_an_object_is_not() -> None:
         examples([("place", {"question": "q", "answer": {"text": "a"}})], Options())
 
 
+def test_messages_of_one_exchange_are_an_item_and_longer_ones_are_refused() -> None:
+    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    assert examples([("place", {"messages": [user, assistant]})], Options()) == [Example("q", "a")]
+    with pytest.raises(UserError, match="place: exact match asks one question"):
+        examples([("place", {"messages": [user, assistant, user, assistant]})], Options())
+
+
 @pytest.mark.parametrize("name", evals.names())
 def test_every_file_here_is_an_eval(name: str) -> None:
     assert evals.load(name).version >= 1

@@ -44,6 +44,15 @@ def test_newcombe_gives_the_published_value() -> None:
     assert (found.low, found.high) == (pytest.approx(0.026, abs=5e-4), pytest.approx(0.507, abs=5e-4))
 
 
+def test_newcombe_by_hand_with_a_clear_correlation() -> None:
+    # 45 and 55 of 100; phi = (40 * 40 - 5 * 15 - 100 / 2) / sqrt(45 * 55 * 55 * 45) = 1475 / 2475.
+    first, second, phi = wilson(45, 100), wilson(55, 100), 1475 / 2475
+    down, up = second.value - second.low, first.high - first.value
+    found = newcombe(40, 5, 15, 40)
+    assert found.low == pytest.approx(0.1 - sqrt(down**2 - 2 * phi * down * up + up**2))
+    assert 0 < found.low < 0.1 < found.high < 0.19
+
+
 @given(TABLE)
 def test_newcombe_is_antisymmetric_and_bounded(table: tuple[int, int, int, int]) -> None:
     both, first, second, neither = table
