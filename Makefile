@@ -39,7 +39,7 @@ test: setup-dev  ## the tests that must always pass: under 20 minutes on two cor
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 
 test-full: setup-dev  ## the long proofs too; the log is kept in benchmarks/
-	@$(BIN)/python -m pytest -q -m "not gpu" 2>&1 | tee benchmarks/test-full.log
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=20 -m "not gpu" 2>&1 | tee benchmarks/test-full.log
 
 lint: setup-dev  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Importing this module pulls in neither torch nor Prefect; only `run` starts Pref
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +25,13 @@ from stages.errors import UserError
 from stages.runtime import Runtime, from_environment
 from stages.store import Store, open_store
 
-EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE, EXIT_SUSPENDED = 1, 2, 3, 4, 75
+EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE = 1, 2, 3, 4
+EXIT_SUSPENDED, EXIT_INTERRUPTED = 75, 130
 
-EXIT_CODES = """Exit codes: 0 done or nothing to do · 1 a stage failed · 2 bad input · 3 `plan --check`: something
-would run · 4 the quality gate was not passed · 75 suspended, continue with the same command · 130 interrupted."""
+EXIT_CODES = (
+    "Exit codes: 0 done or nothing to do · 1 a stage failed · 2 bad input · 3 `plan --check`: something would run · "
+    "4 the quality gate was not passed · 75 suspended, continue with the same command · 130 interrupted."
+)
 
 app = typer.Typer(
     name="regrow",
@@ -81,7 +85,12 @@ def run(
         return
     selection = Selection(selectors or (), exclude or (), force or (), strict)
     quiet = Console(quiet=True) if as_json else console
-    dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
+    try:
+        dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
+    except (UserError, StageFailed, Suspended, KeyboardInterrupt) as error:
+        # What is done stays done, so the command that goes on is the command itself.
+        error.add_note(f"continue with: regrow {shlex.join(sys.argv[1:])}")
+        raise
     raise typer.Exit(finish(this, selection, dashboard, console, as_json))
 
 
@@ -199,34 +208,28 @@ def main() -> None:
     try:
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
-    except UserError as error:
-        _complain(error)
-        code = EXIT_USER
-    except StageFailed as error:
-        _complain(error)
-        code = EXIT_FAILED
-    except Suspended as error:
-        _complain(error)
-        code = EXIT_SUSPENDED
     except typer.Exit as error:
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
-        code = 130
     except typer.TyperException as error:
-        _complain(f"{error.format_message()} See `regrow --help`.")
-        code = EXIT_USER
-    except OSError as error:  # a full disk, a folder that cannot be written: said by the system better than by us
-        _complain(error)
-        code = EXIT_FAILED
-    if code in (EXIT_FAILED, EXIT_SUSPENDED, 130) and len(sys.argv) > 2 and sys.argv[1] == "run":
-        words = " ".join(sys.argv[1:])
-        Console(stderr=True, highlight=False).print(f"continue with: regrow {escape(words)}")
+        code = _complain(f"{error.format_message()} See `regrow --help`.", EXIT_USER)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        code = _complain("interrupted", EXIT_INTERRUPTED, error)
+    except UserError as error:
+        code = _complain(error, EXIT_USER, error)
+    except Suspended as error:
+        code = _complain(error, EXIT_SUSPENDED, error)
+    except (StageFailed, OSError) as error:  # OSError: a full disk is said by the system better than by us
+        code = _complain(error, EXIT_FAILED, error)
     sys.exit(code)
 
 
-def _complain(error: object) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}")
+def _complain(told: object, code: int, error: BaseException | None = None) -> int:
+    """Say it on stderr, with what the error was noted to go on with; return the exit code."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print(f"[red]error:[/] {escape(str(told))}")
+    for note in getattr(error, "__notes__", ()):
+        stderr.print(escape(note))
+    return code
 
 
 if __name__ == "__main__":

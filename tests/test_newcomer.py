@@ -112,6 +112,30 @@ def test_a_changed_key_reruns_only_what_depends_on_it(place: Place) -> None:
     place.regrow("plan", "configs/quickstart.yaml", "--check", *changed, expect=3)
 
 
+def test_a_failed_run_ends_with_the_command_that_goes_on(place: Place, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "wizard", "content": "x"}]}\n')
+    settings = ["--set", f"fetch.data.reversal={{files: {rows}}}", *place.settings("configs/quickstart.yaml")]
+    done = place.regrow("run", "configs/quickstart.yaml", *settings, expect=2)
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("error: ") and "rows.jsonl" in lines[0] and "wizard" in lines[0]
+    assert lines[-1].startswith("continue with: regrow run configs/quickstart.yaml")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.full
+def test_the_quickstart_teaches_what_the_base_model_cannot_do(place: Place) -> None:
+    to = place.home / "out" / "whole"
+    done = place.regrow("run", "configs/quickstart.yaml", "--set", f"publish.to={to}")
+    assert "passed: clearly better" in done.stdout
+    scores = json.loads((to / "scores.json").read_text())
+    task = scores["tasks"]["reversal"]
+    assert task["n"] == 100
+    assert task["base"]["high"] < 0.1 and task["tuned"]["low"] > 0.5, "the intervals are far apart"
+    assert scores["heldout_loss"]["better"] == "tuned"
+    assert scores["scored_twice"] == scores["agreeing"] == 200
+
+
 def commands() -> list[str]:
     """Every command line of the README and docs/ that starts with `regrow`."""
     found = []
