@@ -55,10 +55,13 @@ def test_less_loss_is_better_and_a_lower_score_is_not(tmp_path: Path) -> None:
     assert "| held-out rows | loss, nats a token | 48 tokens | 2.062 (" in report(found)
 
 
-def test_a_draw_is_unclear(tmp_path: Path) -> None:
-    part(tmp_path, "base/spelling", [("t", 1.0), ("no", 0.0)] * 10)
-    part(tmp_path, "tuned/spelling", [("no", 0.0), ("t", 1.0)] * 10)
-    assert compare(tmp_path)["tasks"]["spelling"]["better"] == "unclear"
+@pytest.mark.parametrize("gained", [0, 1])
+def test_a_draw_and_a_small_gain_are_unclear(gained: int, tmp_path: Path) -> None:
+    part(tmp_path, "base/spelling", [("t", 1.0), ("no", 0.0)] * 10 + [("no", 0.0)])
+    part(tmp_path, "tuned/spelling", [("no", 0.0), ("t", 1.0)] * 10 + [("t", float(gained))])
+    task = compare(tmp_path)["tasks"]["spelling"]
+    assert task["difference"]["value"] == pytest.approx(gained / 21)
+    assert task["better"] == "unclear"
 
 
 def test_a_group_shows_its_tasks_one_by_one(tmp_path: Path) -> None:
