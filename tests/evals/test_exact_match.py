@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stages import evals
@@ -31,6 +31,7 @@ def test_case_and_punctuation_count_unless_told_otherwise() -> None:
 TEXT = st.text(st.sampled_from("aAbİßſ .,!-\0\n\t\x1c\u3000´é1"), max_size=6)
 
 
+@settings(deadline=None)  # a loaded machine, and imports in the first example
 @given(answer=TEXT, target=TEXT, ignore_case=st.booleans(), ignore_punctuation=st.booleans())
 @example("İ", "i", True, False)
 @example("a\0", "a", False, False)

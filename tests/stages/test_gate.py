@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.gate import Gate, decide
@@ -76,6 +76,7 @@ GATES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(GATES, ITEMS, st.integers(0, 59), st.floats(-2, 2), st.floats(0, 1))
 def test_a_model_that_scores_better_still_passes(
     gate: Gate, items: list[tuple[int, int]], place: int, loss: float, fall: float
@@ -89,6 +90,7 @@ def test_a_model_that_scores_better_still_passes(
     assert after["passed"] or not before["passed"]
 
 
+@settings(deadline=None)
 @given(GATES, ITEMS)
 def test_stricter_requirements_pass_less(gate: Gate, items: list[tuple[int, int]]) -> None:
     found = scores(0.0, spelling=task([b for b, _ in items], [t for _, t in items]))

@@ -20,6 +20,7 @@ def test_wilson_gives_the_published_value() -> None:
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
 
 
+@settings(deadline=None)
 @given(COUNTS)
 def test_wilsons_limits_are_where_the_score_test_just_rejects(counts: tuple[int, int]) -> None:
     successes, n = counts
@@ -53,6 +54,7 @@ def test_newcombe_by_hand_with_a_clear_correlation() -> None:
     assert 0 < found.low < 0.1 < found.high < 0.19
 
 
+@settings(deadline=None)
 @given(TABLE)
 def test_newcombe_is_antisymmetric_and_bounded(table: tuple[int, int, int, int]) -> None:
     both, first, second, neither = table
@@ -114,7 +116,7 @@ def test_a_ratio_is_weighted() -> None:
     assert (found.low, found.high) == (1.0, 2.0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=1, max_size=30))
 def test_the_same_scores_give_the_same_interval(scores: list[float]) -> None:
     assert share(scores) == share(scores)
