@@ -23,16 +23,33 @@ CONTENT_ETAGS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 
 
 def resolve(locations: Sequence[str], place: str) -> list[Found]:
-    """The files at the locations, in order of name. `place` is the recipe's field, for messages."""
-    found: list[Found] = []
+    """The files at the locations, in the order given and by name. `place` is the recipe's field, for messages.
+
+    A file that several locations name counts once. Raises UserError for what is missing, empty or of no known kind.
+    """
+    local: dict[Path, Path] = {}  # by where links lead
+    remote: list[Found] = []
     for location in locations:
-        found += _remote(location, place) if "://" in location else _local(location, place)
-    if not found:
+        if "://" in location and not location.startswith("file://"):
+            remote += (found for found in _remote(location, place) if found not in remote)
+        else:
+            for path in _local(location.removeprefix("file://"), place):
+                local.setdefault(path.resolve(), path)
+    if not local and not remote:
         raise UserError(f"{place} is empty: expected a path, a glob, a folder or a URL")
-    return found
+    paths = list(local.values())
+    for path in paths:
+        _check(path.name, path.stat().st_size, place)
+    return [
+        *(
+            Found(_identity(path.name, sha256=digest, size=path.stat().st_size), {"path": str(path)})
+            for path, digest in zip(paths, digests(paths), strict=True)
+        ),
+        *remote,
+    ]
 
 
-def _local(location: str, place: str) -> list[Found]:
+def _local(location: str, place: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p.name) and not p.name.startswith("."))
@@ -41,32 +58,29 @@ def _local(location: str, place: str) -> list[Found]:
     elif path.exists():
         paths = [path]
     elif any(mark in location for mark in "*?["):
-        root = Path(path.anchor) if path.is_absolute() else Path()
-        paths = sorted(p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file())
+        paths = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
         if not paths:
             raise UserError(f"{place}: nothing matches {location} (looked from {Path.cwd()})")
     else:
         raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
-    for file in paths:
-        _check(file.name, file.stat().st_size, place)
-    return [
-        Found(_identity(file.name, sha256=digest, size=file.stat().st_size), {"path": str(file.resolve())})
-        for file, digest in zip(paths, digests(paths), strict=True)
-    ]
+    return [path.absolute() for path in paths]
 
 
 def _remote(location: str, place: str) -> list[Found]:
     fs, path = filesystem(location, place)
     try:
-        paths = [path] if not fs.isdir(path) else [p for p in fs.find(path) if _suffix(p)]
-        if fs.has_magic(path) if hasattr(fs, "has_magic") else any(mark in path for mark in "*?["):
-            paths = fs.glob(path)
-        infos = [fs.info(p) for p in sorted(paths)]
+        if "*" in path or "[" in path:
+            infos = fs.glob(path, detail=True)
+        elif not _suffix(_name(path)) and fs.isdir(path):
+            infos = {name: info for name, info in fs.find(path, detail=True).items() if _suffix(name)}
+        else:
+            infos = {path: fs.info(path)}
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{place}: cannot read {location}: {error or type(error).__name__}") from error
-    if not infos:
+    files = [info for _, info in sorted(infos.items()) if info["type"] == "file"]
+    if not files:
         raise UserError(f"{place}: nothing matches {location}")
-    return [_remote_file(fs, info, place) for info in infos]
+    return [_remote_file(fs, info, place) for info in files]
 
 
 def filesystem(location: str, place: str) -> tuple[Any, str]:
@@ -77,11 +91,16 @@ def filesystem(location: str, place: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:
         raise UserError(f"{place}: cannot read {location}: {error}") from error
+    fs.invalidate_cache()  # its memory of listings outlives this call, and we are here to look
     return fs, path
 
 
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2].partition("?")[0]
+
+
 def _remote_file(fs: Any, info: Mapping[str, Any], place: str) -> Found:
-    name = info["name"].rstrip("/").rpartition("/")[2].partition("?")[0]
+    name = _name(info["name"])
     _check(name, info.get("size"), place)
     url = fs.unstrip_protocol(info["name"])
     return Found(_identity(name, size=info.get("size"), **version(fs, info)), {"url": url})
@@ -132,12 +151,15 @@ def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, wo
 
 
 def _open(found: Mapping[str, Json], where: Mapping[str, Json]) -> Any:
-    if "path" in where:
-        return Path(where["path"]).open("rb")
-    fs, path = filesystem(where["url"], found["name"])
-    if not version(fs, fs.info(path)).items() <= found.items():
-        raise UserError(f"{found['name']} changed while the run was going on: run again")
-    return fs.open(path, "rb")
+    try:
+        if "path" in where:
+            return Path(where["path"]).open("rb")
+        fs, path = filesystem(where["url"], found["name"])
+        if not version(fs, fs.info(path)).items() <= found.items():
+            raise UserError(f"{found['name']} changed while the run was going on: run again")
+        return fs.open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{found['name']} can no longer be read: {error}") from error
 
 
 def _unpack(path: Path, name: str) -> None:
