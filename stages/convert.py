@@ -157,6 +157,8 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
     if not counts.rows:
         raise UserError(f"{source['name']}: there are no rows in it")
     document = {"source": source["source"], "split": source["split"], **counts.document()}
+    if template:  # what the trained model must be asked through: merge puts it into the model's folder
+        (output / "chat_template.jinja").write_text(template.source, "utf-8")
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     work.tell(counts.rows, counts.rows, "rows")
     return {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
@@ -174,10 +176,10 @@ class _Counts:
         self.places: dict[str, list[str]] = {}
         self.unwritten: Counter[str] = Counter()
 
-    def bad(self, place: str, error: BadRow) -> None:
+    def bad(self, place: str, error: BadRow, hint: str) -> None:
         """Count a bad row, or stop there."""
         if self.bad_rows == "error":
-            raise UserError(f"{self.name}, {place}: {error} (or set convert.bad_rows: drop)") from error
+            raise UserError(f"{self.name}, {place}: {error}{hint} (or set convert.bad_rows: drop)") from error
         self.dropped[error.reason] += 1
         places = self.places.setdefault(error.reason, [])
         if len(places) < PLACES:
@@ -209,11 +211,23 @@ def _converted(
             digest = identity(conversation)
             rendered = rendering.render(template, conversation) if template else plain(tokenizer, conversation)
         except BadRow as error:
-            counts.bad(place, error)
+            counts.bad(place, error, "" if isinstance(row, BadRow) else _hint(row, config, options))
             continue
         counts.unwritten.update(rendered.unwritten)
         counts.turns_without_end += _without_end(rendered.spans)
         yield number, rendered, digest
+
+
+def _hint(row: Mapping[str, Any], config: ConvertPart, options: Options) -> str:
+    """The other format that could read a row, if any."""
+    for name in formats.names():
+        if name != config.format:
+            try:
+                formats.find(name).convert(row, options)
+            except BadRow:
+                continue
+            return f". It looks like {name}: set convert.format or convert.sources.<name>.format"
+    return ""
 
 
 def identity(conversation: Conversation) -> bytes:
@@ -273,7 +287,7 @@ def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.Rec
 STAGE = Stage(
     name="convert",
     artifact="conversations",
-    version=1,
+    version=2,
     config=ConvertConfig,
     run=run,
     parts=parts,

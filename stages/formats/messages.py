@@ -1,7 +1,8 @@
 """OpenAI's chat format: `{"messages": [{"role", "content", ...}], "tools": [...]}`.
 
 A turn may also carry `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, and its own training flag: `train`
-(true or false) or, as OpenAI's fine-tuning files say it, `weight` (1 or 0).
+(true or false) or, as OpenAI's fine-tuning files say it, `weight` (1 or 0). Content may be a list of parts: `text`,
+`reasoning` (or `thinking`) and `tool_call` parts are read, others (pictures, sound) are not.
 """
 
 import json
@@ -24,10 +25,14 @@ def turn(message: Any, place: str, options: Options) -> Turn:
     message = object_at(message, place)
     role = options.role(message.get(options.name("role")), f"{place}.{options.name('role')}")
     calls = tool_calls(message.get(options.name("tool_calls")), f"{place}.{options.name('tool_calls')}")
+    reasoning = text_at(message, options.name("reasoning_content"), f"{place}.", optional=True)
     field = options.name("content")
     content = message.get(field)
     if isinstance(content, list):
-        content = "".join(part_text(part, f"{place}.{field}[{i}]") for i, part in enumerate(content))
+        said = parts(content, f"{place}.{field}")
+        content = said["text"] or (None if said["tool_call"] or calls else "")
+        reasoning += said["reasoning"]
+        calls = (calls or []) + said["tool_call"] or None
     if content is None and calls is None:
         raise BadRow("missing field", f"{place}.{field} is missing: expected text, or tool_calls")
     if content is not None and not isinstance(content, str):
@@ -36,19 +41,38 @@ def turn(message: Any, place: str, options: Options) -> Turn:
         role,
         content,
         train=flag(message, place, options),
-        reasoning=text_at(message, options.name("reasoning_content"), f"{place}.", optional=True) or None,
+        reasoning=reasoning or None,
         tool_calls=calls,
         name=text_at(message, "name", f"{place}.", optional=True) or None,
         tool_call_id=text_at(message, "tool_call_id", f"{place}.", optional=True) or None,
     )
 
 
-def part_text(part: Any, place: str) -> str:
-    """The text of one content part. Raises BadRow for pictures, sound and the like."""
-    part = object_at(part, place)
-    if part.get("type", "text") != "text":
-        raise BadRow("content that is not text", f"{place}.type is {part.get('type')!r}: only text parts can be read")
-    return text_at(part, "text", f"{place}.")
+def parts(content: list[Any], place: str) -> dict[str, Any]:
+    """Content parts put together by kind: text, reasoning, tool calls. Raises BadRow for pictures and the like."""
+    found: dict[str, Any] = {"text": "", "reasoning": "", "tool_call": []}
+    for number, part in enumerate(content):
+        part = object_at(part, f"{place}[{number}]")
+        kind = part.get("type", "text")
+        if kind not in ("text", "reasoning", "thinking", "tool_call"):
+            raise BadRow(
+                "content that is not text", f"{place}[{number}].type is {kind!r}: expected text, reasoning or tool_call"
+            )
+        said = text_at(part, kind if kind in part else "value" if "value" in part else "text", f"{place}[{number}].")
+        if kind == "tool_call":
+            found[kind] += called(said, f"{place}[{number}]")
+        else:
+            found["text" if kind == "text" else "reasoning"] += said
+    return found
+
+
+def called(text: str, place: str) -> list[dict[str, Any]]:
+    """Tool calls written as JSON text: one, or a list of them. Raises BadRow."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow("tool call is not JSON", f"{place} is not JSON: {error}") from error
+    return tool_calls(value if isinstance(value, list) else [value], place) or []
 
 
 def flag(message: Mapping[str, Any], place: str, options: Options) -> int:

@@ -3,12 +3,11 @@
 `function_call` turns hold a tool call as JSON, `observation` turns its result.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from stages.formats import BadRow, Conversation, Format, Options, Turn, list_at, object_at, text_at
-from stages.formats.messages import flag, tool_calls, tools
+from stages.formats import Conversation, Format, Options, Turn, list_at, object_at, text_at
+from stages.formats.messages import called, flag, tools
 
 
 def convert(row: Mapping[str, Any], options: Options) -> Conversation:
@@ -27,13 +26,7 @@ def _turn(said: Any, place: str, options: Options) -> Turn:
     train = flag(said, place, options)
     if options.roles.get(str(speaker), speaker) != "function_call":
         return Turn(options.role(speaker, f"{place}.{options.name('from')}"), value, train)
-    place = f"{place}.{options.name('value')}"
-    try:
-        calls = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise BadRow("tool call is not JSON", f"{place} is not JSON: {error}") from error
-    calls = tool_calls(calls if isinstance(calls, list) else [calls], place)
-    return Turn("assistant", None, train, tool_calls=calls)
+    return Turn("assistant", None, train, tool_calls=called(value, f"{place}.{options.name('value')}"))
 
 
 FORMAT = Format(

@@ -168,6 +168,11 @@ def test_a_bad_row_stops_with_the_mend_or_is_dropped_and_counted(tmp_path: Path)
     assert counts["places"]["unknown role"] == ["mine.jsonl, line 14"]
 
 
+def test_a_row_of_another_format_is_recognized(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: messages is missing.* It looks like alpaca: set convert.format"):
+        run_convert(tmp_path, source(tmp_path / "rows", ALPACA), smollm2())
+
+
 def test_what_the_template_refuses_names_the_row(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

@@ -474,6 +474,39 @@ class TestHub:
             with pytest.raises(UserError, match="org/name@0123"):
                 bring(missing, tmp_path / f"out{number}")
 
+    def test_a_snapshot_in_the_cache_is_enough_offline(self, tmp_path: Path) -> None:
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        snapshots = tmp_path / "hub" / "models--org--name" / "snapshots"
+        snapshots.mkdir(parents=True)
+        model_folder(snapshots / commit, **{"pytorch_model.bin": b"x"})
+        script = (
+            "import sys\nfrom pathlib import Path\nfrom stages import fetch\nfrom stages.stage import Work\n"
+            f"found = {{'repository': 'org/name', 'commit': {commit!r}}}\n"
+            "part = fetch.FetchPart(kind='hub_model', found=found)\n"
+            "fetch.run(part, {}, Path(sys.argv[1]), Work(Path(sys.argv[1])))\n"
+        )
+        (tmp_path / "out").mkdir()
+        root = str(Path(__file__).parents[2])
+        environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=True, env=environment)
+        names = ["config.json", "model.safetensors", "tokenizer.json"]
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+        assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+
+    def test_a_data_set_is_read_by_its_library(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A folder stands in for a repository: the datasets library reads both the same way."""
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        repository = tmp_path / "set"
+        repository.mkdir()
+        (repository / "test.jsonl").write_bytes(b'{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')
+        found = {"repository": str(repository), "commit": "0" * 40, "subset": None, "data_split": "test"}
+        config = {"kind": "hub_data", "found": found, "source": "mine", "split": "heldout"}
+        output = bring(Part("data/mine/00000", config), tmp_path / "out")
+        rows = [row for _, row in read_rows(output / "rows.parquet", "rows")]
+        assert rows == [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+        with pytest.raises(UserError, match=r"cannot read .*train"):
+            bring(Part("data/mine/00000", {**config, "found": {**found, "data_split": "train"}}), tmp_path / "no")
+
 
 class TestPackage:
     def test_the_package_is_found_without_being_imported(self) -> None:

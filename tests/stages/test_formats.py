@@ -82,6 +82,22 @@ class TestMessages:
         assert (answered.role, answered.tool_call_id, answered.name) == ("tool", "call_1", "weather")
         assert conversation.tools == [{"type": "function", "function": {"name": "weather"}}]
 
+    def test_parts_of_text_reasoning_and_tool_calls(self) -> None:
+        parts = [
+            {"type": "reasoning", "value": "hm"},
+            {"type": "tool_call", "value": '{"name": "weather", "arguments": {"city": "Paris", "days": 3}}'},
+        ]
+        said = [
+            {"type": "thinking", "thinking": "so "},
+            {"type": "thinking", "text": "so"},
+            {"type": "text", "value": "No."},
+        ]
+        [called, answered] = turns(
+            "messages", {"messages": [{"role": "assistant", "content": parts}, {"role": "assistant", "content": said}]}
+        )
+        assert called == Turn("assistant", None, reasoning="hm", tool_calls=[CALL])
+        assert answered == Turn("assistant", "No.", reasoning="so so")
+
     def test_fields_and_roles_can_have_other_names(self) -> None:
         row = {"dialogue": [{"who": "client", "says": "hi"}, {"who": "agent", "says": "hello"}]}
         fields = {"messages": "dialogue", "role": "who", "content": "says"}
