@@ -50,13 +50,21 @@ def _data(tree: Tree) -> Tree:
     return tree.folder("data")
 
 
+def _conversations(tree: Tree) -> Tree:
+    return tree.select("*/conversations.arrow", "*/counts.json")
+
+
 WIRING: Mapping[str, Mapping[str, Take]] = {
     "fetch": {},
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
-    "tokenize": {"conversations": Take("convert"), "tokenizer": Take("fetch", _tokenizer)},
+    "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer)},
     "pack": {"tokens": Take("tokenize")},
     "train": {"model": Take("fetch", _model), "tokens": Take("tokenize"), "plan": Take("pack")},
-    "merge": {"model": Take("fetch", _model), "trained": Take("train")},
+    "merge": {
+        "model": Take("fetch", _model),
+        "trained": Take("train"),
+        "templates": Take("convert", lambda tree: tree.select("*/chat_template.jinja")),
+    },
     "evaluate": {
         "base": Take("fetch", _model),
         "weights": Take("merge"),

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from flows.strict_yaml import Document, parse
+from stages import formats
 from stages.convert import ConvertConfig
 from stages.errors import UserError
 from stages.evaluate import EvaluateConfig
@@ -180,6 +181,14 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
                 ("convert", "sources", source),
                 f"there is no data source `{source}`; fetch.data has {_listed(sources)}",
             )
+
+    convert = recipe.convert
+    rendered = [s for s in sources if formats.find(convert.of(s).format).templated]
+    for source in rendered[1:]:
+        if convert.of(source).template != convert.of(rendered[0]).template:
+            place = ("convert", "sources", source if source in convert.sources else rendered[0], "template")
+            yield place, "a model carries one chat template, so all sources must have the same: set `convert.template`"
+            return
 
 
 def _listed(names: Sequence[str]) -> str:

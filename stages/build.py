@@ -160,14 +160,16 @@ class _Maker:
                 made[part.name] = found
             else:
                 jobs.append(_Job(part.name, action, dict(part.config), part.inputs, force, part.where))
+        # Two parts may be one action, for two shards with the same rows: it is done once.
+        twins, jobs = jobs, list({job.action.key: job for job in jobs}.values())
         groups = [jobs[n :: self.runtime.workers] for n in range(min(self.runtime.workers, len(jobs)))]
         if len(groups) > 1:
             with ThreadPoolExecutor(len(groups)) as pool:
                 results = [a for group in pool.map(self.make, groups) for a in group]
         else:
             results = [a for group in groups for a in self.make(group)]
-        names = [job.name for group in groups for job in group]
-        made.update(zip(names, results, strict=True))
+        by_key = {artifact.key: artifact for artifact in results}
+        made.update({job.name: by_key[job.action.key] for job in twins})
         return {part.name: made[part.name] for part in parts}
 
     def _whole(self, action: Action) -> Artifact | None:

@@ -20,6 +20,8 @@ from stages.tokenizer_files import Tokenizer
 class Template:
     """A compiled template with what was learned about it."""
 
+    source: str
+    """Jinja text."""
     compiled: jinja2.Template
     variables: dict[str, str]
     """Named tokens (`bos_token`, ...) that the template may use."""
@@ -65,7 +67,7 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         compiled = sandbox.environment(today).from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
-    bare = Template(compiled, tokenizer.variables)
+    bare = Template(source, compiled, tokenizer.variables)
     try:
         _, after_question = _around(bare, [_QUESTION])
         opening, after_answer = _around(bare, [_QUESTION, _ANSWER])
@@ -80,7 +82,9 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         endings |= {token for token in control if after_call.rstrip().endswith(token)}
     prompt = prompted.removeprefix(after_question) if prompted.startswith(after_question) else ""
     header = _ending(prompt, control) or prompt
-    return Template(compiled, tokenizer.variables, control, opening, prompt, header, tuple(sorted(endings)), calls)
+    return Template(
+        source, compiled, tokenizer.variables, control, opening, prompt, header, tuple(sorted(endings)), calls
+    )
 
 
 def _around(template: Template, turns: list[Turn], **more: bool) -> tuple[str, str]:

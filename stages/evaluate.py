@@ -301,7 +301,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=1,
+    version=2,
     config=EvaluateConfig,
     run=run,
     parts=parts,

@@ -68,6 +68,9 @@ class Likeness:
 def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Merge `inputs["trained"]` (train's `adapter/` or `weights/`) into `inputs["model"]`.
 
+    The chat template in the folder is the one that the data was rendered with (`inputs["templates"]`, one copy a
+    shard): what is asked later must look like what was trained on.
+
     Writes a model folder and `merge.json`, the figures of the comparison. Raises UserError when the result is not the
     trained model.
     """
@@ -81,6 +84,7 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     )
     changed, tensors = _changed(inputs["model"], output)
     facts |= {"tensors": tensors, "changed_tensors": changed}
+    _put_template(inputs["templates"], output)
     if not changed:
         if merged and not facts["adapter_is_zero"]:
             raise UserError(
@@ -90,6 +94,17 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         facts["warning"] = "training changed nothing: the result is identical to the model before training"
     (output / "merge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     return facts
+
+
+def _put_template(templates: Path, output: Path) -> None:
+    texts = {path.read_text("utf-8") for path in templates.rglob("chat_template.jinja")}
+    if len(texts) > 1:
+        raise UserError(
+            "merge: the data was rendered with different chat templates, and a model carries one: "
+            "give all sources the same convert.template"
+        )
+    for text in texts:
+        (output / "chat_template.jinja").write_text(text, "utf-8")
 
 
 def _copy_rest(model: Path, output: Path) -> None:
@@ -278,4 +293,4 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             yield name, lambda file=file, name=name: file.get_tensor(name)
 
 
-STAGE = Stage(name="merge", artifact="weights", version=1, config=MergeConfig, run=run)
+STAGE = Stage(name="merge", artifact="weights", version=2, config=MergeConfig, run=run)

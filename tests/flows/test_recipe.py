@@ -54,6 +54,15 @@ def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, ex
     assert expected in loaded(tmp_path, GOOD + line + "\n")
 
 
+def test_sources_rendered_with_different_templates_are_refused(tmp_path: Path) -> None:
+    two = GOOD.replace('    chats: {files: "data/*.jsonl"}', '    chats: {files: a.jsonl}\n    more: {files: b.jsonl}')
+    told = loaded(tmp_path, two + "convert:\n  sources:\n    more: {template: chatml}\n")
+    assert told.startswith("r.yaml:12: ") and "one chat template" in told
+    path = tmp_path / "r.yaml"
+    path.write_text(two + "convert:\n  sources:\n    more: {template: chatml, format: completion}\n")
+    assert load(path).recipe.convert.sources["more"].format == "completion", "which needs no template"
+
+
 def test_an_unknown_key_deep_in_a_source_names_the_near_one(tmp_path: Path) -> None:
     told = loaded(tmp_path, GOOD.replace("files:", "fils:"))
     assert "r.yaml:5" in told and "did you mean `files`" in told

@@ -3,15 +3,17 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.build import Built, build
-from stages.identity import Action, Tree, tree_of
+from stages.identity import Action, File, Tree, tree_of
 from stages.objects import blob_path
 from stages.runtime import Runtime
+from stages.stage import Part
 from stages.store import BadBlob, Store, open_store
 
 TOYS = Path(__file__).parent / "toys"
@@ -73,6 +75,21 @@ def test_new_data_costs_only_itself(store: Store, runtime: Runtime, tmp_path: Pa
     assert list(more.artifact.parts) == ["a", "b", "c"]
 
 
+def test_two_shards_with_the_same_rows_are_one_action_done_once(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    import shard_stage
+
+    tree = rows(store, tmp_path, a="same", b="same")
+
+    def parts(config: Any, inputs: Any) -> list[Part]:
+        files = inputs["rows"].files
+        return [Part(f.path[0], config.model_dump(), {"rows": Tree((File("x.txt", f.size, f.sha256),))}) for f in files]
+
+    stage = replace(shard_stage.STAGE, parts=parts)
+    built = build(stage, shard_stage.ShardsConfig(), {"rows": tree}, store, runtime)
+    assert {f.path for f in built.artifact.tree.files} == {"a/upper.txt", "b/upper.txt"}
+    assert calls(runtime) == ["x.txt"]
+
+
 def test_a_config_change_makes_all_parts_again(store: Store, runtime: Runtime, tmp_path: Path) -> None:
     tree = rows(store, tmp_path, a="one")
     keys = {shards(store, runtime, tree, suffix).artifact.key for suffix in ("!", "?")}
@@ -116,6 +133,7 @@ import shard_stage
 from stages.build import build
 from stages.identity import Tree, File
 from stages.runtime import Runtime
+from stages.stage import Part
 from stages.store import open_store
 store_url, cache, *files = sys.argv[1:]
 Path(cache).mkdir(parents=True, exist_ok=True)

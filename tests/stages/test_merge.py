@@ -46,10 +46,11 @@ def make_adapter(folder: Path, model: Path, scale: float = 1.0, **changes: Any) 
     return folder
 
 
-def run(output: Path, model: Path, trained: Path) -> Facts:
+def run(output: Path, model: Path, trained: Path, templates: Path | None = None) -> Facts:
     output.mkdir(parents=True)
     work = Work(output.parent / "work", Runtime(device="cpu"))
-    return merge.STAGE.run(merge.MergeConfig(), {"model": model, "trained": trained}, output, work)
+    inputs = {"model": model, "trained": trained, "templates": templates or trained}
+    return merge.STAGE.run(merge.MergeConfig(), inputs, output, work)
 
 
 def adapted_logits(model: Path, trained: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -189,3 +190,18 @@ def test_full_weights_are_passed_on(tmp_path: Path, tied: bool) -> None:
     ids = torch.arange(9)[None]
     assert torch.equal(merged(ids).logits, loaded(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "output").chat_template == TEMPLATE
+
+
+def test_the_folder_carries_the_template_that_the_data_was_rendered_with(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    trained = make_adapter(tmp_path / "trained", model)
+    templates = tmp_path / "templates"
+    for shard in ("a", "b"):
+        (templates / shard).mkdir(parents=True)
+        (templates / shard / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    run(tmp_path / "output", model, trained, templates)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+    (templates / "b" / "chat_template.jinja").write_text("another")
+    with pytest.raises(UserError, match="different chat templates"):
+        run(tmp_path / "again", model, trained, templates)
