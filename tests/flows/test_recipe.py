@@ -57,7 +57,7 @@ def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, ex
 def test_sources_rendered_with_different_templates_are_refused(tmp_path: Path) -> None:
     two = GOOD.replace('    chats: {files: "data/*.jsonl"}', '    chats: {files: a.jsonl}\n    more: {files: b.jsonl}')
     told = loaded(tmp_path, two + "convert:\n  sources:\n    more: {template: chatml}\n")
-    assert told.startswith("r.yaml:12: ") and "one chat template" in told
+    assert told.startswith("r.yaml:11: ") and "one chat template" in told
     path = tmp_path / "r.yaml"
     path.write_text(two + "convert:\n  sources:\n    more: {template: chatml, format: completion}\n")
     assert load(path).recipe.convert.sources["more"].format == "completion", "which needs no template"
