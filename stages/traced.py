@@ -40,10 +40,14 @@ class Traced(str):
         return self
 
     def __add__(self, other: str) -> str:
-        return concat((self, other)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        return Traced(str.__add__(self, other), _joined(self._runs, runs_of(other)))
 
     def __radd__(self, other: str) -> str:
-        return concat((other, self)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        return Traced(str.__add__(other, self), _joined(runs_of(other), self._runs))
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         if isinstance(key, slice):
@@ -175,12 +179,18 @@ def concat(parts: Iterable[str]) -> str:
         return text
     runs: list[tuple[int, int]] = []
     for part in parts:
-        for length, leaf in runs_of(part):
-            if runs and runs[-1][1] == leaf:
-                runs[-1] = (runs[-1][0] + length, leaf)
-            else:
-                runs.append((length, leaf))
+        more = runs_of(part)
+        if runs and more and runs[-1][1] == more[0][1]:
+            runs[-1] = (runs[-1][0] + more[0][0], more[0][1])
+            more = more[1:]
+        runs += more
     return Traced(text, tuple(runs))
+
+
+def _joined(left: Runs, right: Runs) -> Runs:
+    if left and right and left[-1][1] == right[0][1]:
+        return (*left[:-1], (left[-1][0] + right[0][0], right[0][1]), *right[1:])
+    return left + right
 
 
 def join(separator: str, parts: Sequence[str]) -> str:
