@@ -26,6 +26,7 @@ from flows.run import Run, start
 from flows.screen import headline, seconds
 from flows.settle import Outcome, settle
 from flows.strict_yaml import Document
+from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
@@ -102,6 +103,8 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
 
     The stages in `again` are made although they are in the store.
     """
+    if "evaluate" in plan.to_run:
+        evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
     dashboard.show_plan(plan)
     run.record("running")
     states: dict[str, State[Reference]] = {}

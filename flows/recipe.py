@@ -182,6 +182,10 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
                 f"there is no data source `{source}`; fetch.data has {_listed(sources)}",
             )
 
+    for name, task in recipe.evaluate.tasks.items():
+        if task.source and task.source not in sources:
+            hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
+            yield ("evaluate", "tasks", name, "source"), hint
     convert = recipe.convert
     rendered = [s for s in sources if formats.find(convert.of(s).format).templated]
     for source in rendered[1:]:

@@ -14,6 +14,7 @@ from flows.graph import ORDER
 from flows.server import reporting_to
 from flows.stage import StageName
 from stages.errors import UserError
+from stages.store import open_store
 
 MADE = ("fetch", "convert", "tokenize", "pack", "train")
 
@@ -103,6 +104,14 @@ def test_bad_data_fails_the_run_with_one_line_and_no_traceback(make_tiny: Any, c
     assert run.state_name == "Failed"
     assert "echo.jsonl" in str(run.state.message)
     assert not [message for message in messages(client, run.id) if "Traceback" in message]
+
+
+def test_an_unknown_task_of_lm_eval_is_told_before_anything_runs(make_tiny: Any) -> None:
+    tiny = make_tiny()
+    with pytest.raises(UserError, match="gsm8k"):
+        tiny.run(evaluate={"tasks": {"t": {"lm_eval": "gsm8kk"}}})
+    store = open_store(tiny.runtime.store, tiny.runtime.cache)
+    assert list(store.manifests()) == []
 
 
 def test_one_stage_runs_as_a_flow_of_its_own(trained: Any, client: SyncPrefectClient) -> None:

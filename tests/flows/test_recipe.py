@@ -48,6 +48,7 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
         ("pack:\n  seed: x", "r.yaml:9: `pack.seed`"),
         ("pack: {sequence_length: -5}", "r.yaml:8: `pack.sequence_length`"),
         ("convert:\n  sources:\n    chatz: {}", "r.yaml:10: there is no data source `chatz`"),
+        ("evaluate:\n  tasks:\n    t: {source: chatz}", "r.yaml:10: there is no data source `chatz`"),
     ],
 )
 def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, expected: str) -> None:
@@ -55,7 +56,7 @@ def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, ex
 
 
 def test_sources_rendered_with_different_templates_are_refused(tmp_path: Path) -> None:
-    two = GOOD.replace('    chats: {files: "data/*.jsonl"}', '    chats: {files: a.jsonl}\n    more: {files: b.jsonl}')
+    two = GOOD.replace('    chats: {files: "data/*.jsonl"}', "    chats: {files: a.jsonl}\n    more: {files: b.jsonl}")
     told = loaded(tmp_path, two + "convert:\n  sources:\n    more: {template: chatml}\n")
     assert told.startswith("r.yaml:11: ") and "one chat template" in told
     path = tmp_path / "r.yaml"
