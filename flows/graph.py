@@ -46,6 +46,10 @@ def _tokenizer(tree: Tree) -> Tree:
     return _model(tree).select(*TOKENIZER_FILES)
 
 
+def _tokenizer_and_type(tree: Tree) -> Tree:
+    return _model(tree).select(*TOKENIZER_FILES, "config.json")  # which says what kind of tokenizer it is
+
+
 def _data(tree: Tree) -> Tree:
     return tree.folder("data")
 
@@ -57,7 +61,7 @@ def _conversations(tree: Tree) -> Tree:
 WIRING: Mapping[str, Mapping[str, Take]] = {
     "fetch": {},
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
-    "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer)},
+    "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
     "pack": {"tokens": Take("tokenize")},
     "train": {"model": Take("fetch", _model), "tokens": Take("tokenize"), "plan": Take("pack")},
     "merge": {

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -317,14 +318,41 @@ def plugin_module(plugin: str) -> str:
 
 @cache
 def _code_digest(modules: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
+    """Of the files of `modules` and of what they import of ours, as far as their import lines tell."""
+    found: dict[str, bytes] = {}
     for module in modules:
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None, module
         origin = Path(spec.origin)
-        for path in sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]:
-            digest.update(path.read_bytes())
+        root = origin.parents[module.count(".") + (origin.name == "__init__.py")]
+        own = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+        _follow([path.relative_to(root) for path in own], root, found)
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(name.encode() + b"\0" + found[name])
     return digest.hexdigest()[:16]
+
+
+_IMPORT = re.compile(rb"^ *from ((?:stages|packing)[\w.]*) import \(?([^()\n]*)", re.M)
+
+_FOUNDATION = frozenset(
+    f"stages/{name}.py"
+    for name in ("build", "checkpoints", "child", "errors", "gc", "identity", "lease", "manifest", "runtime", "stage")
+) | {"stages/store.py", "stages/views.py"}
+"""What every stage stands on and what cannot change an artifact's bytes."""
+
+
+def _follow(paths: Sequence[Path], root: Path, found: dict[str, bytes]) -> None:
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop()
+        if path.as_posix() in found or path.as_posix() in _FOUNDATION or not (root / path).is_file():
+            continue
+        found[path.as_posix()] = text = (root / path).read_bytes()
+        for base, names in _IMPORT.findall(text):
+            folder = Path(*base.decode().split("."))
+            waiting += [folder.with_suffix(".py"), folder / "__init__.py"]
+            waiting += [folder / f"{name.split()[0]}.py" for name in names.decode().split(",") if name.strip()]
 
 
 @cache

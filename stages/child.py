@@ -33,6 +33,8 @@ SUSPENDED = 75
 
 CHILD_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
+    # Some libraries write what they iterate over a set: the same bytes in every process.
+    "PYTHONHASHSEED": "0",
     "TOKENIZERS_PARALLELISM": "true",
     # OpenMP's threads spin while they wait, which on a busy machine starves the thread they wait for: five times
     # slower was seen with two other jobs on two cores.
