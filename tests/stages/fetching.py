@@ -1,0 +1,56 @@
+"""What the tests of fetch share: a home of their own, a model folder, and resolving and bringing one source."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import fetch
+from stages.identity import canonical_json
+from stages.stage import Part, Work
+
+ROW = b'{"text": "hi"}\n'
+INDEX = b'{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
+REASONING = {"reasoning_gym": "spell_backward", "size": 40, "seed": 1}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache and a working folder of one's own."""
+    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def model_folder(folder: Path, **extra: bytes) -> Path:
+    """Files as a model folder has them; nobody loads them here."""
+    folder.mkdir(parents=True)
+    files = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", **extra}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def resolve(data: Any, model: Any = None) -> dict[str, Part]:
+    """Parts by name, for a recipe whose model is a small local folder."""
+    if model is None and not Path("model").exists():
+        model_folder(Path("model"))
+    config = fetch.FetchConfig.model_validate({"model": model or {"path": "model"}, "data": data})
+    found = {part.name: part for part in fetch.parts(config, {})}
+    for part in found.values():
+        canonical_json(dict(part.config))
+    return found
+
+
+def bring(part: Part, output: Path) -> Path:
+    """Run one part."""
+    output.mkdir(parents=True)
+    config = fetch.FetchPart.model_validate(part.config)
+    fetch.run(config, {}, output, Work(output.parent / "work", where=part.where))
+    return output
+
+
+def shards(data: Any) -> list[Part]:
+    return [part for name, part in resolve({"mine": data}).items() if name != "model"]
