@@ -9,9 +9,8 @@ import jinja2
 from stages import traced
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Turn
+from stages.tables import NO_TURN
 from stages.traced import TEMPLATE, Untraceable
-
-NO_TURN = -1
 
 
 class Calls(NamedTuple):

@@ -19,13 +19,21 @@ from pydantic import AfterValidator, Field, model_validator
 
 from stages import chat_template, formats, rendering, templates
 from stages.chat_template import Template
-from stages.chunks import NO_TURN
 from stages.formats import BadRow, Conversation, Options
 from stages.identity import Tree
 from stages.rendering import Rendered, Span
 from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
-from stages.tables import BATCH_ROWS, CONVERSATIONS, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, SPAN
+from stages.tables import (
+    BATCH_ROWS,
+    CONVERSATIONS,
+    NO_TURN,
+    ORIGIN_CONTENT,
+    ORIGIN_END,
+    ORIGIN_TEMPLATE,
+    SPAN,
+    kind_of,
+)
 from stages.tokenizer_files import Tokenizer, read_tokenizer
 
 PLACES = 10
@@ -156,7 +164,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
             writer.write_batch(_batch(batch, schema))
     if not counts.rows:
         raise UserError(f"{source['name']}: there are no rows in it")
-    document = {"source": source["source"], "split": source["split"], **counts.document()}
+    document = {"source": source["source"], "split": source["split"], "kind": "conversation", **counts.document()}
     if template:  # what the trained model must be asked through: merge puts it into the model's folder
         (output / "chat_template.jinja").write_text(template.source, "utf-8")
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
@@ -268,7 +276,11 @@ def _without_end(spans: list[Span]) -> int:
 def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.RecordBatch:
     """Columns built whole: an Arrow struct a span at a time would cost more than the render."""
     spans = [span for _, rendered, _ in rows for span in rendered.spans]
-    columns = list(zip(*spans, strict=True)) or [()] * len(Span._fields)
+    columns = [
+        [span.end for span in spans],
+        [span.turn for span in spans],
+        [kind_of(span.origin, span.role, span.train) for span in spans],
+    ]
     structs = pa.StructArray.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, SPAN, strict=True)], fields=list(SPAN)
     )
@@ -276,9 +288,11 @@ def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.Rec
     return pa.RecordBatch.from_arrays(
         [
             pa.array([number for number, _, _ in rows], pa.uint32()),
+            pa.array([0] * len(rows), pa.uint8()),
             pa.array([rendered.text for _, rendered, _ in rows], pa.string()),
             pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, type=schema.field("spans").type),
             pa.array([digest for _, _, digest in rows], pa.binary(16)),
+            pa.array([""] * len(rows), pa.string()),
         ],
         schema=schema,
     )
@@ -287,7 +301,7 @@ def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.Rec
 STAGE = Stage(
     name="convert",
     artifact="conversations",
-    version=2,
+    version=3,
     config=ConvertConfig,
     run=run,
     parts=parts,

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stages.chat_template import Template
-from stages.chunks import CALLS, CONTENT, NAMES, NO_TURN, REASONING, TOOLS, Chunk, Leaf, render_chunks
+from stages.chunks import CALLS, CONTENT, NAMES, REASONING, TOOLS, Chunk, Leaf, render_chunks
 from stages.formats import BadRow, Conversation, Turn
-from stages.tables import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
+from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
 
 
 class Span(NamedTuple):
-    """One range of the rendered text in UTF-8 bytes; the fields are those of `stages.tables.SPAN`."""
+    """One range of the rendered text in UTF-8 bytes, as `stages.tables.SPAN` packs it."""
 
     start: int
     end: int
@@ -38,6 +38,8 @@ class Rendered:
 
 def render(template: Template, conversation: Conversation) -> Rendered:
     """Render a conversation once. Raises BadRow when the template refuses it or leaves out what is to be learned."""
+    if len(conversation.turns) > NO_TURN:
+        raise BadRow("too many turns", f"has {len(conversation.turns)} turns: expected at most {NO_TURN}")
     for number, turn in enumerate(conversation.turns):
         if turn.tool_calls and template.calls is None:
             detail = f"the chat template does not write tool calls (turn {number}): choose one that does"

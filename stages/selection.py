@@ -15,7 +15,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from stages.stage import Tell
-from stages.tables import ORIGIN_CONTENT, ORIGIN_END, TRAIN_UNSET, TRAIN_YES, read_batches
+from stages.tables import (
+    NO_TURN,
+    ORIGIN_CONTENT,
+    ORIGIN_END,
+    ROLES,
+    TRAIN_UNSET,
+    TRAIN_YES,
+    origins,
+    read_batches,
+    roles,
+    starts,
+    trains,
+)
 
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -104,27 +116,28 @@ def trained_ranges(
     Returns trained tokens a row, ranges a row, and the ranges' starts and ends, flat. Ranges that touch are one.
     """
     spans = batch.column("spans")
-    row = np.repeat(np.arange(len(batch)), spans.value_lengths().to_numpy())
-    start, end, origin, turn, role, train = spans.flatten().flatten()
-    turns, flags = turn.to_numpy(), train.to_numpy()
-    assistant = pc.equal(role, "assistant").to_numpy(zero_copy_only=False)
+    counts = spans.value_lengths().to_numpy()
+    row = np.repeat(np.arange(len(batch)), counts)
+    ends, turns, kinds = (column.to_numpy() for column in spans.flatten().flatten())
+    origin, role, flag = origins(kinds), roles(kinds), trains(kinds)
+    assistant = role == ROLES.index("assistant")
     if train_on == "all":
-        chosen = turns >= 0
+        chosen = turns != NO_TURN
     else:
         if train_on == "last":
-            last = np.full(len(batch), -1, turns.dtype)
+            last = np.zeros(len(batch), turns.dtype)
             np.maximum.at(last, row[assistant], turns[assistant])
             assistant &= turns == last[row]
-        chosen = assistant | pc.equal(role, "text").to_numpy(zero_copy_only=False)
-    trains = np.isin(origin.to_numpy(), (ORIGIN_CONTENT, ORIGIN_END))
-    trains &= (flags == TRAIN_YES) | ((flags == TRAIN_UNSET) & chosen)
-    starts, ends = np.maximum(start.to_numpy(), 1), np.minimum(end.to_numpy(), limit)
-    trains &= starts < ends
-    starts, ends, row = starts[trains], ends[trains], row[trains]
-    apart = np.append(True, (row[1:] != row[:-1]) | (starts[1:] != ends[:-1]))[: len(row)]
-    tokens = np.bincount(row, weights=ends - starts, minlength=len(batch)).astype(np.int64)
+        chosen = assistant | (role == ROLES.index("text"))
+    train = (origin == ORIGIN_CONTENT) | (origin == ORIGIN_END)
+    train &= (flag == TRAIN_YES) | ((flag == TRAIN_UNSET) & chosen)
+    begins, ends = np.maximum(starts(ends, counts), 1), np.minimum(ends, limit)
+    train &= begins < ends
+    begins, ends, row = begins[train], ends[train], row[train]
+    apart = np.append(True, (row[1:] != row[:-1]) | (begins[1:] != ends[:-1]))[: len(row)]
+    tokens = np.bincount(row, weights=ends - begins, minlength=len(batch)).astype(np.int64)
     ranges = np.bincount(row[apart], minlength=len(batch))
-    return tokens, ranges, starts[apart], ends[np.append(apart[1:], True)[: len(row)]]
+    return tokens, ranges, begins[apart], ends[np.append(apart[1:], True)[: len(row)]]
 
 
 def held_out(rows: Rows, shards: Sequence[Shard], fraction: float) -> Flags:

@@ -8,7 +8,9 @@ written in fixed-size batches so that the same rows give the same bytes.
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 BATCH_ROWS = 1024
 """Rows in one record batch of every file."""
@@ -20,30 +22,68 @@ ORIGIN_CONTENT = 1
 ORIGIN_END = 2
 """Template text that ends a turn, e.g. `<|im_end|>`: it trains wherever its turn trains."""
 
-TRAIN_UNSET, TRAIN_NO, TRAIN_YES = -1, 0, 1
-"""A turn's own flag from the data; unset leaves the choice to `pack.train_on`."""
+TRAIN_UNSET, TRAIN_NO, TRAIN_YES = 0, 1, 2
+"""A turn's or part's own flag from the data; unset leaves the choice to `pack.train_on`."""
+
+ROLES = ("", "system", "user", "assistant", "tool", "text")
+"""The roles there are; spans hold their places in this list. `text` is raw text, "" is text that belongs to no turn."""
+
+NO_TURN = 65535
+"""The turn of text that belongs to none."""
 
 SPAN = pa.struct(
     [
-        pa.field("start", pa.uint32(), nullable=False),
         pa.field("end", pa.uint32(), nullable=False),
-        pa.field("origin", pa.uint8(), nullable=False),
-        pa.field("turn", pa.int32(), nullable=False),  # -1: belongs to no turn
-        pa.field("role", pa.string(), nullable=False),  # system, user, assistant, tool, text; "" without a turn
-        pa.field("train", pa.int8(), nullable=False),  # TRAIN_*
+        pa.field("turn", pa.uint16(), nullable=False),  # NO_TURN: belongs to none
+        pa.field("kind", pa.uint8(), nullable=False),  # see kind_of
     ]
 )
-"""A half-open range with its origin. Spans of a row are sorted, do not overlap, and cover the row wholly."""
+"""The end of a range, and what the range is. Spans of a row are sorted, do not overlap, and cover the row wholly: each
+starts where the one before it ends, the first at 0."""
+
+Kinds = NDArray[np.uint8]
+
+
+def kind_of(origin: int, role: str, train: int) -> int:
+    """What a span is, as one byte: `origin | train << 2 | role << 4` (role: its place in ROLES)."""
+    return origin | train << 2 | ROLES.index(role) << 4
+
+
+def origins(kinds: Kinds) -> Kinds:
+    """The ORIGIN_* of each span."""
+    return kinds & np.uint8(3)
+
+
+def trains(kinds: Kinds) -> Kinds:
+    """The TRAIN_* of each span."""
+    return (kinds >> np.uint8(2)) & np.uint8(3)
+
+
+def roles(kinds: Kinds) -> Kinds:
+    """The role of each span, as its place in ROLES."""
+    return kinds >> np.uint8(4)
+
+
+def starts(ends: NDArray[np.uint32], counts: NDArray[np.integer]) -> NDArray[np.uint32]:
+    """The start of each span, from the ends of all spans of some rows and the number of spans in each row."""
+    found = np.zeros_like(ends)
+    found[1:] = ends[:-1]
+    first = np.cumsum(counts) - counts
+    found[first[counts > 0]] = 0
+    return found
+
 
 CONVERSATIONS = pa.schema(
     [
         pa.field("row", pa.uint32(), nullable=False),
+        pa.field("part", pa.uint8(), nullable=False),  # a source row may give several sequences: chosen and rejected
         pa.field("text", pa.string(), nullable=False),  # the rendered conversation
         pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in UTF-8 bytes
         pa.field("identity", pa.binary(16), nullable=False),  # first 16 bytes of sha256 over the normal form of the row
+        pa.field("extra", pa.string(), nullable=False),  # what an objective needs besides, as JSON; "" for nothing
     ]
 )
-"""`conversations.arrow`: what convert writes for one shard."""
+"""`conversations.arrow`: what convert writes for one shard. Parts of one row stand next to each other."""
 
 
 def tokens_schema(vocabulary: int) -> pa.Schema:
@@ -52,9 +92,11 @@ def tokens_schema(vocabulary: int) -> pa.Schema:
     return pa.schema(
         [
             pa.field("row", pa.uint32(), nullable=False),
+            pa.field("part", pa.uint8(), nullable=False),
             pa.field("ids", pa.list_(pa.field("item", ids, nullable=False)), nullable=False),
             pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in tokens
             pa.field("identity", pa.binary(16), nullable=False),
+            pa.field("extra", pa.string(), nullable=False),
         ]
     )
 

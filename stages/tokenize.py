@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from stages.encoding import Encoder, Positions, Spans, Unwritable, carry, encode, load
 from stages.identity import Tree
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
-from stages.tables import SPAN, read_batches, tokens_schema
+from stages.tables import SPAN, origins, read_batches, starts, tokens_schema
 from stages.tokenizer_files import backend
 
 CHUNK_BYTES = 4 << 20
@@ -75,28 +75,30 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
 def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:
     """One record batch of conversations as one of tokens, and how many of its rows did not take the fast path."""
     spans = batch.column("spans")
-    first_bytes, _, origins, turns, roles, trains = spans.flatten().flatten()
+    ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
+    first_bytes, origin = starts(ends.to_numpy(), counts).astype(np.int64), origins(kinds.to_numpy())
     first_span = np.concatenate(([0], np.cumsum(counts)))
     sizes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
-    encoded, begins, ends = [], [], []
+    encoded, begins, stops = [], [], []
     for low, high in _chunks(sizes):
         here = slice(first_span[low], first_span[high])
-        some = Spans(first_bytes.to_numpy()[here].astype(np.int64), origins.to_numpy()[here], counts[low:high])
+        some = Spans(first_bytes[here], origin[here], counts[low:high])
         try:
             encoded.append(encode(encoder, batch.column("text")[low:high].to_pylist(), sizes[low:high], some))
         except Unwritable as error:
             raise Unwritable(low + error.row, str(error)) from error
         begin, end = carry(some, sizes[low:high], encoded[-1])
         begins.append(begin)
-        ends.append(end)
-    begin, end = np.concatenate(begins), np.concatenate(ends)
+        stops.append(end)
+    begin, end = np.concatenate(begins), np.concatenate(stops)
     kept = pa.array(begin < end)
-    columns = [pa.array(begin, pa.uint32()), pa.array(end, pa.uint32()), origins, turns, roles, trains]
+    columns = [pa.array(end, pa.uint32()), turns, kinds]
     kept_counts = np.add.reduceat(np.append(begin < end, False), first_span[:-1]) * (counts > 0)
     return pa.RecordBatch.from_arrays(
         [
             batch.column("row"),
+            batch.column("part"),
             _lists(
                 np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded]), schema, "ids"
             ),
@@ -107,6 +109,7 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
                 "spans",
             ),
             batch.column("identity"),
+            batch.column("extra"),
         ],
         schema=schema,
     ), sum(e.exact for e in encoded)
@@ -129,7 +132,7 @@ def _lists(values: Any, counts: Positions, schema: pa.Schema, name: str) -> pa.L
 STAGE = Stage(
     name="tokenize",
     artifact="tokens",
-    version=1,
+    version=2,
     config=TokenizeConfig,
     run=run,
     parts=parts,

@@ -16,7 +16,7 @@ from stages.formats import Conversation, Turn
 from stages.identity import tree_of
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.tables import read_table
+from stages.tables import ROLES, TRAIN_NO, TRAIN_UNSET, TRAIN_YES, read_table
 
 MARKERS = (
     "<|im_end|>",
@@ -60,7 +60,9 @@ texts = st.lists(
 
 def conversations(roles: Sequence[str] = ("system", "user", "assistant", "tool")) -> st.SearchStrategy[Conversation]:
     """Any turns in any order, with any text."""
-    turns = st.builds(Turn, role=st.sampled_from(roles), content=texts, train=st.sampled_from([-1, 0, 1]))
+    turns = st.builds(
+        Turn, role=st.sampled_from(roles), content=texts, train=st.sampled_from([TRAIN_UNSET, TRAIN_NO, TRAIN_YES])
+    )
     return st.builds(Conversation, st.lists(turns, min_size=1, max_size=6))
 
 
@@ -99,10 +101,21 @@ def run_tokenize(folder: Path, shard: Path, tokenizer: Path) -> tuple[Path, Fact
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the one Arrow file in a folder."""
+    """The rows of the one Arrow file in a folder, their spans unpacked (see `unpacked`)."""
     (path,) = folder.glob("*.arrow")
-    rows: list[dict[str, Any]] = read_table(path).to_pylist()
-    return rows
+    return [{**row, "spans": unpacked(row["spans"])} for row in read_table(path).to_pylist()]
+
+
+def unpacked(spans: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Spans as dictionaries of start, end, turn, origin, role and train."""
+    found: list[dict[str, Any]] = []
+    for span in spans:
+        start, kind = found[-1]["end"] if found else 0, span["kind"]
+        origin, train, role = kind & 3, kind >> 2 & 3, ROLES[kind >> 4]
+        found.append(
+            {"start": start, "end": span["end"], "turn": span["turn"], "origin": origin, "role": role, "train": train}
+        )
+    return found
 
 
 def digest(folder: Path) -> str:

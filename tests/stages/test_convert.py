@@ -14,7 +14,7 @@ from stages import convert
 from stages.errors import UserError
 from stages.formats import Conversation, Turn
 from stages.identity import File, Tree, canonical_json
-from stages.tables import CONVERSATIONS, read_table
+from stages.tables import CONVERSATIONS, NO_TURN, TRAIN_NO, TRAIN_UNSET, read_table
 from tests.stages.chats import digest, rows_of, run_convert, smollm2, source
 
 CHAT = {"messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là.", "weight": 0}]}
@@ -35,17 +35,18 @@ def test_a_row_becomes_text_with_spans(tmp_path: Path) -> None:
     [row] = rows_of(output)
     assert row["row"] == 0 and len(row["identity"]) == 16
     assert pieces(row)[1:] == [
-        ("C", 0, "user", -1, "Où?"),
-        ("E", 0, "user", -1, "<|im_end|>"),
-        ("T", -1, "", -1, "\n<|im_start|>assistant\n"),
-        ("C", 1, "assistant", 0, "Là."),
-        ("E", 1, "assistant", 0, "<|im_end|>"),
-        ("T", -1, "", -1, "\n"),
+        ("C", 0, "user", TRAIN_UNSET, "Où?"),
+        ("E", 0, "user", TRAIN_UNSET, "<|im_end|>"),
+        ("T", NO_TURN, "", TRAIN_UNSET, "\n<|im_start|>assistant\n"),
+        ("C", 1, "assistant", TRAIN_NO, "Là."),
+        ("E", 1, "assistant", TRAIN_NO, "<|im_end|>"),
+        ("T", NO_TURN, "", TRAIN_UNSET, "\n"),
     ]
     assert read_table(output / "conversations.arrow").schema.equals(CONVERSATIONS)
     assert json.loads((output / "counts.json").read_text()) == {
         "source": "mine",
         "split": "train",
+        "kind": "conversation",
         "rows": 1,
         "dropped": {},
         "places": {},
@@ -116,7 +117,7 @@ def test_identity_is_over_all_that_is_said() -> None:
         Conversation([Turn("user", "q"), Turn("assistant", "b")]),
         Conversation([Turn("user", "qa"), Turn("assistant", "")]),
         Conversation([Turn("user", "q"), Turn("user", "a")]),
-        Conversation([Turn("user", "q"), Turn("assistant", "a", train=0)]),
+        Conversation([Turn("user", "q"), Turn("assistant", "a", train=TRAIN_NO)]),
         Conversation([Turn("user", "q"), Turn("assistant", "a", reasoning="r")]),
         Conversation(base.turns, tools=[{"name": "f"}]),
     ]
@@ -207,9 +208,9 @@ def test_completion_needs_no_template_and_ends_with_the_tokenizers_end(tmp_path:
     rows = source(tmp_path / "rows", [{"text": "Où?"}])
     output, _ = run_convert(tmp_path, rows, tokenizer, {"format": "completion"})
     assert pieces(rows_of(output)[0]) == [
-        ("T", -1, "", -1, "<s>"),
-        ("C", 0, "text", -1, "Où?"),
-        ("E", 0, "text", -1, "</s>"),
+        ("T", NO_TURN, "", TRAIN_UNSET, "<s>"),
+        ("C", 0, "text", TRAIN_UNSET, "Où?"),
+        ("E", 0, "text", TRAIN_UNSET, "</s>"),
     ]
     with pytest.raises(UserError, match="no chat template"):
         run_convert(tmp_path / "chat", source(tmp_path / "chats", [CHAT]), tokenizer)

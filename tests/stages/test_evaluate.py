@@ -350,7 +350,10 @@ def heldout(folder: Path, documents: list[list[int]], bins: list[list[int]], voc
     write_table(
         tokens / "chat/00000/tokens.arrow",
         tokens_schema(vocabulary),
-        ({"row": i, "ids": ids, "spans": [], "identity": bytes(16)} for i, ids in enumerate(documents)),
+        (
+            {"row": i, "part": 0, "ids": ids, "spans": [], "identity": bytes(16), "extra": ""}
+            for i, ids in enumerate(documents)
+        ),
     )
     write_table(
         plan / "heldout_documents.arrow",

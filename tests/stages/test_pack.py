@@ -19,12 +19,14 @@ from stages.pack import STAGE, PackConfig
 from stages.selection import trained_ranges
 from stages.stage import UserError, Work
 from stages.tables import (
+    NO_TURN,
     ORIGIN_CONTENT,
     ORIGIN_END,
     ORIGIN_TEMPLATE,
     TRAIN_NO,
     TRAIN_UNSET,
     TRAIN_YES,
+    kind_of,
     read_table,
     tokens_schema,
     write_table,
@@ -35,7 +37,9 @@ Span = tuple[int, int, int, int, str, int]
 
 
 def spans(*items: Span) -> list[dict[str, Any]]:
-    return [dict(zip(("start", "end", "origin", "turn", "role", "train"), item, strict=True)) for item in items]
+    return [
+        {"end": end, "turn": turn, "kind": kind_of(origin, role, train)} for _, end, origin, turn, role, train in items
+    ]
 
 
 def turns(*told: tuple[str, int] | tuple[str, int, int]) -> list[dict[str, Any]]:
@@ -55,7 +59,7 @@ def row(*told: tuple[str, int] | tuple[str, int, int], identity: str | None = No
     made = turns(*told)
     row.count = getattr(row, "count", 0) + 1  # type: ignore[attr-defined]
     digest = hashlib.sha256((identity or f"row {row.count}").encode()).digest()[:16]  # type: ignore[attr-defined]
-    return {"ids": list(range(made[-1]["end"])), "spans": made, "identity": digest}
+    return {"ids": list(range(made[-1]["end"])), "spans": made, "identity": digest, "part": 0, "extra": ""}
 
 
 def shard(
@@ -155,7 +159,7 @@ def test_trained_ranges_are_what_a_token_by_token_reading_gives(rows: list[Any],
         at, items, trained = 0, [], set()
         last = max((turn for turn, (_, _, role, _) in enumerate(told) if role == "assistant"), default=-1)
         for turn, (size, origin, role, flag) in enumerate(told):
-            items.append((at, at + size, origin, turn if role else -1, role, flag))
+            items.append((at, at + size, origin, turn if role else NO_TURN, role, flag))
             chosen = {
                 "assistant": role == "assistant",
                 "last": role == "assistant" and turn == last,
@@ -164,7 +168,7 @@ def test_trained_ranges_are_what_a_token_by_token_reading_gives(rows: list[Any],
             if origin != ORIGIN_TEMPLATE and (flag == TRAIN_YES or (flag == TRAIN_UNSET and chosen)):
                 trained |= set(range(at, at + size))
             at += size
-        made.append({"row": 0, "ids": [0] * at, "spans": spans(*items), "identity": bytes(16)})
+        made.append({"row": 0, "ids": [0] * at, "spans": spans(*items), "identity": bytes(16), "part": 0, "extra": ""})
         expected.append(sorted(place for place in trained if 0 < place < limit))
     batch = pa.RecordBatch.from_pylist(made, schema=tokens_schema(10))
     tokens, counts, starts, ends = trained_ranges(batch, train_on, limit)

@@ -20,7 +20,7 @@ from stages.errors import UserError
 from stages.formats import Conversation, Turn
 from stages.identity import tree_of
 from stages.rendering import Rendered, render, spans
-from stages.tables import ORIGIN_CONTENT, read_table
+from stages.tables import NO_TURN, ORIGIN_CONTENT, read_table
 from stages.tokenizer_files import backend, read_tokenizer
 from tests.stages.chats import conversations, digest, rows_of, run_convert, run_tokenize, smollm2, source
 
@@ -201,7 +201,7 @@ def _written(pieces: list[tuple[str, int]]) -> Rendered:
     turns = [Turn("user", "")]
     return Rendered(
         "".join(text for text, _ in pieces),
-        spans([(text, origin, 0 if origin else -1) for text, origin in pieces], turns),
+        spans([(text, origin, 0 if origin else NO_TURN) for text, origin in pieces], turns),
         [],
     )
 

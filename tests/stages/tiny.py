@@ -67,7 +67,10 @@ def plan(
     write_table(
         tokens / "chat/00000/tokens.arrow",
         tokens_schema(VOCABULARY),
-        ({"row": 10 + i, "ids": list(ids), "spans": [], "identity": bytes(16)} for i, ids in enumerate(rows)),
+        (
+            {"row": 10 + i, "part": 0, "ids": list(ids), "spans": [], "identity": bytes(16), "extra": ""}
+            for i, ids in enumerate(rows)
+        ),
     )
     write_table(
         plan / "documents.arrow",
