@@ -132,6 +132,13 @@ def run_in_child(
             if should_stop():
                 raise Suspended("the lease on this stage was lost to another run")
         code = process.wait()
+    except BaseException as stop:
+        # A SIGTERM reaches this process as an exception of whoever handles it, and stops the stage too: if the stage
+        # saved its state meanwhile, it is suspended, not broken. Ctrl-C stays what it is.
+        _end_group(process)
+        if process.returncode == SUSPENDED and not isinstance(stop, KeyboardInterrupt | Suspended):
+            raise Suspended("saved its state and stopped on SIGTERM") from stop
+        raise
     finally:
         os.close(reads)
         process.stdout.close()
@@ -166,7 +173,6 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 def _launch(parent: int, events: int) -> NoReturn:
     """Fork the worker, wait for it, and take the group down when the parent is gone."""
-    libc = ctypes.CDLL(None, use_errno=True)
     worker = 0
 
     def on_term(*_: object) -> None:
@@ -176,26 +182,44 @@ def _launch(parent: int, events: int) -> NoReturn:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # it died before the signal was armed
         os.killpg(0, signal.SIGKILL)
     launcher = os.getpid()
     worker = os.fork()
     if worker == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_parent(signal.SIGKILL)
         if os.getppid() != launcher:
             os._exit(1)
         _work(events)
     os.close(events)
     sys.stdin.close()
-    _, status = os.waitpid(worker, 0)
-    code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(_wait(worker, parent))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
         os.kill(launcher, -code)
         signal.pause()
     sys.exit(code)
+
+
+def _die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the parent's thread ends. Linux alone can; see `_wait` for others."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+
+
+def _wait(worker: int, parent: int) -> int:
+    """The worker's exit status; where the kernel does not tell of the parent's death, look for it every second."""
+    if sys.platform == "linux":
+        return os.waitpid(worker, 0)[1]
+    while True:
+        ended, status = os.waitpid(worker, os.WNOHANG)
+        if ended:
+            return status
+        if os.getppid() != parent:
+            os.killpg(0, signal.SIGKILL)
+        time.sleep(1.0)
 
 
 def _work(events: int) -> NoReturn:
