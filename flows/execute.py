@@ -4,7 +4,7 @@ A blob that is missing or fails its digest on the way in is not the end: it has 
 it grows back, and the reading stage goes on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from flows.run import Run
 from stages.build import Built, Hooks, build
 from stages.child import ChildFailed, ChildRefused, Event
 from stages.errors import UserError
-from stages.identity import Json
+from stages.identity import Tree
+from stages.stage import Part
 from stages.store import BadBlob
 
 ATTEMPTS = 3
@@ -115,8 +116,8 @@ def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
                 inputs,
                 run.store,
                 run.runtime,
-                parts=run.parts if declared.resolves else None,
-                where=_where(run, stage),
+                parts=_parts(run, stage, inputs),
+                where=run.where(stage),
                 force=force,
                 regrow=regrow,
                 run=run.id,
@@ -137,9 +138,17 @@ def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
     raise StageFailed(f"{stage}: what it reads was damaged {ATTEMPTS} times in a row; run `regrow verify --deep`")
 
 
-def _where(run: Run, stage: str) -> dict[str, Json]:
-    """Locations and lineage for a stage that needs them; nothing of it enters a key."""
-    if stage != "publish":
-        return {}
-    lineage = {s: {"key": a.key, "digest": a.digest} for s, a in run.artifacts.items()}
-    return {"name": run.name, "run": run.id, "recipe": run.loaded.text, "lineage": lineage, "store": run.store.url}
+def _parts(run: Run, stage: str, inputs: Mapping[str, Tree]) -> Sequence[Part] | None:
+    """The parts of a stage where the run knows more of them than the stage: what fetch's sources resolved to, and what
+    convert's messages call the file that a shard came from."""
+    if stage == "fetch":
+        return run.parts
+    if stage != "convert":
+        return None
+    names = {part.name.removeprefix("data/"): part.where.get("name") for part in run.parts}
+    listed = stage_named(stage).parts
+    assert listed is not None
+    return [
+        replace(part, where={"name": named}) if (named := names.get("/".join(part.name.split("/")[:2]))) else part
+        for part in listed(run.config(stage), inputs)
+    ]

@@ -60,7 +60,20 @@ class Run:
         """The stage's action, or None while an artifact above it is unknown."""
         if any(above not in self.artifacts for above in upstream(stage)):
             return None
-        return action_of(stage_named(stage), self.config(stage), self.inputs(stage), self.parts)
+        return action_of(stage_named(stage), self.config(stage), self.inputs(stage), self.parts, self.where(stage))
+
+    def where(self, stage: str) -> dict[str, Json]:
+        """Name, locations and lineage for the stage that needs them."""
+        if stage != "publish":
+            return {}
+        lineage = {s: {"key": a.key, "digest": a.digest} for s, a in self.artifacts.items()}
+        return {
+            "name": self.name,
+            "run": self.id,
+            "recipe": self.loaded.text,
+            "lineage": lineage,
+            "store": self.store.url,
+        }
 
     def record(self, status: str) -> None:
         """Write the run's record."""

@@ -65,9 +65,17 @@ def version_of(stage: Stage[Any], config: StageConfig) -> dict[str, int]:
     return {stage.name: stage.version, **(stage.plugins(config) if stage.plugins else {})}
 
 
-def action_of(stage: Stage[Any], config: StageConfig, inputs: Mapping[str, Tree], parts: Sequence[Part] = ()) -> Action:
-    """The action of a whole stage. `parts` are needed only where the stage resolves: they are its identity."""
+def action_of(
+    stage: Stage[Any],
+    config: StageConfig,
+    inputs: Mapping[str, Tree],
+    parts: Sequence[Part] = (),
+    where: Mapping[str, Json] | None = None,
+) -> Action:
+    """The action of a whole stage. `parts` are needed only where the stage resolves: they are its identity; `where`
+    only for the names in `Stage.named`."""
     document = {p.name: dict(p.config) for p in parts} if stage.resolves else stage.identity(config)
+    document |= {name: (where or {}).get(name) for name in sorted(stage.named)}
     return Action(stage.name, version_of(stage, config), document, {n: t.digest for n, t in inputs.items()})
 
 
@@ -108,7 +116,7 @@ def build(
     if stage.resolves and parts is None:
         assert stage.parts is not None
         parts = stage.parts(config, inputs)
-    action = action_of(stage, config, inputs, parts or ())
+    action = action_of(stage, config, inputs, parts or (), where)
     replace = force or regrow
     if not replace and (found := store.find(stage.name, action.key)):
         return Built(found, True, time.monotonic() - started)

@@ -74,8 +74,9 @@ def promote(store: Store, name: str, model: Mapping[str, Json], compared: str | 
 STAGE = Stage(
     name="publish",
     artifact="card",
-    version=1,
+    version=2,
     config=PublishConfig,
     run=run,
     locations=frozenset({"to", "private"}),
+    named=frozenset({"name"}),
 )

@@ -109,6 +109,9 @@ class Stage(Generic[C]):
     locations: frozenset[str] = frozenset()
     """Top-level config fields that say where, not what, and stay out of the key (publish's destination)."""
 
+    named: frozenset[str] = frozenset()
+    """Entries of `Work.where` that are written into the artifact, and so enter the key (the name on publish's card)."""
+
     @property
     def home(self) -> str:
         """The module that declares this stage: the child process imports it."""

@@ -40,7 +40,7 @@ def deliver_to_hub(to: str, tree: Tree, folder: Path, private: bool, api: Any = 
         api.create_commit(name, operations, commit_message=f"Model {tree.digest[:12]}")
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # the Hub's client raises the errors of three HTTP libraries
         raise _told(to, error) from error
 
 
@@ -68,7 +68,7 @@ def _index(api: Any, name: str) -> Json:
         return json.loads(Path(api.hf_hub_download(name, INDEX)).read_text())
     except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None
-    except Exception as error:
+    except Exception as error:  # as above
         raise _told(f"hf://{name}", error) from error
 
 

@@ -210,7 +210,7 @@ class S3Objects:
         while True:
             try:
                 return operation()
-            except Exception as error:
+            except Exception as error:  # botocore's, aiohttp's and the system's: `_is_outage` tells them apart
                 if _code(error) in _REFUSED:
                     raise
                 if not _is_outage(error):

@@ -128,3 +128,11 @@ def test_plugin_versions_are_in_the_key() -> None:
         stage = stage_named(name)
         assert stage.plugins is not None
         assert {*stage.plugins(getattr(recipe, name))} <= {*action_of(stage, getattr(recipe, name), {}).version}
+
+
+def test_the_name_is_on_the_card_and_so_in_its_key() -> None:
+    stage = stage_named("publish")
+    one, again, other = (
+        action_of(stage, stage.config(), {}, where={"name": n, "run": r}).key for n, r in ("aa", "ab", "bc")
+    )
+    assert one == again != other
