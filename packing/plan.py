@@ -38,13 +38,21 @@ class Plan:
     """[documents] Document numbers, bin after bin; within a bin from long to short."""
     offsets: NDArray[np.int64]
     """[bins + 1] Bin b holds `documents[offsets[b]:offsets[b + 1]]`."""
+    windows: NDArray[np.int64]
+    """[windows + 1] Window w holds the bins from `windows[w]` up to `windows[w + 1] - 1`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
 def pack(
-    lengths: NDArray[np.integer], capacity: int, *, global_batch: int, seed: int, max_documents: int | None = None
+    lengths: NDArray[np.integer],
+    capacity: int,
+    *,
+    global_batch: int,
+    seed: int,
+    max_documents: int | None = None,
+    windows: NDArray[np.integer] | None = None,
 ) -> Plan:
     """Pack documents into bins of `capacity` tokens and order the bins for training.
 
@@ -55,25 +63,50 @@ def pack(
     The bins stand in training order: `global_batch` consecutive bins are one optimizer step, the last may be short.
     Every step gets one bin of each cost class, costliest first; see `_arrange` and `deal`.
 
+    `windows` [documents] numbers the window of each, from 0: a window is packed by itself, and its bins stand before
+    the next one's, so that what is read can be fetched and forgotten a window at a time. Only a step at the border of
+    two windows takes bins of both, those of the first before those of the second.
+
     Raises ValueError naming the first document whose length is out of range.
     """
     if capacity < 1 or global_batch < 1 or (max_documents is not None and max_documents < 1):
         raise ValueError("capacity, global_batch and max_documents must be at least 1")
-    if len(lengths) == 0:
-        return Plan(np.empty(0, np.uint32), np.zeros(1, np.int64))
-    if lengths.min() < 1 or lengths.max() > capacity:
+    if len(lengths) and (lengths.min() < 1 or lengths.max() > capacity):
         first = int(((lengths < 1) | (lengths > capacity)).argmax())
         raise ValueError(f"document {first} has {int(lengths[first])} tokens: expected 1 to {capacity}")
 
     random = np.random.PCG64(seed)
-    steps, bins = _best_fit(_histogram(lengths, capacity), capacity, max_documents or len(lengths))
-    order = _arrange(_per_bin(steps, steps.take * steps.length**2, bins), global_batch, random)
+    most = max_documents or len(lengths)
+    if windows is None:
+        documents, offsets = _window(lengths, capacity, global_batch, 0, most, random)
+        return Plan(documents, offsets, np.array([0, len(offsets) - 1]))
+    parts = [np.empty(0, np.uint32)]
+    ends = [np.zeros(1, np.int64)]
+    packed, borders = 0, [0]
+    for window in range(int(windows.max(initial=-1)) + 1):
+        chosen = np.flatnonzero(windows == window).astype(np.uint32)
+        documents, offsets = _window(lengths[chosen], capacity, global_batch, borders[-1], most, random)
+        parts.append(chosen[documents])
+        ends.append(packed + offsets[1:])
+        packed += len(chosen)
+        borders.append(borders[-1] + len(offsets) - 1)
+    return Plan(np.concatenate(parts), np.concatenate(ends), np.array(borders))
+
+
+def _window(
+    lengths: NDArray[np.integer], capacity: int, global_batch: int, before: int, most: int, random: np.random.PCG64
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The documents and offsets of one window's bins, which stand behind `before` bins of other windows."""
+    if len(lengths) == 0:
+        return np.empty(0, np.uint32), np.zeros(1, np.int64)
+    steps, bins = _best_fit(_histogram(lengths, capacity), capacity, most)
+    order = _arrange(_per_bin(steps, steps.take * steps.length**2, bins), global_batch, before, random)
     counts = _per_bin(steps, steps.take, bins)
     offsets = np.zeros(bins + 1, np.int64)
     np.cumsum(counts[order], out=offsets[1:])
     begin = np.empty(bins, np.int64)
     begin[order] = offsets[:-1]
-    return Plan(_place(_longest_first(lengths, capacity, random), steps, begin), offsets)
+    return _place(_longest_first(lengths, capacity, random), steps, begin), offsets
 
 
 def deal(bins: int, ranks: int) -> list[list[int]]:
@@ -158,8 +191,8 @@ def _per_bin(steps: _Steps, values: NDArray[np.int64], bins: int) -> NDArray[np.
     return np.cumsum(change[:-1])
 
 
-def _arrange(costs: NDArray[np.int64], global_batch: int, random: np.random.PCG64) -> NDArray[np.int64]:
-    """[bins] Bin numbers in training order.
+def _arrange(costs: NDArray[np.int64], global_batch: int, before: int, random: np.random.PCG64) -> NDArray[np.int64]:
+    """[bins] Bin numbers in training order, behind `before` bins of other windows.
 
     Attention costs a bin the sum of its documents' squared lengths. Sorted by cost, the bins are cut into
     `global_batch` classes with one bin a step in each, and every class is shuffled over the steps by itself:
@@ -169,15 +202,24 @@ def _arrange(costs: NDArray[np.int64], global_batch: int, random: np.random.PCG6
 
     So each step is a fair sample of long and short documents, and two steps differ by no more than the costliest and
     the cheapest bin do: the classes' ranges do not overlap. Bins that do not fill a step are taken evenly from the
-    whole range and form the last one.
+    whole range: some complete the step that the window before began, the others form the last one.
     """
     ranked = np.argsort(-costs, kind="stable")
     bins = len(ranked)
-    rest = bins % global_batch
-    last = (2 * np.arange(rest) + 1) * bins // max(1, 2 * rest)
-    classes = np.delete(ranked, last).reshape(global_batch, -1)
+    begun = min(-before % global_batch, bins)
+    rest = (bins - begun) % global_batch
+    apart = _evenly(begun + rest, bins)
+    opening = np.zeros(len(apart), np.bool_)
+    opening[_evenly(begun, len(apart))] = True
+    classes = np.delete(ranked, apart).reshape(global_batch, -1)
     shuffled = np.argsort(random.random_raw(classes.size).reshape(classes.shape), axis=1)
-    return np.concatenate([np.take_along_axis(classes, shuffled, axis=1).T.ravel(), ranked[last]])
+    steps = np.take_along_axis(classes, shuffled, axis=1).T.ravel()
+    return np.concatenate([ranked[apart[opening]], steps, ranked[apart[~opening]]])
+
+
+def _evenly(count: int, of: int) -> NDArray[np.int64]:
+    """`count` numbers below `of`, evenly apart: the middles of so many equal pieces."""
+    return (2 * np.arange(count) + 1) * of // max(1, 2 * count)
 
 
 def _longest_first(lengths: NDArray[np.integer], capacity: int, random: np.random.PCG64) -> NDArray[np.uint32]:

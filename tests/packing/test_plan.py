@@ -128,6 +128,38 @@ def test_dealing_gives_every_bin_to_one_rank_and_balances_them(cost: list[int], 
         assert max(totals) - min(totals) <= max(cost, default=0) - min(cost, default=0)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    told=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=150),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 3),
+)
+def test_windows_are_packed_by_themselves_and_stand_one_after_another(
+    told: list[tuple[int, int]], batch: int, seed: int
+) -> None:
+    lengths, windows = np.array(told, np.int64).reshape(-1, 2).T
+    plan = pack(lengths, 60, global_batch=batch, seed=seed, windows=windows)
+    assert sorted(plan.documents.tolist()) == list(range(len(told)))
+    assert plan.windows[0] == 0 and plan.windows[-1] == len(plan)
+    made, cost = bins(plan), costs(plan, lengths)
+    for window, (begin, end) in enumerate(zip(plan.windows, plan.windows[1:], strict=False)):
+        assert all((windows[each] == window).all() for each in made[begin:end])
+        own = lengths[windows == window].tolist()
+        assert sorted(60 - int(lengths[each].sum()) for each in made[begin:end]) == greedy(own, 60)
+        steps = cost[-(-begin // batch) * batch : end // batch * batch].reshape(-1, batch)
+        if len(steps):
+            assert np.ptp(steps.sum(axis=1)) <= np.ptp(cost[begin:end])
+            assert (np.diff(steps, axis=1) <= 0).all(), "bins of a step go from costly to cheap"
+
+
+def test_one_window_is_no_window() -> None:
+    lengths = lognormal(500, 2048)
+    one, none = (pack(lengths, 2048, global_batch=8, seed=3, windows=each) for each in (np.zeros(500, np.int64), None))
+    assert one.documents.tobytes() == none.documents.tobytes()
+    assert one.offsets.tobytes() == none.offsets.tobytes()
+    assert one.windows.tolist() == none.windows.tolist() == [0, len(one)]
+
+
 def test_what_a_rank_gains_in_one_round_it_gives_back_in_the_next() -> None:
     assert deal(8, 3) == [[0, 5, 6], [1, 4, 7], [2, 3]]
     cost = [40 - number for number in range(32)]
