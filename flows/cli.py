@@ -54,6 +54,9 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 StoreUrl = Annotated[str | None, typer.Option("--store", help="The artifact store: a folder or an fsspec URL.")]
 RuntimeFile = Annotated[Path | None, typer.Option("--runtime", help="A YAML file with runtime settings.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Make again what other code or library versions made.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let the recipe bring Python of its own: it runs with your rights.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 console = Console(highlight=False)
@@ -69,13 +72,14 @@ def run(
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
     strict: Strict = False,
+    allow_code: AllowCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: make what is not there yet, in a Prefect flow."""
     from flows.local import Selection, finish, run_plan
 
-    this = _start(recipe, settings, store, runtime)
+    this = _start(recipe, settings, store, runtime, allow_code)
     plan = make_plan(this, selectors or (), exclude or (), force or (), strict)
     if not as_json:
         screen.show_plan(console, plan)
@@ -104,12 +108,13 @@ def plan_command(
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
     strict: Strict = False,
+    allow_code: AllowCode = False,
     why: Annotated[bool, typer.Option("--why", help="Also say what made each cached artifact.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 when anything would run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what would run, and why."""
-    this = _start(recipe, settings, store, runtime)
+    this = _start(recipe, settings, store, runtime, allow_code)
     plan = make_plan(this, selectors or (), exclude or (), force or (), strict)
     if as_json:
         print(screen.plan_json(plan))
@@ -174,9 +179,15 @@ def verify(
     raise typer.Exit(show_verify(_open(_runtime(store, runtime)), deep, console, as_json))
 
 
-def _start(recipe: Path, settings: list[str] | None, store: str | None, runtime_file: Path | None) -> Run:
+def _start(
+    recipe: Path,
+    settings: list[str] | None,
+    store: str | None,
+    runtime_file: Path | None,
+    allow_code: bool = False,
+) -> Run:
     loaded = load(recipe, settings or ())
-    runtime = _runtime(store, runtime_file)
+    runtime = _runtime(store, runtime_file, allow_code)
     return start(loaded, runtime, _open(runtime))
 
 
@@ -184,7 +195,7 @@ def _open(runtime: Runtime) -> Store:
     return open_store(runtime.store, runtime.cache, runtime.storage_options)
 
 
-def _runtime(store: str | None, file: Path | None) -> Runtime:
+def _runtime(store: str | None, file: Path | None, allow_code: bool = False) -> Runtime:
     """Flags over file over environment over defaults."""
     found: dict[str, Any] = {}
     if file is not None:
@@ -194,6 +205,8 @@ def _runtime(store: str | None, file: Path | None) -> Runtime:
             raise UserError(f"{file}: not a runtime file: {error}") from None
     if store:
         found["store"] = store
+    if allow_code:
+        found["allow_code"] = True
     try:
         return from_environment(found)
     except ValidationError as error:

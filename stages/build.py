@@ -171,7 +171,8 @@ class _Maker:
                 jobs.append(_Job(part.name, action, dict(part.config), part.inputs, force, part.where))
         # Two parts may be one action, for two shards with the same rows: it is done once.
         twins, jobs = jobs, list({job.action.key: job for job in jobs}.values())
-        groups = [jobs[n :: self.runtime.workers] for n in range(min(self.runtime.workers, len(jobs)))]
+        workers = 1 if self.stage.exclusive else self.runtime.workers
+        groups = [jobs[n::workers] for n in range(min(workers, len(jobs)))]
         if len(groups) > 1:
             with ThreadPoolExecutor(len(groups)) as pool:
                 results = [a for group in pool.map(self.make, groups) for a in group]

@@ -307,5 +307,6 @@ STAGE = Stage(
     parts=parts,
     part=Measure,
     plugins=plugins,
+    exclusive=True,
     libraries=("lm_eval", "torch", "transformers"),
 )

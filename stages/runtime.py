@@ -5,6 +5,7 @@ variables (`REGROW_STORE=s3://bucket/prefix`), by a YAML file named with `--runt
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,12 @@ def default_home() -> Path:
     """The user's data directory for regrow: `$XDG_DATA_HOME/regrow`, else `~/.local/share/regrow`."""
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(data) / "regrow"
+
+
+def cores() -> int:
+    """Cores that this process may use, 16 at most: more readers of one disk do not read faster."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(usable, 16)
 
 
 class Runtime(BaseModel):
@@ -31,8 +38,8 @@ class Runtime(BaseModel):
     """Local folder for views of artifacts, digests of local files, and scratch that outlives attempts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training, merging and evaluating compute."""
-    workers: int = Field(default=1, ge=1)
-    """Processes that work on a mapped stage's parts at once."""
+    workers: int = Field(default_factory=cores, ge=1)
+    """Processes that work on a mapped stage's parts at once; by default one a core, 16 at most."""
     micro_batch: int = Field(default=1, ge=1)
     """Packed sequences per forward pass; the global batch is recipe."""
     activation_checkpointing: bool = False
@@ -43,6 +50,8 @@ class Runtime(BaseModel):
     """Items per forward pass while evaluating."""
     lease_seconds: float = Field(default=60.0, gt=0)
     """Life of a stage's lease without renewal, in seconds."""
+    allow_code: bool = False
+    """Whether a recipe may bring Python of its own, such as a dataset format: it runs with your rights."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much regrow itself logs."""
 

@@ -104,6 +104,8 @@ class Stage(Generic[C]):
     """The plug-ins a config uses, as `{"format:alpaca": 1}`: their versions enter the key."""
     module: str = ""
     """Where `STAGE` stands, if not in `stages.<name>`."""
+    exclusive: bool = False
+    """Its parts want the device or all cores for themselves: they are made one after another."""
     libraries: tuple[str, ...] = ()
     """Distributions that shape the bytes, e.g. `("tokenizers",)`: their versions are recorded, not hashed."""
     locations: frozenset[str] = frozenset()
