@@ -4,7 +4,7 @@ The head of a language model is its widest layer (the vocabulary), and only some
 picked first and projected after, a chunk at a time: the logits of a whole batch never exist. What stands between
 hidden states and logits differs by architecture. The known forms (a plain projection, Gemma's soft cap, Cohere's and
 Granite's scales) are written here; whether one of them holds is *tried on the model itself*, and where none does the
-model computes its own logits, in one piece.
+model computes its own logits, in one piece. A plain projection goes with its loss in one (`stages.loss_head`).
 """
 
 from collections.abc import Callable
@@ -20,8 +20,6 @@ Head = Callable[["torch.Tensor"], "torch.Tensor"]
 
 IGNORED = -100
 """The label of a token that does not train."""
-CHUNK = 4096
-"""Rows of logits that exist at once."""
 TRIED = 32
 """Positions on which the head is compared with the model's own logits."""
 TOLERANCE = 0.01
@@ -48,14 +46,20 @@ def loss(model: Any, batch: Batch) -> LossSum:
 
     The model is run on `batch` twice to find out how its head works: one short document will do.
     """
+    from stages import loss_head
+
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     head = _known_head(causal)
     if not _agrees(model, causal, head, batch):
         return lambda batch: _own_loss(model, batch)
     decoder = causal.get_decoder()
+    project = causal.get_output_embeddings()
+    plain = _is_plain(causal)
 
     def loss_sum(batch: Batch) -> "torch.Tensor":
         hidden = decoder(**_inputs(batch), use_cache=False).last_hidden_state[0]
+        if plain:
+            return loss_head.linear_cross_entropy(hidden, project.weight, batch["positions"], batch["targets"])
         return _chunked(head, hidden[batch["positions"]], batch["targets"])
 
     return loss_sum
@@ -65,15 +69,27 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {k: v for k, v in batch.items() if k not in ("positions", "targets")}
 
 
+def _factors(causal: Any) -> tuple[float, float, float | None]:
+    """What the model's config says of its logits: they are multiplied, divided, and bounded (no bound: None)."""
+    config = causal.config.get_text_config()
+    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return scale, divisor, getattr(config, "final_logit_softcapping", None)
+
+
+def _is_plain(causal: Any) -> bool:
+    """Whether the head is one matrix and nothing else: no bias, factor, bound or adapter."""
+    from torch import nn
+
+    project = causal.get_output_embeddings()
+    return type(project) is nn.Linear and project.bias is None and _factors(causal) == (1.0, 1.0, None)
+
+
 def _known_head(causal: Any) -> Head:
     """The head that the model's config describes."""
     import torch
 
     project = causal.get_output_embeddings()
-    config = causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
+    scale, divisor, cap = _factors(causal)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = project(hidden)
@@ -108,16 +124,19 @@ def _own_loss(model: Any, batch: Batch) -> "torch.Tensor":
 
 
 def _chunked(head: Head, rows: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-    """Sum of cross-entropies, `CHUNK` rows at a time; several chunks compute their logits anew in the backward pass."""
+    """Sum of cross-entropies, `loss_head.CHUNK` rows at a time; several chunks compute their logits anew in the
+    backward pass."""
     import torch
     from torch.utils.checkpoint import checkpoint
+
+    from stages import loss_head
 
     def part(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
 
-    if len(targets) <= CHUNK:
+    if len(targets) <= loss_head.CHUNK:
         return part(rows, targets)
-    chunks = zip(torch.split(rows, CHUNK), torch.split(targets, CHUNK), strict=True)
+    chunks = zip(torch.split(rows, loss_head.CHUNK), torch.split(targets, loss_head.CHUNK), strict=True)
     sums = [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum()
 

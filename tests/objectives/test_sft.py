@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from packing.attention import implementation
 from packing.collate import Bin, collate
+from stages import loss_head
 from stages.errors import UserError
 from stages.objectives import find, names, sft
 from tests.stages import tiny
@@ -55,7 +56,7 @@ def load(folder: Path) -> Any:
 def test_loss_and_gradients_are_the_models_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(sft, "CHUNK", chunk)
+    monkeypatch.setattr(loss_head, "CHUNK", chunk)
     model = load(tiny.save(tmp_path, architecture, **HEADS[architecture]))
     batch = packed()
     trained = int((batch["labels"] != -100).sum())

@@ -1,0 +1,83 @@
+"""The loss head: cross-entropy of some positions' next tokens, without ever holding the logits of all of them.
+
+    loss = linear_cross_entropy(hidden, weight, positions, targets)     # summed, nats, float32
+
+The head of a language model is its widest layer, so it is computed for the trained positions alone, `CHUNK` of them at
+a time, and each chunk's gradients at once: its logits exist once, are turned into their own gradient in place, and give
+the gradients of hidden states and weight by two matrix products. Three products a chunk in all, as without chunks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["cross_entropy_", "linear_cross_entropy"]
+
+CHUNK = 4096
+"""Rows of logits that exist at once: 1 GiB in 16 bits at a vocabulary of 128 k."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropies (nats, float32) of `hidden[positions] @ weight.T` against `targets`.
+
+    `hidden` is [tokens, width], `weight` [vocabulary, width], `positions` and `targets` [trained] int64, no position
+    twice. Products are in autocast's dtype where it is on, else in that of `hidden`; softmax and sum in float32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight.to(hidden.dtype), positions, targets, torch.is_grad_enabled()
+        )
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, learns: bool) -> Tensor:
+        for_hidden, for_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        rows = hidden.index_select(0, positions)
+        d_rows = torch.empty_like(rows) if for_hidden else None
+        d_weight = torch.zeros_like(weight) if for_weight else None
+        losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+        buffer = hidden.new_empty(min(CHUNK, len(rows)), len(weight))
+        for begin in range(0, len(rows), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            logits = torch.mm(rows[part], weight.T, out=buffer[: len(rows[part])])
+            losses[part] = cross_entropy_(logits, targets[part], for_hidden or for_weight)
+            if d_rows is not None:
+                torch.mm(logits, weight, out=d_rows[part])
+            if d_weight is not None:
+                d_weight.addmm_(logits.T, rows[part])
+        ctx.save_for_backward(d_rows, d_weight, positions)
+        ctx.tokens = len(hidden)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        d_rows, d_weight, positions = ctx.saved_tensors
+        (factor,) = gradients
+        d_hidden = None
+        if d_rows is not None:
+            d_hidden = d_rows.new_zeros(ctx.tokens, d_rows.shape[1])
+            d_hidden.index_copy_(0, positions, d_rows.mul_(factor))
+        return d_hidden, None if d_weight is None else d_weight.mul_(factor), None, None, None
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """[rows] The cross-entropy (nats, float32) of each row of `logits` [rows, vocabulary] against `targets` [rows].
+    With `gradient`, the logits are overwritten by the gradient of the losses' sum."""
+    if logits.is_cuda:
+        from stages.kernels.cross_entropy import cross_entropy_ as on_a_gpu
+
+        return on_a_gpu(logits, targets, gradient)
+    normalizer = torch.logsumexp(logits.float(), dim=1)
+    picked = targets[:, None]
+    losses = normalizer - logits.gather(1, picked)[:, 0].float()
+    if gradient:
+        shares = logits.float().sub_(normalizer[:, None]).exp_()
+        logits.copy_(shares.scatter_add_(1, picked, shares.new_full(picked.shape, -1.0)))
+    return losses

@@ -1,0 +1,66 @@
+"""The loss head in chunks is the plain formula over all logits: the same loss, the same gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages import loss_head
+
+TOKENS, WIDTH, VOCABULARY = 61, 24, 97
+
+
+def plain(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return torch.nn.functional.cross_entropy(logits[positions], targets, reduction="sum")
+
+
+def example(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(count)
+    hidden = torch.randn(TOKENS, WIDTH, generator=random).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, generator=random).to(dtype).requires_grad_()
+    positions = torch.randperm(TOKENS, generator=random)[:count].sort().values
+    return hidden, weight, positions, torch.randint(VOCABULARY, (count,), generator=random)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+@pytest.mark.parametrize("count", [0, 1, 7, 40, TOKENS])
+def test_loss_and_gradients_are_the_plain_formulas(monkeypatch: pytest.MonkeyPatch, chunk: int, count: int) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK", chunk)
+    hidden, weight, positions, targets = example(count)
+    expected = plain(hidden, weight, positions, targets)
+    gradients = torch.autograd.grad(expected / 3, (hidden, weight))
+    found = loss_head.linear_cross_entropy(hidden, weight, positions, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(found / 3, (hidden, weight)), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_weights_keep_their_float32_gradients() -> None:
+    hidden, weight, positions, targets = example(40)
+    expected = plain(hidden, weight, positions, targets)
+    gradients = torch.autograd.grad(expected, (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_head.linear_cross_entropy(hidden, weight, positions, targets)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+    for ours, theirs in zip(torch.autograd.grad(found, (hidden, weight)), gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, positions, targets = example(9)
+    weight.requires_grad_(False)
+    loss_head.linear_cross_entropy(hidden, weight, positions, targets).backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    assert weight.grad is None
+    asked: list[bool] = []
+    compute = loss_head.cross_entropy_
+    monkeypatch.setattr(
+        loss_head,
+        "cross_entropy_",
+        lambda *given: asked.append(given[2]) or compute(*given),  # type: ignore[func-returns-value]
+    )
+    with torch.no_grad():
+        loss_head.linear_cross_entropy(hidden, weight, positions, targets)
+    assert asked == [False]
