@@ -175,12 +175,11 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What concerns two sections: (path, what is wrong and how to mend it)."""
     sources = list(recipe.fetch.data)
-    for source in recipe.convert.sources:
-        if source not in sources:
-            yield (
-                ("convert", "sources", source),
-                f"there is no data source `{source}`; fetch.data has {_listed(sources)}",
-            )
+    for section, named in (("convert", recipe.convert.sources), ("pack", recipe.pack.sources)):
+        for source in named:
+            if source not in sources:
+                hint = f"there is no data source `{source}`; fetch.data has {_listed(sources)}"
+                yield (section, "sources", source), hint
 
     for name, task in recipe.evaluate.tasks.items():
         if task.source and task.source not in sources:

@@ -10,7 +10,7 @@ A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ class Bin:
     token of a document is never trained, as its prediction would come from the document before."""
     lengths: NDArray[np.int64]
     """[documents] Tokens in each document."""
+    documents: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """[documents] Their numbers in the plan, for `PackedBins.extra`."""
 
 
 class PackedBins:
@@ -54,6 +56,9 @@ class PackedBins:
     def __init__(self, tokens: Path, plan: Path, heldout: bool = False) -> None:
         self._arguments = (tokens, plan, heldout)
         description = json.loads((plan / "plan.json").read_text())
+        self.kind: str = description.get("kind", "conversation")
+        """What rows are: conversation, preference, unpaired_preference, stepwise or prompt. A row of preference is two
+        documents side by side in one bin, the chosen one and the rejected one."""
         self.sequence_length: int = description["sequence_length"]
         self.global_batch: int = description["global_batch"]
         self.max_documents: int = description["max_documents"]
@@ -65,6 +70,10 @@ class PackedBins:
         """[bins] Tokens in each bin."""
         self.trained: NDArray[np.int64] = self._bins.column("trained")
         """[bins] Trained tokens in each bin: what a loss is normalised by, known without reading tokens."""
+        self.windows: list[int] = description.get("windows", [0, len(self)]) if not heldout else [0, len(self)]
+        """[windows + 1] Window w is the bins from `windows[w]` up to `windows[w + 1] - 1`: all that read its shards."""
+        self.window_of_shard: list[int] = [shard.get("window", 0) for shard in description["shards"]]
+        """[shards] The window that reads each."""
         self._shards = [_Table(tokens / shard["path"] / "tokens.arrow") for shard in description["shards"]]
 
     def __len__(self) -> int:
@@ -88,20 +97,29 @@ class PackedBins:
         if not 0 <= number < len(self):
             raise IndexError(f"bin {number} of {len(self)}")
         batch, place = self._bins.locate(number)
+        documents = batch.lists["documents"].row(place).astype(np.int64)
         ids: list[NDArray[Any]] = []
         labels: list[NDArray[np.int64]] = []
-        for document in batch.lists["documents"].row(place).tolist():
+        for document in documents.tolist():
             document_ids, document_labels = self._read(document)
             ids.append(document_ids)
             labels.append(document_labels)
         lengths = np.array([len(part) for part in ids], np.int64)
-        return Bin(np.concatenate(ids), np.concatenate(labels), lengths)
+        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents)
+
+    def extra(self, document: int) -> dict[str, Any]:
+        """What the data says of a document besides its text, such as a label or a margin; empty for nothing."""
+        batch, place = self._documents.locate(document)
+        shard, row = int(batch.numbers["shard"][place]), int(batch.numbers["row"][place])
+        tokens, token_place = self._shards[shard].locate(row)
+        found: dict[str, Any] = json.loads(tokens.texts["extra"][token_place].as_py() or "{}")
+        return found
 
     def _read(self, document: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         batch, place = self._documents.locate(document)
-        shard, row, start, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "start", "length"))
+        shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
         tokens, token_place = self._shards[shard].locate(row)
-        ids = tokens.lists["ids"].row(token_place)[start : start + length]
+        ids = tokens.lists["ids"].row(token_place)[:length]
         labels = np.full(length, IGNORED, np.int64)
         for begin, end in batch.lists["trained"].row(place).tolist():
             labels[begin:end] = ids[begin:end]
@@ -163,10 +181,11 @@ class _Lists(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The columns of one record batch that this module reads, as NumPy arrays."""
+    """The columns of one record batch that this module reads, as NumPy arrays; texts stay in Arrow."""
 
     numbers: dict[str, NDArray[Any]]
     lists: dict[str, _Lists]
+    texts: dict[str, Any]
 
 
 class _Table:
@@ -198,12 +217,15 @@ class _Table:
         batch = self._open().get_batch(number)
         numbers: dict[str, NDArray[Any]] = {}
         lists: dict[str, _Lists] = {}
+        texts: dict[str, Any] = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if pa.types.is_integer(column.type):
                 numbers[name] = column.to_numpy()
             elif name != "spans" and pa.types.is_list(column.type):
                 lists[name] = _Lists(column.offsets.to_numpy(), _values(column.values))
-        return _Batch(numbers, lists)
+            elif pa.types.is_string(column.type):
+                texts[name] = column
+        return _Batch(numbers, lists, texts)
 
 
 def _values(values: Any) -> NDArray[Any]:

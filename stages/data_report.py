@@ -1,6 +1,6 @@
 """The data report: what became of every row, as JSON, as Markdown tables, and as one HTML page without scripts.
 
-Every row that was read is accounted for, by source: `rows = documents + heldout + dropped`.
+Every row that was read is accounted for, by source: `rows = packed + heldout + dropped`.
 """
 
 import json
@@ -34,13 +34,15 @@ class Source:
     """Turns with something that the chat template leaves out, by what it is."""
     turns_without_end: int
     """Turns for the model to write that nothing ends."""
-    documents: int
+    packed: int
     """Rows packed for training."""
     heldout: int
     """Rows packed for the held-out loss."""
+    taken: int
+    """Rows packed for training, each as often as it is taken."""
     truncated: int
     tokens: int
-    """Tokens of the training rows."""
+    """Tokens of the rows taken."""
     trained_tokens: int
 
 
@@ -60,11 +62,14 @@ def compile_report(
 ) -> dict[str, Any]:
     """The report as JSON: the plan's figures, the sources, their sums, and how long rows are before any cut."""
     for source in sources:
-        assert source.rows == source.documents + source.heldout + sum(source.dropped.values()), "a row got lost"
+        assert source.rows == source.packed + source.heldout + sum(source.dropped.values()), "a row got lost"
     edges, counts = histogram(lengths)
     return {
         **{name: value for name, value in plan.items() if name != "shards"},
         "rows": sum(source.rows for source in sources),
+        "packed": sum(source.packed for source in sources),
+        "heldout": sum(source.heldout for source in sources),
+        "taken": sum(source.taken for source in sources),
         "dropped": added([source.dropped for source in sources]),
         "lengths": {
             "min": int(lengths.min()),
@@ -111,8 +116,8 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("rows read", f"{report['rows']:,}"),
-        ("packed", f"{report['documents']:,}"),
-        ("held out", f"{report['heldout_documents']:,}"),
+        ("packed", f"{report['packed']:,}"),
+        ("held out", f"{report['heldout']:,}"),
         ("dropped", f"{sum(report['dropped'].values()):,}"),
         ("tokens", f"{report['tokens']:,}"),
         ("of them trained", f"{report['trained_tokens'] / report['tokens']:.1%}"),
@@ -127,7 +132,7 @@ def _by_source(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for source in report["sources"]:
         dropped = sum(source["dropped"].values())
-        numbers = [source[name] for name in ("rows", "documents", "heldout")]
+        numbers = [source[name] for name in ("rows", "packed", "heldout")]
         share = f"{source['trained_tokens'] / source['tokens']:.1%}" if source["tokens"] else "–"
         numbers += [dropped, source["truncated"], source["tokens"]]
         rows.append([source["name"], *(f"{number:,}" for number in numbers), share])

@@ -1,30 +1,42 @@
 """pack: every decision that needs all rows, made as an index; no token is copied.
 
-Which rows train and which are held out, what is dropped and why, which tokens train, and which packed sequence each row
-goes into (`packing.plan`). Changing any of it retokenizes nothing. Writes `documents.arrow` and `bins.arrow`, the same
-for held-out rows, `plan.json`, and the data report (`stages.data_report`).
+Which rows train and how often, which are held out, what is dropped and why, which tokens train, and which packed
+sequence each row goes into (`packing.plan`). Changing any of it retokenizes nothing. Writes `documents.arrow` and
+`bins.arrow`, the same for held-out rows, `plan.json`, and the data report (`stages.data_report`).
 
 A row trains only tokens of its turns' contents and end markers, never the chat template's headers, and never its first
-token, which has nothing before it to be predicted from. A row from the data counts once in the report: it is packed, or
-dropped for the first reason that applies, in the order of `REASONS`.
+token, which has nothing before it to be predicted from. A row of the data counts once in the report: it is packed, or
+held out, or dropped for the first reason that applies, in the order of `REASONS`.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field
 
 from packing.plan import Plan
-from packing.plan import pack as pack_lengths
-from stages import data_report
-from stages.selection import KEPT, REASONS, Flags, Numbers, Rows, Shard, drop_reasons, find_shards, held_out, read_rows
+from stages import data_report, plan_files, selection
+from stages.selection import KEPT, LIMITED, REASONS, UNSAMPLED, Reasons
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
-from stages.tables import BATCH_ROWS, BINS, DOCUMENTS, RANGE, read_table
+from stages.tokenized import Flags, Numbers, Rows, Shard, find_shards, read_rows
+
+Speaker = Literal["system", "user", "assistant", "tool"]
+
+
+class PackSource(StageConfig):
+    """How much of one source is taken."""
+
+    weight: float = Field(default=1.0, ge=0.0, le=1000.0)
+    """How often each row trains in one pass: 2.5 is twice, and a third time for half of the rows; 0.1 is a tenth of the
+    rows. A row's own hash and the seed decide."""
+    limit: int | None = Field(default=None, ge=1)
+    """The most rows that train, before `weight`: a fair sample, drawn by the rows' hashes and the seed."""
+    heldout_fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """As `pack.heldout_fraction`."""
 
 
 class PackConfig(StageConfig):
@@ -36,18 +48,27 @@ class PackConfig(StageConfig):
     """Packed sequences per optimizer step, over all devices."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """What to do with a row longer than `sequence_length`: leave it out and count it, cut its end off, or stop."""
-    train_on: Literal["assistant", "all", "last"] = "assistant"
-    """Whose turns train: the assistant's, everyone's, or the assistant's last. Raw text always trains, and a turn's own
-    `train` flag in the data goes before this."""
+    train_on: Literal["assistant", "all", "last"] | tuple[Speaker, ...] = "assistant"
+    """Whose turns train: the assistant's, everyone's, the assistant's last, or those of a list of roles. Raw text
+    always trains, and flags in the data go before this."""
     heldout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of rows held out from training, besides the sources with `split: heldout`. A row's own hash decides, so it
     stays on its side when data is added."""
     deduplicate: bool = True
     """Keep only the first of identical rows. Rows that are also held out never train, whatever this says."""
+    sources: dict[str, PackSource] = Field(default_factory=dict)
+    """How much of single sources is taken, by their name in `fetch.data`."""
+    window: int | None = Field(default=None, ge=1)
+    """About how many tokens training reads before it goes on to other shards: a window is packed and shuffled by
+    itself, so that data larger than the disk can be streamed. null for one window of everything."""
     max_documents: int | None = Field(default=None, ge=1)
-    """The most rows in a packed sequence; null for no limit."""
+    """The most documents in a packed sequence; null for no limit."""
     seed: int = Field(default=0, ge=0)
-    """Decides which of equally long rows go together, and the order of steps."""
+    """Decides what is sampled, which of equally long rows go together, and the order of steps."""
+
+    def of(self, source: str) -> PackSource:
+        """The settings of one source."""
+        return self.sources.get(source, PackSource())
 
 
 def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -59,50 +80,34 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
             "there are no rows to pack: every source is empty, or every row was dropped before. See convert"
         )
     if config.overlong == "error":
-        _refuse_overlong(rows, shards, inputs["tokens"], config.sequence_length)
-    heldout = held_out(rows, shards, config.heldout_fraction)
-    limit = None if config.overlong == "truncate" else config.sequence_length
-    reasons = drop_reasons(rows, heldout, limit, config.deduplicate)
-    kept = reasons == KEPT
-    training, holding = np.flatnonzero(kept & ~heldout), np.flatnonzero(kept & heldout)
-    if len(training) == 0:
-        raise UserError(_nothing_left(reasons, heldout, config))
+        _refuse_overlong(rows, shards, config.sequence_length)
+    if config.max_documents and config.max_documents < rows.sequences:
+        raise UserError(f"pack.max_documents is {config.max_documents}: a row here is {rows.sequences} documents")
+    taken = _take(config, rows, shards)
+    chosen = np.repeat(np.arange(len(rows)), taken.copies)
+    if len(chosen) == 0:
+        raise UserError(_nothing_left(taken, config))
 
-    length = np.minimum(rows.length, config.sequence_length)
-    plan = _write("", training, rows, length, config, output)
-    heldout_plan = _write("heldout_", holding, rows, length, config, output)
-    tokens = int(length[training].sum())
-    description: dict[str, Any] = {
-        "sequence_length": config.sequence_length,
-        "global_batch": config.global_batch,
-        "seed": config.seed,
-        "shards": [{"path": s.path, "source": s.source, "split": s.split} for s in shards],
-        "bins": len(plan),
-        "steps": -(-len(plan) // config.global_batch),
-        "max_documents": max(_most_documents(plan), _most_documents(heldout_plan)),
-        "documents": len(training),
-        "tokens": tokens,
-        "trained_tokens": int(rows.trained_tokens[training].sum()),
-        "truncated": int((rows.length[kept] > config.sequence_length).sum()),
-        "fill": tokens / (len(plan) * config.sequence_length),
-        "heldout_documents": len(holding),
-        "heldout_tokens": int(length[holding].sum()),
-        "heldout_trained_tokens": int(rows.trained_tokens[holding].sum()),
-    }
+    settings = config.model_dump(include={"sequence_length", "global_batch", "max_documents", "seed"})
+    tokens_of_shard = np.bincount(
+        rows.shard[chosen], weights=rows.used[chosen].sum(axis=1), minlength=len(shards)
+    ).astype(np.int64)
+    window = selection.windows(shards, tokens_of_shard, config.window, config.seed)
+    plan = plan_files.write(
+        output, "", rows, chosen, shards=len(shards), windows=window[rows.shard[chosen]], **settings
+    )
+    holding = np.flatnonzero(taken.heldout & (taken.reasons == KEPT))
+    heldout_plan = plan_files.write(output, "heldout_", rows, holding, shards=len(shards), **settings)
+    description = _describe(config, shards, rows, chosen, holding, plan, heldout_plan, window)
     (output / "plan.json").write_text(json.dumps(description, indent=1) + "\n")
     report = data_report.compile_report(
         description,
-        [_of_source(name, shards, rows, length, heldout, reasons) for name in _sources(shards)],
-        rows.length,
+        [_of_source(name, shards, rows, taken) for name in sorted({shard.source for shard in shards})],
+        rows.length.sum(axis=1),
     )
     data_report.write(report, output)
     return {
-        "rows": report["rows"],
-        "documents": len(training),
-        "tokens": tokens,
-        "trained_tokens": description["trained_tokens"],
-        "bins": len(plan),
-        "steps": description["steps"],
+        **{name: report[name] for name in ("rows", "documents", "tokens", "trained_tokens", "bins", "steps")},
         "fill": round(description["fill"], 4),
         "dropped": report["dropped"],
         "truncated": description["truncated"],
@@ -110,125 +115,121 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
     }
 
 
-def _sources(shards: Sequence[Shard]) -> list[str]:
-    return sorted({shard.source for shard in shards})
+@dataclass(frozen=True)
+class _Taken:
+    """What becomes of every row."""
+
+    heldout: Flags
+    """[rows]"""
+    reasons: Reasons
+    """[rows] Why it is dropped, or KEPT."""
+    copies: Numbers
+    """[rows] How often it trains: 0 where it is dropped or held out."""
 
 
-def _refuse_overlong(rows: Rows, shards: Sequence[Shard], tokens: Path, limit: int) -> None:
-    overlong = np.flatnonzero(rows.length > limit)
+def _take(config: PackConfig, rows: Rows, shards: Sequence[Shard]) -> _Taken:
+    own = [config.of(shard.source) for shard in shards]
+    fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
+    heldout = selection.held_out(rows, shards, fractions)
+    reasons = selection.drop_reasons(
+        rows,
+        heldout,
+        None if config.overlong == "truncate" else config.sequence_length,
+        config.deduplicate,
+        must_train=shards[0].kind != "prompt",
+    )
+    beyond = selection.beyond_limit(
+        rows, (reasons == KEPT) & ~heldout, [shard.source for shard in shards], [s.limit for s in own], config.seed
+    )
+    reasons[beyond] = LIMITED
+    training = (reasons == KEPT) & ~heldout
+    copies = np.where(training, selection.copies(rows, [s.weight for s in own], config.seed), 0)
+    reasons[training & (copies == 0)] = UNSAMPLED
+    return _Taken(heldout, reasons, copies)
+
+
+def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
+    lengths = rows.length.sum(axis=1)
+    overlong = np.flatnonzero(lengths > limit)
     if len(overlong) == 0:
         return
     first = overlong[0]
-    path = shards[rows.shard[first]].path
-    table = read_table(tokens / path / "tokens.arrow")
-    row = table.column("row")[int(rows.place[first])].as_py()
     raise UserError(
-        f"{path}, row {row}: {rows.length[first]} tokens do not fit into pack.sequence_length {limit} "
-        f"({len(overlong)} such rows, the longest with {rows.length.max()}). Raise it, or set pack.overlong to drop or "
-        "truncate"
+        f"{shards[rows.shard[first]].place(rows.number[first])}: {lengths[first]} tokens do not fit into "
+        f"pack.sequence_length {limit} ({len(overlong)} such rows, the longest with {lengths.max()}). Raise it, or set "
+        "pack.overlong to drop or truncate"
     )
 
 
-def _nothing_left(reasons: NDArray[np.uint8], heldout: Flags, config: PackConfig) -> str:
+def _nothing_left(taken: _Taken, config: PackConfig) -> str:
     """Why no row trains, and how to mend it."""
-    counts = {reason: int((reasons == code).sum()) for code, reason in enumerate(REASONS, 1)}
+    counts = {reason: int((taken.reasons == code).sum()) for code, reason in enumerate(REASONS, 1)}
     told = [f"{count} {reason}" for reason, count in counts.items() if count]
-    if kept_aside := int(((reasons == KEPT) & heldout).sum()):
+    if kept_aside := int(((taken.reasons == KEPT) & taken.heldout).sum()):
         told.append(f"{kept_aside} held out")
     mends = {
         "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
         "nothing to train on": f"look at pack.train_on ({config.train_on}) and at the rows' own train flags",
         "in held-out": "give other rows to the sources with split: heldout",
-        "duplicate": "",
+        "not sampled": "raise the weights in pack.sources",
     }
     most = max(counts, key=lambda reason: counts[reason])
-    mend = mends[most] if counts[most] else "give a source without split: heldout, or lower pack.heldout_fraction"
-    return f"no row is left to train on: of {len(reasons)}, {', '.join(told)}. To mend it, {mend}"
+    mend = mends.get(most, "") if counts[most] else ""
+    mend = mend or "give a source without split: heldout, or lower pack.heldout_fraction"
+    return f"no row is left to train on: of {len(taken.reasons)}, {', '.join(told)}. To mend it, {mend}"
 
 
-def _write(prefix: str, chosen: Numbers, rows: Rows, length: Numbers, config: PackConfig, output: Path) -> Plan:
-    """Pack the chosen rows and write their documents and bins."""
-    lengths = length[chosen]
-    plan = pack_lengths(
-        lengths,
-        config.sequence_length,
-        global_batch=config.global_batch,
-        seed=config.seed,
-        max_documents=config.max_documents,
-    )
-    last = np.cumsum(rows.ranges)
-    picked = _spread(last[chosen] - rows.ranges[chosen], rows.ranges[chosen])
-    ranges = pa.StructArray.from_arrays(
-        [pa.array(rows.starts[picked], pa.uint32()), pa.array(rows.ends[picked], pa.uint32())], fields=list(RANGE)
-    )
-    documents = [
-        pa.array(rows.shard[chosen], pa.uint32()),
-        pa.array(rows.place[chosen], pa.uint32()),
-        pa.array(np.zeros(len(chosen), np.uint32)),
-        pa.array(lengths, pa.uint32()),
-        _lists(DOCUMENTS, "trained", np.append(0, np.cumsum(rows.ranges[chosen])), ranges),
-    ]
-    _write_columns(output / f"{prefix}documents.arrow", DOCUMENTS, documents)
-    trained = rows.trained_tokens[chosen]
-    bins = [
-        _lists(BINS, "documents", plan.offsets, pa.array(plan.documents)),
-        pa.array(_sums(lengths[plan.documents], plan.offsets), pa.uint32()),
-        pa.array(_sums(trained[plan.documents], plan.offsets), pa.uint32()),
-    ]
-    _write_columns(output / f"{prefix}bins.arrow", BINS, bins)
-    return plan
-
-
-def _spread(starts: Numbers, counts: Numbers) -> Numbers:
-    """The numbers start, start + 1, ..., `count` of them, for each pair: starts 7 2, counts 2 3 -> 7 8 2 3 4."""
-    ends = np.cumsum(counts)
-    spread: Numbers = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
-    return spread
-
-
-def _sums(values: Numbers, offsets: Numbers) -> Numbers:
-    """Sums of consecutive runs of values; no run is empty."""
-    sums: Numbers = np.add.reduceat(values, offsets[:-1]) if len(offsets) > 1 else values
-    return sums
-
-
-def _lists(schema: pa.Schema, name: str, offsets: Numbers, values: pa.Array) -> pa.Array:
-    """A list column in pieces, each with 32-bit offsets of its own."""
-    kind = schema.field(name).type
-    return pa.chunked_array(
-        [
-            pa.ListArray.from_arrays(
-                pa.array(offsets[low : low + BATCH_ROWS + 1] - offsets[low], pa.int32()),
-                values.slice(offsets[low], offsets[min(low + BATCH_ROWS, len(offsets) - 1)] - offsets[low]),
-                type=kind,
-            )
-            for low in range(0, len(offsets) - 1, BATCH_ROWS)
+def _describe(
+    config: PackConfig,
+    shards: Sequence[Shard],
+    rows: Rows,
+    chosen: Numbers,
+    holding: Numbers,
+    plan: Plan,
+    heldout_plan: Plan,
+    window: Numbers,
+) -> dict[str, Any]:
+    """What stands in `plan.json`."""
+    tokens = int(rows.used[chosen].sum())
+    cut = rows.length.sum(axis=1) > config.sequence_length
+    return {
+        "kind": shards[0].kind,
+        "sequence_length": config.sequence_length,
+        "global_batch": config.global_batch,
+        "seed": config.seed,
+        "shards": [
+            {"path": shard.path, "source": shard.source, "split": shard.split, "window": int(number)}
+            for shard, number in zip(shards, window, strict=True)
         ],
-        kind,
-    )
-
-
-def _write_columns(path: Path, schema: pa.Schema, columns: Iterable[Any]) -> None:
-    table = pa.Table.from_arrays(list(columns), schema=schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(table, max_chunksize=BATCH_ROWS)
+        "windows": plan.windows.tolist(),
+        "bins": len(plan),
+        "steps": -(-len(plan) // config.global_batch),
+        "max_documents": max(_most_documents(plan), _most_documents(heldout_plan)),
+        "documents": len(plan.documents),
+        "tokens": tokens,
+        "trained_tokens": int(rows.trained[chosen].sum()),
+        "truncated": int(cut[np.unique(chosen)].sum() + cut[holding].sum()),
+        "fill": tokens / (len(plan) * config.sequence_length),
+        "heldout_documents": len(heldout_plan.documents),
+        "heldout_tokens": int(rows.used[holding].sum()),
+        "heldout_trained_tokens": int(rows.trained[holding].sum()),
+    }
 
 
 def _most_documents(plan: Plan) -> int:
     return int(np.diff(plan.offsets).max()) if len(plan) else 0
 
 
-def _of_source(
-    name: str, shards: Sequence[Shard], rows: Rows, length: Numbers, heldout: Flags, reasons: NDArray[np.uint8]
-) -> data_report.Source:
+def _of_source(name: str, shards: Sequence[Shard], rows: Rows, taken: _Taken) -> data_report.Source:
     """What became of one source's rows."""
     own = [shard for shard in shards if shard.source == name]
-    mine = np.isin(rows.shard, [number for number, shard in enumerate(shards) if shard.source == name])
-    kept = mine & (reasons == KEPT)
+    mine = np.array([shard.source == name for shard in shards])[rows.shard]
     dropped = data_report.added([shard.counts["dropped"] for shard in own])
     for code, reason in enumerate(REASONS, 1):
-        if count := int((mine & (reasons == code)).sum()):
+        if count := int((mine & (taken.reasons == code)).sum()):
             dropped[reason] = dropped.get(reason, 0) + count
+    kept = mine & (taken.reasons == KEPT)
+    copies = taken.copies[mine]
     return data_report.Source(
         name=name,
         split=own[0].split,
@@ -237,12 +238,13 @@ def _of_source(
         places=data_report.joined([shard.counts.get("places", {}) for shard in own]),
         unwritten=data_report.added([shard.counts.get("unwritten", {}) for shard in own]),
         turns_without_end=sum(shard.counts.get("turns_without_end", 0) for shard in own),
-        documents=int((kept & ~heldout).sum()),
-        heldout=int((kept & heldout).sum()),
-        truncated=int((kept & (rows.length > length)).sum()),
-        tokens=int(length[kept & ~heldout].sum()),
-        trained_tokens=int(rows.trained_tokens[kept & ~heldout].sum()),
+        packed=int((kept & ~taken.heldout).sum()),
+        heldout=int((kept & taken.heldout).sum()),
+        taken=int(copies.sum()),
+        truncated=int((kept & (rows.length != rows.used).any(axis=1)).sum()),
+        tokens=int((rows.used[mine].sum(axis=1) * copies).sum()),
+        trained_tokens=int((rows.trained[mine].sum(axis=1) * copies).sum()),
     )
 
 
-STAGE = Stage(name="pack", artifact="plan", version=1, config=PackConfig, run=run)
+STAGE = Stage(name="pack", artifact="plan", version=2, config=PackConfig, run=run)

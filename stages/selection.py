@@ -1,165 +1,131 @@
-"""Which rows train, which are held out, which of their tokens train, and why the others are dropped.
+"""Which rows train, which are held out, why the others are dropped, and how often a row is taken.
 
-Works on columns of numbers, a record batch at a time; token ids stay untouched on disk.
+A row's own hash decides wherever chance would: adding data moves no other row to another side.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from stages.stage import Tell
-from stages.tables import (
-    NO_TURN,
-    ORIGIN_CONTENT,
-    ORIGIN_END,
-    ROLES,
-    TRAIN_UNSET,
-    TRAIN_YES,
-    origins,
-    read_batches,
-    roles,
-    starts,
-    trains,
+from stages.tokenized import Flags, Numbers, Rows, Shard
+
+REASONS = (
+    "overlong",
+    "nothing to train on",
+    "in held-out",
+    "duplicate",
+    "near-duplicate",
+    "contaminated",
+    "beyond the limit",
+    "not sampled",
 )
-
-Numbers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-
-REASONS = ("overlong", "nothing to train on", "in held-out", "duplicate")
 """Why pack drops a row, and the order in which reasons are looked for."""
-KEPT, OVERLONG, NOTHING, IN_HELDOUT, DUPLICATE = range(5)
+KEPT, OVERLONG, NOTHING, IN_HELDOUT, DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, LIMITED, UNSAMPLED = range(9)
+
+Reasons = NDArray[np.uint8]
+
+_LIMITING, _SAMPLING = 1, 2
+"""Draws of one row that must not depend on each other."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One shard of tokens."""
-
-    path: str
-    source: str
-    split: str
-    counts: Mapping[str, Any]
-    """Its `counts.json`: rows read, and rows dropped before this stage."""
+def held_out(rows: Rows, shards: Sequence[Shard], fractions: Sequence[float]) -> Flags:
+    """[rows] Which are held out: those of held-out sources, and those whose identity, read as a number, is among the
+    lowest of all numbers: the share of its source in `fractions` [shards]."""
+    of_source = np.array([shard.split == "heldout" for shard in shards])
+    bounds = np.array([int(fraction * 2**64) for fraction in fractions], np.uint64)
+    held: Flags = of_source[rows.shard] | (_halves(rows.identity)[:, 0] < bounds[rows.shard])
+    return held
 
 
-@dataclass(frozen=True)
-class Rows:
-    """All rows of all shards, in order; `trained` ranges are flat, `ranges` of them a row."""
+def drop_reasons(
+    rows: Rows, heldout: Flags, limit: int | None, deduplicate: bool, must_train: bool = True
+) -> NDArray[np.uint8]:
+    """[rows] KEPT, or why the row is dropped, as far as it can be told from its own numbers and from equal rows.
 
-    shard: NDArray[np.uint32]
-    place: NDArray[np.uint32]
-    """Position in the shard's tokens table."""
-    length: Numbers
-    """Tokens, before any truncation."""
-    identity: pa.Array
-    """Fixed 16 bytes each."""
-    trained_tokens: Numbers
-    ranges: Numbers
-    starts: NDArray[np.uint32]
-    ends: NDArray[np.uint32]
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-
-def find_shards(tokens: Path) -> list[Shard]:
-    """The shards in a folder that tokenize wrote, by path."""
-    shards = []
-    for path in sorted(file.parent for file in tokens.rglob("tokens.arrow")):
-        counts = json.loads((path / "counts.json").read_text())
-        shards.append(Shard(path.relative_to(tokens).as_posix(), counts["source"], counts["split"], counts))
-    return shards
-
-
-def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str, limit: int, tell: Tell) -> Rows:
-    """All rows of the shards in the folder `tokens`; see `trained_ranges` for `train_on` and `limit`."""
-    parts: list[tuple[Any, ...]] = []
-    identities: list[pa.Array] = []
-    total = sum(shard.counts["rows"] - sum(shard.counts["dropped"].values()) for shard in shards)
-    done = 0
-    for number, shard in enumerate(shards):
-        place = 0
-        for batch in read_batches(tokens / shard.path / "tokens.arrow"):
-            count = len(batch)
-            parts.append(
-                (
-                    np.full(count, number, np.uint32),
-                    np.arange(place, place + count, dtype=np.uint32),
-                    batch.column("ids").value_lengths().to_numpy().astype(np.int64),
-                    *trained_ranges(batch, train_on, limit),
-                )
-            )
-            identities.append(batch.column("identity"))
-            place += count
-        done += place
-        tell(done, total, "rows")
-    if not parts:
-        empty, numbers = np.empty(0, np.int64), np.empty(0, np.uint32)
-        return Rows(numbers, numbers, empty, pa.array([], pa.binary(16)), empty, empty, numbers, numbers)
-    shard_number, places, lengths, trained, ranges, starts, ends = (
-        np.concatenate(part) for part in zip(*parts, strict=True)
-    )
-    return Rows(shard_number, places, lengths, pa.concat_arrays(identities), trained, ranges, starts, ends)
-
-
-def trained_ranges(
-    batch: pa.RecordBatch, train_on: str, limit: int
-) -> tuple[Numbers, Numbers, NDArray[np.uint32], NDArray[np.uint32]]:
-    """Which tokens of each row train, within the row's first `limit` tokens.
-
-    Returns trained tokens a row, ranges a row, and the ranges' starts and ends, flat. Ranges that touch are one.
+    `limit` is the most tokens a row may have; None if rows are cut. With `must_train`, a row with nothing to train on
+    in one of its sequences is of no use.
     """
-    spans = batch.column("spans")
-    counts = spans.value_lengths().to_numpy()
-    row = np.repeat(np.arange(len(batch)), counts)
-    ends, turns, kinds = (column.to_numpy() for column in spans.flatten().flatten())
-    origin, role, flag = origins(kinds), roles(kinds), trains(kinds)
-    assistant = role == ROLES.index("assistant")
-    if train_on == "all":
-        chosen = turns != NO_TURN
-    else:
-        if train_on == "last":
-            last = np.zeros(len(batch), turns.dtype)
-            np.maximum.at(last, row[assistant], turns[assistant])
-            assistant &= turns == last[row]
-        chosen = assistant | (role == ROLES.index("text"))
-    train = (origin == ORIGIN_CONTENT) | (origin == ORIGIN_END)
-    train &= (flag == TRAIN_YES) | ((flag == TRAIN_UNSET) & chosen)
-    begins, ends = np.maximum(starts(ends, counts), 1), np.minimum(ends, limit)
-    train &= begins < ends
-    begins, ends, row = begins[train], ends[train], row[train]
-    apart = np.append(True, (row[1:] != row[:-1]) | (begins[1:] != ends[:-1]))[: len(row)]
-    tokens = np.bincount(row, weights=ends - begins, minlength=len(batch)).astype(np.int64)
-    ranges = np.bincount(row[apart], minlength=len(batch))
-    return tokens, ranges, begins[apart], ends[np.append(apart[1:], True)[: len(row)]]
-
-
-def held_out(rows: Rows, shards: Sequence[Shard], fraction: float) -> Flags:
-    """Which rows are held out: those of held-out sources, and those whose identity, read as a number, is among the
-    lowest `fraction` of all numbers."""
-    of_source = np.array([shard.split == "heldout" for shard in shards])[rows.shard]
-    first_bytes = np.frombuffer(rows.identity.buffers()[1], ">u8")[rows.identity.offset * 2 :][: 2 * len(rows) : 2]
-    return of_source | (first_bytes.astype(np.uint64) < np.uint64(int(fraction * 2**64)))
-
-
-def drop_reasons(rows: Rows, heldout: Flags, limit: int | None, deduplicate: bool) -> NDArray[np.uint8]:
-    """[rows] KEPT, or why the row is dropped. `limit` is the most tokens a row may have; None if rows are cut."""
     reasons = np.full(len(rows), KEPT, np.uint8)
     if limit is not None:
-        reasons[rows.length > limit] = OVERLONG
-    reasons[(reasons == KEPT) & (rows.trained_tokens == 0)] = NOTHING
+        reasons[rows.length.sum(axis=1) > limit] = OVERLONG
+    if must_train:
+        reasons[(reasons == KEPT) & (rows.trained == 0).any(axis=1)] = NOTHING
     known = pc.is_in(rows.identity, value_set=rows.identity.filter(pa.array(heldout))).to_numpy(zero_copy_only=False)
     reasons[(reasons == KEPT) & ~heldout & known] = IN_HELDOUT
     if deduplicate:
         left = np.flatnonzero(reasons == KEPT)
         reasons[left[_seen_before(rows.identity.take(pa.array(left)))]] = DUPLICATE
     return reasons
+
+
+def beyond_limit(
+    rows: Rows, training: Flags, sources: Sequence[str], limits: Sequence[int | None], seed: int
+) -> Numbers:
+    """The numbers of those `training` rows [rows] that are more than their source's limit.
+
+    `sources` and `limits` [shards] say whose rows a shard holds, and how many of them may train. Those with the lowest
+    hashes stay: a fair sample wherever they stand in the files, of which each new row pushes out one at most.
+    """
+    draws = _draws(rows, seed, _LIMITING)
+    beyond = [np.empty(0, np.int64)]
+    for source, limit in sorted({(s, n) for s, n in zip(sources, limits, strict=True) if n is not None}):
+        own = np.flatnonzero(training & np.array([s == source for s in sources])[rows.shard])
+        beyond.append(own[np.argsort(draws[own], kind="stable")][limit:])
+    return np.concatenate(beyond)
+
+
+def copies(rows: Rows, weights: Sequence[float], seed: int) -> Numbers:
+    """[rows] How often each is taken. `weights` [shards] are their sources': 2.5 is two times, and a third time for
+    the half of the rows whose hash says so."""
+    whole = np.floor(weights).astype(np.int64)
+    bounds = np.array([int(weight % 1 * 2**64) for weight in weights], np.uint64)
+    more = _draws(rows, seed, _SAMPLING) < bounds[rows.shard]
+    taken: Numbers = whole[rows.shard] + more
+    return taken
+
+
+def windows(shards: Sequence[Shard], tokens: Numbers, size: int | None, seed: int) -> Numbers:
+    """[shards] The window each is in, counted from 0: of `size` tokens or a little more (`tokens` [shards] each has).
+
+    Every source is spread evenly over the windows, its shards in an order drawn from the seed, so that each window
+    has about the mix of the whole.
+    """
+    if size is None:
+        return np.zeros(len(shards), np.int64)
+    position = np.empty(len(shards))
+    random = np.random.PCG64(seed)
+    sources = np.array([shard.source for shard in shards])
+    for source in sorted(set(sources.tolist())):
+        own = np.flatnonzero((sources == source) & (tokens > 0))
+        order = np.argsort(random.random_raw(len(own)))
+        position[own[order]] = (np.arange(len(own)) + 0.5) / max(1, len(own))
+    position[tokens == 0] = 2.0
+    order = np.argsort(position, kind="stable")
+    begun = np.cumsum(tokens[order]) - tokens[order]
+    window = np.empty(len(shards), np.int64)
+    window[order] = begun // size
+    return np.unique(window, return_inverse=True)[1]
+
+
+def _halves(identity: pa.Array) -> NDArray[np.uint64]:
+    """[rows, 2] Identities as two numbers each."""
+    both = np.frombuffer(identity.buffers()[1] or b"", ">u8")[identity.offset * 2 :][: 2 * len(identity)]
+    return both.astype(np.uint64).reshape(-1, 2)
+
+
+def _draws(rows: Rows, seed: int, purpose: int) -> NDArray[np.uint64]:
+    """[rows] A number of 64 random bits each, from the row's identity and the seed: SplitMix64 (Steele et al. 2014).
+
+    It starts from the half of the identity that does not decide what is held out.
+    """
+    with np.errstate(over="ignore"):
+        found = _halves(rows.identity)[:, 1] + np.uint64((2 * seed + 1) * (0x9E3779B97F4A7C15 + purpose) % 2**64)
+        found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return found ^ (found >> np.uint64(31))
 
 
 def _seen_before(identities: pa.Array) -> Flags:

@@ -101,19 +101,24 @@ def tokens_schema(vocabulary: int) -> pa.Schema:
     )
 
 
-RANGE = pa.struct([pa.field("start", pa.uint32(), nullable=False), pa.field("end", pa.uint32(), nullable=False)])
-"""A half-open range of token positions, counted from the first token that is used of the row."""
+def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
+    """`documents.arrow` and `heldout_documents.arrow`: the sequences that pack kept, as an index; no token is copied.
 
-DOCUMENTS = pa.schema(
-    [
-        pa.field("shard", pa.uint32(), nullable=False),  # index into plan.json's "shards"
-        pa.field("row", pa.uint32(), nullable=False),  # position in that shard's tokens table (not the source row)
-        pa.field("start", pa.uint32(), nullable=False),  # first token used
-        pa.field("length", pa.uint32(), nullable=False),  # tokens used
-        pa.field("trained", pa.list_(pa.field("item", RANGE, nullable=False)), nullable=False),
-    ]
-)
-"""`documents.arrow` and `heldout_documents.arrow`: the rows that pack kept, as an index; no token is copied."""
+    Numbers are uint16 where `shards` and `sequence_length` fit. A document is the first `length` tokens of a sequence;
+    the sequences of one row stand next to each other, and a row that trains several times is listed again.
+    """
+    shard = pa.uint16() if shards <= 65536 else pa.uint32()
+    count = pa.uint16() if sequence_length <= 65535 else pa.uint32()
+    trained = pa.struct([pa.field("start", count, nullable=False), pa.field("end", count, nullable=False)])
+    return pa.schema(
+        [
+            pa.field("shard", shard, nullable=False),  # index into plan.json's "shards"
+            pa.field("row", pa.uint32(), nullable=False),  # position in that shard's tokens table (not the source row)
+            pa.field("length", count, nullable=False),  # tokens used
+            pa.field("trained", pa.list_(pa.field("item", trained, nullable=False)), nullable=False),
+        ]
+    )
+
 
 BINS = pa.schema(
     [

@@ -28,16 +28,15 @@ def write(path: Path, columns: dict[str, pa.Array]) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Rows in two shards, the second with 32-bit ids; document i is row i cut by its first token."""
+    """Rows in two shards, the second with 32-bit ids; document i is row i but for its last token."""
     shards = [("a/00000", ROWS[:12], pa.uint16()), ("b/00000", ROWS[12:], pa.uint32())]
     for path, rows, kind in shards:
-        ids = pa.array([[999, *row] for row in rows], pa.list_(kind))
+        ids = pa.array([[*row, 999] for row in rows], pa.list_(kind))
         write(tmp_path / "tokens" / path / "tokens.arrow", {"ids": ids})
     numbers = range(len(ROWS))
     documents = {
         "shard": pa.array([int(i >= 12) for i in numbers], pa.uint32()),
         "row": pa.array([i if i < 12 else i - 12 for i in numbers], pa.uint32()),
-        "start": pa.array([1] * len(ROWS), pa.uint32()),
         "length": pa.array([len(row) for row in ROWS], pa.uint32()),
         "trained": pa.array(
             [[{"start": a, "end": b} for a, b in ranges] for ranges in TRAINED],

@@ -23,7 +23,7 @@ from stages.identity import Action, Json, Tree, tree_of
 from stages.runtime import Runtime
 from stages.stage import Work
 from stages.store import Store
-from stages.tables import BINS, DOCUMENTS, tokens_schema, write_table
+from stages.tables import BINS, documents_schema, tokens_schema, write_table
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -357,9 +357,9 @@ def heldout(folder: Path, documents: list[list[int]], bins: list[list[int]], voc
     )
     write_table(
         plan / "heldout_documents.arrow",
-        DOCUMENTS,
+        documents_schema(1, 2048),
         (
-            {"shard": 0, "row": i, "start": 0, "length": len(ids), "trained": [{"start": 2, "end": len(ids)}]}
+            {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": 2, "end": len(ids)}]}
             for i, ids in enumerate(documents)
         ),
     )

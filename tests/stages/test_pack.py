@@ -1,8 +1,10 @@
 """pack: what trains, what is dropped and counted, what is held out, and what comes out as files."""
 
 import hashlib
+import itertools
 import json
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from hypothesis import strategies as st
 from packing.collate import IGNORED, PackedBins
 from stages.identity import tree_of
 from stages.pack import STAGE, PackConfig
-from stages.selection import trained_ranges
 from stages.stage import UserError, Work
 from stages.tables import (
     NO_TURN,
@@ -31,6 +32,7 @@ from stages.tables import (
     tokens_schema,
     write_table,
 )
+from stages.tokenized import may_train, read_spans, trained_ranges
 
 Span = tuple[int, int, int, int, str, int]
 """start, end, origin, turn, role, train"""
@@ -63,12 +65,20 @@ def row(*told: tuple[str, int] | tuple[str, int, int], identity: str | None = No
 
 
 def shard(
-    folder: Path, path: str, rows: Sequence[dict[str, Any]], split: str = "train", dropped: dict[str, int] | None = None
+    folder: Path,
+    path: str,
+    rows: Sequence[dict[str, Any]],
+    split: str = "train",
+    dropped: dict[str, int] | None = None,
+    kind: str = "conversation",
+    count: int | None = None,
 ) -> None:
+    """`count` is how many rows the sequences in `rows` are, if not as many."""
     numbered = ({"row": 100 + i, **each} for i, each in enumerate(rows))
     write_table(folder / path / "tokens.arrow", tokens_schema(50_000), numbered)
     counts = {
-        "rows": len(rows) + sum((dropped or {}).values()),
+        "kind": kind,
+        "rows": (len(rows) if count is None else count) + sum((dropped or {}).values()),
         "dropped": dropped or {},
         "source": path.split("/")[0],
         "split": split,
@@ -113,10 +123,17 @@ CHAT = [("system", 3), ("user", 4), ("assistant", 5), ("user", 2), ("assistant",
         ("assistant", [*range(15, 21), *range(28, 32)]),
         ("last", [*range(28, 32)]),
         ("all", [*range(2, 6), *range(8, 13), *range(15, 21), *range(23, 26), *range(28, 32)]),
+        (["user"], [*range(8, 13), *range(23, 26)]),
+        (["system", "assistant"], [*range(2, 6), *range(15, 21), *range(28, 32)]),
+        ([], []),
     ],
 )
-def test_contents_and_ends_of_the_chosen_turns_train(tmp_path: Path, train_on: str, expected: list[int]) -> None:
+def test_contents_and_ends_of_the_chosen_turns_train(tmp_path: Path, train_on: Any, expected: list[int]) -> None:
     shard(tmp_path / "tokens", "chat/00000", [row(*CHAT)])
+    if not expected:
+        with pytest.raises(UserError, match="1 nothing to train on"):
+            Packed(tmp_path / "tokens", tmp_path / "out", train_on=train_on)
+        return
     packed = Packed(tmp_path / "tokens", tmp_path / "out", train_on=train_on)
     assert list(labels(packed.bins)) == [expected]
     assert packed.facts["trained_tokens"] == len(expected) == packed.bins.trained.sum()
@@ -142,7 +159,7 @@ SPANS = st.lists(
     st.tuples(
         st.integers(0, 6),
         st.sampled_from([ORIGIN_TEMPLATE, ORIGIN_CONTENT, ORIGIN_END]),
-        st.sampled_from(["", "user", "assistant", "text", "tool"]),
+        st.sampled_from(["", "system", "user", "assistant", "text", "tool"]),
         st.sampled_from([TRAIN_UNSET, TRAIN_NO, TRAIN_YES]),
     ),
     max_size=8,
@@ -151,9 +168,11 @@ SPANS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    rows=st.lists(SPANS, max_size=5), train_on=st.sampled_from(["assistant", "all", "last"]), limit=st.integers(1, 30)
+    rows=st.lists(SPANS, max_size=5),
+    train_on=st.sampled_from(["assistant", "all", "last", ("user",), ("tool", "assistant"), ("system",)]),
+    limit=st.integers(1, 30),
 )
-def test_trained_ranges_are_what_a_token_by_token_reading_gives(rows: list[Any], train_on: str, limit: int) -> None:
+def test_trained_ranges_are_what_a_token_by_token_reading_gives(rows: list[Any], train_on: Any, limit: int) -> None:
     made, expected = [], []
     for told in rows:
         at, items, trained = 0, [], set()
@@ -164,14 +183,15 @@ def test_trained_ranges_are_what_a_token_by_token_reading_gives(rows: list[Any],
                 "assistant": role == "assistant",
                 "last": role == "assistant" and turn == last,
                 "all": role != "",
-            }[train_on] or role == "text"
+            }.get(train_on, role in train_on) or role == "text"
             if origin != ORIGIN_TEMPLATE and (flag == TRAIN_YES or (flag == TRAIN_UNSET and chosen)):
                 trained |= set(range(at, at + size))
             at += size
         made.append({"row": 0, "ids": [0] * at, "spans": spans(*items), "identity": bytes(16), "part": 0, "extra": ""})
         expected.append(sorted(place for place in trained if 0 < place < limit))
-    batch = pa.RecordBatch.from_pylist(made, schema=tokens_schema(10))
-    tokens, counts, starts, ends = trained_ranges(batch, train_on, limit)
+    found = read_spans(pa.Table.from_pylist(made, schema=tokens_schema(10)))
+    used = np.minimum([len(each["ids"]) for each in made], limit).astype(np.int64)
+    tokens, counts, starts, ends = trained_ranges(found, may_train(found, train_on), used)
     assert tokens.tolist() == [len(each) for each in expected]
     pieces = list(zip(starts.tolist(), ends.tolist(), strict=True))
     cuts = np.cumsum([0, *counts]).tolist()
@@ -208,7 +228,7 @@ def test_every_row_is_packed_or_counted(tmp_path: Path) -> None:
         "overlong": 1,
     }
     assert packed.facts["heldout_rows"] == 2
-    assert [(s["name"], s["documents"], s["heldout"]) for s in packed.report["sources"]] == [
+    assert [(s["name"], s["packed"], s["heldout"]) for s in packed.report["sources"]] == [
         ("chat", 2, 0),
         ("probe", 0, 2),
     ]
@@ -243,7 +263,7 @@ def test_overlong_rows_as_an_error_are_named(tmp_path: Path) -> None:
     asked = ("user", 3), ("assistant", 4)
     shard(tokens, "a/00000", [row(*asked)])
     shard(tokens, "b/00001", [row(*asked), row(("user", 3), ("assistant", 90))])
-    with pytest.raises(UserError, match=r"b/00001, row 101: 99 tokens do not fit into pack\.sequence_length 64"):
+    with pytest.raises(UserError, match=r"b/00001, row 102: 99 tokens do not fit into pack\.sequence_length 64"):
         Packed(tokens, tmp_path / "out", overlong="error")
 
 
@@ -277,6 +297,129 @@ def test_a_held_out_row_stays_held_out_when_data_is_added(tmp_path: Path) -> Non
     assert 20 < len(one.rows(heldout=True)) < 60
     assert one.rows(heldout=True) == {each for each in two.rows(heldout=True) if each[0] == "chat/00000"}
     assert not one.rows() & one.rows(heldout=True)
+
+
+def test_a_source_can_hold_out_another_share(tmp_path: Path) -> None:
+    asked = ("user", 3), ("assistant", 4)
+    for name in "ab":
+        shard(tmp_path / "tokens", f"{name}/00000", [row(*asked) for _ in range(100)])
+    config = {"heldout_fraction": 0.9, "sources": {"a": {"heldout_fraction": 0.0}}}
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", **config)
+    assert {path for path, _ in packed.rows(heldout=True)} == {"b/00000"}
+    assert 70 < packed.facts["heldout_rows"] < 100
+
+
+def test_a_limit_takes_a_sample_that_hardly_changes_when_data_is_added(tmp_path: Path) -> None:
+    asked = ("user", 3), ("assistant", 4)
+    first, more = ([row(*asked) for _ in range(count)] for count in (300, 30))
+    for name in ("one", "two"):
+        shard(tmp_path / name, "chat/00000", first[:200])
+        shard(tmp_path / name, "chat/00001", first[200:])
+        shard(tmp_path / name, "other/00000", [row(*asked) for _ in range(100)])
+    shard(tmp_path / "two", "chat/00002", more)
+    limits = {"sources": {"chat": {"limit": 100}, "other": {"limit": 100}}}
+    one = Packed(tmp_path / "one", tmp_path / "out1", **limits)
+    two = Packed(tmp_path / "two", tmp_path / "out2", **limits)
+    assert one.facts["dropped"] == {"beyond the limit": 200} and two.facts["dropped"] == {"beyond the limit": 230}
+    kept = one.rows() & two.rows()
+    assert len(kept) == 200 - len([path for path, _ in two.rows() if path == "chat/00002"]) > 170
+    assert 10 < len([path for path, _ in kept if path == "chat/00001"]) < 60, "not a fair sample"
+    assert one.rows() != Packed(tmp_path / "one", tmp_path / "out3", seed=1, **limits).rows()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0, 2.5, 3.0])
+def test_a_weight_says_how_often_a_row_trains(tmp_path: Path, weight: float) -> None:
+    asked = ("user", 3), ("assistant", 4)
+    shard(tmp_path / "tokens", "chat/00000", [row(*asked) for _ in range(400)])
+    shard(tmp_path / "tokens", "other/00000", [row(*asked) for _ in range(10)])
+    shard(tmp_path / "tokens", "probe/00000", [row(*asked) for _ in range(10)], split="heldout")
+    config = {"sources": {"chat": {"weight": weight}, "probe": {"weight": 3.0}}}
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", **config)
+    table = read_table(packed.output / "documents.arrow")
+    taken = Counter(zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True))
+    counts = [taken[0, number] for number in range(400)]
+    assert set(counts) <= {int(weight), int(np.ceil(weight))}
+    assert sum(counts) == pytest.approx(400 * weight, abs=35 if weight % 1 else 0)
+    assert sum(taken.values()) == sum(counts) + 10 == packed.facts["documents"]
+    assert packed.facts["dropped"] == ({"not sampled": counts.count(0)} if 0 in counts else {})
+    assert len(packed.rows(heldout=True)) == packed.plan["heldout_documents"] == 10, "held-out rows have no weight"
+    read = [packed.bins[number] for number in range(len(packed.bins))]
+    assert sum(len(each.lengths) for each in read) == packed.facts["documents"]
+    assert packed.facts["tokens"] == sum(len(each.ids) for each in read)
+    assert packed.facts["trained_tokens"] == sum((each.labels != IGNORED).sum() for each in read)
+    if weight % 1:
+        other = Packed(tmp_path / "tokens", tmp_path / "other", seed=1, **config)
+        assert read_table(other.output / "documents.arrow") != table, "the seed draws the rows"
+
+
+def test_a_window_reads_its_own_shards_and_has_the_mix_of_the_whole(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for source, shards in (("a", 12), ("b", 6)):
+        for number in range(shards):
+            sizes = random.integers(1, 50, 20)
+            rows = [row(("user", 2), ("assistant", int(size))) for size in sizes]
+            shard(tmp_path / "tokens", f"{source}/{number:05}", rows)
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", window=3000, global_batch=4)
+    bins = packed.bins
+    assert packed.plan["windows"][0] == 0 and packed.plan["windows"][-1] == len(bins)
+    assert 3 <= len(bins.windows) - 1 <= 5
+    documents = read_table(packed.output / "documents.arrow")["shard"].to_pylist()
+    for window, (begin, end) in enumerate(itertools.pairwise(bins.windows)):
+        read = {documents[d] for number in range(begin, end) for d in bins[number].documents.tolist()}
+        assert read == {shard for shard, of in enumerate(bins.window_of_shard) if of == window}
+        sources = Counter(packed.plan["shards"][number]["source"] for number in read)
+        assert sources["a"] - 1 <= 2 * sources["b"] <= sources["a"] + 2, "a window has another mix than the whole"
+    whole = Packed(tmp_path / "tokens", tmp_path / "whole", global_batch=4)
+    assert whole.bins.windows == [0, len(whole.bins)]
+    assert whole.rows() == packed.rows()
+
+
+def pair(chosen: int, rejected: int | None) -> list[dict[str, Any]]:
+    """A preference row: two sequences that share a prompt; None for no answer."""
+    first = row(("user", 3), ("assistant", chosen))
+    second = row(("user", 3), *([] if rejected is None else [("assistant", rejected)]))
+    return [{**first, "extra": '{"margin": 0.5}'}, {**second, "identity": first["identity"], "part": 1}]
+
+
+def test_the_two_answers_of_a_preference_are_packed_side_by_side(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pairs = [pair(*map(int, sizes)) for sizes in random.integers(1, 14, (40, 2))]
+    pairs += [pair(40, 40), pair(4, None), pairs[3]]
+    rows = [{**each, "row": number} for number, both in enumerate(pairs) for each in both]
+    shard(tmp_path / "tokens", "judged/00000", rows, kind="preference", count=len(pairs))
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sources={"judged": {"weight": 2.0}})
+    assert packed.facts["dropped"] == {"duplicate": 1, "nothing to train on": 1, "overlong": 1}
+    assert packed.facts["rows"] == 43 and packed.report["packed"] == 40
+    assert packed.facts["documents"] == 160, "40 rows, twice, two sequences each"
+    assert packed.bins.kind == "preference"
+    seen = Counter[int]()
+    for number in range(len(packed.bins)):
+        each = packed.bins[number]
+        lengths = each.lengths.reshape(-1, 2).tolist()
+        for (chosen, rejected), documents in zip(lengths, each.documents.reshape(-1, 2).tolist(), strict=True):
+            row_number = documents[0] // 4
+            assert documents[1] == documents[0] + 1
+            assert (chosen, rejected) == tuple(len(part["ids"]) for part in pairs[row_number])
+            assert packed.bins.extra(documents[0]) == {"margin": 0.5} and packed.bins.extra(documents[1]) == {}
+            seen[row_number] += 1
+    assert seen == dict.fromkeys(range(40), 2)
+
+
+def test_a_pair_is_cut_to_equal_shares(tmp_path: Path) -> None:
+    both = pair(90, 20)
+    shard(tmp_path / "tokens", "judged/00000", [{**each, "row": 0} for each in both], kind="preference", count=1)
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", overlong="truncate")
+    assert packed.bins[0].lengths.tolist() == [32, 29]
+    assert packed.facts["truncated"] == 1
+    with pytest.raises(UserError, match="a row here is 2 documents"):
+        Packed(tmp_path / "tokens", tmp_path / "other", max_documents=1)
+
+
+def test_sources_of_two_kinds_do_not_train_together(tmp_path: Path) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(("user", 3), ("assistant", 4))])
+    shard(tmp_path / "tokens", "judged/00000", pair(3, 4), kind="preference", count=1)
+    with pytest.raises(UserError, match="chat holds rows of kind conversation, judged of kind preference"):
+        Packed(tmp_path / "tokens", tmp_path / "out")
 
 
 def many(tokens: Path, count: int = 3000) -> None:

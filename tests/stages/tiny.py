@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from packing.plan import pack
-from stages.tables import BINS, DOCUMENTS, tokens_schema, write_table
+from stages.tables import BINS, documents_schema, tokens_schema, write_table
 
 VOCABULARY = 64
 
@@ -74,9 +74,9 @@ def plan(
     )
     write_table(
         plan / "documents.arrow",
-        DOCUMENTS,
+        documents_schema(1, 2048),
         (
-            {"shard": 0, "row": i, "start": 0, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
+            {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
             for i, ids in enumerate(rows)
         ),
     )

@@ -1,0 +1,263 @@
+"""The rows that tokenize wrote, as columns of numbers: how long they are, and which of their tokens train.
+
+A row of the data is one or more sequences: a conversation is one, a preference pair two (chosen, rejected), which are
+kept, dropped and packed together. Spans are read a shard at a time; token ids stay untouched on disk.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from stages.errors import UserError
+from stages.stage import Tell
+from stages.tables import (
+    NO_TURN,
+    ORIGIN_CONTENT,
+    ORIGIN_END,
+    ORIGIN_TEMPLATE,
+    ROLES,
+    TRAIN_UNSET,
+    TRAIN_YES,
+    origins,
+    read_table,
+    roles,
+    starts,
+    trains,
+)
+
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+SEQUENCES = {"preference": 2}
+"""Sequences that a row gives, by kind of data; of the kinds not named here, one."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of tokens."""
+
+    path: str
+    source: str
+    split: str
+    counts: Mapping[str, Any]
+    """Its `counts.json`: rows read, and rows dropped before this stage."""
+
+    @property
+    def kind(self) -> str:
+        """What its rows are: conversation, preference, unpaired_preference, stepwise or prompt."""
+        return str(self.counts.get("kind", "conversation"))
+
+    @property
+    def rows(self) -> int:
+        """Rows that came out of convert."""
+        return int(self.counts["rows"] - sum(self.counts["dropped"].values()))
+
+    def place(self, number: int) -> str:
+        """A row by its number in the shard, for people, who count from 1."""
+        return f"{self.path}, row {int(self.counts.get('first', 0)) + int(number) + 1}"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of some sequences, flat."""
+
+    counts: Numbers
+    """[sequences] Spans in each."""
+    starts: Numbers
+    ends: Numbers
+    turns: NDArray[np.uint16]
+    kinds: NDArray[np.uint8]
+
+    @property
+    def sequence(self) -> Numbers:
+        """[spans] The sequence each belongs to."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of all shards, in order. Of a row's sequences, `place` is the first's, and the others follow it."""
+
+    shard: NDArray[np.uint32]
+    number: NDArray[np.uint32]
+    """[rows] The row's number in the shard's source."""
+    place: NDArray[np.uint32]
+    """[rows] Position in the shard's tokens table."""
+    identity: pa.Array
+    """[rows] 16 bytes each."""
+    length: Numbers
+    """[rows, sequences] Tokens, before any truncation."""
+    used: Numbers
+    """[rows, sequences] Tokens that are left of a row longer than the limit when it is cut."""
+    trained: Numbers
+    """[rows, sequences] Trained tokens among those used."""
+    ranges: Numbers
+    """[rows, sequences] How many ranges they are."""
+    starts: NDArray[np.uint32]
+    """[ranges] Where the ranges start, counted from the sequence's first token."""
+    ends: NDArray[np.uint32]
+    said: Numbers
+    """[shards, roles] Tokens of contents, by who says them."""
+    endings: Numbers
+    """[shards] Spans that end a turn and train."""
+    unanswered: Numbers
+    """[shards] Conversations whose last word is a user's."""
+
+    def __len__(self) -> int:
+        return int(self.shard.size)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a row gives."""
+        return int(self.length.shape[1])
+
+
+def find_shards(tokens: Path) -> list[Shard]:
+    """The shards in a folder that tokenize wrote, by path.
+
+    Raises UserError when they cannot be packed together: data of several kinds, or a source read in several formats.
+    """
+    shards = []
+    for path in sorted(file.parent for file in tokens.rglob("tokens.arrow")):
+        counts = json.loads((path / "counts.json").read_text("utf-8"))
+        shards.append(Shard(path.relative_to(tokens).as_posix(), counts["source"], counts["split"], counts))
+    first_of: dict[str, Shard] = {}
+    for shard in shards:
+        if shard.kind != shards[0].kind:
+            raise UserError(
+                f"{shards[0].source} holds rows of kind {shards[0].kind}, {shard.source} of kind {shard.kind}: one "
+                "model trains on one kind. Take one of the sources out, or give it another convert.sources.NAME.format"
+            )
+        first = first_of.setdefault(shard.source, shard)
+        if first.counts.get("format") != shard.counts.get("format"):
+            raise UserError(
+                f"{first.path} was read as {first.counts['format']}, {shard.path} as {shard.counts['format']}: set "
+                f"convert.sources.{shard.source}.format"
+            )
+    return shards
+
+
+def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str | Sequence[str], limit: int, tell: Tell) -> Rows:
+    """All rows of the shards in the folder `tokens`; see `may_train` for `train_on`.
+
+    A row of more than `limit` tokens is cut: each of its sequences to an equal share of them.
+    """
+    width = SEQUENCES.get(shards[0].kind, 1) if shards else 1
+    total = sum(shard.rows for shard in shards)
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("shard", "number", "place", "length", "used", "trained", "ranges", "starts", "ends")
+    }
+    identities: list[pa.Array] = []
+    told: dict[str, list[Any]] = {"said": [], "endings": [], "unanswered": []}
+    done = 0
+    for number, shard in enumerate(shards):
+        table = read_table(tokens / shard.path / "tokens.arrow")
+        length = _numbers(pc.list_value_length(table["ids"])).reshape(-1, width)
+        used = np.where(length.sum(1, keepdims=True) > limit, np.minimum(length, limit // width), length)
+        spans = read_spans(table)
+        may = may_train(spans, train_on)
+        trained, ranges, begins, ends = trained_ranges(spans, may, used.ravel())
+        count = len(length)
+        read = (
+            np.full(count, number, np.uint32),
+            table["row"].to_numpy()[::width],
+            np.arange(0, count * width, width, dtype=np.uint32),
+            length,
+            used,
+            trained.reshape(-1, width),
+            ranges.reshape(-1, width),
+            begins,
+            ends,
+        )
+        for each, values in zip(columns.values(), read, strict=True):
+            each.append(values)
+        identity = table["identity"].combine_chunks()
+        identities.append(identity.take(pa.array(np.arange(0, count * width, width))) if width > 1 else identity)
+        for name, value in _speech(spans, may).items():
+            told[name].append(value)
+        done += count
+        tell(done, total, "rows")
+    if not done:
+        none, few = np.empty((0, width), np.int64), np.empty(0, np.uint32)
+        return Rows(few, few, few, pa.array([], pa.binary(16)), none, none, none, none, few, few, none, none, none)
+    joined = {name: np.concatenate(each) for name, each in columns.items()}
+    return Rows(
+        identity=pa.concat_arrays(identities), **joined, **{name: np.array(each) for name, each in told.items()}
+    )
+
+
+def read_spans(table: Any) -> Spans:
+    """The spans of an Arrow table or record batch of tokens."""
+    column = table["spans"]
+    counts = _numbers(pc.list_value_length(column))
+    flat = pc.list_flatten(column)
+    ends, turns, kinds = (pc.struct_field(flat, [field]).to_numpy() for field in range(3))
+    return Spans(counts, _numbers(starts(ends, counts)), _numbers(ends), turns, kinds)
+
+
+def _numbers(values: Any) -> Numbers:
+    array = values if isinstance(values, np.ndarray) else values.to_numpy(zero_copy_only=False)
+    return np.asarray(array, np.int64)
+
+
+def _chosen(train_on: str | Sequence[str]) -> Flags:
+    """[ROLES] Whose turns train. Raw text always does."""
+    names = {"assistant": ("assistant",), "last": ("assistant",), "all": ROLES[1:]}.get(str(train_on), tuple(train_on))
+    return np.array([role in names or role == "text" for role in ROLES])
+
+
+def may_train(spans: Spans, train_on: str | Sequence[str]) -> Flags:
+    """[spans] Which train: contents and ends of the turns that `train_on` chooses, or that the data itself says train.
+
+    `train_on` is `assistant`, `all`, `last` (the assistant's last turn) or a list of roles.
+    """
+    origin, role, flag = origins(spans.kinds), roles(spans.kinds), trains(spans.kinds)
+    chosen = _chosen(train_on)[role]
+    if train_on == "last":
+        assistant = role == ROLES.index("assistant")
+        sequence = spans.sequence
+        last = np.zeros(len(spans.counts), spans.turns.dtype)
+        np.maximum.at(last, sequence[assistant], spans.turns[assistant])
+        chosen &= ~assistant | (spans.turns == last[sequence])
+    may: Flags = (origin != ORIGIN_TEMPLATE) & ((flag == TRAIN_YES) | ((flag == TRAIN_UNSET) & chosen))
+    return may
+
+
+def trained_ranges(
+    spans: Spans, may: Flags, used: Numbers
+) -> tuple[Numbers, Numbers, NDArray[np.uint32], NDArray[np.uint32]]:
+    """Which tokens of each sequence train, among its first `used` ones and without the very first.
+
+    `may` [spans] tells which spans train. Returns trained tokens a sequence, ranges a sequence, and the ranges' starts
+    and ends, flat. Ranges that touch are one.
+    """
+    train = np.flatnonzero(may)
+    sequence = spans.sequence[train]
+    begins, ends = np.maximum(spans.starts[train], 1), np.minimum(spans.ends[train], used[sequence])
+    some = begins < ends
+    begins, ends, sequence = begins[some], ends[some], sequence[some]
+    apart = np.append(True, (sequence[1:] != sequence[:-1]) | (begins[1:] != ends[:-1]))[: len(sequence)]
+    tokens = np.bincount(sequence, weights=ends - begins, minlength=len(used)).astype(np.int64)
+    ranges = np.bincount(sequence[apart], minlength=len(used))
+    last = np.append(apart[1:], True)[: len(sequence)]
+    return tokens, ranges, begins[apart].astype(np.uint32), ends[last].astype(np.uint32)
+
+
+def _speech(spans: Spans, may: Flags) -> dict[str, Any]:
+    """Who says how much in a shard, how many ends of turns train, and how often a user has the last word."""
+    role = roles(spans.kinds)
+    said = np.flatnonzero((origins(spans.kinds) == ORIGIN_CONTENT) & (spans.turns != NO_TURN))
+    sizes = (spans.ends - spans.starts)[said]
+    last = said[np.append(np.diff(spans.sequence[said]) > 0, True)[: len(said)]]
+    return {
+        "said": np.bincount(role[said], weights=sizes, minlength=len(ROLES)).astype(np.int64),
+        "endings": int((may & (origins(spans.kinds) == ORIGIN_END)).sum()),
+        "unanswered": int((role[last] == ROLES.index("user")).sum()),
+    }
