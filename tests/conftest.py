@@ -17,6 +17,8 @@ from uuid import uuid4
 
 import pytest
 
+from tests.leftovers import pytest_configure, pytest_sessionfinish  # noqa: F401
+
 ADMIN = ("admin-key", "admin-secret-admin-secret")
 READER = ("reader-key", "reader-secret-reader-secret")
 IDENTITIES = [
@@ -66,7 +68,7 @@ class SeaweedFS:
             *("-s3.port.iceberg=0", "-s3.port.lance=0"),
             *(f"-{name}.port={port}" for name, port in zip(names, self.ports, strict=True)),
         ]
-        environment = {**os.environ, "GOMEMLIMIT": "512MiB", "HOME": str(self.folder)}
+        environment = {**os.environ, "GOMEMLIMIT": "512MiB", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
         _wait_for_a_put(self.endpoint, self.process, self.folder / "log")

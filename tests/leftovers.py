@@ -1,0 +1,63 @@
+"""Hooks that `conftest.py` takes in: the tests leave no process and no folder behind.
+
+Every process that a test starts inherits a mark in its environment; who still carries it when the session is over was
+left behind. Temporary files go to a folder of the session's own, which must be empty then. The run fails naming both.
+(Linux only: it reads /proc.)
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+MARK = "REGROW_TEST_SESSION"
+PATIENCE = 15.0
+"""Seconds that processes which have been told to end get for it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if sys.platform != "linux" or MARK in os.environ:  # an xdist worker: its controller looks
+        return
+    folder = tempfile.mkdtemp(prefix="regrow-tests-")
+    os.environ[MARK] = str(os.getpid())
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    config.stash[_FOLDER] = Path(folder)
+
+
+_FOLDER = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    folder = session.config.stash.get(_FOLDER, None)
+    if folder is None:
+        return
+    deadline = time.monotonic() + PATIENCE
+    while (left := _processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # pytest keeps its own folders of the last runs for people to look at.
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("pytest-of-"))
+    told = [f"process {number}: {command}" for number, command in left.items()] + [f"file {name}" for name in files]
+    if told and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\nleft behind by the tests:", *told, sep="\n  ")
+    if session.exitstatus == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes() -> dict[int, str]:
+    """Processes with the mark, this one and the dead apart, by number."""
+    mark = f"{MARK}={os.getpid()}".encode()
+    found = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit() and int(place.name) != os.getpid():
+            try:
+                if mark in (place / "environ").read_bytes().split(b"\0"):
+                    found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+            except OSError:  # it has ended, or is not ours
+                continue
+    return found
