@@ -6,8 +6,10 @@ checkpoint and computes the losses it would have computed.
 
 This file holds the recipe section and declares the stage; the work is in the files beside it:
 
+    checks.py        settings that do not fit together
     data.py          optimizer steps as lists of micro-batches
     model.py         loading, adapters, and what is written at the end
+    optimizers.py    optimizers by name; schedules.py: the learning rate
     trainer.py       transformers' Trainer over those steps
     checkpoints.py   complete or invisible
     run.py           the stage function: all of it in order
@@ -17,10 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages import objectives
 from stages.stage import Facts, Stage, StageConfig, Work
+from stages.train import checks, optimizers
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Lora(StageConfig):
@@ -34,6 +39,8 @@ class Lora(StageConfig):
     """Share of an adapter's input that is zeroed while training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers to adapt: every linear layer but the head, or names such as `[q_proj, v_proj]`."""
+    plus_ratio: float | None = Field(default=None, ge=1)
+    """B's learning rate over A's, about 16 (LoRA+, arXiv:2402.12354); equal when left out."""
 
     @field_validator("targets")
     @classmethod
@@ -58,20 +65,30 @@ class TrainConfig(StageConfig):
     """Optimizer steps, instead of `epochs`."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """At its highest, after the warmup."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warmup: to zero along half a cosine, to zero in a line, not at all."""
-    warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises in a line from zero."""
-    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adafactor"] = "adamw_torch_fused"
-    """By transformers' name."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's decay rates of the averages of the gradient and of its square."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """The highest for embeddings and head, where they train; `learning_rate` when left out."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls after the warmup: along half a cosine, in a line, not at all, in a line at the very
+    end (warmup, stable, decay), or as one over the square root of the steps."""
+    floor: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the learning rate at which cosine, linear and wsd end."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Steps in which the learning rate rises in a line from zero; below 1, a share of all steps."""
+    decay: float = Field(default=0.2, gt=0)
+    """Steps at the end in which wsd falls; up to 1, a share of all steps."""
+    optimizer: str = "adamw_torch_fused"
+    """By transformers' name, or muon: a line of docs/training-methods.md."""
+    optimizer_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """The optimizer's own settings, such as `{rank: 64}` for galore_adamw."""
+    betas: tuple[Beta, Beta] | None = None
+    """Decay rates of the averages of the gradient and of its square; the optimizer's own when left out, for AdamW
+    [0.9, 0.999]."""
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
-    """AdamW's decoupled weight decay, on matrices only (not on biases and norms)."""
+    """Decoupled weight decay, on matrices only (not on biases and norms)."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
     """A step's gradient is scaled down to this Euclidean norm when it is longer."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the forward and backward pass; trained weights and optimizer are float32 in both."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of the forward and backward pass; trained weights and optimizer are float32 in all of them."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the adapter's start, dropout, and the order of steps after the first epoch."""
 
@@ -80,6 +97,18 @@ class TrainConfig(StageConfig):
     def _known_objective(cls, name: str) -> str:
         objectives.find(name)
         return name
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        optimizers.find(name)
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        if wrong := list(checks.misfits(self)):
+            raise ValueError("; ".join(wrong))
+        return self
 
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:

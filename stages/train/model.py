@@ -1,6 +1,6 @@
 """The model that is trained: loaded, given its adapter, and written at the end.
 
-What is trained is held in float32 and computed in the recipe's precision (bf16 through autocast). AdamW on bfloat16
+What is trained is held in float32 and computed in the recipe's precision (16 bits through autocast). AdamW on bfloat16
 weights loses every update smaller than about 1/256 of a weight, which at usual learning rates is most of them. What is
 frozen is held in the recipe's precision.
 """
@@ -22,7 +22,12 @@ from packing.attention import implementation
 from stages.errors import UserError
 from stages.train import Lora, TrainConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """The arithmetic of a precision, as a block."""
+    return torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
 
 
 def load(folder: Path, config: TrainConfig, device: str) -> PreTrainedModel:

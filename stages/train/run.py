@@ -18,7 +18,7 @@ from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.objectives import Objective
 from stages.stage import Facts, Work
-from stages.train import TrainConfig, checkpoints, model
+from stages.train import TrainConfig, checkpoints, checks, model, optimizers
 from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
 from stages.train.trainer import make_trainer, stop_on_sigterm, to_device
 
@@ -38,6 +38,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     shards = [shard["path"] for shard in json.loads((inputs["plan"] / "plan.json").read_text())["shards"]]
     objective = objectives.find(config.objective)
     device = _device(work.runtime.device)
+    checks.refuse_device(config, device)
     total = config.max_steps or math.ceil(config.epochs * bins.steps)
     steps = Steps(bins, step_order(bins.steps, total, config.seed), work.runtime.micro_batch, objective.prepare)
     with stop_on_sigterm() as stop:
@@ -47,7 +48,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         trained: Any = model.adapt(loaded, config.lora) if config.method == "lora" else loaded
         trained.to(device)
         isolation = _prove_isolation(trained, device, config.precision)
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+        with model.autocast(device, config.precision):
             loss = objective.loss(trained, to_device(_example(objective, bins), device))
         checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
         trainer = make_trainer(
@@ -63,7 +64,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         work.tell(int(checkpoint.name) if checkpoint else 0, total, "steps")
         ready = time.monotonic()
         if not stop.asked:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with optimizers.training(trainer.optimizer):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < total:
             raise SystemExit(SUSPENDED)
     done = time.monotonic()
@@ -121,7 +123,7 @@ def _prove_isolation(trained: Any, device: str, precision: str) -> Mapping[str, 
         if device == "cpu":
             with model.in_float32(trained):
                 return check_isolation(trained)
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        with model.autocast(device, precision):
             return check_isolation(trained)
     except ValueError as error:
         raise UserError(f"train: {error}") from error

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.errors import UserError
 from stages.objectives import Batch, LossSum
 from stages.stage import Work
-from stages.train import TrainConfig, checkpoints
+from stages.train import TrainConfig, checkpoints, optimizers, schedules
 from stages.train.data import Step, Steps
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-"""Ours to transformers' names."""
 TELL_SECONDS = 0.2
 """Progress is told at most this often."""
 
@@ -78,20 +77,13 @@ def make_trainer(
     """A trainer that has not started. `name_rows` names the rows in some bins, for errors."""
     aside = work.folder / "unfinished"
     shutil.rmtree(aside, ignore_errors=True)
-    total = len(steps)
     arguments = TrainingArguments(
         output_dir=str(aside),
         num_train_epochs=1,  # of `steps`, which hold all epochs
         per_device_train_batch_size=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=SCHEDULES[config.schedule],
-        warmup_steps=math.ceil(config.warmup * total),
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
         max_grad_norm=config.max_gradient_norm,
-        optim=config.optimizer,
         bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
         seed=config.seed,
         use_cpu=device == "cpu",
         **_checkpointing(work.runtime.activation_checkpointing),
@@ -102,7 +94,9 @@ def make_trainer(
         disable_tqdm=True,
         report_to=[],
     )
-    trainer = PackedTrainer(model=model, args=arguments, train_dataset=steps)
+    optimizer = optimizers.make(model, config)
+    schedule = LambdaLR(optimizer, schedules.multiplier(config, len(steps)))
+    trainer = PackedTrainer(model=model, args=arguments, train_dataset=steps, optimizers=(optimizer, schedule))
     trainer.loss, trainer.work, trainer.name_rows, trainer.started = loss, work, name_rows, time.monotonic()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Saving(work.runtime.save_seconds, stop))
@@ -147,14 +141,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """transformers' schedule without its first value: a learning rate of zero would waste the first step."""
-        before = self.lr_scheduler
-        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
-        if before is None:
-            scheduler.step()
-        return scheduler
 
     def floating_point_ops(self, inputs: Step) -> int:
         """Not counted: the Trainer's formula knows nothing of packing."""

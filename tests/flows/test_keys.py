@@ -63,7 +63,8 @@ WORDS = [
 ]
 LISTS: list[Any] = [["q_proj"], ["x"], (0.8, 0.9)]
 FIELDS: list[Any] = [{name: "x"} for name in ("messages", "instruction", "text", "conversations")]
-CANDIDATES: list[Any] = [*NUMBERS, *WORDS, *LISTS, *FIELDS, {"x": "user"}]
+OPTIONS: list[Any] = [{"eps": 1e-6}]
+CANDIDATES: list[Any] = [*NUMBERS, *WORDS, *LISTS, *FIELDS, *OPTIONS, {"x": "user"}]
 """Values of all sorts: what a field does not take is passed over."""
 
 

@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_its_rows(tmp_path: Path) ->
     [
         {"learning_rate": 0},
         {"learning_rate": float("nan")},
-        {"warmup": 1},
+        {"warmup": -1},
         {"epochs": 0},
         {"max_steps": 0},
         {"lora": {"rank": 0}},

@@ -1,0 +1,292 @@
+"""Optimizers by name: transformers' names where it has one, and what it takes to make them.
+
+Weights fall into groups by learning rate and decay: matrices decay, biases and norms do not; embeddings and head may
+have a learning rate of their own, and LoRA's B another than its A (LoRA+).
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.train import TrainConfig
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an optimizer is made."""
+
+    where: str
+    """`module:Class`."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What makes this name of the class."""
+    options: Mapping[str, Value] = field(default_factory=dict)
+    """What `train.optimizer_options` may set, with the values it has otherwise."""
+    extra: str = ""
+    """The extra of regrow that installs it, where that is not `train`."""
+    betas: bool = True
+    """Whether it takes the recipe's `betas`."""
+    matrices: bool = False
+    """Whether it takes only two-dimensional weights of layers; the others go to AdamW, with the recipe's `betas`."""
+    gpu: str = ""
+    """Why it needs a GPU, where it does."""
+    low_rank: bool = False
+    """Whether its options are those of the matrices' parameter group."""
+
+
+EPS: Mapping[str, Value] = {"eps": 1e-8}
+GALORE: Mapping[str, Value] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+APOLLO: Mapping[str, Value] = {
+    "rank": 256,
+    "update_proj_gap": 200,
+    "scale": 1.0,
+    "proj": "random",
+    "scale_type": "channel",
+    "proj_type": "std",
+}
+FREE: Mapping[str, Value] = {"r": 0.0, "weight_lr_power": 2.0}
+ADEMAMIX: Mapping[str, Value] = {"beta3": 0.9999, "alpha": 5.0, "eps": 1e-8}
+EXTRA = "optimizers"
+PAGED = "pages its state between GPU and CPU"
+
+
+def _bnb(name: str, bits: int, options: Mapping[str, Value], gpu: str = "", betas: bool = True, **fixed: Any) -> Kind:
+    given = {"optim_bits": bits, **fixed}
+    return Kind(f"bitsandbytes.optim:{name}", given, options, "quantized", betas, gpu=gpu)
+
+
+OPTIMIZERS: Mapping[str, Kind] = {
+    "adamw_torch_fused": Kind("torch.optim:AdamW", {"fused": True}, EPS),
+    "adamw_torch": Kind("torch.optim:AdamW", {}, EPS),
+    "sgd": Kind("torch.optim:SGD", {}, {"momentum": 0.0, "nesterov": False}, betas=False),
+    "adagrad": Kind("torch.optim:Adagrad", {}, {"lr_decay": 0.0, "eps": 1e-10}, betas=False),
+    "rmsprop": Kind("torch.optim:RMSprop", {}, {"alpha": 0.99, "momentum": 0.0, "centered": False, **EPS}, betas=False),
+    "muon": Kind(
+        "torch.optim:Muon",
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"momentum": 0.95, "nesterov": True, "ns_steps": 5},
+        matrices=True,
+    ),
+    "adafactor": Kind(
+        "transformers.optimization:Adafactor",
+        {"scale_parameter": False, "relative_step": False},
+        {"clip_threshold": 1.0, "decay_rate": -0.8},
+        betas=False,
+    ),
+    "adamw_8bit": _bnb("AdamW", 8, EPS),
+    "paged_adamw_8bit": _bnb("AdamW", 8, EPS, PAGED, is_paged=True),
+    "paged_adamw_32bit": _bnb("AdamW", 32, EPS, PAGED, is_paged=True),
+    "lion_8bit": _bnb("Lion", 8, {}),
+    "lion_32bit": _bnb("Lion", 32, {}),
+    "paged_lion_8bit": _bnb("Lion", 8, {}, PAGED, is_paged=True),
+    "paged_lion_32bit": _bnb("Lion", 32, {}, PAGED, is_paged=True),
+    "ademamix": _bnb("AdEMAMix", 32, ADEMAMIX),
+    "ademamix_8bit": _bnb("AdEMAMix", 8, ADEMAMIX),
+    "paged_ademamix_8bit": _bnb("AdEMAMix", 8, ADEMAMIX, PAGED, is_paged=True),
+    "paged_ademamix_32bit": _bnb("AdEMAMix", 32, ADEMAMIX, PAGED, is_paged=True),
+    "rmsprop_bnb_8bit": _bnb("RMSprop", 8, {"alpha": 0.99, "momentum": 0.0, **EPS}, betas=False),
+    "rmsprop_bnb_32bit": _bnb("RMSprop", 32, {"alpha": 0.99, "momentum": 0.0, **EPS}, betas=False),
+    "schedule_free_adamw": Kind("schedulefree:AdamWScheduleFree", {}, {**FREE, **EPS}, EXTRA),
+    "schedule_free_radam": Kind("schedulefree:RAdamScheduleFree", {}, {**FREE, **EPS}, EXTRA),
+    "schedule_free_sgd": Kind("schedulefree:SGDScheduleFree", {}, {**FREE, "momentum": 0.9}, EXTRA, betas=False),
+    "galore_adamw": Kind("galore_torch:GaLoreAdamW", {"no_deprecation_warning": True}, GALORE, EXTRA, low_rank=True),
+    "galore_adamw_8bit": Kind(
+        "galore_torch:GaLoreAdamW8bit", {}, GALORE, EXTRA, low_rank=True, gpu="has its arithmetic in CUDA alone"
+    ),
+    "galore_adafactor": Kind(
+        "galore_torch:GaLoreAdafactor",
+        {"scale_parameter": False, "relative_step": False},
+        GALORE,
+        EXTRA,
+        betas=False,
+        low_rank=True,
+    ),
+    "apollo_adamw": Kind("apollo_torch:APOLLOAdamW", {}, APOLLO, EXTRA, low_rank=True),
+    "stable_adamw": Kind("optimi:StableAdamW", {}, {"eps": 1e-6}, EXTRA),
+}
+"""transformers' names, and muon. Its layer-wise ones and (ada)lomo update within the backward pass, where neither
+micro-batches can be added up nor gradients clipped; they are not offered."""
+
+
+def find(name: str) -> Kind:
+    """The optimizer of that name. Raises UserError with the nearest name."""
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(OPTIMIZERS))}"
+        raise UserError(f"train.optimizer is {name!r}; {hint}")
+    return OPTIMIZERS[name]
+
+
+def require(name: str) -> None:
+    """Raise UserError when what an optimizer comes in is not installed. Imports nothing heavy."""
+    kind = find(name)
+    if importlib.util.find_spec(kind.where.partition(":")[0].partition(".")[0]) is None:
+        raise UserError(f"train.optimizer {name} is not installed: pip install 'regrow[{kind.extra or 'train'}]'")
+
+
+def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
+    """The optimizer over a model's trainable weights, the recipe's learning rate in its first group."""
+    import torch
+
+    kind = find(config.optimizer)
+    made = _class(config.optimizer, kind)
+    given: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **kind.fixed}
+    options = {**kind.options, **config.optimizer_options}
+    if kind.betas and not kind.matrices and (betas := config.betas or _own_betas(made)):
+        given["betas"] = (*betas[:2], options.pop("beta3")) if "beta3" in options else betas
+    groups = list(_groups(model, config))
+    if kind.matrices:
+        matrices, others = ([_plain(g) for g in groups if g["matrix"] == matrix] for matrix in (True, False))
+        if not matrices:
+            raise UserError(f"train.optimizer {config.optimizer} is for matrices of layers, and none trains")
+        parts = [made(matrices, **given, **options)]
+        if others:
+            parts.append(torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas or (0.9, 0.999)))
+        return together(parts)
+    if given.get("optim_bits") == 8:
+        _keep_embeddings_wide(model)
+    if kind.low_rank:
+        _let_load(made)
+        plain = [{**_plain(group), **(options if group["matrix"] else {})} for group in groups]
+    else:
+        given |= options
+        plain = [_plain(group) for group in groups]
+    optimizer: torch.optim.Optimizer = made(plain, **given)
+    return optimizer
+
+
+@contextmanager
+def training(optimizer: Any) -> Iterator[None]:
+    """Schedule-free optimizers hold other weights while they train than they are judged by. A block that trains."""
+    _switch(optimizer, "train")
+    try:
+        yield
+    finally:
+        _switch(optimizer, "eval")
+
+
+@contextmanager
+def judging(optimizer: Any) -> Iterator[None]:
+    """A block, within one that trains, in which the model holds the weights it is judged by."""
+    _switch(optimizer, "eval")
+    try:
+        yield
+    finally:
+        _switch(optimizer, "train")
+
+
+def _switch(optimizer: Any, mode: str) -> None:
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if hasattr(optimizer, "train"):
+        getattr(optimizer, mode)()
+
+
+def _class(name: str, kind: Kind) -> Any:
+    module, _, made = kind.where.partition(":")
+    require(name)
+    try:
+        return getattr(importlib.import_module(module), made)
+    except AttributeError as error:
+        raise UserError(f"train.optimizer {name} needs a newer {module.partition('.')[0]}") from error
+
+
+def _own_betas(made: Any) -> Any:
+    return inspect.signature(made).parameters["betas"].default
+
+
+def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
+    """Parameter groups of torch, each with `matrix`: whether it holds matrices of layers, not of embeddings or head."""
+    embedded = {id(p) for p in _embedding_parameters(model)}
+    found: dict[tuple[bool, float, float, bool], list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        embedding = id(parameter) in embedded
+        rate = config.learning_rate
+        if embedding and config.embedding_learning_rate is not None:
+            rate = config.embedding_learning_rate
+        elif config.lora.plus_ratio is not None and ".lora_B." in name:
+            rate *= config.lora.plus_ratio
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        key = (rate != config.learning_rate, rate, -decay, parameter.ndim == 2 and not embedding)
+        found.setdefault(key, []).append(parameter)
+    for (_, rate, decay, matrix), parameters in sorted(found.items(), key=lambda item: item[0]):
+        yield {"params": parameters, "lr": rate, "weight_decay": -decay, "matrix": matrix}
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "matrix"}
+
+
+def _embedding_parameters(model: Any) -> Iterable["torch.Tensor"]:
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            yield from module.parameters()
+
+
+def _keep_embeddings_wide(model: Any) -> None:
+    """bitsandbytes' advice: 8-bit states do not hold the rare, large gradients of embeddings."""
+    import bitsandbytes
+    from torch import nn
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+def _let_load(made: Any) -> None:
+    """Let torch read the projections of these optimizers back from a checkpoint, which it does for known types only."""
+    import torch
+
+    package = importlib.import_module(made.__module__)
+    known: list[Any] = [
+        each for name, each in vars(package).items() if name.endswith("Projector") and inspect.isclass(each)
+    ]
+    torch.serialization.add_safe_globals(known)
+
+
+def together(optimizers: "list[torch.optim.Optimizer]") -> "torch.optim.Optimizer":
+    """Several optimizers over different weights as one."""
+    import torch
+
+    class Together(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self.parts = optimizers
+            self.defaults: dict[str, Any] = {}
+            self.param_groups = [group for part in optimizers for group in part.param_groups]
+            self._optimizer_step_pre_hooks: dict[Any, Any] = {}
+            self._optimizer_step_post_hooks: dict[Any, Any] = {}
+
+        @property
+        def state(self) -> dict[Any, Any]:  # type: ignore[override]
+            return {key: value for part in self.parts for key, value in part.state.items()}
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            for part in self.parts:
+                part.zero_grad(set_to_none)
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for part in self.parts:
+                part.step()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"parts": [part.state_dict() for part in self.parts]}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            for part, state in zip(self.parts, state_dict["parts"], strict=True):
+                part.load_state_dict(state)
+            self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    return Together()

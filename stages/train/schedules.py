@@ -1,0 +1,50 @@
+"""The learning rate of every step, as a share of the recipe's.
+
+Counted so that no step has a learning rate of zero: the warmup's zero lies before the first step, and the end of a
+fall after the last.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stages.train import TrainConfig
+
+
+def steps_of(share_or_steps: float, total: int) -> int:
+    """A number of steps: below 1 a share of `total`, rounded up, else steps."""
+    return math.ceil(share_or_steps * total) if share_or_steps < 1 else int(share_or_steps)
+
+
+def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:
+    """From a step's number (0 to `total` - 1) to its share of the learning rate, for torch's LambdaLR.
+
+    The warmup is (s + 1) / warmup. After it, with p rising from 0 to 1: cosine is (1 + cos(pi p)) / 2, linear 1 - p,
+    inverse_sqrt 1 / sqrt(1 + s / warmup) (the warmup's length is its time scale), wsd 1 until its last steps, then as
+    linear. `floor` lifts all but constant and inverse_sqrt: floor + (1 - floor) x.
+    """
+    warmup = steps_of(config.warmup, total)
+    ends = total + 1
+    decay = total if config.decay == 1 else min(steps_of(config.decay, total), total)
+
+    def share(step: int) -> float:
+        now = step + 1
+        if now < warmup:
+            return now / max(1, warmup)
+        since = now - warmup
+        match config.schedule:
+            case "constant":
+                return 1.0
+            case "inverse_sqrt":
+                scale = warmup or 10_000
+                return 1.0 / math.sqrt((since + scale) / scale)
+            case "linear":
+                falling = max(0.0, (ends - now) / max(1, ends - warmup))
+            case "wsd":
+                falling = min(1.0, (ends - now) / (decay + 1))
+            case "cosine":
+                falling = max(0.0, 0.5 * (1.0 + math.cos(math.pi * since / max(1, ends - warmup))))
+        return config.floor + (1 - config.floor) * falling if config.floor else falling
+
+    return share

@@ -1,0 +1,173 @@
+"""Every optimizer by name: it learns, a checkpoint brings it back to the bit, and each group has its learning rate."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from stages.errors import UserError
+from stages.train import TrainConfig, checks, model, optimizers
+from tests.stages import tiny
+
+RATES = {"sgd": 0.5, "schedule_free_sgd": 1.0, "adagrad": 0.02}
+"""Where 5e-3 does not suit: their steps are not scaled by the gradient's size, or fall with time."""
+ON_GPU = [name for name, kind in optimizers.OPTIMIZERS.items() if kind.gpu]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Wide enough that bitsandbytes holds a matrix's state in 8 bits (4,096 weights or more).
+    return tiny.llama(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=128, initializer_range=0.1)
+
+
+def section(name: str, **changes: Any) -> TrainConfig:
+    schedule = "constant" if name.startswith("schedule_free") else "cosine"
+    return TrainConfig.model_validate(
+        {
+            "method": "full",
+            "optimizer": name,
+            "schedule": schedule,
+            "learning_rate": RATES.get(name, 5e-3),
+            "optimizer_options": {"rank": 8} if optimizers.find(name).low_rank else {},
+            **changes,
+        }
+    )
+
+
+class Run:
+    """A few steps of training on one batch."""
+
+    def __init__(self, folder: Path, config: TrainConfig, device: str) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+        self.optimizer = optimizers.make(self.model, config)
+        self.ids = torch.tensor([tiny.documents(1)[0][:4] * 4], device=device)
+
+    def steps(self, count: int) -> list[float]:
+        found = []
+        with optimizers.training(self.optimizer):
+            for _ in range(count):
+                self.optimizer.zero_grad()
+                loss = self.model(self.ids, labels=self.ids).loss
+                loss.backward()
+                self.optimizer.step()
+                found.append(loss.item())
+        return found
+
+
+def check(folder: Path, tmp_path: Path, name: str, device: str) -> None:
+    config = section(name)
+    first = Run(folder, config, device)
+    losses = first.steps(12)
+    assert losses[-1] < 0.75 * losses[0], losses
+    saved = tmp_path / "optimizer.pt"
+    torch.save(first.optimizer.state_dict(), saved)
+    second = Run(folder, config, device)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(torch.load(saved, weights_only=True))
+    assert second.steps(4) == first.steps(4)
+
+
+@pytest.mark.parametrize("name", [name for name in optimizers.OPTIMIZERS if name not in ON_GPU])
+def test_it_learns_and_a_checkpoint_brings_it_back(folder: Path, tmp_path: Path, name: str) -> None:
+    check(folder, tmp_path, name, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_it_learns_on_a_gpu(folder: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip(optimizers.find(name).where.partition(":")[0].partition(".")[0])
+    check(folder, tmp_path, name, "cuda")
+
+
+def rates(found: torch.optim.Optimizer, trained: Any) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay by parameter name."""
+    names = {id(parameter): name for name, parameter in trained.named_parameters()}
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in found.param_groups for p in g["params"]}
+
+
+def test_matrices_decay_and_embeddings_have_a_rate_of_their_own(folder: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    config = section("adamw_torch", weight_decay=0.1, embedding_learning_rate=1e-4)
+    found = rates(optimizers.make(trained, config), trained)
+    assert found["model.layers.0.mlp.up_proj.weight"] == (5e-3, 0.1)
+    assert found["model.layers.0.input_layernorm.weight"] == (5e-3, 0.0)
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == (1e-4, 0.1)
+    assert len(found) == len(list(trained.parameters()))
+
+
+def test_lora_plus_gives_b_a_higher_rate_than_a(folder: Path) -> None:
+    config = TrainConfig.model_validate({"lora": {"plus_ratio": 16}, "learning_rate": 1e-3})
+    adapted = model.adapt(AutoModelForCausalLM.from_pretrained(folder), config.lora)
+    optimizer = optimizers.make(adapted, config)
+    found = rates(optimizer, adapted)
+    assert {rate for name, (rate, _) in found.items() if ".lora_A." in name} == {1e-3}
+    assert {rate for name, (rate, _) in found.items() if ".lora_B." in name} == {16e-3}
+    assert optimizer.param_groups[0]["lr"] == 1e-3  # what is logged
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest(folder: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    optimizer: Any = optimizers.make(trained, section("muon"))
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    names = {id(parameter): name for name, parameter in trained.named_parameters()}
+    others = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
+    assert {name for name in names.values() if "proj" not in name} == others
+
+
+def test_eight_bits_hold_the_matrices_but_not_the_embeddings(folder: Path) -> None:
+    run = Run(folder, section("adamw_8bit"), "cpu")
+    run.steps(1)
+    states = {name: run.optimizer.state[parameter] for name, parameter in run.model.named_parameters()}
+    assert states["model.layers.0.mlp.up_proj.weight"]["state1"].dtype == torch.uint8
+    assert states["model.embed_tokens.weight"]["state1"].dtype == torch.float32
+
+
+def test_galore_holds_its_state_in_low_rank(folder: Path) -> None:
+    run = Run(folder, section("galore_adamw"), "cpu")
+    run.steps(1)
+    weight = run.model.model.layers[0].mlp.up_proj.weight
+    assert tuple(weight.shape) == (128, 64)
+    assert tuple(run.optimizer.state[weight]["exp_avg"].shape) == (128, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"optimizer": "adamw_torch_fuse"}, "did you mean 'adamw_torch_fused'"),
+        ({"optimizer": "adamw_torch", "optimizer_options": {"epsilon": 1e-6}}, "did you mean `eps`"),
+        ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "sgd has none"),
+        ({"optimizer": "galore_adamw"}, "an adapter is small already"),
+        ({"optimizer": "schedule_free_adamw"}, "set `schedule: constant`"),
+        ({"warmup": 2.5}, "a whole number of steps"),
+        ({"schedule": "constant", "floor": 0.1}, "for schedules that fall"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_the_mend(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        TrainConfig.model_validate(wrong)
+
+
+def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lion_8bit is not installed: pip install 'regrow\[quantized\]'"):
+        optimizers.require("lion_8bit")
+    with pytest.raises(UserError, match=r"regrow\[optimizers\]"):
+        optimizers.require("schedule_free_adamw")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"precision": "fp16"}, "fp16 needs a GPU; on a CPU use bf16 or fp32"),
+        ({"optimizer": "paged_adamw_8bit"}, "on a CPU use adamw_8bit"),
+        ({"optimizer": "paged_adamw_32bit"}, "on a CPU use adamw_torch_fused"),
+        ({"optimizer": "galore_adamw_8bit", "method": "full"}, "on a CPU use galore_adamw$"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        checks.refuse_device(TrainConfig.model_validate(config), "cpu")
