@@ -39,8 +39,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while (left := _processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    # pytest keeps its own folders of the last runs for people to look at.
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("pytest-of-"))
+    # pytest keeps its own folders of the last runs for people to look at; torch makes its cache on import.
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("pytest-of-", "torchinductor_")))
     told = [f"process {number}: {command}" for number, command in left.items()] + [f"file {name}" for name in files]
     if told and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
