@@ -20,10 +20,14 @@ from pydantic import Field
 
 from packing.plan import Plan
 from stages import data_report, plan_files, selection
-from stages.selection import KEPT, LIMITED, REASONS, UNSAMPLED, Reasons
+from stages.contamination import find_contamination
+from stages.near_duplicates import near_duplicates
+from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Reasons
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
 from stages.tokenized import Flags, Numbers, Rows, Shard, find_shards, read_rows
 
+PLACES = 10
+"""Dropped rows listed by place, for each reason and source."""
 Speaker = Literal["system", "user", "assistant", "tool"]
 
 
@@ -56,6 +60,12 @@ class PackConfig(StageConfig):
     stays on its side when data is added."""
     deduplicate: bool = True
     """Keep only the first of identical rows. Rows that are also held out never train, whatever this says."""
+    near_duplicates: float | None = Field(default=None, ge=0.5, le=1.0)
+    """Leave out a row that is at least so similar to an earlier or a held-out one: the Jaccard similarity of their runs
+    of five tokens, 0.8 is usual. null keeps such rows."""
+    decontaminate: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Leave out a row that holds at least this share of a held-out row's question, in runs of eight tokens; 0 does not
+    look for any."""
     sources: dict[str, PackSource] = Field(default_factory=dict)
     """How much of single sources is taken, by their name in `fetch.data`."""
     window: int | None = Field(default=None, ge=1)
@@ -83,7 +93,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
         _refuse_overlong(rows, shards, config.sequence_length)
     if config.max_documents and config.max_documents < rows.sequences:
         raise UserError(f"pack.max_documents is {config.max_documents}: a row here is {rows.sequences} documents")
-    taken = _take(config, rows, shards)
+    taken = _take(config, inputs["tokens"], rows, shards)
     chosen = np.repeat(np.arange(len(rows)), taken.copies)
     if len(chosen) == 0:
         raise UserError(_nothing_left(taken, config))
@@ -105,6 +115,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
         [_of_source(name, shards, rows, taken) for name in sorted({shard.source for shard in shards})],
         rows.length.sum(axis=1),
     )
+    report["too_short"] = taken.too_short
     data_report.write(report, output)
     return {
         **{name: report[name] for name in ("rows", "documents", "tokens", "trained_tokens", "bins", "steps")},
@@ -125,9 +136,13 @@ class _Taken:
     """[rows] Why it is dropped, or KEPT."""
     copies: Numbers
     """[rows] How often it trains: 0 where it is dropped or held out."""
+    like: Mapping[int, tuple[int, float]]
+    """Near-duplicates and contaminated rows -> the row that each is like, and how much."""
+    too_short: int
+    """Held-out rows whose question is too short to be looked for in those that train."""
 
 
-def _take(config: PackConfig, rows: Rows, shards: Sequence[Shard]) -> _Taken:
+def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard]) -> _Taken:
     own = [config.of(shard.source) for shard in shards]
     fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
     heldout = selection.held_out(rows, shards, fractions)
@@ -138,14 +153,25 @@ def _take(config: PackConfig, rows: Rows, shards: Sequence[Shard]) -> _Taken:
         config.deduplicate,
         must_train=shards[0].kind != "prompt",
     )
-    beyond = selection.beyond_limit(
-        rows, (reasons == KEPT) & ~heldout, [shard.source for shard in shards], [s.limit for s in own], config.seed
-    )
-    reasons[beyond] = LIMITED
+    like: dict[int, tuple[int, float]] = {}
+    if config.near_duplicates is not None:
+        kept = reasons == KEPT
+        order = np.concatenate([np.flatnonzero(kept & heldout), np.flatnonzero(kept & ~heldout)])
+        like = near_duplicates(tokens, shards, rows, order, config.near_duplicates)
+        reasons[list(like)] = NEAR_DUPLICATE
+    too_short = 0
+    if config.decontaminate and heldout.any():
+        kept = reasons == KEPT
+        found = find_contamination(tokens, shards, rows, heldout, kept & ~heldout, config.decontaminate)
+        like, too_short = {**like, **found.rows}, found.too_short
+        reasons[list(found.rows)] = CONTAMINATED
     training = (reasons == KEPT) & ~heldout
+    sources, limits = [shard.source for shard in shards], [s.limit for s in own]
+    reasons[selection.beyond_limit(rows, training, sources, limits, config.seed)] = LIMITED
+    training &= reasons == KEPT
     copies = np.where(training, selection.copies(rows, [s.weight for s in own], config.seed), 0)
     reasons[training & (copies == 0)] = UNSAMPLED
-    return _Taken(heldout, reasons, copies)
+    return _Taken(heldout, reasons, copies, like, too_short)
 
 
 def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
@@ -235,7 +261,9 @@ def _of_source(name: str, shards: Sequence[Shard], rows: Rows, taken: _Taken) ->
         split=own[0].split,
         rows=sum(shard.counts["rows"] for shard in own),
         dropped=dropped,
-        places=data_report.joined([shard.counts.get("places", {}) for shard in own]),
+        places=data_report.joined(
+            [*(shard.counts.get("places", {}) for shard in own), _places(mine, shards, rows, taken)]
+        ),
         unwritten=data_report.added([shard.counts.get("unwritten", {}) for shard in own]),
         turns_without_end=sum(shard.counts.get("turns_without_end", 0) for shard in own),
         packed=int((kept & ~taken.heldout).sum()),
@@ -247,4 +275,25 @@ def _of_source(name: str, shards: Sequence[Shard], rows: Rows, taken: _Taken) ->
     )
 
 
-STAGE = Stage(name="pack", artifact="plan", version=2, config=PackConfig, run=run)
+def _places(mine: Flags, shards: Sequence[Shard], rows: Rows, taken: _Taken) -> dict[str, list[str]]:
+    """Where the first rows are that pack drops, by reason."""
+
+    def place(number: int) -> str:
+        shard: Shard = shards[int(rows.shard[number])]
+        return shard.place(int(rows.number[number]))
+
+    def told(number: int) -> str:
+        if number not in taken.like:
+            return place(number)
+        other, part = taken.like[number]
+        return f"{place(number)} (like {place(other)}: {part:.0%})"
+
+    found = {}
+    for code, reason in enumerate(REASONS, 1):
+        numbers = np.flatnonzero(mine & (taken.reasons == code))[:PLACES].tolist()
+        if numbers:
+            found[reason] = [told(number) for number in numbers]
+    return found
+
+
+STAGE = Stage(name="pack", artifact="plan", version=3, config=PackConfig, run=run, libraries=("rensa",))

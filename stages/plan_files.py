@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from packing.plan import Plan, pack
 from stages.tables import BATCH_ROWS, BINS, documents_schema
-from stages.tokenized import Numbers, Rows
+from stages.tokenized import Numbers, Rows, consecutive
 
 
 def write(
@@ -64,7 +64,7 @@ def _write_documents(
     schema = documents_schema(shards, sequence_length)
     width = rows.sequences
     counts = rows.ranges.ravel()
-    picked = _spread(np.cumsum(counts)[sequences] - counts[sequences], counts[sequences])
+    picked = consecutive(np.cumsum(counts)[sequences] - counts[sequences], counts[sequences])
     bounds = schema.field("trained").type.value_type
     ranges = pa.StructArray.from_arrays(
         [pa.array(each[picked]).cast(bounds.field(0).type) for each in (rows.starts, rows.ends)], fields=list(bounds)
@@ -77,13 +77,6 @@ def _write_documents(
         _lists(schema, "trained", np.append(0, np.cumsum(counts[sequences])), ranges),
     ]
     _write_columns(path, schema, columns)
-
-
-def _spread(starts: Numbers, counts: Numbers) -> Numbers:
-    """The numbers start, start + 1, ..., `count` of them, for each pair: starts 7 2, counts 2 3 -> 7 8 2 3 4."""
-    ends = np.cumsum(counts)
-    spread: Numbers = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
-    return spread
 
 
 def _sums(values: Numbers, offsets: NDArray[np.int64]) -> Numbers:

@@ -61,7 +61,8 @@ class Shard:
 
     def place(self, number: int) -> str:
         """A row by its number in the shard, for people, who count from 1."""
-        return f"{self.path}, row {int(self.counts.get('first', 0)) + int(number) + 1}"
+        first = int(self.counts.get("first", 0))
+        return f"{self.path}, row {first + number + 1}"
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,13 @@ def read_spans(table: Any) -> Spans:
     flat = pc.list_flatten(column)
     ends, turns, kinds = (pc.struct_field(flat, [field]).to_numpy() for field in range(3))
     return Spans(counts, _numbers(starts(ends, counts)), _numbers(ends), turns, kinds)
+
+
+def consecutive(starts: Numbers, counts: Numbers) -> Numbers:
+    """The numbers start, start + 1, ..., `count` of them, for each pair: starts 7 2, counts 2 3 -> 7 8 2 3 4."""
+    ends = np.cumsum(counts)
+    found: Numbers = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+    return found
 
 
 def _numbers(values: Any) -> Numbers:

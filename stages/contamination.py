@@ -1,0 +1,106 @@
+"""Decontamination: rows that hold the question of a held-out row would make its score worthless.
+
+A question is what the user and tools say in a held-out row, or its raw text. It is compared by its runs of eight
+tokens, as Tülu 3 does (Lambert et al. 2024, section 3.2): a training row is contaminated when it holds at least a given
+share of some question's runs, wherever they stand. Wording that many rows have in common, such as the instruction that
+every row begins with, tells nothing and does not count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.grams import Hashes, read_grams
+from stages.tables import ROLES
+from stages.tokenized import Flags, Numbers, Rows, Shard, consecutive
+
+RUN = 8
+"""Tokens in a run."""
+COMMON_ROWS, COMMON_SHARE = 10, 0.01
+"""A run is wording when it is in more rows than both allow, of those that train or of those held out."""
+ASKED_BY = ("user", "tool", "text")
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Which training rows hold which held-out row's question."""
+
+    rows: dict[int, tuple[int, float]]
+    """A training row's number -> the held-out row it holds most of, and how much."""
+    too_short: int
+    """Held-out rows that cannot be looked for: no run of their question is their own."""
+
+
+def find_contamination(
+    tokens: Path, shards: Sequence[Shard], rows: Rows, heldout: Flags, training: Flags, share: float
+) -> Contamination:
+    """Look for every question of the `heldout` rows [rows] in the `training` rows [rows]."""
+    asked, item = _pairs(tokens, shards, rows, heldout, None)
+    known = np.unique(asked)
+    if len(known) == 0:
+        return Contamination({}, int(heldout.sum()))
+    found, row = _pairs(tokens, shards, rows, training, known)
+    common = _wording(asked, known, int(heldout.sum())) | _wording(found, known, int(training.sum()))
+    own = ~common[np.searchsorted(known, asked)]
+    asked, item = asked[own], item[own]
+    own = ~common[np.searchsorted(known, found)]
+    found, row = found[own], row[own]
+    items, sizes = np.unique(item, return_counts=True)
+    held = _held(found, row, asked, np.searchsorted(items, item), len(items))
+    best: dict[int, tuple[int, float]] = {}
+    for key, count in zip(*held, strict=True):
+        number, place = divmod(int(key), len(items))
+        part = int(count) / int(sizes[place])
+        if part >= share and part > best.get(number, (0, 0.0))[1]:
+            best[number] = (int(items[place]), part)
+    return Contamination(best, int(heldout.sum()) - len(items))
+
+
+def _pairs(
+    tokens: Path, shards: Sequence[Shard], rows: Rows, wanted: Flags, known: Hashes | None
+) -> tuple[Hashes, Numbers]:
+    """Runs and the rows that hold them, each pair once: of questions, or of anything said the runs that are `known`."""
+    runs, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    filter_ = None if known is None else _filter(known)
+    for grams in read_grams(tokens, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES):
+        hashes, row = grams.hashes, np.repeat(grams.rows, grams.counts)
+        if known is not None and filter_ is not None:
+            likely = filter_[hashes >> np.uint64(64 - (len(filter_).bit_length() - 1))]
+            hashes, row = hashes[likely], row[likely]
+            sure = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
+            hashes, row = hashes[sure], row[sure]
+        order = np.lexsort((hashes, row))
+        hashes, row = hashes[order], row[order]
+        new = np.append(True, (np.diff(row) != 0) | (hashes[1:] != hashes[:-1]))[: len(row)]
+        runs.append(hashes[new])
+        holders.append(row[new])
+    return np.concatenate(runs), np.concatenate(holders)
+
+
+def _filter(known: Hashes) -> Flags:
+    """Flags by the highest bits of a hash: false where no known one has them, which settles nearly every look-up."""
+    bits = min(28, max(10, (8 * len(known)).bit_length()))
+    flags = np.zeros(1 << bits, np.bool_)
+    flags[known >> np.uint64(64 - bits)] = True
+    return flags
+
+
+def _wording(runs: Hashes, known: Hashes, rows: int) -> Flags:
+    """[known] Which runs are in too many of the rows to tell any of them."""
+    counts = np.bincount(np.searchsorted(known, runs), minlength=len(known))
+    common: Flags = counts > max(COMMON_ROWS, COMMON_SHARE * rows)
+    return common
+
+
+def _held(
+    found: Hashes, row: Numbers, asked: Hashes, item: NDArray[np.integer], items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`row * items + item` for each two that share runs, and how many: a join of both sides on the run."""
+    order = np.argsort(asked, kind="stable")
+    asked, item = asked[order], item[order]
+    low, high = np.searchsorted(asked, found, "left"), np.searchsorted(asked, found, "right")
+    shared = np.repeat(row, high - low) * items + item[consecutive(low, high - low)]
+    return np.unique(shared, return_counts=True)

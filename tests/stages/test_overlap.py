@@ -1,0 +1,188 @@
+"""Rows that are like others: near-duplicates and contaminated rows, against slow readings of what they are."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.contamination import find_contamination
+from stages.grams import hash_runs
+from stages.near_duplicates import band_height, near_duplicates
+from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
+from stages.tokenized import Rows, Shard, find_shards, read_rows
+from tests.stages.packed import Packed, row, shard, spans
+
+Said = list[tuple[str, list[int]]]
+"""Roles and the tokens of what they say."""
+
+
+def said(*turns: tuple[str, list[int]]) -> dict[str, Any]:
+    """A row with one token of template before each content."""
+    items, ids = [], []
+    for number, (role, content) in enumerate(turns):
+        at = len(ids)
+        items += [(at, at + 1, ORIGIN_TEMPLATE, NO_TURN, "", TRAIN_UNSET)]
+        items += [(at + 1, at + 1 + len(content), ORIGIN_CONTENT, number, role, TRAIN_UNSET)] * bool(content)
+        ids += [7, *content]
+    return {**row(("user", 1)), "ids": ids, "spans": spans(*items)}
+
+
+def read(folder: Path) -> tuple[Path, list[Shard], Rows]:
+    shards = find_shards(folder)
+    return folder, shards, read_rows(folder, shards, "assistant", 1 << 20, lambda *_, **__: None)
+
+
+def runs(told: Said, size: int, roles: tuple[str, ...] = ("system", "user", "assistant")) -> set[tuple[int, ...]]:
+    return {
+        tuple(content[i : i + size]) for role, content in told if role in roles for i in range(len(content) - size + 1)
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 3), max_size=60), size=st.integers(1, 9))
+def test_equal_runs_have_equal_hashes_and_others_do_not(ids: list[int], size: int) -> None:
+    hashes = hash_runs(np.array(ids, np.uint16), size)[: max(0, len(ids) - size + 1)].tolist()
+    seen: dict[int, tuple[int, ...]] = {}
+    for place, found in enumerate(hashes):
+        assert seen.setdefault(found, tuple(ids[place : place + size])) == tuple(ids[place : place + size])
+    assert len(seen) == len({tuple(ids[i : i + size]) for i in range(len(hashes))})
+
+
+def tokens(random: np.random.Generator, size: int) -> list[int]:
+    return random.integers(0, 1000, size).tolist()  # type: ignore[no-any-return]
+
+
+def corpus(random: np.random.Generator, count: int) -> list[Said]:
+    """Rows of which some are others with a few tokens changed."""
+    rows: list[Said] = []
+    for _ in range(count):
+        if rows and random.random() < 0.5:
+            copy = [(role, list(content)) for role, content in rows[random.integers(len(rows))]]
+            for _, content in copy:
+                for place in random.integers(0, len(content), random.integers(0, 3)):
+                    content[place] = int(random.integers(1000))
+            rows.append(copy)
+        else:
+            rows.append(
+                [(r, random.integers(0, 1000, random.integers(20, 60)).tolist()) for r in ("user", "assistant")]
+            )
+    return rows
+
+
+@pytest.mark.parametrize("similarity", [0.6, 0.8])
+def test_near_duplicates_are_those_of_comparing_everything(tmp_path: Path, similarity: float) -> None:
+    rows = corpus(np.random.default_rng(0), 300)
+    for number, low in enumerate(range(0, 300, 100)):
+        shard(tmp_path, f"chat/{number:05}", [said(*each) for each in rows[low : low + 100]])
+    order = np.concatenate([np.arange(200, 300), np.arange(200)])
+    dropped = near_duplicates(*read(tmp_path), order, similarity)
+    sets = [runs(each, 5) for each in rows]
+    expected: set[int] = set()
+    for position, number in enumerate(order.tolist()):
+        like = [other for other in order[:position].tolist() if other not in expected]
+        if any(len(sets[number] & sets[o]) >= similarity * len(sets[number] | sets[o]) for o in like):
+            expected.add(number)
+    for number, (other, found) in dropped.items():
+        both = len(sets[number] & sets[other]) / len(sets[number] | sets[other])
+        assert found == pytest.approx(both) and both >= similarity, "dropped without being similar"
+        assert other not in dropped, "dropped for a row that is gone"
+    missed = expected - set(dropped)
+    assert len(expected) >= 50 and len(missed) <= 0.02 * len(expected)
+
+
+def test_bands_are_as_high_as_recall_allows() -> None:
+    assert [band_height(each) for each in (0.5, 0.8, 0.9, 1.0)] == [3, 6, 10, 32]
+
+
+def test_near_duplicates_give_way_to_held_out_and_earlier_rows(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    one, two = tokens(random, 50), tokens(random, 50)
+    last = said(("user", [1]), ("assistant", [2]))
+    first = [said(("user", one), ("assistant", two)), said(("user", two), ("assistant", two[::-1]))]
+    shard(tmp_path / "tokens", "chat/00000", first)
+    shard(tmp_path / "tokens", "chat/00001", [said(("user", two), ("assistant", [*two[:0:-1], 1])), last])
+    shard(tmp_path / "tokens", "probe/00000", [said(("user", one), ("assistant", [*two[:-1], 3]))], split="heldout")
+    config = {"sequence_length": 256, "decontaminate": 0.0, "train_on": "all"}
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", near_duplicates=0.8, **config)
+    assert packed.facts["dropped"] == {"near-duplicate": 2}
+    assert packed.rows() == {("chat/00000", 1), ("chat/00001", 1)}
+    assert packed.rows(heldout=True) == {("probe/00000", 0)}
+    assert packed.report["sources"][0]["places"]["near-duplicate"] == [
+        "chat/00000, row 101 (like probe/00000, row 101: 98%)",
+        "chat/00001, row 101 (like chat/00000, row 102: 98%)",
+    ]
+    assert Packed(tmp_path / "tokens", tmp_path / "all", **config).facts["dropped"] == {}
+
+
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["system", "user", "assistant"]), st.lists(st.integers(0, 2), max_size=24)),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    training=st.lists(TURNS, min_size=1, max_size=6),
+    held=st.lists(TURNS, min_size=1, max_size=4),
+    share=st.sampled_from([0.2, 0.5, 1.0]),
+)
+def test_contamination_is_what_looking_for_every_question_everywhere_finds(
+    training: list[Said], held: list[Said], share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("tokens")
+    shard(folder, "chat/00000", [said(*each) for each in training])
+    shard(folder, "probe/00000", [said(*each) for each in held], split="heldout")
+    heldout = np.arange(len(training) + len(held)) >= len(training)
+    found = find_contamination(*read(folder), heldout, ~heldout, share)
+    questions = [runs(each, 8, ("user",)) for each in held]
+    assert found.too_short == sum(not question for question in questions)
+    parts = [
+        [len(runs(each, 8) & question) / len(question) if question else 0.0 for question in questions]
+        for each in training
+    ]
+    assert {row: part for row, (_, part) in found.rows.items()} == {
+        number: pytest.approx(max(each)) for number, each in enumerate(parts) if max(each) >= share
+    }
+    for number, (item, part) in found.rows.items():
+        assert parts[number][item - len(training)] == pytest.approx(part)
+
+
+def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    wording = tokens(random, 40)
+    asks = [tokens(random, 30) for _ in range(40)]
+    rows = [said(("user", wording + ask), ("assistant", [1, 2])) for ask in asks[:30]]
+    rows += [
+        said(("user", [5, *asks[35][3:], 6]), ("assistant", [9])),
+        said(("user", [1]), ("assistant", asks[36][:19])),
+    ]
+    shard(tmp_path / "tokens", "chat/00000", rows)
+    rows = [said(("user", wording + ask), ("assistant", [3])) for ask in asks[30:]]
+    shard(tmp_path / "tokens", "probe/00000", rows, split="heldout")
+    shard(tmp_path / "tokens", "probe/00001", [said(("user", [1, 2, 3]), ("assistant", [3]))], split="heldout")
+    config = {"sequence_length": 256, "train_on": "all"}
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", **config)
+    assert packed.facts["dropped"] == {"contaminated": 1}, "wording that all rows share is no leak"
+    assert packed.report["sources"][0]["places"]["contaminated"] == [
+        "chat/00000, row 131 (like probe/00000, row 106: 67%)"
+    ]
+    assert packed.report["too_short"] == 1
+    strict = Packed(tmp_path / "tokens", tmp_path / "strict", decontaminate=0.2, **config)
+    assert strict.facts["dropped"] == {"contaminated": 2}
+    assert Packed(tmp_path / "tokens", tmp_path / "off", decontaminate=0.0, **config).facts["dropped"] == {}
+
+
+def test_the_order_of_shards_and_batches_changes_nothing(tmp_path: Path) -> None:
+    """More rows than fit into one record batch, and the same rows in shards of another size."""
+    random = np.random.default_rng(0)
+    rows = [said(*each) for each in corpus(random, 2500)]
+    for name, size in (("one", 2500), ("many", 400)):
+        for number, (low, high) in enumerate(pairwise([*range(0, 2500, size), 2500])):
+            shard(tmp_path / name, f"chat/{number:05}", rows[low:high])
+    one, many = (near_duplicates(*read(tmp_path / name), np.arange(2500), 0.8) for name in ("one", "many"))
+    assert one == many and len(one) > 500
