@@ -161,5 +161,5 @@ def finished(run: Run, outcome: Outcome | None) -> State[Any]:
     if not outcome.passed:
         return Completed(name="GateFailed", message=f"not published: {'; '.join(outcome.reasons)}")
     told = [f"published to {outcome.to}"] if outcome.to else []
-    told += [f"{run.name}/production names this model"] if outcome.production in ("moved", "stands") else []
+    told += [outcome.told(run.name)]
     return Completed(message="; ".join([*told, *outcome.reasons]))

@@ -19,6 +19,7 @@ from flows.plan import Plan, make_plan
 from flows.run import Run
 from flows.screen import Screen
 from flows.settle import Outcome, settle
+from stages.compare import OVER_PRODUCTION, PRODUCTION
 from stages.identity import Json
 
 EXIT_GATE = 4
@@ -102,16 +103,23 @@ def _print_summary(run: Run, outcome: Outcome | None, dashboard: str, console: C
 
 
 def _scores(scores: Json) -> Table:
-    """Base against tuned, with 95 % intervals; 80 columns wide at most."""
+    """Base against tuned, and production against tuned; with 95 % intervals, 80 columns wide at most."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("95 % intervals", overflow="ellipsis", no_wrap=True)
     for name in ("base", "tuned", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     for task, told in scores["tasks"].items():
-        table.add_row(f"{task} % of {told['n']}", *(_interval(told[m], 100, 1) for m in _MODELS))
+        _rows(table, f"{task} % of {told['n']}", told, 100, 1)
     if loss := scores["heldout_loss"]:
-        table.add_row("held-out loss", *(_interval(loss[m], 1, 2) for m in _MODELS))
+        _rows(table, "held-out loss", loss, 1, 2)
     return table
+
+
+def _rows(table: Table, label: str, told: Json, scale: float, digits: int) -> None:
+    table.add_row(label, *(_interval(told[m], scale, digits) for m in _MODELS))
+    if PRODUCTION in told:
+        over = told[OVER_PRODUCTION]["difference"]
+        table.add_row("  in production", _interval(told[PRODUCTION], scale, digits), "", _interval(over, scale, digits))
 
 
 _MODELS = ("base", "tuned", "difference")
@@ -128,13 +136,7 @@ def _print_outcome(run: Run, outcome: Outcome, console: Console) -> None:
     if outcome.to:
         console.print(f"model      {escape(_shown(outcome.to))}", soft_wrap=True)
         console.print(f"report     {escape(_shown(outcome.to))}/README.md", soft_wrap=True)
-    told = {
-        "moved": f"{run.name}/production now names this model",
-        "stands": f"{run.name}/production names this model",
-        "elsewhere": f"{run.name}/production names another model and was left alone",
-        "untouched": "",
-    }[outcome.production]
-    if told:
+    if told := outcome.told(run.name):
         console.print(f"ref        {told}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
 from flows.plan import Plan, Step
 from flows.screen import WORDS
-from stages.compare import BASE, TUNED, compare
+from stages.compare import BASE, OVER_PRODUCTION, PRODUCTION, TUNED, compare
 from stages.identity import Json
 
 MOST_BYTES = 90_000
@@ -65,21 +65,31 @@ def _scores_of(folder: Path) -> str:
 
 
 def scores_page(scores: Mapping[str, Any]) -> str:
-    """Base and tuned model on every task, with 95 % intervals, as a chart and as a table."""
+    """The models on every task, with 95 % intervals, as a chart and as a table; a second table against production."""
     measured = dict(scores["tasks"])
     bars = [
         Bar(f"{_short(name)} · {model}", **task[model], tuned=model == TUNED)
         for name, task in measured.items()
-        for model in (BASE, TUNED)
+        for model in (BASE, PRODUCTION, TUNED)
+        if model in task
     ]
-    told = [image(interval_bars(bars, "score, with its 95 % interval"), "scores of both models")] if bars else []
+    told = [image(interval_bars(bars, "score, with its 95 % interval"), "scores of the models")] if bars else []
     if loss := scores["heldout_loss"]:
         measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:
         return "Nothing was measured.\n"
     header = ("task", "items", BASE, TUNED, "difference", "better")
     told.append(_table(header, [_score_row(name, task) for name, task in measured.items()]))
+    if standing := {name: task for name, task in measured.items() if PRODUCTION in task}:
+        told.append("Against the model in production when the run started:")
+        columns = ("task", PRODUCTION, TUNED, "difference", "better")
+        told.append(_table(columns, [_production_row(name, task) for name, task in standing.items()]))
     return "\n\n".join(told)
+
+
+def _production_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
+    over = task[OVER_PRODUCTION]
+    return name, _interval(task[PRODUCTION]), _interval(task[TUNED]), _interval(over["difference"], "+"), over["better"]
 
 
 def _score_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
@@ -136,7 +146,12 @@ PAGES: Mapping[str, Sequence[Page]] = {
     ),
     "train": (Page("loss-curve", "Loss over steps", ("metrics.jsonl",), _loss_of),),
     "evaluate": (
-        Page("scores", "The tuned model against the base model", ("*scores.json", "*samples.jsonl"), _scores_of),
+        Page(
+            "scores",
+            "The tuned model against the others",
+            ("*scores.json", "*samples.jsonl"),
+            _scores_of,
+        ),
     ),
     "publish": (Page("model-card", "The published model's card", ("README.md",), _card_of),),
 }

@@ -15,6 +15,7 @@ from flows.recipe import Loaded
 from stages.build import action_of
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree
+from stages.production import Move, Production, production
 from stages.runtime import Runtime
 from stages.stage import Part, StageConfig
 from stages.store import Artifact, Store
@@ -33,8 +34,8 @@ class Run:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     """The stages this run made, rather than found."""
-    production: str | None = None
-    """Version of the production ref when the run started: it moves only if it still has this one."""
+    production: Production | None = None
+    """What the production ref said when the run started: it moves only if it still says so."""
 
     @property
     def name(self) -> str:
@@ -54,7 +55,24 @@ class Run:
                     f"{stage} reads what {above} makes, and {above} has not been made with these settings: "
                     f"select `+{stage}` to make it too"
                 )
-        return {name: take.select(self.artifacts[take.stage].tree) for name, take in WIRING[stage].items()}
+        inputs = {name: take.select(self.artifacts[take.stage].tree) for name, take in WIRING[stage].items()}
+        if stage == "evaluate" and (rival := self.rival()) is not None:
+            inputs["production"] = rival.tree
+        return inputs
+
+    def rival(self) -> Artifact | None:
+        """The weights that the tuned model is compared with beside the base model's: those in production when the run
+        started. Raises UserError when the store has lost them."""
+        named = self.production.rival(self.artifacts["merge"].digest) if self.production else None
+        if named is None:
+            return None
+        found = self.store.recall("merge", named["key"], named["digest"])
+        if found is None:
+            raise UserError(
+                f"{self.name}/production names a model that {self.store.url} no longer holds (merge "
+                f"{named['key'][:12]}): let it name another one with `regrow promote {self.name} RUN`"
+            )
+        return found
 
     def action(self, stage: str) -> Action | None:
         """The stage's action, or None while an artifact above it is unknown."""
@@ -86,7 +104,7 @@ class Run:
                 "text": self.loaded.text,
                 "status": status,
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "production": self.production,
+                "production": _production_json(self.production),
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": self._stages(),
             },
@@ -112,13 +130,22 @@ def start(loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, A
     """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it."""
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
-        return Run(record["run"], loaded, runtime, store, parts, production=record["production"])
+        return Run(record["run"], loaded, runtime, store, parts, production=_production(record["production"]))
     fetch = stage_named("fetch")
     assert fetch.parts is not None
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    ref = store.read_ref(f"{loaded.recipe.name}/production")
+    standing = production(store, loaded.recipe.name)
     parts = list(fetch.parts(loaded.recipe.fetch, {}))
-    return Run(run_id, loaded, runtime, store, parts, production=ref.version if ref else None)
+    return Run(run_id, loaded, runtime, store, parts, production=standing)
+
+
+def _production_json(standing: Production | None) -> Json:
+    """The model that stood, without the moves before it: those are in the ref."""
+    return {"version": standing.version, "move": asdict(standing.now)} if standing else None
+
+
+def _production(value: Json) -> Production | None:
+    return Production(value["version"], [Move(**value["move"])]) if value else None
 
 
 def _part_json(part: Part) -> dict[str, Json]:

@@ -1,18 +1,20 @@
-"""After publish: deliver the model and move its production ref, if the gate passed. Done hit or not, and idempotent.
+"""After publish: move the production ref to the model and deliver it, if the gate passed. Done hit or not, idempotent.
 
-Prefect-free, so that a run with nothing to do can look at the destination in milliseconds.
+The ref moves first: it has one winner, and a destination that could not be written then is looked at again by the next
+run. What does not stand in production is not delivered. Prefect-free, so that a run with nothing to do can look at the
+destination in milliseconds.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from flows.run import Run
 from stages.deliver import deliver, delivered, delivery
-from stages.identity import Json
-from stages.publish import PublishConfig, promote
-from stages.store import Ref
+from stages.production import Name, promote
+from stages.production import production as standing_in
+from stages.publish import PublishConfig
+from stages.store import Artifact
 
 
 @dataclass(frozen=True)
@@ -23,46 +25,71 @@ class Outcome:
     reasons: list[str]
     """Why the gate passed or did not."""
     to: str
-    """Where the model is, or empty when nowhere was asked for or the gate did not pass."""
+    """Where the model is, or empty when nowhere was asked for or it does not stand in production."""
     arrived: bool
     """Delivered just now, rather than there already."""
-    production: Literal["moved", "stands", "elsewhere", "untouched"]
-    """`elsewhere`: the production ref names another model, and this run made nothing that would replace it, or
-    somebody moved it meanwhile."""
+    production: Literal["moved", "stands", "elsewhere", "stood", "untouched"]
+    """`elsewhere`: somebody moved the production ref since this run was compared with what it named. `stood`: this
+    model was in production before and was replaced, so only a person puts it back. `untouched`: the gate."""
+
+    def told(self, name: str) -> str:
+        """What became of the production ref of the recipe called `name`, in words."""
+        return {
+            "moved": f"{name}/production now names this model",
+            "stands": f"{name}/production names this model",
+            "elsewhere": f"{name}/production was moved meanwhile and left alone; run again to compare with it",
+            "stood": f"this model was in production before: `regrow promote {name}` puts it back",
+            "untouched": "",
+        }[self.production]
 
 
 def settle(run: Run) -> Outcome:
-    """Deliver and promote the run's published model. Raises UserError when the destination cannot be written."""
+    """Promote and deliver the run's published model. Raises UserError when the destination cannot be written."""
     card, weights = run.artifacts["publish"], run.artifacts["merge"]
     config = run.config("publish")
     assert isinstance(config, PublishConfig)
     passed, reasons = bool(card.facts["passed"]), list(card.facts["reasons"])
     if not passed:
         return Outcome(False, reasons, "", False, "untouched")
+    production = _promoted(run, weights, card, reasons)
+    if production in ("elsewhere", "stood"):
+        return Outcome(True, reasons, "", False, production)
     tree = delivery(weights.tree, card.tree)
     options = run.runtime.storage_options
     arrived = bool(config.to) and not delivered(config.to, tree, options)
     if arrived:
         deliver(config.to, tree, run.store, private=config.private, options=options)
-    model: dict[str, Json] = {
-        "model": {"key": weights.key, "digest": weights.digest},
-        "card": {"key": card.key, "digest": card.digest},
-    }
-    return Outcome(True, reasons, config.to, arrived, _promoted(run, model))
+    return Outcome(True, reasons, config.to, arrived, production)
 
 
-def _promoted(run: Run, model: Mapping[str, Json]) -> Literal["moved", "stands", "elsewhere"]:
-    ref = run.store.read_ref(f"{run.name}/production")
-    if ref is not None and {n: ref.document.get(n) for n in model} == model:
-        return "stands"
-    if ref is not None and (not run.made or _version(ref) != run.production):
+def _promoted(
+    run: Run, weights: Artifact, card: Artifact, reasons: list[str]
+) -> Literal["moved", "stands", "elsewhere", "stood"]:
+    standing = standing_in(run.store, run.name)
+    if standing is not None:
+        if standing.now.model == named(weights):
+            return "stands"
+        if standing.stood(weights.digest):
+            return "stood"
+    if (standing and standing.version) != (run.production and run.production.version):
         return "elsewhere"
-    moved = promote(run.store, run.name, {**model, "run": run.id}, run.production)
+    rival = run.rival()
+    moved = promote(
+        run.store,
+        run.name,
+        standing,
+        model=named(weights),
+        card=named(card),
+        run=run.id,
+        compared=named(rival) if rival else None,
+        why="; ".join(reasons),
+    )
     return "moved" if moved else "elsewhere"
 
 
-def _version(ref: Ref | None) -> str | None:
-    return ref.version if ref else None
+def named(artifact: Artifact) -> Name:
+    """An artifact as the production ref names it."""
+    return {"key": artifact.key, "digest": artifact.digest}
 
 
 def outcome_json(outcome: Outcome) -> str:

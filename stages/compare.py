@@ -1,4 +1,4 @@
-"""Lays the scores of two models side by side: reads evaluate's artifact, gives `scores.json` and its report.
+"""Lays the scores of two or three models side by side: reads evaluate's artifact, gives `scores.json` and its report.
 
     {"tasks": {"spelling": {"metric": "exact_match", "n": 150,
                             "base": {"value", "low", "high"}, "tuned": {...},
@@ -7,6 +7,9 @@
 
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
 excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences.
+Once a model stands in production, each entry also has its score and what the tuned model changes about it:
+
+    "production": {"value", "low", "high"}, "over_production": {"difference": {...}, "better": "tuned" | "production" …}
 """
 
 import json
@@ -17,15 +20,18 @@ from typing import NamedTuple
 from stages.identity import Json
 from stages.intervals import Interval, bootstrap, paired_difference, share
 
-BASE, TUNED = "base", "tuned"
-"""The two models, as they are called in parts, scores and reports."""
+BASE, PRODUCTION, TUNED = "base", "production", "tuned"
+"""The models, as they are called in parts, scores and reports."""
+
+OVER_PRODUCTION = "over_production"
+"""The comparison with the model in production, where there is one."""
 
 HELDOUT_LOSS = "heldout_loss"
 """What is measured beside the tasks: the loss over the plan's held-out rows."""
 
 
 class Item(NamedTuple):
-    """One item that both models answered."""
+    """One item that all models answered."""
 
     task: str
     item: int
@@ -36,17 +42,19 @@ class Item(NamedTuple):
     tuned: str
     base_score: float
     tuned_score: float
+    production: str | None = None
+    production_score: float | None = None
 
 
 def compare(scores: Path) -> dict[str, Json]:
-    """The scores of both models, from the folder that evaluate made. Without held-out rows, `heldout_loss` is null."""
+    """The scores of the models, from the folder that evaluate made. Without held-out rows, `heldout_loss` is null."""
     tasks: dict[str, Json] = {}
     checks = {"scored_twice": 0, "agreeing": 0}
     for name in _tasks(scores):
         items = list(_items(scores, name))
         for leaf in dict.fromkeys(item.task for item in items):
             tasks[leaf] = _compared([item for item in items if item.task == leaf])
-        for model in (BASE, TUNED):
+        for model in _models(scores, name):
             part = json.loads((scores / model / name / "scores.json").read_text())
             for check in checks:
                 checks[check] += part.get(check, 0)
@@ -54,22 +62,29 @@ def compare(scores: Path) -> dict[str, Json]:
 
 
 def samples(scores: Path) -> Iterator[dict[str, Json]]:
-    """Every item with both models' answers, task by task."""
+    """Every item with the models' answers, task by task."""
     for name in _tasks(scores):
-        yield from (item._asdict() for item in _items(scores, name))
+        for item in _items(scores, name):
+            yield {field: value for field, value in item._asdict().items() if value is not None}
 
 
 def _tasks(scores: Path) -> list[str]:
     return sorted(path.parent.name for path in (scores / BASE).glob("*/samples.jsonl"))
 
 
+def _models(scores: Path, name: str) -> list[str]:
+    return [model for model in (BASE, TUNED, PRODUCTION) if (scores / model / name).is_dir()]
+
+
 def _items(scores: Path, name: str) -> Iterator[Item]:
-    both = [
+    models = _models(scores, name)
+    answers = [
         [json.loads(line) for line in (scores / model / name / "samples.jsonl").read_text().splitlines()]
-        for model in (BASE, TUNED)
+        for model in models
     ]
-    for base, tuned in zip(*both, strict=True):
-        assert (base["task"], base["item"]) == (tuned["task"], tuned["item"]), "two models, two lists of items"
+    for base, tuned, *production in zip(*answers, strict=True):
+        for other in (tuned, *production):
+            assert (base["task"], base["item"]) == (other["task"], other["item"]), "two models, two lists of items"
         yield Item(
             task=f"{name}/{base['task']}" if base["task"] not in ("", name) else name,
             item=base["item"],
@@ -80,73 +95,91 @@ def _items(scores: Path, name: str) -> Iterator[Item]:
             tuned=tuned["answer"],
             base_score=base["score"],
             tuned_score=tuned["score"],
+            production=production[0]["answer"] if production else None,
+            production_score=production[0]["score"] if production else None,
         )
 
 
 def _compared(items: list[Item]) -> dict[str, Json]:
     base, tuned = [item.base_score for item in items], [item.tuned_score for item in items]
-    difference = paired_difference(base, tuned)
-    return {
+    compared: dict[str, Json] = {
         "metric": items[0].metric,
         "n": len(items),
         BASE: share(base).document,
         TUNED: share(tuned).document,
-        "difference": difference.document,
-        "better": _better(difference, more_is_better=True),
+        **_difference(paired_difference(base, tuned), BASE, more_is_better=True),
     }
+    production = [item.production_score for item in items if item.production_score is not None]
+    if production:
+        difference = paired_difference(production, tuned)
+        compared[PRODUCTION] = share(production).document
+        compared[OVER_PRODUCTION] = _difference(difference, PRODUCTION, more_is_better=True)
+    return compared
 
 
 def _loss(scores: Path) -> Json:
-    path = scores / BASE / HELDOUT_LOSS / "scores.json"
-    if not path.exists():
-        return None
-    base = json.loads(path.read_text())
-    tuned = json.loads((scores / TUNED / HELDOUT_LOSS / "scores.json").read_text())
-    if not base["sums"]:
-        return None
-    tokens = base["tokens"]
-    assert tokens == tuned["tokens"], "two models, two lists of sequences"
-    difference = bootstrap([t - b for b, t in zip(base["sums"], tuned["sums"], strict=True)], tokens)
-    return {
-        BASE: bootstrap(base["sums"], tokens).document,
-        TUNED: bootstrap(tuned["sums"], tokens).document,
-        "difference": difference.document,
-        "better": _better(difference, more_is_better=False),
-        "tokens": sum(tokens),
+    found = {
+        model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text())
+        for model in _models(scores, HELDOUT_LOSS)
     }
+    if not found or not found[BASE]["sums"]:
+        return None
+    tokens = found[BASE]["tokens"]
+    assert all(tokens == loss["tokens"] for loss in found.values()), "two models, two lists of sequences"
+
+    def against(model: str) -> dict[str, Json]:
+        pairs = zip(found[model]["sums"], found[TUNED]["sums"], strict=True)
+        return _difference(bootstrap([t - m for m, t in pairs], tokens), model, more_is_better=False)
+
+    losses = {model: bootstrap(loss["sums"], tokens).document for model, loss in found.items()}
+    over = {OVER_PRODUCTION: against(PRODUCTION)} if PRODUCTION in found else {}
+    return {**losses, **against(BASE), **over, "tokens": sum(tokens)}
 
 
-def _better(difference: Interval, *, more_is_better: bool) -> str:
-    if difference.low > 0:
-        return TUNED if more_is_better else BASE
-    if difference.high < 0:
-        return BASE if more_is_better else TUNED
-    return "unclear"
+def _difference(difference: Interval, model: str, *, more_is_better: bool) -> dict[str, Json]:
+    """The tuned model minus another one, and which of the two is clearly better."""
+    winner, loser = (TUNED, model) if more_is_better else (model, TUNED)
+    better = winner if difference.low > 0 else loser if difference.high < 0 else "unclear"
+    return {"difference": difference.document, "better": better}
 
 
 def report(scores: Json) -> str:
-    """The scores as Markdown: a table with intervals, and bars."""
+    """The scores as Markdown: a table with intervals, a second one against production, and bars."""
+    measured = dict(scores["tasks"])
+    if loss := scores[HELDOUT_LOSS]:
+        measured["held-out rows"] = {"metric": "loss, nats a token", "n": f"{loss['tokens']:,} tokens", **loss}
+    if not measured:
+        return "Nothing was measured: the recipe has no task, and pack held no rows out.\n"
     lines = [
         "| task | metric | items | base | tuned | difference | better |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for name, task in scores["tasks"].items():
+    for name, task in measured.items():
+        shown = _nats if name == "held-out rows" else _percent
         lines.append(
-            f"| {name} | {task['metric']} | {task['n']} | {_percent(task[BASE])} | {_percent(task[TUNED])} "
-            f"| {_percent(task['difference'], signed=True)} | {task['better']} |"
+            f"| {name} | {task['metric']} | {task['n']} | {shown(task[BASE])} | {shown(task[TUNED])} "
+            f"| {shown(task['difference'], signed=True)} | {task['better']} |"
         )
-    loss = scores[HELDOUT_LOSS]
-    if loss:
+    standing = {name: task for name, task in measured.items() if PRODUCTION in task}
+    if standing:
+        lines += [
+            "",
+            "Against the model that stood in production:",
+            "",
+            "| task | production | tuned | difference | better |",
+            "| --- | ---: | ---: | ---: | --- |",
+        ]
+    for name, task in standing.items():
+        shown, over = _nats if name == "held-out rows" else _percent, task[OVER_PRODUCTION]
         lines.append(
-            f"| held-out rows | loss, nats a token | {loss['tokens']:,} tokens | {_nats(loss[BASE])} "
-            f"| {_nats(loss[TUNED])} | {_nats(loss['difference'], signed=True)} | {loss['better']} |"
+            f"| {name} | {shown(task[PRODUCTION])} | {shown(task[TUNED])} "
+            f"| {shown(over['difference'], signed=True)} | {over['better']} |"
         )
-    if len(lines) == 2:
-        return "Nothing was measured: the recipe has no task, and pack held no rows out.\n"
     bars = [
-        f"{name:<24.24} {model:<5} {_bar(task[model]['value'])} {task[model]['value']:6.1%}"
+        f"{name:<24.24} {model:<10} {_bar(task[model]['value'])} {task[model]['value']:6.1%}"
         for name, task in scores["tasks"].items()
-        for model in (BASE, TUNED)
+        for model in (BASE, PRODUCTION, TUNED)
+        if model in task
     ]
     text = "\n".join(lines) + "\n\nIn brackets: 95 % intervals; differences are paired, item by item.\n"
     return text + ("\n```text\n" + "\n".join(bars) + "\n```\n" if bars else "")

@@ -1,8 +1,10 @@
-"""evaluate: what the base model and the tuned model score on the same items, and their loss on held-out rows.
+"""evaluate: what the base model, the model in production and the tuned model score on the same items, and their loss on
+held-out rows.
 
 Mapped: one part a model and task (`base/spelling`, `tuned/spelling`, `base/heldout_loss`, …), each an artifact of its
 own that depends on that model, that task and the rows it reads. So another learning rate scores the tuned model
-alone, and another task only that task. `stages.compare` lays the parts side by side.
+alone, another task only that task, and production's scores are those it got when it was the tuned model.
+`stages.compare` lays the parts side by side.
 
 A part writes `scores.json` and, for a task, `samples.jsonl`: one line an item with question, target, answer and score.
 """
@@ -18,7 +20,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from stages import evals, harness
-from stages.compare import BASE, HELDOUT_LOSS, TUNED
+from stages.compare import BASE, HELDOUT_LOSS, PRODUCTION, TUNED
 from stages.evals import Options
 from stages.formats import BadRow
 from stages.generation import Precision, generate, load
@@ -80,7 +82,7 @@ class Task(StageConfig):
 
 
 class EvaluateConfig(StageConfig):
-    """What is measured, on the base model and on the tuned one."""
+    """What is measured, on the base model, the one in production and the tuned one."""
 
     tasks: dict[str, Task] = Field(default_factory=dict)
     """Tasks by a name of your choice. A list will do too: names are then taken from the sources and lm-eval tasks."""
@@ -132,7 +134,8 @@ def check(config: EvaluateConfig) -> None:
 
 
 def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
-    """A part for each model and task. Raises UserError when a task's source is not in `fetch.data`."""
+    """A part for each model and task; `production` is among the inputs once a model stands there. Raises UserError when
+    a task's source is not in `fetch.data`."""
     plan = inputs["plan"].select(*HELDOUT_FILES)
     tokens = inputs["tokens"].select("*tokens.arrow")
     measures: dict[str, tuple[Measure, dict[str, Tree]]] = {
@@ -143,9 +146,16 @@ def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
         measures[HELDOUT_LOSS] = Measure(precision=config.precision), {"tokens": tokens, "plan": plan}
     return [
         Part(f"{model}/{name}", measure.model_dump(mode="json"), {"weights": _weights(weights), **read})
-        for model, weights in ((BASE, inputs["base"]), (TUNED, inputs["weights"]))
+        for model, weights in _models(inputs)
         for name, (measure, read) in measures.items()
     ]
+
+
+def _models(inputs: Mapping[str, Tree]) -> Iterator[tuple[str, Tree]]:
+    yield BASE, inputs["base"]
+    if PRODUCTION in inputs:
+        yield PRODUCTION, inputs[PRODUCTION]
+    yield TUNED, inputs["weights"]
 
 
 def _rows(name: str, task: Task, rows: Tree) -> dict[str, Tree]:

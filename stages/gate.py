@@ -1,37 +1,62 @@
-"""The gate before publishing: thresholds on the scores, as configuration; a pure decision with its reasons."""
+"""The gate before publishing: thresholds on the scores, as configuration; a pure decision with its reasons.
+
+Two comparisons, each with thresholds of its own: with the base model, and with the model in production once there is
+one.
+"""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from stages.compare import OVER_PRODUCTION
 from stages.identity import Json
 from stages.stage import StageConfig
 
 
-class Gate(StageConfig):
-    """What the tuned model must show against the base model before it is published."""
+class Thresholds(StageConfig):
+    """What the tuned model must show against another one."""
 
     require: Literal["better", "not_worse", "nothing"] = "not_worse"
     """In every task: `better` wants the difference's 95 % interval above 0, `not_worse` refuses one below 0."""
-    tasks: tuple[str, ...] = ()
-    """The tasks that count, by name; all when empty."""
     min_gain: float | None = Field(default=None, ge=-1, le=1)
-    """The least difference, tuned minus base, in every task: 0.05 is five points of a hundred."""
+    """The least difference, tuned minus the other, in every task: 0.05 is five points of a hundred."""
     max_heldout_loss_increase: float | None = None
     """The most by which the held-out loss may rise, in nats a trained token; negative asks for a fall."""
 
 
+class Gate(Thresholds):
+    """What the tuned model must show before it is published: against the base model, and against production."""
+
+    tasks: tuple[str, ...] = ()
+    """The tasks that count, by name; all when empty."""
+    production: Thresholds = Field(default_factory=Thresholds)
+    """What it must show against the model in production, once there is one."""
+
+
+class _Other(NamedTuple):
+    """What the tuned model is compared with."""
+
+    name: str
+    words: str
+    thresholds: Thresholds
+
+
 def decide(gate: Gate, scores: Json) -> dict[str, Json]:
     """`{"passed": bool, "reasons": [...]}`: every failed condition told in one line each, or why it passed."""
-    failed = list(_failures(gate, scores))
+    failed = list(dict.fromkeys(_failures(gate, scores)))
     if failed:
         return {"passed": False, "reasons": failed}
-    measured = len(_counted(gate, scores)) + bool(scores["heldout_loss"])
-    return {
-        "passed": True,
-        "reasons": [_summary(gate)] if measured else ["nothing was measured, so nothing speaks against it"],
-    }
+    counted, loss = _counted(gate, scores), scores["heldout_loss"]
+    if not counted and not loss:
+        return {"passed": True, "reasons": ["nothing was measured, so nothing speaks against it"]}
+    standing = any(OVER_PRODUCTION in entry for entry in [*counted.values(), *([loss] if loss else [])])
+    others = _others(gate)[: 2 if standing else 1]
+    return {"passed": True, "reasons": [_summary(other) for other in others]}
+
+
+def _others(gate: Gate) -> list[_Other]:
+    return [_Other("base", "the base model", gate), _Other("production", "the model in production", gate.production)]
 
 
 def _counted(gate: Gate, scores: Json) -> dict[str, Json]:
@@ -50,38 +75,51 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
         yield f"lm-eval and our own scorer agree on only {scores['agreeing']} of {scores['scored_twice']} answers"
     if not counted and (gate.require == "better" or gate.min_gain is not None):
         yield "the gate asks for a gain, and no task was evaluated"
-    for name, task in counted.items():
-        yield from _task_failures(gate, name, task)
-    yield from _loss_failures(gate, scores["heldout_loss"])
+    for other in _others(gate):
+        for name, task in counted.items():
+            yield from _task_failures(other, name, _against(other, task))
+        yield from _loss_failures(other, scores["heldout_loss"])
 
 
-def _task_failures(gate: Gate, name: str, task: Json) -> Iterator[str]:
-    difference = task["difference"]
+def _against(other: _Other, entry: Json) -> Json:
+    """The comparison with that model, or None."""
+    return entry if other.name == "base" else entry.get(OVER_PRODUCTION)
+
+
+def _task_failures(other: _Other, name: str, compared: Json) -> Iterator[str]:
+    if compared is None:
+        return
+    wanted, difference = other.thresholds, compared["difference"]
     told = f"{difference['value']:+.3f} (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})"
-    if gate.require == "better" and task["better"] != "tuned":
-        yield f"{name}: not clearly better than the base model, {told}"
-    if gate.require == "not_worse" and task["better"] == "base":
-        yield f"{name}: clearly worse than the base model, {told}"
-    if gate.min_gain is not None and difference["value"] < gate.min_gain:
-        yield f"{name}: gains {told}, and the gate asks for {gate.min_gain:+.3f}"
+    if wanted.require == "better" and compared["better"] != "tuned":
+        yield f"{name}: not clearly better than {other.words}, {told}"
+    if wanted.require == "not_worse" and compared["better"] == other.name:
+        yield f"{name}: clearly worse than {other.words}, {told}"
+    if wanted.min_gain is not None and difference["value"] < wanted.min_gain:
+        over = "" if other.name == "base" else f" over {other.words}"
+        yield f"{name}: gains {told}{over}, and the gate asks for {wanted.min_gain:+.3f}"
 
 
-def _loss_failures(gate: Gate, loss: Json) -> Iterator[str]:
-    if gate.max_heldout_loss_increase is None:
+def _loss_failures(other: _Other, loss: Json) -> Iterator[str]:
+    most = other.thresholds.max_heldout_loss_increase
+    if most is None:
         return
     if loss is None:
         yield "the gate bounds the held-out loss, and pack held out no rows (`pack.heldout_fraction`)"
-    elif loss["difference"]["value"] > gate.max_heldout_loss_increase:
+        return
+    compared = _against(other, loss)
+    if compared is not None and compared["difference"]["value"] > most:
+        over = "" if other.name == "base" else f" against {other.words}"
         yield (
-            f"held-out loss changes by {loss['difference']['value']:+.4f} nats a token, and the gate allows "
-            f"{gate.max_heldout_loss_increase:+.4f}"
+            f"held-out loss changes by {compared['difference']['value']:+.4f} nats a token{over}, and the gate allows "
+            f"{most:+.4f}"
         )
 
 
-def _summary(gate: Gate) -> str:
+def _summary(other: _Other) -> str:
     words = {
-        "better": "clearly better than the base model in every task",
-        "not_worse": "not clearly worse than the base model in any task",
-        "nothing": "the gate asks for nothing in the tasks",
+        "better": f"clearly better than {other.words} in every task",
+        "not_worse": f"not clearly worse than {other.words} in any task",
+        "nothing": f"the gate asks for nothing against {other.words} in the tasks",
     }
-    return words[gate.require]
+    return words[other.thresholds.require]

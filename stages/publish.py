@@ -1,8 +1,8 @@
 """publish: the model card with scores, gate, data and lineage; then the model where people look for it.
 
 `run` writes the card beside `scores.json`, `samples.jsonl`, `gate.json`, `recipe.yaml` and `lineage.json`. Delivering
-to `to` (`stages.deliver`) and moving the production ref (`promote`) follow outside, hit or not, and only when the gate
-passed: a failed gate is a result, not a crash.
+to `to` (`stages.deliver`) and moving the production ref (`stages.production`) follow outside, hit or not, and only when
+the gate passed: a failed gate is a result, not a crash.
 """
 
 import json
@@ -16,7 +16,6 @@ from stages.card import card, redacted
 from stages.gate import Gate
 from stages.identity import Json
 from stages.stage import Facts, Stage, StageConfig, Work
-from stages.store import Store
 
 
 class PublishConfig(StageConfig):
@@ -63,18 +62,10 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
     return {**decision, "scores": scores}
 
 
-def promote(store: Store, name: str, model: Mapping[str, Json], compared: str | None) -> bool:
-    """Point `<name>/production` at a model whose gate passed; False when somebody moved it meanwhile.
-
-    `compared` is the version of the ref (None: there was none) when this model was compared with what it points to.
-    """
-    return store.swap_ref(f"{name}/production", compared, model)
-
-
 STAGE = Stage(
     name="publish",
     artifact="card",
-    version=2,
+    version=3,
     config=PublishConfig,
     run=run,
     locations=frozenset({"to", "private"}),

@@ -99,6 +99,14 @@ class Store:
         manifest that does not add up is quarantined and counts as absent."""
         return self._found(stage, key)[0]
 
+    def recall(self, stage: str, key: str, digest: str) -> Artifact | None:
+        """The artifact of an action as it was when it had that digest, also where another one has replaced it since."""
+        found = self.find(stage, key)
+        if found is not None and found.digest == digest:
+            return found
+        old = self.objects.read(f"superseded/{stage}/{key}/{digest}.json")
+        return None if old is None else decode(stage, key, old.data)
+
     def commit(
         self,
         action: Action,

@@ -93,6 +93,26 @@ def test_samples_hold_both_answers(tmp_path: Path) -> None:
     }
 
 
+def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> None:
+    part(tmp_path, "base/spelling", [("no", 0.0)] * 40)
+    part(tmp_path, "production/spelling", [("t", 1.0)] * 35 + [("no", 0.0)] * 5)
+    part(tmp_path, "tuned/spelling", [("t", 1.0)] * 10 + [("no", 0.0)] * 30)
+    for model, sums in (("base", [30.0, 30.0]), ("production", [10.0, 10.0]), ("tuned", [20.0, 20.0])):
+        loss(tmp_path, model, sums, [10, 10])
+    found = compare(tmp_path)
+    task, heldout = found["tasks"]["spelling"], found["heldout_loss"]
+    assert task["production"]["value"] == 0.875
+    assert task["over_production"] == {"difference": newcombe(10, 25, 0, 5).document, "better": "production"}
+    assert task["better"] == heldout["better"] == "tuned"
+    assert heldout["over_production"]["difference"]["value"] == pytest.approx(1.0)
+    assert heldout["over_production"]["better"] == "production"
+    text = report(found)
+    assert "Against the model that stood in production" in text
+    assert "| spelling | 87.5 % (" in text and "| -62.5 (" in text
+    [first, *_] = samples(tmp_path)
+    assert (first["base"], first["production"], first["tuned"]) == ("no", "t", "t")
+
+
 def test_nothing_measured_says_so(tmp_path: Path) -> None:
     loss(tmp_path, "base", [], [])
     loss(tmp_path, "tuned", [], [])

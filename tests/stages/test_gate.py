@@ -28,6 +28,14 @@ def scores(loss_change: float | None = None, agreeing: int = 8, **tasks: dict[st
     return {"tasks": tasks, "heldout_loss": loss, "scored_twice": 8, "agreeing": agreeing}
 
 
+def over_production(entry: dict[str, Any], base: list[int], tuned: list[int]) -> dict[str, Any]:
+    """The entry with a production model that answers like `base`."""
+    compared = task(base, tuned)
+    better = {"tuned": "tuned", "base": "production"}.get(compared["better"], "unclear")
+    over = {"difference": compared["difference"], "better": better}
+    return {**entry, "production": compared["base"], "over_production": over}
+
+
 BETTER = task([0] * 50, [1] * 30 + [0] * 20)
 WORSE = task([1] * 30 + [0] * 20, [0] * 50)
 SAME = task([1, 0] * 25, [0, 1] * 25)
@@ -65,6 +73,45 @@ def test_decisions(gate: Gate, found: dict[str, Any], passes: bool) -> None:
 def test_a_failure_names_task_and_numbers() -> None:
     [reason] = decide(Gate(), scores(chat=WORSE))["reasons"]
     assert reason.startswith("chat: clearly worse than the base model, -0.600 (95 % interval -0.7")
+
+
+BEATS = over_production(BETTER, [0] * 50, [1] * 30 + [0] * 20)
+"""Better than the base model and than production; the next one only than the base model."""
+LOSES = over_production(BETTER, [1] * 50, [1] * 30 + [0] * 20)
+
+
+@pytest.mark.parametrize(
+    ("gate", "found", "passes"),
+    [
+        ({}, BEATS, True),
+        ({}, LOSES, False),
+        ({"production": {"require": "nothing"}}, LOSES, True),
+        ({"production": {"require": "better"}}, BEATS, True),
+        ({"production": {"require": "better"}}, over_production(BETTER, [1, 0] * 25, [0, 1] * 25), False),
+        ({"production": {"min_gain": 0.7}}, BEATS, False),
+        ({"production": {"require": "better"}}, BETTER, True),
+    ],
+    ids=["beats", "loses", "asks nothing", "better", "a draw", "too little", "nothing stands there"],
+)
+def test_production_has_thresholds_of_its_own(gate: dict[str, Any], found: dict[str, Any], passes: bool) -> None:
+    decision = decide(Gate.model_validate(gate), scores(spelling=found))
+    assert decision["passed"] is passes
+    if not passes:
+        assert all("the model in production" in reason for reason in decision["reasons"])
+
+
+def test_passing_says_what_it_was_compared_with() -> None:
+    assert decide(Gate(), scores(spelling=BETTER))["reasons"] == ["not clearly worse than the base model in any task"]
+    assert decide(Gate(), scores(spelling=BEATS))["reasons"][1:] == [
+        "not clearly worse than the model in production in any task"
+    ]
+
+
+def test_a_bound_on_held_out_loss_counts_against_production_too() -> None:
+    gate = Gate.model_validate({"production": {"max_heldout_loss_increase": 0.0}})
+    loss = {"difference": {"value": -1.0}, "over_production": {"difference": {"value": 0.2}}}
+    [reason] = decide(gate, {**scores(), "heldout_loss": loss})["reasons"]
+    assert reason.startswith("held-out loss changes by +0.2000 nats a token against the model in production")
 
 
 ITEMS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60)

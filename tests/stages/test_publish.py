@@ -1,4 +1,4 @@
-"""publish: the card holds what a reader needs and no secret, the gate decides, production moves only as compared."""
+"""publish: the card holds what a reader needs and no secret, the gate decides."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,9 @@ import yaml
 
 from stages import publish
 from stages.card import base_model, card, redacted
-from stages.publish import PublishConfig, promote
+from stages.publish import PublishConfig
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.store import Store
 
 RECIPE = """\
 name: quickstart
@@ -153,14 +152,3 @@ def test_destination_and_visibility_stay_out_of_the_key() -> None:
     at_home = publish.STAGE.identity(PublishConfig(to="out/a"))
     at_work = publish.STAGE.identity(PublishConfig(to="s3://b/c", private=False))
     assert at_home == at_work
-
-
-def test_production_moves_only_from_the_model_that_was_compared(store: Store) -> None:
-    assert promote(store, "quickstart", {"weights": "1"}, compared=None)
-    first = store.read_ref("quickstart/production")
-    assert first is not None
-    assert promote(store, "quickstart", {"weights": "2"}, compared=first.version)
-    assert not promote(store, "quickstart", {"weights": "3"}, compared=first.version)
-    assert not promote(store, "quickstart", {"weights": "3"}, compared=None)
-    now = store.read_ref("quickstart/production")
-    assert now is not None and now.document == {"weights": "2"}
