@@ -1,0 +1,115 @@
+"""A recipe whose models are made by hand: runs go through plan, evaluate, gate and refs as real ones do, in seconds.
+
+The file `right` in a model's weights says how many of its 40 items it gets right; only publish runs for real.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+
+from flows.execute import execute
+from flows.plan import make_plan
+from flows.recipe import Loaded, Recipe
+from flows.run import Run, start
+from flows.settle import Outcome, settle
+from stages import evaluate
+from stages.build import part_action
+from stages.identity import Json
+from stages.runtime import Runtime
+from stages.store import Store, open_store
+
+ITEMS = 40
+
+
+@dataclass
+class Rehearsal:
+    """One name's recipe with a store."""
+
+    folder: Path
+    url: str = ""
+    name: str = "bot"
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.url or str(self.folder / "store"), self.folder / "cache")
+
+    def start(self, right: int, **publish: Any) -> Run:
+        """A run whose tuned model gets so many items right."""
+        model = self.folder / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text("{}")
+        (model / "tokenizer.json").write_text("{}")
+        (model / "model.safetensors").write_text("base")
+        (self.folder / "rows.jsonl").write_text('{"question": "q", "answer": "t"}\n')
+        recipe = {
+            "name": self.name,
+            "fetch": {"model": {"path": str(model)}, "data": {"rows": {"files": str(self.folder / "rows.jsonl")}}},
+            "train": {"seed": right},
+            "evaluate": {"tasks": {"spelling": {"source": "rows"}}, "heldout_loss": False},
+            "publish": {"to": str(self.folder / "out"), **publish},
+        }
+        loaded = Loaded(recipe=Recipe.model_validate(recipe), text=yaml.safe_dump(recipe), path="")
+        runtime = Runtime(store=self.store.url, cache=self.folder / "cache")
+        return start(loaded, runtime, self.store)
+
+    def make(self, run: Run) -> Run:
+        """Everything up to the card."""
+        run.record("started")
+        self._made(run, "fetch", {"model/model.safetensors": "base", "data/rows/0/rows.jsonl": "{}"})
+        right = run.loaded.recipe.train.seed
+        for stage in ("convert", "tokenize", "pack", "train"):
+            self._made(run, stage, {"report.md": f"{stage} {right if stage == 'train' else ''}"})
+        self._made(run, "merge", {"right": str(right), "config.json": "{}"})
+        inputs = run.inputs("evaluate")
+        for part in evaluate.parts(run.loaded.recipe.evaluate, inputs):
+            if run.store.find("evaluate", part_action(evaluate.STAGE, part).key) is None:
+                assert not part.name.startswith("production/"), "production was scored when it was the tuned model"
+                self._scored(run, part, right if part.name.startswith("tuned/") else 0)
+        for stage in ("evaluate", "publish"):
+            execute(run, stage)
+        return run
+
+    def run(self, right: int, **publish: Any) -> tuple[Run, Outcome]:
+        """A whole run."""
+        run = self.make(self.start(right, **publish))
+        outcome = settle(run)
+        run.record("finished")
+        run.become_baseline()
+        return run, outcome
+
+    def to_run(self, right: int, **publish: Any) -> list[str]:
+        """What the next run would make."""
+        return make_plan(self.start(right, **publish)).to_run
+
+    def scores(self, run: Run) -> Json:
+        return run.artifacts["publish"].facts["scores"]["tasks"]["spelling"]
+
+    def _made(self, run: Run, stage: str, files: dict[str, str]) -> None:
+        action = run.action(stage)
+        assert action is not None
+        if found := run.store.find(stage, action.key):
+            run.artifacts[stage] = found
+            return
+        run.artifacts[stage] = run.store.commit(action, self._folder(files), {}, {})
+        run.made.add(stage)
+
+    def _scored(self, run: Run, part: Any, right: int) -> None:
+        samples = [
+            {"task": "", "item": i, "question": "q", "target": "t", "answer": "t" if i < right else "x"}
+            | {"metric": "exact_match", "score": float(i < right)}
+            for i in range(ITEMS)
+        ]
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        files = {"samples.jsonl": lines, "scores.json": json.dumps({"tasks": {}})}
+        run.store.commit(part_action(evaluate.STAGE, part), self._folder(files), {"items": ITEMS}, {})
+
+    def _folder(self, files: dict[str, str]) -> Path:
+        folder = self.folder / "making" / uuid4().hex
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return folder
