@@ -45,12 +45,12 @@ def heldout_loss(
     objective = objectives.find("sft")
     network = load(weights, precision, runtime.device, packed=True).network
     sums: list[float] = []
-    loss_sum = None
+    of_batch: objectives.LossSums | None = None
     with torch.inference_mode():
         for number in range(len(bins)):
             ready = objective.prepare(collate([bins[number]]))
             batch = {n: v.to(network.device) if isinstance(v, torch.Tensor) else v for n, v in ready.items()}
-            loss_sum = loss_sum or objective.loss(network, batch)
-            sums.append(float(loss_sum(batch)))
+            of_batch = of_batch or objective.loss(network, objective.options(), batch)
+            sums.append(float(of_batch(batch)["loss"]))
             measured(number + 1, len(bins))
     return HeldoutLoss(sums, [int(n) for n in bins.trained])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cross_entropy_", "linear_cross_entropy"]
+__all__ = ["cross_entropy_", "linear_cross_entropy", "linear_token_losses"]
 
 CHUNK = 4096
 """Rows of logits that exist at once: 1 GiB in 16 bits at a vocabulary of 128 k."""
@@ -24,15 +24,43 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, positions: Tensor, targ
     `hidden` is [tokens, width], `weight` [vocabulary, width], `positions` and `targets` [trained] int64, no position
     twice. Products are in autocast's dtype where it is on, else in that of `hidden`; softmax and sum in float32.
     """
+    return _apply(_LinearCrossEntropy, hidden, weight, positions, targets)
+
+
+def linear_token_losses(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """[trained] The same cross-entropies one by one, for objectives that weigh them by what they turn out to be.
+
+    What a token's loss is worth is known only after the forward pass, so the gradient of `weight`, where it trains,
+    needs its chunks' logits once more: five products a chunk instead of three.
+    """
+    return _apply(_LinearTokenLosses, hidden, weight, positions, targets)
+
+
+def _apply(function: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight.to(hidden.dtype), positions, targets, torch.is_grad_enabled()
-        )
-    return total
+        found: Tensor = function.apply(hidden, weight.to(hidden.dtype), positions, targets, torch.is_grad_enabled())
+    return found
+
+
+def _in_chunks(
+    rows: Tensor, weight: Tensor, targets: Tensor, d_rows: Tensor | None, d_weight: Tensor | None, needed: bool
+) -> Tensor:
+    """[rows] Losses; the gradients of their sum are written to `d_rows` and added to `d_weight`, where given."""
+    losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    buffer = rows.new_empty(min(CHUNK, len(rows)), len(weight))
+    for begin in range(0, len(rows), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        logits = torch.mm(rows[part], weight.T, out=buffer[: len(rows[part])])
+        losses[part] = cross_entropy_(logits, targets[part], needed)
+        if d_rows is not None:
+            torch.mm(logits, weight, out=d_rows[part])
+        if d_weight is not None:
+            d_weight.addmm_(logits.T, rows[part])
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -42,16 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = hidden.index_select(0, positions)
         d_rows = torch.empty_like(rows) if for_hidden else None
         d_weight = torch.zeros_like(weight) if for_weight else None
-        losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-        buffer = hidden.new_empty(min(CHUNK, len(rows)), len(weight))
-        for begin in range(0, len(rows), CHUNK):
-            part = slice(begin, begin + CHUNK)
-            logits = torch.mm(rows[part], weight.T, out=buffer[: len(rows[part])])
-            losses[part] = cross_entropy_(logits, targets[part], for_hidden or for_weight)
-            if d_rows is not None:
-                torch.mm(logits, weight, out=d_rows[part])
-            if d_weight is not None:
-                d_weight.addmm_(logits.T, rows[part])
+        losses = _in_chunks(rows, weight, targets, d_rows, d_weight, for_hidden or for_weight)
         ctx.save_for_backward(d_rows, d_weight, positions)
         ctx.tokens = len(hidden)
         return losses.sum()
@@ -60,11 +79,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         d_rows, d_weight, positions = ctx.saved_tensors
         (factor,) = gradients
-        d_hidden = None
-        if d_rows is not None:
-            d_hidden = d_rows.new_zeros(ctx.tokens, d_rows.shape[1])
-            d_hidden.index_copy_(0, positions, d_rows.mul_(factor))
+        d_hidden = None if d_rows is None else _spread(d_rows.mul_(factor), positions, ctx.tokens)
         return d_hidden, None if d_weight is None else d_weight.mul_(factor), None, None, None
+
+
+class _LinearTokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, learns: bool) -> Tensor:
+        for_hidden, for_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        rows = hidden.index_select(0, positions)
+        d_rows = torch.empty_like(rows) if for_hidden else None
+        losses = _in_chunks(rows, weight, targets, d_rows, None, for_hidden)
+        again = (rows, weight, targets) if for_weight else (None, None, None)
+        ctx.save_for_backward(d_rows, positions, *again)
+        ctx.tokens = len(hidden)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        d_rows, positions, rows, weight, targets = ctx.saved_tensors
+        factors = gradients[0][:, None]
+        d_hidden = None if d_rows is None else _spread(d_rows * factors.to(d_rows.dtype), positions, ctx.tokens)
+        d_weight = None
+        if weight is not None:
+            d_weight = torch.zeros_like(weight)
+            for begin in range(0, len(rows), CHUNK):
+                part = slice(begin, begin + CHUNK)
+                logits = rows[part] @ weight.T
+                cross_entropy_(logits, targets[part], True)
+                d_weight.addmm_(logits.T, rows[part] * factors[part].to(rows.dtype))
+        return d_hidden, d_weight, None, None, None
+
+
+def _spread(d_rows: Tensor, positions: Tensor, tokens: int) -> Tensor:
+    """[tokens, width] Rows at their positions, zeros elsewhere."""
+    return d_rows.new_zeros(tokens, d_rows.shape[1]).index_copy_(0, positions, d_rows)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:

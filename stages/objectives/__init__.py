@@ -1,26 +1,37 @@
 """Training objectives: one a file, named in a recipe by its file's name (`train.objective: sft`).
 
 An objective file declares `OBJECTIVE = Objective(...)`. Both training and evaluation use it, so that the loss that is
-reported on held-out text is the loss that was trained.
+reported on held-out rows is the loss that was trained.
 """
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
 
 from stages.errors import UserError
+from stages.stage import StageConfig
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "LossSum", "Objective", "find", "names"]
+__all__ = ["Batch", "LossSums", "Objective", "Sums", "find", "names", "options_of"]
 
 Batch = Mapping[str, Any]
 """A collated micro-batch: tensors by name, as `packing.collate` makes them."""
-LossSum = Callable[[Batch], "torch.Tensor"]
-"""From a prepared batch on the model's device to the sum of its losses."""
+Sums = Mapping[str, "torch.Tensor"]
+"""Sums over a micro-batch of what the objective counts: `loss`, which is minimised, and measures that are only looked
+at, without gradient. Divided by the count they are means, whatever the micro-batch."""
+LossSums = Callable[[Batch], Sums]
+"""From a prepared batch on the model's device to its sums."""
+
+
+class NoOptions(StageConfig):
+    """An objective without settings of its own."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,18 @@ class Objective:
     """Bumped when the same batches and weights would give another loss."""
     prepare: Callable[[Batch], dict[str, Any]]
     """Makes a collated batch ready on the CPU, before it moves to the device."""
-    loss: Callable[[Any, Batch], LossSum]
-    """`loss(model, batch)` returns the function from a prepared batch to its summed loss. `batch` is an example, with
+    loss: Callable[[Any, Any, Batch], LossSums]
+    """`loss(model, options, batch)` returns the function from a prepared batch to its sums. `batch` is an example, with
     which the function may be tried out first."""
+    options: type[StageConfig] = NoOptions
+    """Its settings in the recipe, `train.objective_options`."""
+    kinds: tuple[str, ...] = ("conversation",)
+    """The kinds of data it trains on; see `stages.formats`."""
+    counts: Literal["tokens", "pairs"] = "tokens"
+    """What the loss is a mean of: trained tokens, or pairs of documents that stand side by side."""
+    reference: bool = False
+    """Whether batches must hold `reference` [1, tokens]: the log-probability that the model before training gives each
+    token."""
 
 
 def names() -> list[str]:
@@ -48,3 +68,19 @@ def find(name: str) -> Objective:
     objective = importlib.import_module(f"{__name__}.{name}").OBJECTIVE
     assert isinstance(objective, Objective)
     return objective
+
+
+def options_of(name: str, given: Mapping[str, Any]) -> StageConfig:
+    """An objective's settings, defaults filled in. Raises UserError naming the first that does not fit."""
+    kind = find(name).options
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        raise UserError(f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}")
+    known = list(kind.model_fields)
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+    raise UserError(f"{name} has no option {key!r}: {hint}")

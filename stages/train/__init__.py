@@ -17,9 +17,9 @@ This file holds the recipe section and declares the stage; the work is in the fi
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages import objectives
 from stages.stage import Facts, Stage, StageConfig, Work
@@ -55,6 +55,8 @@ class TrainConfig(StageConfig):
 
     objective: str = "sft"
     """A file in `stages/objectives/`."""
+    objective_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """The objective's own settings, such as `{beta: 0.1}` for dpo."""
     method: Literal["lora", "full"] = "lora"
     """Train an adapter beside frozen weights, or all weights."""
     lora: Lora = Lora()
@@ -97,6 +99,13 @@ class TrainConfig(StageConfig):
     def _known_objective(cls, name: str) -> str:
         objectives.find(name)
         return name
+
+    @field_validator("objective_options")
+    @classmethod
+    def _known_options(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "objective" not in info.data:  # told already
+            return given
+        return objectives.options_of(info.data["objective"], given).model_dump(mode="json")
 
     @field_validator("optimizer")
     @classmethod

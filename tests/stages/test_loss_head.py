@@ -35,6 +35,21 @@ def test_loss_and_gradients_are_the_plain_formulas(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+@pytest.mark.parametrize("count", [0, 1, 40, TOKENS])
+def test_losses_one_by_one_take_any_gradient(monkeypatch: pytest.MonkeyPatch, chunk: int, count: int) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK", chunk)
+    hidden, weight, positions, targets = example(count)
+    factors = torch.linspace(-1.0, 2.0, count)
+    logits = (hidden @ weight.T)[positions]
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    gradients = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    found = loss_head.linear_token_losses(hidden, weight, positions, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad((found * factors).sum(), (hidden, weight)), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_under_autocast_weights_keep_their_float32_gradients() -> None:
     hidden, weight, positions, targets = example(40)
     expected = plain(hidden, weight, positions, targets)

@@ -1,0 +1,150 @@
+"""The head of a causal language model: from hidden states to the losses of the tokens that train, and of no others.
+
+    head = find(model, example)                # tried out on one document
+    head.loss(batch)                           # summed, nats, float32
+    head.token_losses(batch)                   # [trained]
+
+The head is the model's widest layer (the vocabulary), and only some tokens train, so hidden states are picked first and
+projected after, a chunk at a time: the logits of a whole batch never exist. What stands between hidden states and
+logits differs by architecture. The known forms (a plain projection, Gemma's soft cap, Cohere's and Granite's scales)
+are written here; whether one of them holds is *tried on the model itself*, and where none does the model computes its
+own logits, in one piece. A plain projection goes with its loss in one (`stages.loss_head`).
+
+Batches are those of `packing.collate` after `pick`: with `positions` and `targets` in place of `labels`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stages import loss_head
+
+Batch = Mapping[str, Any]
+
+TRIED = 32
+"""Positions on which the head is compared with the model's own logits."""
+TOLERANCE = 0.01
+"""Largest difference to the model's own logits, relative to the largest of them: room for bfloat16."""
+MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What of a batch the model itself takes."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model's losses are computed."""
+
+    model: Any
+    causal: Any
+    """The model without its adapter's wrapping."""
+    known: bool
+    """Whether the decoder and `_logits` give the model's own logits."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the head is one matrix and nothing else: no bias, factor, bound or adapter."""
+        project = self.causal.get_output_embeddings()
+        return self.known and type(project) is nn.Linear and project.bias is None and _factors(self.causal) == PLAIN
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The summed cross-entropy of the trained tokens."""
+        if self.plain:
+            return loss_head.linear_cross_entropy(*self._linear(batch))
+        return self._in_chunks(batch, "sum").sum()
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """[trained] The cross-entropy of each trained token: minus the log-probability that the model gives it."""
+        if self.plain:
+            return loss_head.linear_token_losses(*self._linear(batch))
+        return self._in_chunks(batch, "none")
+
+    def _linear(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._hidden(batch), self.causal.get_output_embeddings().weight, batch["positions"], batch["targets"]
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden: Tensor = self.causal.get_decoder()(**model_inputs(batch), use_cache=False).last_hidden_state[0]
+        return hidden
+
+    def _in_chunks(self, batch: Batch, reduction: str) -> Tensor:
+        """Losses of `loss_head.CHUNK` rows at a time; several chunks compute their logits anew in the backward pass."""
+        project: Callable[[Tensor], Tensor]
+        if self.known:
+            rows, project = self._hidden(batch)[batch["positions"]], self._logits
+        else:
+            kept = {"logits_to_keep": batch["positions"]}
+            rows, project = self.model(**model_inputs(batch), use_cache=False, **kept).logits[0], _as_they_are
+
+        def part(rows: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(project(rows).float(), targets, reduction=reduction).reshape(-1)
+
+        targets = batch["targets"]
+        if len(targets) <= loss_head.CHUNK:
+            return part(rows, targets)
+        chunks = zip(torch.split(rows, loss_head.CHUNK), torch.split(targets, loss_head.CHUNK), strict=True)
+        found: list[Tensor] = [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(found)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocabulary] of hidden states [rows, width], as the model's config describes its head."""
+        scale, divisor, cap = _factors(self.causal)
+        logits: Tensor = self.causal.get_output_embeddings()(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        if divisor != 1.0:
+            logits = logits / divisor
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def find(model: Any, example: Batch) -> Head:
+    """The head of `model`, with or without a PEFT adapter. The model is run on `example` twice to find out how its head
+    works: one short document will do."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = Head(model, causal, known=True)
+    return head if _agrees(head, example) else Head(model, causal, known=False)
+
+
+def pick(batch: Batch, ignored: int = -100) -> dict[str, Any]:
+    """Replace `labels` [1, tokens] by what the loss needs: `positions` [trained], those whose *next* token trains, and
+    `targets` [trained], those next tokens. Done on the CPU, where picking by condition waits for no device."""
+    labels = batch["labels"]
+    assert labels.shape[0] == 1, "a packed batch is one row"
+    following = labels[0, 1:]
+    positions = (following != ignored).nonzero()[:, 0]
+    picked = {"positions": positions, "targets": following[positions]}
+    return {**{name: value for name, value in batch.items() if name != "labels"}, **picked}
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What of a batch the model itself takes."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+PLAIN = (1.0, 1.0, None)
+
+
+def _factors(causal: Any) -> tuple[float, float, float | None]:
+    """What the model's config says of its logits: they are multiplied, divided, and bounded (no bound: None)."""
+    config = causal.config.get_text_config()
+    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return scale, divisor, getattr(config, "final_logit_softcapping", None)
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _agrees(head: Head, batch: Batch) -> bool:
+    """Whether decoder and head give the model's own logits at the first positions of a batch."""
+    model, training = head.model, head.model.training
+    model.eval()  # dropout would differ between the two
+    try:
+        with torch.no_grad():
+            positions = torch.arange(min(batch["input_ids"].shape[1], TRIED), device=batch["input_ids"].device)
+            own = model(**model_inputs(batch), use_cache=False, logits_to_keep=positions).logits[0].float()
+            ours = head._logits(head._hidden(batch)[positions]).float()
+    finally:
+        model.train(training)
+    return own.shape == ours.shape and bool((own - ours).abs().max() <= TOLERANCE * own.abs().max())
