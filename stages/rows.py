@@ -13,18 +13,21 @@ from typing import Any
 from stages.errors import UserError
 from stages.formats import BadRow
 
+LONGEST_FIELD = 1 << 30
+"""Characters that one field of a CSV file may have; the library's own limit is 131,072."""
+
 Row = dict[str, Any]
 Place = str
 """Where a row stands in its file, for people: `line 17` or `row 17`, counted from 1."""
 
 
-def read_rows(path: Path, name: str) -> Iterator[tuple[Place, Row | BadRow]]:
-    """The rows of a file in order. `name` is what messages call it.
+def read_rows(path: Path, name: str, first: int = 1) -> Iterator[tuple[Place, Row | BadRow]]:
+    """The rows of a file in order. `name` is what messages call it, `first` the number of its first line or row.
 
     Raises UserError when the file as a whole cannot be read.
     """
     try:
-        yield from _READERS[path.suffix](path)
+        yield from _READERS[path.suffix](path, first)
     except _Unreadable as error:
         raise UserError(f"{name}{error}") from error
 
@@ -33,10 +36,10 @@ class _Unreadable(Exception):
     """The file as a whole is not what its suffix says. The text goes after the file's name."""
 
 
-def _jsonl(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+def _jsonl(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
+        for number, line in enumerate(file, first):
+            if number == first:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield f"line {number}", _parsed(line)
@@ -52,10 +55,10 @@ def _parsed(line: bytes) -> Row | BadRow:
     return row if isinstance(row, dict) else BadRow("not an object", "is not an object: expected {...}")
 
 
-def _json(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+def _json(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
     if data.startswith(b"{"):  # many a .json holds JSON Lines
-        yield from _jsonl(path)
+        yield from _jsonl(path, first)
         return
     try:
         rows = json.loads(data)
@@ -63,37 +66,38 @@ def _json(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
         raise _Unreadable(f" is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise _Unreadable(" holds no list of rows: expected [{...}, ...] or one {...} a line")
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, first):
         yield f"row {number}", row if isinstance(row, dict) else BadRow("not an object", "is not an object")
 
 
-def _csv(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+def _csv(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
+    csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
-                place = f"line {reader.line_num}"
+                place = f"line {first - 1 + reader.line_num}"
                 if None in row or None in row.values():
                     width = len(reader.fieldnames or ())
                     yield place, BadRow("wrong number of columns", f"has not the {width} columns of the header")
                 else:
                     yield place, row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise _Unreadable(f", line {reader.line_num}: is not CSV in UTF-8: {error}") from error
+            raise _Unreadable(f", line {first - 1 + reader.line_num}: is not CSV in UTF-8: {error}") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+def _parquet(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            yield from _numbered(batch for batch in file.iter_batches(batch_size=1024))
+            yield from _numbered((batch for batch in file.iter_batches(batch_size=1024)), first)
     except pa.ArrowInvalid as error:
         raise _Unreadable(f" is not Parquet: {error}") from error
 
 
-def _arrow(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
+def _arrow(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     import pyarrow as pa
 
     try:
@@ -102,22 +106,20 @@ def _arrow(path: Path) -> Iterator[tuple[Place, Row | BadRow]]:
                 file = pa.ipc.open_file(source)
             except pa.ArrowInvalid:  # the datasets library writes the stream form
                 source.seek(0)
-                yield from _numbered(pa.ipc.open_stream(source))
+                yield from _numbered(pa.ipc.open_stream(source), first)
             else:
-                yield from _numbered(file.get_batch(i) for i in range(file.num_record_batches))
+                yield from _numbered((file.get_batch(i) for i in range(file.num_record_batches)), first)
     except pa.ArrowInvalid as error:
         raise _Unreadable(f" is not Arrow: {error}") from error
 
 
-def _numbered(batches: Iterator[Any]) -> Iterator[tuple[Place, Row | BadRow]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row
+def _numbered(batches: Iterator[Any], first: int) -> Iterator[tuple[Place, Row | BadRow]]:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, first):
+        yield f"row {number}", row
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[Place, Row | BadRow]]]] = {
+_READERS: dict[str, Callable[[Path, int], Iterator[tuple[Place, Row | BadRow]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

@@ -1,7 +1,8 @@
 """Where data and models come from: one file a kind of source.
 
-Each has a `resolve...`, which looks and must be quick, and a `bring...(found, where, output, work)`, which makes one
-part's files out of what was found. Heavy libraries are imported only while bringing.
+Each has a `resolve...`, which looks and must be quick, and a `bring...`, which makes one part's files out of what was
+found: of a model `bring(found, where, output, work)`, of data `bring(found, where, pieces, work)` (see
+`stages.sources.pieces`). Heavy libraries are imported only while bringing.
 """
 
 from collections.abc import Mapping
@@ -17,4 +18,4 @@ class Found:
     identity: Mapping[str, Json]
     """What it is: digests, sizes, commits, versions, never a place. Enters the key."""
     where: Mapping[str, Json] = field(default_factory=dict)
-    """Where it is. Never enters the key."""
+    """Where it is, and under `name` what messages call it. Never enters the key."""

@@ -1,58 +1,81 @@
-"""Rows in files: local paths, globs and folders, or any URL that fsspec can read. One part a file."""
+"""Rows in files: local paths, globs and folders, any URL that fsspec can read, or https. One part a file.
 
-import gzip
+Packed files and archives (`stages.sources.unpack`) are unpacked on the way in, and every file is cut into pieces
+(`stages.sources.pieces`). A local file is read once, and hashed while it is cut. A remote one is downloaded into the
+work folder first, so that an attempt that was killed is gone on with; where only its first rows are wanted, it is read
+as far as they reach.
+"""
+
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.sources import Found
+from stages.sources import Found, hub, remote, urls, web
+from stages.sources.batches import batches, cut_batches
 from stages.sources.digests import digests
+from stages.sources.pieces import Pieces, cut
+from stages.sources.unpack import ARCHIVES, KINDS, ROWS, SUFFIXES, Budget, clear_errors, members, suffix_of, unpacked
 from stages.stage import Facts, Work
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".csv.gz")
-"""What convert can read; `.gz` is unpacked on the way in."""
+NEED_SEEKING = (".parquet", ".arrow", ".zip")
+"""Files that cannot be read from their beginning to their end."""
 
-CHUNK = 4 << 20
-
-CONTENT_ETAGS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
-"""Stores whose etags two different objects do not share. Elsewhere (http) an etag only means something at its URL."""
+NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""What the datasets library saves beside the rows: no rows, though a folder is named."""
 
 
-def resolve(locations: Sequence[str], place: str) -> list[Found]:
+def resolve(locations: Sequence[str], options: Mapping[str, Json], sha256: str | None, place: str) -> list[Found]:
     """The files at the locations, in the order given and by name. `place` is the recipe's field, for messages.
 
-    A file that several locations name counts once. Raises UserError for what is missing, empty or of no known kind.
+    A file that several locations name counts once. `sha256` is what the one file there must have. Raises UserError for
+    what is missing, empty or of no known kind.
     """
-    local: dict[Path, Path] = {}  # by where links lead
-    remote: list[Found] = []
+    found: dict[str, Found] = {}  # by where links lead
     for location in locations:
-        if "://" in location and not location.startswith("file://"):
-            remote += (found for found in _remote(location, place) if found not in remote)
+        if location.startswith(("http://", "https://")):
+            found.setdefault(location, _web(location, options, bool(sha256), place))
+        elif "://" in location and not location.startswith("file://"):
+            for one in urls.listing(location, options, place):
+                found.setdefault(str(one.where["url"]), one)
         else:
             for path in _local(location.removeprefix("file://"), place):
-                local.setdefault(path.resolve(), path)
-    if not local and not remote:
+                # Its digest is looked up with those of all others, below.
+                found.setdefault(str(path.resolve()), Found({}, {"name": path.name, "path": str(path)}))
+    if not found:
         raise UserError(f"{place} is empty: expected a path, a glob, a folder or a URL")
-    paths = list(local.values())
-    for path in paths:
-        _check(path.name, path.stat().st_size, place)
-    return [
-        *(
-            Found(_identity(path.name, sha256=digest, size=path.stat().st_size), {"path": str(path)})
-            for path, digest in zip(paths, digests(paths), strict=True)
-        ),
-        *remote,
-    ]
+    for one in found.values():
+        here = Path(one.where["path"]) if "path" in one.where else None
+        check(str(one.where["name"]), here.stat().st_size if here else one.identity["size"], place)
+    local = [Path(one.where["path"]) for one in found.values() if "path" in one.where]
+    hashed = dict(zip(map(str, local), digests(local), strict=True))
+    resolved = [_identified(one, hashed) for one in found.values()]
+    return _pinned(resolved, sha256, place) if sha256 else resolved
+
+
+def _identified(one: Found, hashed: Mapping[str, str]) -> Found:
+    path = one.where.get("path")
+    what = one.identity if path is None else {"size": Path(path).stat().st_size, "sha256": hashed[path]}
+    return Found({"suffix": suffix_of(str(one.where["name"])), **what}, one.where)
+
+
+def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
+    if len(found) != 1:
+        raise UserError(f"{place}: sha256 is that of one file, and there are {len(found)}")
+    suffix, size, has = (found[0].identity.get(name) for name in ("suffix", "size", "sha256"))
+    if has not in (None, sha256):
+        raise UserError(f"{place}: {found[0].where['name']} has the sha256 {has}, and not the one that the recipe says")
+    return [Found({"suffix": suffix, "size": size, "sha256": sha256}, found[0].where)]
 
 
 def _local(location: str, place: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p.name) and not p.name.startswith("."))
+        paths = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p.name) and not p.name.startswith("."))
+        paths = [p for p in paths if p.name not in NOT_ROWS]
         if not paths:
             raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
     elif path.exists():
@@ -66,107 +89,155 @@ def _local(location: str, place: str) -> list[Path]:
     return [path.absolute() for path in paths]
 
 
-def _remote(location: str, place: str) -> list[Found]:
-    fs, path = filesystem(location, place)
-    try:
-        if "*" in path or "[" in path:
-            infos = fs.glob(path, detail=True)
-        elif not _suffix(_name(path)) and fs.isdir(path):
-            infos = {name: info for name, info in fs.find(path, detail=True).items() if _suffix(name)}
-        else:
-            infos = {path: fs.info(path)}
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{place}: cannot read {location}: {error or type(error).__name__}") from error
-    files = [info for _, info in sorted(infos.items()) if info["type"] == "file"]
-    if not files:
-        raise UserError(f"{place}: nothing matches {location}")
-    return [_remote_file(fs, info, place) for info in files]
+def _web(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> Found:
+    name = web.name_of(url)
+    if "*" in name:
+        raise UserError(f"{place}: {url} is a web address, where nobody can list files: name each of them")
+    check(name, None, place)
+    return Found(
+        web.look(url, options, pinned, place),
+        {"name": name, "url": url, **({"options": dict(options)} if options else {})},
+    )
 
 
-def filesystem(location: str, place: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it. Raises UserError for a protocol it does not know."""
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{place}: cannot read {location}: {error}") from error
-    fs.invalidate_cache()  # its memory of listings outlives this call, and we are here to look
-    return fs, path
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2].partition("?")[0]
-
-
-def _remote_file(fs: Any, info: Mapping[str, Any], place: str) -> Found:
-    name = _name(info["name"])
-    _check(name, info.get("size"), place)
-    url = fs.unstrip_protocol(info["name"])
-    return Found(_identity(name, size=info.get("size"), **version(fs, info)), {"url": url})
-
-
-def version(fs: Any, info: Mapping[str, Any]) -> dict[str, Json]:
-    """What tells this version of a remote file from another: its etag where it has one."""
-    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
-    if etag and protocol in CONTENT_ETAGS:
-        return {"etag": str(etag).strip('"')}
-    if etag:
-        return {"etag": str(etag), "at": hashlib.sha256(info["name"].encode()).hexdigest()}
-    return {"version": fs.ukey(info["name"])}
-
-
-def _identity(name: str, **what: Json) -> dict[str, Json]:
-    return {"name": name, "suffix": _suffix(name), **what}
-
-
-def _suffix(name: str) -> str:
-    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), "")
-
-
-def _check(name: str, size: int | None, place: str) -> None:
-    if not _suffix(name):
-        raise UserError(f"{place}: {name} is none of {', '.join(SUFFIXES)}")
+def check(name: str, size: int | None, place: str) -> None:
+    """Raises UserError for a file without content, or of no kind that can be read."""
+    if not suffix_of(name):
+        hint = ': write one {"text": "..."} a line as .jsonl' if name.lower().endswith((".txt", ".md", ".text")) else ""
+        raise UserError(f"{place}: {name} is none of {', '.join(SUFFIXES)}{hint}")
     if size == 0:
         raise UserError(f"{place}: {name} is empty")
 
 
-def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, work: Work) -> Facts:
-    """Write `rows.<ext>`. Raises UserError when the file is no longer what was resolved."""
-    digest = hashlib.sha256()
-    target = output / f"rows{found['suffix'].removesuffix('.gz')}"
-    with _open(found, where) as source, target.open("wb") as sink:
-        size = 0
-        while chunk := source.read(CHUNK):
-            digest.update(chunk)
-            sink.write(chunk)
-            size += len(chunk)
-            work.tell(size, found["size"], "bytes")
-    if found.get("sha256", digest.hexdigest()) != digest.hexdigest():
-        raise UserError(f"{found['name']} changed while the run was going on: run again")
-    if found["suffix"].endswith(".gz"):
-        _unpack(target, found["name"])
-    return {"bytes": size}
+def bring(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, work: Work) -> Facts:
+    """Write a file's rows as pieces. Raises UserError when it is no longer what was resolved, or is damaged."""
+    pieces.name = str(where["name"])
+    path = _here(found, where, work, work.folder / "download")
+    return {"bytes": found["size"] or path.stat().st_size, **_cut_file(path, found, pieces, work)}
 
 
-def _open(found: Mapping[str, Json], where: Mapping[str, Json]) -> Any:
+def bring_first(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, work: Work) -> Facts:
+    """Write the first `first` rows of several files as pieces. Files that are not reached are not read."""
+    pieces.left = wanted = int(found["first"])
+    several = len(found["files"]) > 1
+    for number, (one, place) in enumerate(zip(found["files"], where["files"], strict=True)):
+        pieces.name = pieces.file = str(place["name"])
+        pieces.file = pieces.file if several else ""
+        if "url" in place and one["suffix"] not in NEED_SEEKING:
+            with remote.Remote(pieces.name, _opener(one, place), one["size"]) as stream, clear_errors(pieces.name):
+                _cut(cast(BinaryIO, stream), str(one["suffix"]), one["size"] or 0, pieces, work)
+        else:
+            _cut_file(_here(one, place, work, work.folder / f"download-{number}"), one, pieces, work)
+        work.tell(wanted - pieces.left, wanted, "rows")
+        if pieces.full:
+            break
+    return {"rows": wanted - pieces.left, "first": wanted}
+
+
+def _here(found: Mapping[str, Json], where: Mapping[str, Json], work: Work, target: Path) -> Path:
+    """A local file with the content that was found, as far as that can be told before it is read."""
+    if "path" in where:
+        return Path(where["path"])
+    if "hub" in where:
+        return hub.download(found, where)
+    size = found["size"]
+    remote.download(
+        str(where["name"]), _opener(found, where), size, target, lambda done: work.tell(done, size, "bytes")
+    )
+    return target
+
+
+def _opener(found: Mapping[str, Json], where: Mapping[str, Json]) -> remote.OpenAt:
+    url, options = str(where["url"]), where.get("options", {})
+    if url.startswith(("http://", "https://")):
+        return web.opener(url, options, found)
+    return urls.opener(url, options, found, str(where["name"]))
+
+
+def _cut_file(path: Path, found: Mapping[str, Json], pieces: Pieces, work: Work) -> Facts:
+    """Cut a local file, and make sure that what was read is what was found."""
     try:
-        if "path" in where:
-            return Path(where["path"]).open("rb")
-        fs, path = filesystem(where["url"], found["name"])
-        if not version(fs, fs.info(path)).items() <= found.items():
-            raise UserError(f"{found['name']} changed while the run was going on: run again")
-        return fs.open(path, "rb")
+        before = _state(path)
+        with path.open("rb") as file, clear_errors(pieces.name):
+            if found["suffix"] in NEED_SEEKING:
+                facts, digest = _cut(file, str(found["suffix"]), before[0], pieces, work), None
+            else:
+                stream = _Hashed(file, lambda done: work.tell(done, found["size"], "bytes"))
+                facts = _cut(cast(BinaryIO, stream), str(found["suffix"]), before[0], pieces, work)
+                digest = None if pieces.full else stream.rest()
+        same = _state(path) == before
     except OSError as error:
-        raise UserError(f"{found['name']} can no longer be read: {error}") from error
+        raise UserError(f"{pieces.name} can no longer be read: {error}") from error
+    if "sha256" in found:
+        same = same and (digest or digests([path])[0]) == found["sha256"]
+    if not same:
+        if path.is_relative_to(work.folder):
+            path.unlink()  # the next attempt begins anew
+        raise UserError(f"{pieces.name} changed while the run was going on: run again")
+    return facts
 
 
-def _unpack(path: Path, name: str) -> None:
-    packed = path.rename(path.with_name("packed"))
-    try:
-        with gzip.open(packed) as source, path.open("wb") as sink:
-            shutil.copyfileobj(source, sink, CHUNK)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{name} is not gzip, or cut short: {error}") from error
-    packed.unlink()
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _cut(file: BinaryIO, suffix: str, size: int, pieces: Pieces, work: Work) -> Facts:
+    budget = Budget(pieces.name, size)
+    if suffix not in ARCHIVES:
+        return _cut_rows(file, suffix, budget, pieces, work)
+    facts: dict[str, Json] = {"members": 0, "other_files": 0}
+    for name, member in members(file, suffix, budget):
+        if member is None:
+            facts["other_files"] += 1
+            continue
+        facts["members"] += 1
+        pieces.member = name
+        _cut_rows(member, suffix_of(name, ROWS), budget, pieces, work)
+        if pieces.full:
+            break
+    pieces.member = ""
+    if not facts["members"]:
+        raise UserError(f"{pieces.name} holds no file of rows: expected {', '.join(ROWS)} in it")
+    return facts
+
+
+def _cut_rows(stream: BinaryIO, suffix: str, budget: Budget, pieces: Pieces, work: Work) -> Facts:
+    kind = next(kind for kind in KINDS if suffix.startswith(kind))
+    if kind not in (".parquet", ".arrow"):
+        cut(unpacked(stream, suffix, budget), kind, pieces)
+        return {}
+    if not hasattr(stream, "fileno"):  # a member of an archive
+        member = work.folder / "member"
+        with member.open("wb") as sink:
+            shutil.copyfileobj(stream, sink, remote.CHUNK)
+        with member.open("rb") as whole:
+            rows = cut_batches(batches(whole, kind, pieces), pieces)
+        member.unlink()
+        return {"rows": rows}
+    return {"rows": cut_batches(batches(stream, kind, pieces), pieces)}
+
+
+class _Hashed:
+    """A file that is hashed as it is read. `closed` and `close` are for Arrow."""
+
+    def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
+        self.file, self.told, self.digest, self.done = file, told, hashlib.sha256(), 0
+
+    closed = False
+
+    def close(self) -> None:
+        """The file is closed by who opened it."""
+
+    def read(self, size: int = remote.CHUNK) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        self.done += len(data)
+        self.told(self.done)
+        return data
+
+    def rest(self) -> str:
+        """The digest of the whole file, once what is left of it is read too."""
+        while self.read():
+            pass
+        return self.digest.hexdigest()

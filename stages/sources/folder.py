@@ -3,12 +3,13 @@
 import fnmatch
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.sources import Found, files
+from stages.sources import Found, credentials, remote, urls
 from stages.sources.digests import digests
 from stages.stage import Facts, Work
 
@@ -83,17 +84,20 @@ def check(names: Sequence[str], all_names: Sequence[str], place: str) -> None:
         )
 
 
-def resolve_url(location: str, place: str) -> Found:
+def resolve_url(location: str, options: Mapping[str, Json], place: str) -> Found:
     """The model's files at a URL by etag. Raises UserError when they are not a whole model."""
-    fs, path = files.filesystem(location, place)
+    fs, path = urls.filesystem(location, options, place)
     try:
         infos = {info["name"].rpartition("/")[2]: info for info in fs.ls(path, detail=True) if info["type"] == "file"}
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{place}: cannot read {location}: {error or type(error).__name__}") from error
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        told = credentials.without_secrets(str(error), options) or type(error).__name__
+        raise UserError(f"{place}: cannot read {location}: {told}") from error
     names = sorted(name for name in infos if any(fnmatch.fnmatch(name, allowed) for allowed in ALLOWED))
     check(names, list(infos), place)
-    found = {name: {"size": infos[name]["size"], **files.version(fs, infos[name])} for name in names}
-    return Found({"files": found}, {"url": fs.unstrip_protocol(path)})
+    found = {name: {"size": infos[name]["size"], **urls.version(fs, infos[name])} for name in names}
+    return Found(
+        {"files": found}, {"url": fs.unstrip_protocol(path), **({"options": dict(options)} if options else {})}
+    )
 
 
 def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, work: Work) -> Facts:
@@ -103,17 +107,21 @@ def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, wo
 
 
 def bring_url(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, work: Work) -> Facts:
-    """Download the model. Raises UserError when a file is no longer what was resolved."""
-    fs, path = files.filesystem(where["url"], "fetch.model.url")
+    """Download the model; a killed attempt is gone on with. Raises UserError for a file that is another by now."""
     total = sum(file["size"] for file in found["files"].values())
     done = 0
-    for name, expected in found["files"].items():
-        info = fs.info(f"{path}/{name}")
-        if {"size": info["size"], **files.version(fs, info)} != expected:
-            raise UserError(f"{name} changed while the run was going on: run again")
-        fs.get_file(f"{path}/{name}", str(output / name))
-        done += expected["size"]
-        work.tell(done, total, "bytes")
+
+    def told(here: int) -> None:
+        work.tell(done + here, total, "bytes")
+
+    aside = work.folder / "download"
+    aside.mkdir(exist_ok=True)
+    for name, file in found["files"].items():
+        open_at = urls.opener(f"{where['url']}/{name}", where.get("options", {}), file, name)
+        remote.download(name, open_at, file["size"], aside / name, told)
+        done += file["size"]
+    for name in found["files"]:
+        shutil.move(aside / name, output / name)
     return {"bytes": total}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from stages.errors import UserError
 from stages.identity import Json
 from stages.sources import Found
+from stages.sources.pieces import Pieces
 from stages.stage import Facts, Work
 
 TRIES = 10
@@ -47,8 +48,8 @@ def _tasks() -> set[str]:
     return {name for text in texts for name in re.findall(r'^DATASET_NAME = "(\w+)"', text, re.M)}
 
 
-def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, work: Work) -> Facts:
-    """Write `rows.jsonl`: each row as messages, and with the question, answer and metadata that scoring needs.
+def bring(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, work: Work) -> Facts:
+    """Write JSON Lines: each row as messages, and with the question, answer and metadata that scoring needs.
 
     No question comes twice. Raises UserError when the task does not take the options, or has too few questions.
     """
@@ -66,7 +67,7 @@ def bring(found: Mapping[str, Json], where: Mapping[str, Json], output: Path, wo
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"reasoning_gym's {task} refuses its options: {error}") from error
     seen: set[str] = set()
-    with (output / "rows.jsonl").open("w", encoding="utf-8") as file:
+    with pieces.new(".jsonl").open("w", encoding="utf-8") as file:
         for index in range(TRIES * size):
             item = items[index]
             if item["question"] in seen:

@@ -120,7 +120,7 @@ LONG = {"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant
 def test_overlong_rows_by_policy(pipeline: Pipeline, tmp_path: Path) -> None:
     pack = {"sequence_length": 64, "global_batch": 1}
     told = refused(pipeline, "pack", tmp_path, [GOOD, LONG], pack=pack | {"overlong": "error"})
-    assert "row 1" in told and "64" in told
+    assert "row 2" in told and "64" in told
     store = pipeline([GOOD, LONG], pack=pack | {"overlong": "drop"})
     [facts] = [store.find(s, k).facts for s, k, _ in store.manifests() if s == "pack"]  # type: ignore[union-attr]
     assert facts["documents"] == 1 and facts["dropped"] == {"overlong": 1}

@@ -41,7 +41,7 @@ def smollm2() -> Path:
     assert spec is not None and spec.origin is not None
     package = Path(spec.origin).parent
     (gguf,) = package.glob("*.gguf")
-    made = tempfile.TemporaryDirectory()
+    made = tempfile.TemporaryDirectory(prefix="pytest-of-smollm2-")  # until the process ends, as pytest's own folders
     atexit.register(made.cleanup)
     AutoTokenizer.from_pretrained(package, gguf_file=gguf.name).save_pretrained(made.name)
     return Path(made.name)
@@ -77,7 +77,7 @@ def source(folder: Path, data: bytes | Sequence[Any], suffix: str = ".jsonl", na
     if not isinstance(data, bytes):
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data).encode()
     (folder / f"rows{suffix}").write_bytes(data)
-    (folder / "source.json").write_text(json.dumps({"source": name, "split": "train", "name": f"{name}{suffix}"}))
+    (folder / "source.json").write_text(json.dumps({"source": name, "split": "train", "first": 1}))
     return folder
 
 
@@ -87,8 +87,10 @@ def run_convert(
     """convert one shard; its output folder and facts."""
     output = folder / "conversations"
     output.mkdir(parents=True)
+    (path,) = rows.glob("rows.*")
+    where = {"name": f"{json.loads((rows / 'source.json').read_text())['source']}{path.suffix}"}
     part = convert.ConvertPart.model_validate(config or {})
-    return output, convert.run(part, {"rows": rows, "tokenizer": tokenizer}, output, Work(folder / "work"))
+    return output, convert.run(part, {"rows": rows, "tokenizer": tokenizer}, output, Work(folder / "work", where=where))
 
 
 def run_tokenize(folder: Path, shard: Path, tokenizer: Path) -> tuple[Path, Facts]:

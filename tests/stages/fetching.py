@@ -1,14 +1,16 @@
 """What the tests of fetch share: a home of their own, a model folder, and resolving and bringing one source."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages import fetch
-from stages.identity import canonical_json
+from stages.identity import canonical_json, sha256_text
 from stages.stage import Part, Work
 
+CSV = b"text\nhi\n"
 ROW = b'{"text": "hi"}\n'
 INDEX = b'{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
 REASONING = {"reasoning_gym": "spell_backward", "size": 40, "seed": 1}
@@ -44,13 +46,34 @@ def resolve(data: Any, model: Any = None) -> dict[str, Part]:
     return found
 
 
+def work_of(part: Part, output: Path) -> Path:
+    """Where a part leaves what a later attempt may use: beside its output."""
+    folder = output.parent / "work" / sha256_text(canonical_json(dict(part.config)))[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def bring(part: Part, output: Path) -> Path:
     """Run one part."""
     output.mkdir(parents=True)
     config = fetch.FetchPart.model_validate(part.config)
-    fetch.run(config, {}, output, Work(output.parent / "work", where=part.where))
+    fetch.run(config, {}, output, Work(work_of(part, output), where=part.where))
     return output
 
 
 def shards(data: Any) -> list[Part]:
     return [part for name, part in resolve({"mine": data}).items() if name != "model"]
+
+
+def names(parts: list[Part]) -> list[str]:
+    """What messages call the parts' files."""
+    return [str(part.where["name"]) for part in parts]
+
+
+def pieces_of(output: Path) -> list[tuple[int, bytes]]:
+    """What a part was cut into: (`first` of `source.json`, the bytes of the rows)."""
+    found = []
+    for folder in sorted(output.iterdir()):
+        (rows,) = folder.glob("rows.*")
+        found.append((json.loads((folder / "source.json").read_text())["first"], rows.read_bytes()))
+    return found

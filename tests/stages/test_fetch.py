@@ -1,6 +1,5 @@
 """fetch: what the sources hold now is found quickly and named by content; then it is brought in, byte for byte."""
 
-import gzip
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from stages.errors import UserError
 from stages.identity import canonical_json, sha256_file, tree_of
 from stages.rows import read_rows
 from stages.sources import digests as digests_module
-from tests.stages.fetching import REASONING, ROW, bring, home, model_folder, resolve, shards
+from tests.stages.fetching import CSV, REASONING, ROW, bring, home, model_folder, names, resolve, shards
 
 __all__ = ["home"]
 
@@ -49,6 +48,12 @@ class TestRecipe:
             ({"reasoning_gym": "x"}, "size is missing"),
             ({"reasoning_gym": "x", "size": 0}, "greater than or equal to 1"),
             ({"files": "x", "split": "test"}, "heldout"),
+            ({"reasoning_gym": "x", "size": 3, "first": 2}, "first goes with files and hub, not with reasoning_gym"),
+            ({"files": "x", "first": 0}, "greater than or equal to 1"),
+            ({"hub": "x", "sha256": "0" * 64}, "sha256 goes with files, not with hub"),
+            ({"files": "x", "sha256": "abc"}, "match pattern"),
+            ({"files": "s3://b/x", "storage_options": {"secret": "abc"}}, "storage_options.secret looks like a secret"),
+            ({"files": "https://a:b@host/x.jsonl"}, "the URL carries a secret .a password"),
         ],
     )
     def test_data_has_one_place(self, data: Any, says: str) -> None:
@@ -63,29 +68,26 @@ class TestRecipe:
 
 class TestFiles:
     def test_one_part_a_file_in_order_of_name(self, home: Path, tmp_path: Path) -> None:
-        for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        for name in ("b.jsonl", "a.jsonl"):
             (home / name).write_bytes(ROW)
+        (home / "c.csv").write_bytes(CSV)
         found = shards({"files": ["*.jsonl", "c.csv"], "split": "heldout"})
         assert [part.name for part in found] == ["data/mine/00000", "data/mine/00001", "data/mine/00002"]
-        assert [part.config["found"]["name"] for part in found] == ["a.jsonl", "b.jsonl", "c.csv"]
+        assert names(found) == ["a.jsonl", "b.jsonl", "c.csv"]
         assert found[0].config["found"] == {
-            "name": "a.jsonl",
             "suffix": ".jsonl",
             "size": len(ROW),
             "sha256": sha256_file(home / "a.jsonl"),
         }
         output = bring(found[2], tmp_path / "out")
-        assert (output / "rows.csv").read_bytes() == ROW
-        assert json.loads((output / "source.json").read_text()) == {
-            "source": "mine",
-            "split": "heldout",
-            "name": "c.csv",
-        }
+        assert (output / "00000" / "rows.csv").read_bytes() == CSV
+        source = {"source": "mine", "split": "heldout", "first": 1}
+        assert json.loads((output / "00000" / "source.json").read_text()) == source
 
     def test_places_never_enter_the_identity(self, home: Path) -> None:
-        for folder in ("here", "there"):
+        for folder, name in (("here", "a"), ("there", "b")):
             (home / folder).mkdir()
-            (home / folder / "a.jsonl").write_bytes(ROW)
+            (home / folder / f"{name}.jsonl").write_bytes(ROW)
         [here], [there] = shards({"files": "here/a.jsonl"}), shards({"files": "there"})
         assert here.config == there.config and here.where != there.where
         assert str(home) not in canonical_json(dict(here.config))
@@ -94,35 +96,24 @@ class TestFiles:
         (home / "d" / "deep").mkdir(parents=True)
         for name in ("d/b.json", "d/deep/a.parquet", "d/README.md", "d/.hidden.json"):
             (home / name).write_bytes(ROW)
-        assert [part.config["found"]["name"] for part in shards({"files": "d"})] == ["b.json", "a.parquet"]
+        assert names(shards({"files": "d"})) == ["b.json", "a.parquet"]
 
     def test_a_file_named_twice_is_read_once(self, home: Path) -> None:
         (home / "d").mkdir()
         (home / "d" / "a.jsonl").write_bytes(ROW)
         (home / "link.jsonl").symlink_to("d/a.jsonl")
         found = shards({"files": ["d/a.jsonl", "d/*.jsonl", str(home / "d" / "a.jsonl"), "d", "link.jsonl"]})
-        assert [part.config["found"]["name"] for part in found] == ["a.jsonl"]
+        assert names(found) == ["a.jsonl"]
 
     def test_a_link_counts_by_its_own_name(self, home: Path, tmp_path: Path) -> None:
         (home / "blob").write_bytes(ROW)
         (home / "a.jsonl").symlink_to("blob")
         [part] = shards({"files": "a.jsonl"})
-        assert (bring(part, tmp_path / "out") / "rows.jsonl").read_bytes() == ROW
+        assert (bring(part, tmp_path / "out") / "00000" / "rows.jsonl").read_bytes() == ROW
 
     def test_brackets_in_a_name_that_exists_are_no_glob(self, home: Path) -> None:
         (home / "a[1].jsonl").write_bytes(ROW)
         assert len(shards({"files": "a[1].jsonl"})) == 1
-
-    def test_packed_files_are_unpacked(self, home: Path, tmp_path: Path) -> None:
-        (home / "a.jsonl.gz").write_bytes(gzip.compress(ROW))
-        [part] = shards({"files": "a.jsonl.gz"})
-        output = bring(part, tmp_path / "out")
-        assert sorted(p.name for p in output.iterdir()) == ["rows.jsonl", "source.json"]
-        assert (output / "rows.jsonl").read_bytes() == ROW
-        (home / "a.jsonl.gz").write_bytes(gzip.compress(ROW)[:-9])
-        [part] = shards({"files": "a.jsonl.gz"})
-        with pytest.raises(UserError, match=re.escape("a.jsonl.gz is not gzip, or cut short")):
-            bring(part, tmp_path / "cut")
 
     @pytest.mark.parametrize(
         ("files", "says"),
@@ -219,9 +210,9 @@ class TestUrls:
         fs.pipe_file(f"{s3.bucket}/data/README.md", b"x")
         for location in (f"s3://{s3.bucket}/data/*.jsonl", f"s3://{s3.bucket}/data"):
             found = shards({"files": location})
-            assert [part.config["found"]["name"] for part in found] == ["a.jsonl", "b.jsonl"]
+            assert names(found) == ["a.jsonl", "b.jsonl"]
         assert s3.bucket not in canonical_json([dict(part.config) for part in found])
-        assert (bring(found[0], tmp_path / "a") / "rows.jsonl").read_bytes() == ROW + b"a"
+        assert (bring(found[0], tmp_path / "a") / "00000" / "rows.jsonl").read_bytes() == ROW + b"a"
         assert [part.config for part in shards({"files": f"s3://{s3.bucket}/data"})] == [part.config for part in found]
         fs.pipe_file(f"{s3.bucket}/data/b.jsonl", ROW)
         changed = shards({"files": f"s3://{s3.bucket}/data"})
@@ -258,7 +249,7 @@ class TestReasoningGym:
         [part] = shards({**REASONING, "options": {"min_word_len": 4}})
         assert part.config["found"]["options"] == {"min_word_len": 4} and part.where == {}
         output = bring(part, tmp_path / "out")
-        rows = [row for _, row in read_rows(output / "rows.jsonl", "rows")]
+        rows = [row for _, row in read_rows(output / "00000" / "rows.jsonl", "rows")]
         assert len(rows) == 40
         for row in rows:
             assert isinstance(row, dict)
@@ -274,7 +265,7 @@ class TestReasoningGym:
         def questions(seed: int, name: str) -> tuple[str, set[str]]:
             [part] = shards({**REASONING, "size": 200, "seed": seed})
             output = bring(part, tmp_path / name)
-            rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (output / "00000" / "rows.jsonl").read_text().splitlines()]
             return tree_of(output).digest, {row["question"] for row in rows}
 
         one, again, two = questions(1, "a"), questions(1, "b"), questions(2, "c")
@@ -323,11 +314,12 @@ class TestReasoningGym:
         # With one hash seed, which a stage's child process has: five tasks depend on the order of sets.
         script = (
             "import sys\nfrom pathlib import Path\n"
-            "from stages.sources import reasoning\nfrom stages.stage import Work\n"
+            "from stages.sources import reasoning\nfrom stages.sources.pieces import Pieces\n"
+            "from stages.stage import Work\n"
             "for task in sorted(reasoning._tasks()):\n"
             "    out = Path(sys.argv[1]) / task\n    out.mkdir(parents=True)\n"
             "    found = {'task': task, 'options': {}, 'size': 3, 'seed': 7}\n"
-            "    try:\n        reasoning.bring(found, {}, out, Work(out))\n"
+            "    try:\n        reasoning.bring(found, {}, Pieces(out, {}, task), Work(out))\n"
             "    except ValueError as error:\n        (out / 'refused').write_text(str(error))\n"
         )
         root = Path(__file__).parents[2]

@@ -12,8 +12,6 @@ import pytest
 
 from stages.errors import UserError
 from stages.identity import tree_of
-from stages.rows import read_rows
-from stages.stage import Part
 from tests.stages.fetching import INDEX, REASONING, bring, home, model_folder, resolve, shards
 
 __all__ = ["home"]
@@ -91,20 +89,13 @@ class TestHub:
 
     def test_a_full_commit_needs_no_look_up(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         commit = "0123456789abcdef0123456789abcdef01234567"
-        [part] = shards({"hub": "org/name", "revision": commit, "subset": "main", "data_split": "test"})
-        assert part.config["found"] == {
-            "repository": "org/name",
-            "commit": commit,
-            "subset": "main",
-            "data_split": "test",
-        }
         model = resolve({"mine": REASONING}, {"hub": "org/name", "revision": commit})["model"]
         assert model.config["found"] == {"repository": "org/name", "commit": commit}
-        for number, missing in enumerate((part, model)):
-            with pytest.raises(UserError, match="org/name@0123"):
-                bring(missing, tmp_path / f"out{number}")
+        with pytest.raises(UserError, match="org/name@0123"):
+            bring(model, tmp_path / "out")
+        with pytest.raises(UserError, match=r"org/name@01234567 is not in the local cache"):
+            shards({"hub": "org/name", "revision": commit})
 
     def test_a_snapshot_in_the_cache_is_enough_offline(self, tmp_path: Path) -> None:
         commit = "0123456789abcdef0123456789abcdef01234567"
@@ -124,20 +115,6 @@ class TestHub:
         names = ["config.json", "model.safetensors", "tokenizer.json"]
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
         assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
-
-    def test_a_data_set_is_read_by_its_library(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A folder stands in for a repository: the datasets library reads both the same way."""
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        repository = tmp_path / "set"
-        repository.mkdir()
-        (repository / "test.jsonl").write_bytes(b'{"text": "a", "n": 1}\n{"text": "b", "n": 2}\n')
-        found = {"repository": str(repository), "commit": "0" * 40, "subset": None, "data_split": "test"}
-        config = {"kind": "hub_data", "found": found, "source": "mine", "split": "heldout"}
-        output = bring(Part("data/mine/00000", config), tmp_path / "out")
-        rows = [row for _, row in read_rows(output / "rows.parquet", "rows")]
-        assert rows == [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
-        with pytest.raises(UserError, match=r"cannot read .*train"):
-            bring(Part("data/mine/00000", {**config, "found": {**found, "data_split": "train"}}), tmp_path / "no")
 
 
 class TestPackage:

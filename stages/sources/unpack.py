@@ -1,0 +1,144 @@
+"""Packed files and archives, read as streams: nothing is ever written where a member's name says.
+
+A member with a name that leaves its folder, a link or a device makes the whole archive refused, and whatever unpacks to
+much more than it takes is refused while it is being read.
+"""
+
+import gzip
+import lzma
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from stages.errors import UserError
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+"""Files of rows."""
+PACKINGS = (".gz", ".zst")
+"""A file of text rows may be packed so: `rows.jsonl.zst`."""
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst")
+ROWS = (*KINDS, *(kind + packing for kind in KINDS[:3] for packing in PACKINGS))
+SUFFIXES = (*ROWS, *ARCHIVES)
+"""All that can be read."""
+
+RATIO = 250
+"""How many times its own size a file may unpack to; text rarely goes beyond 30."""
+ALWAYS = 64 << 20
+"""Bytes that any file may unpack to."""
+
+
+def suffix_of(name: str, known: tuple[str, ...] = SUFFIXES) -> str:
+    """The longest known suffix of a file's name, or nothing."""
+    return next((suffix for suffix in sorted(known, key=len, reverse=True) if name.lower().endswith(suffix)), "")
+
+
+class _Limited:
+    """A stream of unpacked bytes that refuses to give more than is believable."""
+
+    def __init__(self, stream: BinaryIO, budget: "Budget") -> None:
+        self.stream, self.budget = stream, budget
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.budget.spend(len(data))
+        return data
+
+
+class Budget:
+    """How many bytes may still come out of one file."""
+
+    def __init__(self, name: str, packed: int) -> None:
+        self.name, self.packed = name, packed
+        self.left = max(ALWAYS, RATIO * packed)
+
+    def spend(self, size: int) -> None:
+        """Raises UserError when it is used up."""
+        self.left -= size
+        if self.left < 0:
+            raise UserError(
+                f"{self.name} unpacks to more than {RATIO} times its {self.packed} bytes: it may be made to fill the "
+                "disk. Unpack it yourself if you trust it"
+            )
+
+
+def unpacked(stream: BinaryIO, suffix: str, budget: Budget) -> BinaryIO:
+    """The stream without the packing that the suffix names."""
+    if suffix.endswith((".gz", ".tgz")):
+        return cast(BinaryIO, _Limited(cast(BinaryIO, gzip.GzipFile(fileobj=stream)), budget))
+    if suffix.endswith(".zst"):
+        import pyarrow as pa
+
+        unpacking = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
+        return cast(BinaryIO, _Limited(cast(BinaryIO, _Zstandard(unpacking)), budget))
+    return stream
+
+
+class _Zstandard:
+    """Arrow's stream, with the errors that gzip has."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        try:
+            data: bytes = self.stream.read(size)
+        except OSError as error:
+            raise EOFError(str(error)) from error
+        return data
+
+
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Turn what the unpacking libraries raise into one UserError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, EOFError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError) as error:
+        raise UserError(f"{name} is damaged, or cut short: {error}") from error
+    except (NotImplementedError, RuntimeError) as error:  # zipfile: an unknown method, or a password
+        raise UserError(f"{name} cannot be unpacked: {error}") from error
+
+
+def members(stream: BinaryIO, suffix: str, budget: Budget) -> Iterator[tuple[str, BinaryIO | None]]:
+    """The files of an archive in its own order: (name, stream), or (name, None) for one that holds no rows.
+
+    A zip needs a stream that can seek. Raises UserError for an archive with a name that leaves its folder, a link or a
+    device in it.
+    """
+    if suffix == ".zip":
+        with zipfile.ZipFile(stream) as archive:
+            for info in archive.infolist():
+                kind = info.external_attr >> 28 if info.create_system == 3 else 0
+                if not info.is_dir():
+                    _check(info.filename, kind in (0, 0o10), budget.name)
+                    with archive.open(info) as file:
+                        yield _member(info.filename, cast(BinaryIO, file), budget)
+        return
+    outer = unpacked(stream, suffix, Budget(budget.name, budget.packed))  # a budget of its own: bytes count once
+    with tarfile.open(fileobj=outer, mode="r|") as tar:
+        for entry in tar:
+            if not entry.isdir():
+                _check(entry.name, entry.isreg(), budget.name)
+                file_ = tar.extractfile(entry)
+                assert file_ is not None
+                yield _member(entry.name, cast(BinaryIO, file_), budget)
+
+
+def _member(name: str, stream: BinaryIO, budget: Budget) -> tuple[str, BinaryIO | None]:
+    hidden = any(step.startswith((".", "__MACOSX")) for step in PurePosixPath(name).parts if step != ".")
+    if hidden or not suffix_of(name, ROWS):
+        return name, None
+    return name, cast(BinaryIO, _Limited(stream, budget))
+
+
+def _check(name: str, regular: bool, archive: str) -> None:
+    if re.match(r"[\\/]|[A-Za-z]:", name) or ".." in re.split(r"[\\/]", name):
+        raise UserError(f"{archive} holds the name {name!r}, which leads out of a folder: such an archive is refused")
+    if not name.isprintable():
+        raise UserError(f"{archive} holds the name {name!r}: such an archive is refused")
+    if not regular:
+        raise UserError(f"{archive} holds {name!r}, which is a link or a device: pack plain files only")

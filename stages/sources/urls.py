@@ -1,0 +1,125 @@
+"""Files at any URL that fsspec can read: found by glob or folder, told apart by etag, read with retries."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from stages.errors import UserError
+from stages.identity import Json
+from stages.sources import Found, credentials
+from stages.sources.remote import OpenAt, Passing
+from stages.sources.unpack import suffix_of
+
+CONTENT_ETAGS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
+"""Stores whose etags two different objects do not share. Elsewhere an etag only means something at its URL."""
+
+
+def filesystem(location: str, options: Mapping[str, Json], place: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it. Raises UserError for a protocol it does not know."""
+    import fsspec
+
+    opened = credentials.opened(options, place)
+    try:
+        fs, path = fsspec.core.url_to_fs(location, **opened)
+    except (ImportError, ValueError, TypeError) as error:
+        told = credentials.without_secrets(str(error), options)
+        raise UserError(f"{place}: cannot read {location}: {told}") from error
+    fs.invalidate_cache()  # its memory of listings outlives this call, and we are here to look
+    return fs, path
+
+
+def listing(location: str, options: Mapping[str, Json], place: str) -> list[Found]:
+    """The files at a URL, glob or folder by name. In `where`: name, url and options, whose secrets are references.
+
+    Raises UserError when there are none, or when they cannot be listed.
+    """
+    fs, path = filesystem(location, options, place)
+    try:
+        if "*" in path or "[" in path:
+            infos = fs.glob(path, detail=True)
+        elif not suffix_of(path) and fs.isdir(path):
+            infos = {name: info for name, info in fs.find(path, detail=True).items() if suffix_of(name)}
+        else:
+            infos = {path: fs.info(path)}
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        told = credentials.without_secrets(str(error), options) or type(error).__name__
+        raise UserError(f"{place}: cannot read {location}: {told}") from error
+    found = [info for _, info in sorted(infos.items()) if info["type"] == "file"]
+    if not found:
+        raise UserError(f"{place}: nothing matches {location}")
+    chain = location.partition("::")
+    return [
+        Found(
+            {"size": info.get("size"), **version(fs, info)},
+            {
+                "name": info["name"].rpartition("/")[2],
+                "url": fs.unstrip_protocol(info["name"]) + "".join(chain[1:]),
+                **({"options": dict(options)} if options else {}),
+            },
+        )
+        for info in found
+    ]
+
+
+def version(fs: Any, info: Mapping[str, Any]) -> dict[str, Json]:
+    """What tells this version of a remote file from another: its etag where it has one."""
+    protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    if etag and protocol in CONTENT_ETAGS:
+        return {"etag": str(etag).strip('"')}
+    if etag:
+        return {"etag": str(etag), "at": hashlib.sha256(info["name"].encode()).hexdigest()}
+    return {"version": fs.ukey(info["name"])}
+
+
+def opener(url: str, options: Mapping[str, Json], found: Mapping[str, Json], name: str) -> OpenAt:
+    """`open_at` for the file that was found. Its version is looked at whenever it is opened, and at its end."""
+
+    def open_at(position: int) -> "_File":
+        fs, path = filesystem(url, options, name)
+        file = _File(fs, path, found, name, options)
+        file.check()
+        file.open(position)
+        return file
+
+    return open_at
+
+
+class _File:
+    """One open file; whatever its library raises is taken for a broken connection."""
+
+    def __init__(self, fs: Any, path: str, found: Mapping[str, Json], name: str, options: Mapping[str, Json]) -> None:
+        self.fs, self.path, self.found, self.name, self.options = fs, path, found, name, options
+        self.file: Any = None
+
+    def check(self) -> None:
+        info = self._tried(lambda: self.fs.info(self.path))
+        now = {"size": info.get("size"), **self._tried(lambda: version(self.fs, info))}
+        pinned = "sha256" in self.found  # then the bytes decide
+        if not pinned and any(self.found.get(what) != value for what, value in now.items()):
+            raise UserError(f"{self.name} changed while the run was going on: run again")
+
+    def open(self, position: int) -> None:
+        self.file = self._tried(lambda: self.fs.open(self.path, "rb"))
+        if position:
+            self._tried(lambda: self.file.seek(position))
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._tried(lambda: self.file.read(size))
+        if not data or self.file.tell() == self.found["size"]:
+            self.check()
+        return data
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _tried(self, call: Any) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            told = credentials.without_secrets(str(error), self.options) or type(error).__name__
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise UserError(f"{self.name} can no longer be read: {told}") from error
+            self.fs.invalidate_cache()
+            raise Passing(f"the connection broke: {told}") from error

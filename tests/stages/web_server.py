@@ -1,0 +1,117 @@
+"""A web server on the loopback that can do all that servers do to a download: break off, begin anew, change, refuse."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Page:
+    """What stands at one address."""
+
+    data: bytes
+    headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"1"'})
+    ranges: bool = True
+    break_after: int | None = None
+    """Bytes of each answer after which the connection breaks; headers promise the rest too."""
+    refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    """Answers given first, one a request: status and headers."""
+    needs: str = ""
+    """The `Authorization` without which it is 401."""
+    chunked: bool = False
+    """Sent without a length, as pages made on the spot are."""
+    after: Callable[[], Any] | None = None
+    """Called before each body is sent: the next request may find another page."""
+
+
+@dataclass
+class Web:
+    """A running server: pages by path, and what was asked for."""
+
+    url: str
+    pages: dict[str, Page] = field(default_factory=dict)
+    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """(path, headers) of every request."""
+
+    def ranges(self) -> list[str]:
+        """The ranges asked for, "" for all of a page."""
+        return [headers.get("range", "") for _, headers in self.asked]
+
+
+@contextmanager
+def web_server() -> Iterator[Web]:
+    """Serves until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            return None
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            asked = {name.lower(): value for name, value in self.headers.items()}
+            web.asked.append((path, asked))
+            page = web.pages.get(path)
+            if page is None:
+                self.plain(404, {})
+            elif page.refusals:
+                self.plain(*page.refusals.pop(0))
+            elif page.needs and asked.get("authorization") != page.needs:
+                self.plain(401, {})
+            else:
+                self.answer(page, asked)
+
+        def plain(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def answer(self, page: Page, asked: dict[str, str]) -> None:
+            # As they are when the question comes: who asks goes on, and may change them, once it has the headers.
+            break_after, after = page.break_after, page.after
+            begin, end = 0, len(page.data)
+            known = (page.headers.get("ETag"), page.headers.get("Last-Modified"))
+            ranged = page.ranges and "range" in asked and asked.get("if-range", known[0] or known[1]) in known
+            if ranged:
+                first, _, last = asked["range"].removeprefix("bytes=").partition("-")
+                begin, end = int(first), min(end, int(last) + 1) if last else end
+            if ranged and begin >= len(page.data):
+                self.plain(416, {"Content-Range": f"bytes */{len(page.data)}"})
+                return
+            body = page.data[begin:end]
+            self.send_response(206 if ranged else 200)
+            if ranged:
+                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(page.data)}")
+            for name, value in page.headers.items():
+                self.send_header(name, value)
+            if page.chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+            else:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            sent = body if break_after is None else body[:break_after]
+            if after and len(body) > 1:
+                after()
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(sent), sent) if page.chunked else sent)
+            if len(sent) < len(body):
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web = Web(f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield web
+    finally:
+        server.shutdown()
+        server.server_close()
