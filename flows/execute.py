@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flows.graph import WIRING, stage_named
+from flows.graph import stage_named
 from flows.run import Run
 from stages.build import Built, Hooks, build
 from stages.child import ChildFailed, ChildRefused, Event
@@ -104,7 +104,7 @@ def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
         if not (force or regrow) and (found := run.store.find(stage, action.key)):
             run.artifacts[stage] = found
             return Built(found, True, 0.0)
-        for name, take in WIRING[stage].items():
+        for name, take in run.takes(stage).items():
             if missing := run.store.missing(inputs[name]):
                 note(f"{take.stage} grows back: {missing[0]}")
                 _execute(run, take.stage, force=False, regrow=True)

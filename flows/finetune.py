@@ -19,7 +19,6 @@ from prefect.states import Completed, Failed
 from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
-from flows.graph import upstream
 from flows.plan import Plan, make_plan
 from flows.recipe import Loaded, Recipe, check
 from flows.run import Run, start
@@ -112,7 +111,7 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
         with following(dashboard.follower()):
             for step in plan.steps:
                 if step.state != "skipped":
-                    reads = [states[s] for s in upstream(step.stage) if s in states]
+                    reads = [states[s] for s in run.upstream(step.stage) if s in states]
                     make = stage_task(run, step.stage, step.stage in again)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()

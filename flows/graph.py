@@ -1,6 +1,6 @@
-"""The graph: eight stages, what each reads of which, and dbt's selectors over it.
+"""The graph: the stages, what each reads of which, and dbt's selectors over it.
 
-    fetch -> convert -> tokenize -> pack -> train -> merge -> evaluate -> publish
+    fetch -> convert -> tokenize -> pack [-> score] -> train -> merge -> evaluate -> publish
 
 Selectors: `train`, `train+` (and all below), `+evaluate` (and all above), `1+train+2` (so many levels), lists with
 commas or spaces, `--exclude` with the same grammar.
@@ -17,7 +17,9 @@ from stages.errors import UserError
 from stages.identity import Tree
 from stages.stage import Stage
 
-ORDER = ("fetch", "convert", "tokenize", "pack", "train", "merge", "evaluate", "publish")
+ORDER = ("fetch", "convert", "tokenize", "pack", "score", "train", "merge", "evaluate", "publish")
+"""All stages. Which of them a recipe has is said by `Run.stages`: score is there only for an objective that compares
+with the model before training."""
 
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -63,7 +65,13 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
     "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
     "pack": {"tokens": Take("tokenize")},
-    "train": {"model": Take("fetch", _model), "tokens": Take("tokenize"), "plan": Take("pack")},
+    "score": {"model": Take("fetch", _model), "tokens": Take("tokenize", lambda tree: tree.select("*/tokens.arrow"))},
+    "train": {
+        "model": Take("fetch", _model),
+        "tokens": Take("tokenize"),
+        "plan": Take("pack"),
+        "reference": Take("score"),
+    },
     "merge": {
         "model": Take("fetch", _model),
         "trained": Take("train"),

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flows.graph import ORDER, WIRING, select, stage_named, upstream
+from flows.graph import select, stage_named
 from flows.run import Run
 from stages.build import made_by
+from stages.errors import UserError
 from stages.identity import Json
 from stages.store import Artifact, Store
 
@@ -54,20 +55,29 @@ def make_plan(
 ) -> Plan:
     """Plan a run. Fills `run.artifacts` with what is found. Raises UserError for a selected stage whose inputs were
     never made and are not selected either."""
-    chosen = select(selectors, exclude)
+    chosen = _chosen(run, selectors, exclude)
     forced = set(select(force)) if force else set()
     baseline = _baseline(run.store, run.name)
     steps: dict[str, Step] = {}
-    for stage in ORDER:
+    for stage in run.stages:
         steps[stage] = _step(run, stage, stage in chosen, stage in forced, strict, baseline, steps)
-    for stage in reversed(ORDER):
+    for stage in reversed(run.stages):
         for damaged, reason in _damaged(run, steps[stage]):
             steps[damaged] = Step(damaged, "runs", reason, steps[damaged].key)
     for stage in chosen:
-        for above in upstream(stage):
+        for above in run.upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
                 run.inputs(stage)  # raises, naming +stage
-    return Plan(run.name, run.id, [steps[s] for s in ORDER])
+    return Plan(run.name, run.id, [steps[s] for s in run.stages])
+
+
+def _chosen(run: Run, selectors: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    selected = select(selectors, exclude)
+    chosen = [stage for stage in selected if stage in run.stages]
+    if selected and not chosen:
+        objective = run.loaded.recipe.train.objective
+        raise UserError(f"{', '.join(selected)}: the objective {objective} has no use for it")
+    return chosen
 
 
 def _step(
@@ -79,7 +89,7 @@ def _step(
     baseline: Mapping[str, Any],
     before: Mapping[str, Step],
 ) -> Step:
-    waiting = [s for s in upstream(stage) if before[s].state in ("runs", "unknown")]
+    waiting = [s for s in run.upstream(stage) if before[s].state in ("runs", "unknown")]
     if waiting:
         why = f"depends on {', '.join(waiting)}"
         if not chosen:
@@ -104,10 +114,10 @@ def _step(
 
 def _damaged(run: Run, step: Step) -> Iterator[tuple[str, str]]:
     """Stages whose artifacts a running step will read but whose blobs are gone: they grow back."""
-    if step.state != "runs" or step.stage == "fetch" or any(s not in run.artifacts for s in upstream(step.stage)):
+    if step.state != "runs" or step.stage == "fetch" or any(s not in run.artifacts for s in run.upstream(step.stage)):
         return
     inputs = run.inputs(step.stage)
-    for name, take in WIRING[step.stage].items():
+    for name, take in run.takes(step.stage).items():
         missing = run.store.missing(inputs[name])
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -21,6 +21,7 @@ from stages.fetch import FetchConfig
 from stages.merge import MergeConfig
 from stages.pack import PackConfig
 from stages.publish import PublishConfig
+from stages.score import ScoreConfig
 from stages.stage import StageConfig
 from stages.tokenize import TokenizeConfig
 from stages.train import TrainConfig
@@ -41,6 +42,8 @@ class Recipe(StageConfig):
     """Conversations to token ids."""
     pack: PackConfig = Field(default_factory=PackConfig)
     """What trains, and how it is packed into sequences and steps."""
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    """What the model before training gives every token, for objectives that compare with it."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The objective, the adapter and the optimizer."""
     merge: MergeConfig = Field(default_factory=MergeConfig)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flows.graph import WIRING, stage_named, upstream
+from flows.graph import ORDER, WIRING, Take, stage_named, upstream
 from flows.recipe import Loaded
+from stages import objectives
 from stages.build import action_of
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree
@@ -42,6 +43,20 @@ class Run:
         """The recipe's name."""
         return self.loaded.recipe.name
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this recipe, in order."""
+        scored = objectives.find(self.loaded.recipe.train.objective).reference
+        return tuple(stage for stage in ORDER if stage != "score" or scored)
+
+    def takes(self, stage: str) -> dict[str, Take]:
+        """What a stage takes of the others, by the name of its input."""
+        return {name: take for name, take in WIRING[stage].items() if take.stage in self.stages}
+
+    def upstream(self, stage: str) -> list[str]:
+        """The stages that a stage reads from directly, in order."""
+        return [above for above in upstream(stage) if above in self.stages]
+
     def config(self, stage: str) -> StageConfig:
         """The recipe's section of a stage."""
         config: StageConfig = getattr(self.loaded.recipe, stage)
@@ -49,13 +64,13 @@ class Run:
 
     def inputs(self, stage: str) -> dict[str, Tree]:
         """The trees a stage reads. Raises UserError naming `+stage` when one was never made."""
-        for above in upstream(stage):
+        for above in self.upstream(stage):
             if above not in self.artifacts:
                 raise UserError(
                     f"{stage} reads what {above} makes, and {above} has not been made with these settings: "
                     f"select `+{stage}` to make it too"
                 )
-        inputs = {name: take.select(self.artifacts[take.stage].tree) for name, take in WIRING[stage].items()}
+        inputs = {name: take.select(self.artifacts[take.stage].tree) for name, take in self.takes(stage).items()}
         if stage == "evaluate" and (rival := self.rival()) is not None:
             inputs["production"] = rival.tree
         return inputs
@@ -76,7 +91,7 @@ class Run:
 
     def action(self, stage: str) -> Action | None:
         """The stage's action, or None while an artifact above it is unknown."""
-        if any(above not in self.artifacts for above in upstream(stage)):
+        if any(above not in self.artifacts for above in self.upstream(stage)):
             return None
         return action_of(stage_named(stage), self.config(stage), self.inputs(stage), self.parts, self.where(stage))
 

@@ -167,6 +167,10 @@ def _packed(facts: Facts) -> Iterator[str]:
         yield f"{dropped:,} dropped"
 
 
+def _scored(facts: Facts) -> Iterator[str]:
+    yield f"{facts['tokens']:,} tokens"
+
+
 def _trained(facts: Facts) -> Iterator[str]:
     yield f"{facts['steps']:,} steps"
     yield f"loss {facts['first_loss']:.3f} → {facts['last_loss']:.3f}"
@@ -193,6 +197,7 @@ _HEADLINES: dict[str, Callable[[Facts], Iterator[str]]] = {
     "convert": _converted,
     "tokenize": _tokenized,
     "pack": _packed,
+    "score": _scored,
     "train": _trained,
     "merge": _merged,
     "evaluate": _evaluated,

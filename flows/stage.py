@@ -13,7 +13,7 @@ from flows.finetune import finetune
 from flows.recipe import Recipe
 from stages.runtime import Runtime
 
-StageName = Literal["fetch", "convert", "tokenize", "pack", "train", "merge", "evaluate", "publish"]
+StageName = Literal["fetch", "convert", "tokenize", "pack", "score", "train", "merge", "evaluate", "publish"]
 """`flows.graph.ORDER` as a type: the choices in the dashboard's form."""
 
 

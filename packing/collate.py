@@ -9,7 +9,7 @@ A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -43,18 +43,20 @@ class Bin:
     """[documents] Tokens in each document."""
     documents: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """[documents] Their numbers in the plan, for `PackedBins.extra`."""
+    reference: NDArray[np.float32] | None = None
+    """[tokens] What the model before training gives each token, where the bins were opened with it."""
 
 
 class PackedBins:
     """The packed sequences of a plan: `len(bins)` of them, `bins[i]` reads one.
 
     `tokens` and `plan` are the folders that the stages tokenize and pack wrote; `heldout` picks the held-out rows
-    instead of the training rows. Opening reads a few numbers; token files are memory-mapped when first touched. Can be
-    sent to another process.
+    instead of the training rows; `reference` is the folder that score wrote for these tokens. Opening reads a few
+    numbers; token files are memory-mapped when first touched. Can be sent to another process.
     """
 
-    def __init__(self, tokens: Path, plan: Path, heldout: bool = False) -> None:
-        self._arguments = (tokens, plan, heldout)
+    def __init__(self, tokens: Path, plan: Path, heldout: bool = False, reference: Path | None = None) -> None:
+        self._arguments = (tokens, plan, heldout, reference)
         description = json.loads((plan / "plan.json").read_text())
         self.kind: str = description.get("kind", "conversation")
         """What rows are: conversation, preference, unpaired_preference, stepwise or prompt. A row of preference is two
@@ -74,12 +76,14 @@ class PackedBins:
         """[windows + 1] Window w is the bins from `windows[w]` up to `windows[w + 1] - 1`: all that read its shards."""
         self.window_of_shard: list[int] = [shard.get("window", 0) for shard in description["shards"]]
         """[shards] The window that reads each."""
-        self._shards = [_Table(tokens / shard["path"] / "tokens.arrow") for shard in description["shards"]]
+        paths = [shard["path"] for shard in description["shards"]]
+        self._shards = [_Table(tokens / path / "tokens.arrow") for path in paths]
+        self._references = [_Table(reference / path / "log_probs.arrow") for path in paths] if reference else None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __reduce__(self) -> tuple[type["PackedBins"], tuple[Path, Path, bool]]:
+    def __reduce__(self) -> tuple[type["PackedBins"], tuple[Path, Path, bool, Path | None]]:
         return PackedBins, self._arguments
 
     @property
@@ -105,7 +109,13 @@ class PackedBins:
             ids.append(document_ids)
             labels.append(document_labels)
         lengths = np.array([len(part) for part in ids], np.int64)
-        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents)
+        reference = np.concatenate([self._log_probs(d) for d in documents.tolist()]) if self._references else None
+        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents, reference)
+
+    def documents_in(self, numbers: Iterable[int]) -> int:
+        """How many documents some bins hold."""
+        places = [self._bins.locate(number) for number in numbers]
+        return sum(len(batch.lists["documents"].row(place)) for batch, place in places)
 
     def extra(self, document: int) -> dict[str, Any]:
         """What the data says of a document besides its text, such as a label or a margin; empty for nothing."""
@@ -114,6 +124,13 @@ class PackedBins:
         tokens, token_place = self._shards[shard].locate(row)
         found: dict[str, Any] = json.loads(tokens.texts["extra"][token_place].as_py() or "{}")
         return found
+
+    def _log_probs(self, document: int) -> NDArray[np.float32]:
+        assert self._references is not None
+        batch, place = self._documents.locate(document)
+        shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
+        scored, scored_place = self._references[shard].locate(row)
+        return np.asarray(scored.lists["log_probs"].row(scored_place)[:length], np.float32)
 
     def _read(self, document: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         batch, place = self._documents.locate(document)
@@ -133,6 +150,7 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
     Returns what a transformers model takes: `input_ids`, `labels` and `position_ids` (int64 `[1, T]`; positions start
     at 0 in every document), `cu_seq_lens_q` = `cu_seq_lens_k` (int32 `[boundaries]` on the CPU, where each document
     begins and the last ends), and `max_length_q` = `max_length_k` (the longest document, rounded up to a power of two).
+    Bins that were opened with a reference also give `reference` (float32 `[1, T]`), which no model takes.
 
     Compiled models need T fixed: pass `pad_to_multiple = bins * sequence_length`. They take changing boundaries as they
     come (two graphs in all). Only CUDA graphs also need their number fixed: `documents` makes it `documents + 2`.
@@ -154,7 +172,10 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
     positions[total:] = 0  # a model with learned positions may have fewer of them than there is padding
     boundaries = torch.from_numpy(np.append(0, ends).astype(np.int32))
     longest = 1 << (int(lengths.max()) - 1).bit_length()
+    references = [each.reference for each in bins if each.reference is not None]
+    reference = np.concatenate([*references, np.zeros(padding, np.float32)])[None] if references else None
     return {
+        **({} if reference is None else {"reference": torch.from_numpy(reference)}),
         "input_ids": _flat([each.ids for each in bins], padding, 0),
         "labels": _flat([each.labels for each in bins], padding, IGNORED),
         "position_ids": torch.from_numpy(positions)[None],

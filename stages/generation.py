@@ -52,8 +52,22 @@ _kept: dict[tuple[Path, Precision, Device, bool], Model] = {}
 
 
 def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> Model:
+    from transformers import AutoTokenizer
+
+    network = load_network(folder, precision, device, packed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model's tokenizer does not load: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Model(network, tokenizer)
+
+
+def load_network(folder: Path, precision: Precision, device: Device, packed: bool) -> Any:
+    """A model's weights alone, on their device, in evaluation mode; see `load`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from packing.attention import implementation
 
@@ -61,7 +75,6 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         network = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -71,10 +84,8 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
             local_files_only=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"the model to evaluate does not load: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Model(network.to(device).eval(), tokenizer)
+        raise UserError(f"the model does not load: {error}") from error
+    return network.to(device).eval()
 
 
 def generate(

@@ -42,6 +42,8 @@ def heldout_loss(
     from stages import objectives
 
     bins = PackedBins(tokens, plan, heldout=True)
+    if bins.kind != "conversation":  # whose texts are not all meant to be learned
+        return HeldoutLoss([], [])
     objective = objectives.find("sft")
     network = load(weights, precision, runtime.device, packed=True).network
     sums: list[float] = []

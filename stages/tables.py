@@ -101,6 +101,10 @@ def tokens_schema(vocabulary: int) -> pa.Schema:
     )
 
 
+LOG_PROBS = pa.schema([pa.field("log_probs", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False)])
+"""`log_probs.arrow`: what score writes for one shard of tokens, row by row: nats a token, zero for the first."""
+
+
 def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
     """`documents.arrow` and `heldout_documents.arrow`: the sequences that pack kept, as an index; no token is copied.
 

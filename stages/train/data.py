@@ -1,10 +1,10 @@
-"""Optimizer steps as the trainer reads them: each a list of micro-batches and the number of trained tokens in all.
+"""Optimizer steps as the trainer reads them: each a list of micro-batches and what their losses are divided by.
 
 The plan's bins stand in step order. The first epoch takes its steps as they stand, every later one in a seeded
 permutation of whole steps; so a step number alone says which bins it reads, and resuming seeks there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from packing.collate import PackedBins, collate
 from stages.errors import UserError
+from stages.objectives import Objective
 from stages.tables import read_table
 
 
@@ -22,8 +23,8 @@ class Step(TypedDict):
 
     batches: list[dict[str, Any]]
     """Prepared micro-batches."""
-    trained: int
-    """Trained tokens in all of them: what their summed losses are divided by."""
+    count: int
+    """What their summed losses are divided by: the trained tokens in all of them, or the pairs."""
 
 
 def step_order(steps: int, total: int, seed: int) -> list[int]:
@@ -42,9 +43,9 @@ class Steps(Dataset[Step]):
         bins: PackedBins,
         order: Sequence[int],
         micro_batch: int,
-        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+        objective: Objective,
     ) -> None:
-        self.bins, self.order, self.micro_batch, self.prepare = bins, order, micro_batch, prepare
+        self.bins, self.order, self.micro_batch, self.objective = bins, order, micro_batch, objective
 
     def __len__(self) -> int:
         return len(self.order)
@@ -53,8 +54,8 @@ class Steps(Dataset[Step]):
         step = self.numbers(number)
         micro_batches = [step[i : i + self.micro_batch] for i in range(0, len(step), self.micro_batch)]
         return {
-            "batches": [self.prepare(collate([self.bins[i] for i in numbers])) for numbers in micro_batches],
-            "trained": self.trained(number),
+            "batches": [self.objective.prepare(collate([self.bins[i] for i in numbers])) for numbers in micro_batches],
+            "count": self.count(number),
         }
 
     def numbers(self, number: int) -> range:
@@ -64,6 +65,12 @@ class Steps(Dataset[Step]):
     def tokens(self, number: int) -> int:
         """Tokens in a training step, without padding."""
         return int(self.bins.lengths[self.numbers(number)].sum())
+
+    def count(self, number: int) -> int:
+        """What the objective counts in a training step."""
+        if self.objective.counts == "pairs":
+            return self.bins.documents_in(self.numbers(number)) // 2
+        return self.trained(number)
 
     def trained(self, number: int) -> int:
         """Trained tokens in a training step."""

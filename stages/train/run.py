@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     """
     started = time.monotonic()
     bins = _open_bins(inputs)
-    shards = [shard["path"] for shard in json.loads((inputs["plan"] / "plan.json").read_text())["shards"]]
     objective = objectives.find(config.objective)
+    _refuse_other_kinds(config.objective, objective.kinds, bins.kind)
+    shards = [shard["path"] for shard in json.loads((inputs["plan"] / "plan.json").read_text())["shards"]]
     device = _device(work.runtime.device)
     checks.refuse_device(config, device)
     total = config.max_steps or math.ceil(config.epochs * bins.steps)
-    steps = Steps(bins, step_order(bins.steps, total, config.seed), work.runtime.micro_batch, objective.prepare)
+    steps = Steps(bins, step_order(bins.steps, total, config.seed), work.runtime.micro_batch, objective)
     with stop_on_sigterm() as stop:
         set_seed(config.seed)
         loaded = model.load(inputs["model"], config, device)
@@ -103,10 +104,18 @@ def _write(config: TrainConfig, trained: Any, history: list[dict[str, Any]], sou
 
 
 def _open_bins(inputs: Mapping[str, Path]) -> PackedBins:
-    bins = PackedBins(inputs["tokens"], inputs["plan"])
+    bins = PackedBins(inputs["tokens"], inputs["plan"], reference=inputs.get("reference"))
     if not len(bins) or not bins.trained.sum():
         raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
     return bins
+
+
+def _refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
+    if kind not in kinds:
+        raise UserError(
+            f"train.objective {name} trains on rows of kind {' or '.join(kinds)}, and the plan holds rows of kind "
+            f"{kind}: choose another objective, or read the data in another convert.format"
+        )
 
 
 def _device(wanted: str) -> str:

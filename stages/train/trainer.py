@@ -137,7 +137,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         total = torch.zeros((), device=self.args.device)
         for batch in inputs["batches"]:
             with self.accelerator.autocast():
-                loss = self.loss(to_device(batch, self.args.device))["loss"] / max(inputs["trained"], 1)
+                loss = self.loss(to_device(batch, self.args.device))["loss"] / max(inputs["count"], 1)
             self.accelerator.backward(loss)
             total += loss.detach()
         return total

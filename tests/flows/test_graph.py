@@ -28,7 +28,7 @@ def test_every_stage_reaches_publish() -> None:
         (["1+pack"], [], ["tokenize", "pack"]),
         (["pack+1"], [], ["pack", "train", "evaluate", "publish"]),
         (["train+"], ["publish"], ["train", "merge", "evaluate"]),
-        ([], ["evaluate+"], ["fetch", "convert", "tokenize", "pack", "train", "merge"]),
+        ([], ["evaluate+"], ["fetch", "convert", "tokenize", "pack", "score", "train", "merge"]),
         (["+train+"], [], list(ORDER)),
     ],
 )

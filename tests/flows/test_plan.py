@@ -189,3 +189,16 @@ def test_a_run_of_one_stage_does_not_forget_the_reasons_of_the_others(make_host:
         execute(only, stage)
     only.become_baseline()
     assert host.plan(pack={"seed": 9}).step("pack").reason.startswith("pack.")
+
+
+def test_only_an_objective_that_compares_scores_the_tokens_and_finds_all_before_it(
+    make_host: Callable[..., Host],
+) -> None:
+    host = make_host()
+    host.run()
+    supervised, compared = host.plan("+train"), host.plan("+train", train={"objective": "dpo"})
+    assert "score" not in [step.stage for step in supervised.steps]
+    assert states(compared) == dict.fromkeys(CHAIN, "cached")
+    assert (compared.step("score").state, compared.step("train").state) == ("runs", "unknown")
+    with pytest.raises(UserError, match="score: the objective sft has no use for it"):
+        host.plan("score")

@@ -1,0 +1,113 @@
+"""score: a token's log-probability is the one that the model gives it in its own row, and preferences learn from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stages.errors import UserError
+from stages.runtime import Runtime
+from stages.score import STAGE, ScoreConfig
+from stages.stage import Work
+from stages.tables import read_table, tokens_schema, write_table
+from stages.train import STAGE as TRAIN
+from stages.train import TrainConfig
+from tests.stages import tiny
+from tests.stages.packed import Packed, shard, turns
+
+SIZES = (5, 1, 40, 17, 100, 2)
+
+
+def rows() -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(3, tiny.VOCABULARY, size).tolist() for size in SIZES]
+
+
+def score(model: Path, tokens: Path, output: Path) -> list[list[float]]:
+    output.mkdir(parents=True)
+    runtime = Runtime(device="cpu")
+    STAGE.run(ScoreConfig(precision="fp32"), {"model": model, "tokens": tokens}, output, Work(output / "w", runtime))
+    return read_table(output / "log_probs.arrow")["log_probs"].to_pylist()
+
+
+def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.llama(tmp_path / "model")
+    write_table(
+        tmp_path / "tokens.arrow",
+        tokens_schema(tiny.VOCABULARY),
+        (
+            {"row": i, "part": 0, "ids": ids, "spans": [], "identity": bytes(16), "extra": ""}
+            for i, ids in enumerate(rows())
+        ),
+    )
+    monkeypatch.setattr("stages.score.TOKENS", 50)
+    found = score(folder, tmp_path, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    for ids, log_probs in zip(rows(), found, strict=True):
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [0.0, *(logits[at - 1, ids[at]].item() for at in range(1, len(ids)))]
+        assert log_probs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_that_leaks_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model", "MambaConfig", state_size=8)
+    tiny.plan(tmp_path, [[4, 5, 6]])
+    with pytest.raises(UserError, match=r"score: mamba"):
+        score(folder, tmp_path / "tokens/chat/00000", tmp_path / "out")
+
+
+def judged(tokens: Path) -> None:
+    """Pairs whose chosen answer counts up and whose rejected one counts down."""
+    random = np.random.default_rng(1)
+    made: list[dict[str, Any]] = []
+    for number in range(40):
+        start = int(random.integers(12, 50))
+        for part, step in enumerate((1, -1)):
+            answer = [start + step * i for i in range(int(random.integers(3, 9)))]
+            ids = [3, 4, start, 5, 6, *answer, 7]
+            spans = turns(("user", 0), ("assistant", len(answer)))
+            made.append(
+                {
+                    "row": number,
+                    "ids": ids,
+                    "spans": spans,
+                    "identity": number.to_bytes(16, "big"),
+                    "part": part,
+                    "extra": "",
+                }
+            )
+    shard(tokens, "judged/00000", made, kind="preference", count=40)
+
+
+def measures(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "cpo"])
+def test_training_on_pairs_tells_them_apart(tmp_path: Path, objective: str) -> None:
+    model = tiny.llama(tmp_path / "model")
+    judged(tmp_path / "tokens")
+    packed = Packed(tmp_path / "tokens", tmp_path / "plan", sequence_length=64, global_batch=4)
+    inputs = {"model": model, "tokens": tmp_path / "tokens", "plan": packed.output}
+    if objective == "dpo":
+        found = score(model, tmp_path / "tokens" / "judged" / "00000", tmp_path / "reference" / "judged" / "00000")
+        assert len(found) == 80
+        inputs["reference"] = tmp_path / "reference"
+    (tmp_path / "output").mkdir()
+    config = {"objective": objective, "learning_rate": 1e-2, "precision": "fp32", "max_steps": 12, "lora": {"rank": 4}}
+    work = Work(tmp_path / "work", Runtime.model_validate({"device": "cpu"}))
+    TRAIN.run(TrainConfig.model_validate(config), inputs, tmp_path / "output", work)
+    steps = measures(tmp_path / "output")
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    if objective == "dpo":
+        assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-3), "the reference is the model itself"
+
+
+def test_an_objective_refuses_data_of_another_kind(tmp_path: Path) -> None:
+    inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, tiny.documents(8))}
+    with pytest.raises(UserError, match=r"orpo trains on rows of kind preference, .* kind conversation"):
+        TRAIN.run(TrainConfig(objective="orpo"), inputs, tmp_path, Work(tmp_path / "work", Runtime(device="cpu")))
