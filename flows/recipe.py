@@ -189,7 +189,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
             yield ("evaluate", "tasks", name, "source"), hint
     convert = recipe.convert
-    rendered = [s for s in sources if formats.find(convert.of(s).format).templated]
+    rendered = [s for s in sources if formats.templated(convert.of(s).format, convert.of(s).options)]
     for source in rendered[1:]:
         if convert.of(source).template != convert.of(rendered[0]).template:
             place = ("convert", "sources", source if source in convert.sources else rendered[0], "template")

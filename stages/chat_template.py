@@ -5,7 +5,8 @@ The sandbox it runs in is set up like the one of Hugging Face's transformers, so
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import jinja2
 
@@ -27,8 +28,8 @@ class Template:
     """Named tokens (`bos_token`, ...) that the template may use."""
     control: tuple[str, ...] = ()
     """Token texts that only the template may write: the special tokens, and added ones that stand in its source."""
-    opening: str = ""
-    """What stands between a question and its answer."""
+    openings: Mapping[str, str] = field(default_factory=dict)
+    """By the role that spoke last: what stands after its words when the assistant is asked to go on."""
     prompt: str = ""
     """What `add_generation_prompt` adds, which the model never has to write; empty where the template adds nothing."""
     header: str = ""
@@ -46,6 +47,7 @@ _CALL = Turn(
     None,
     tool_calls=[{"id": "000000000", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}],
 )
+_RESULT = Turn("tool", "=", name="f", tool_call_id="000000000")
 
 
 def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) -> Template:
@@ -67,24 +69,49 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         compiled = sandbox.environment(today).from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise UserError("the chat template does not compile: it is nested too deeply") from error
     bare = Template(source, compiled, tokenizer.variables)
     try:
         _, after_question = _around(bare, [_QUESTION])
-        opening, after_answer = _around(bare, [_QUESTION, _ANSWER])
+        _, after_answer = _around(bare, [_QUESTION, _ANSWER])
         _, prompted = _around(bare, [_QUESTION], add_generation_prompt=True)
     except BadRow as error:
         raise UserError(f"the chat template fails on a plain question and answer: {error}") from error
-    literal = {text for text in tokenizer.added if text in source and not text.isspace()}
-    control = tuple(sorted({*tokenizer.special, *literal}))
+    written = {text for text in tokenizer.added if text in source and not text.isspace()}
+    named = {token for name, token in tokenizer.variables.items() if name in source and token in tokenizer.added}
+    control = tuple(sorted({*tokenizer.special, *written, *named}))
     endings = {_ending(after, control) for after in (after_question, after_answer)} - {""}
     calls, after_call = _calls(bare)
     if not any(ending in after_call for ending in endings):
         endings |= {token for token in control if after_call.rstrip().endswith(token)}
     prompt = prompted.removeprefix(after_question) if prompted.startswith(after_question) else ""
-    header = _ending(prompt, control) or prompt
     return Template(
-        source, compiled, tokenizer.variables, control, opening, prompt, header, tuple(sorted(endings)), calls
+        source,
+        compiled,
+        tokenizer.variables,
+        control,
+        openings=_openings(replace(bare, calls=calls)),
+        prompt=prompt,
+        header=_ending(prompt, control) or prompt,
+        endings=tuple(sorted(endings)),
+        calls=calls,
     )
+
+
+def _openings(bare: Template) -> dict[str, str]:
+    """What stands after the words of each role, for those that the template lets speak before the assistant."""
+    before = {
+        "user": [_QUESTION],
+        "system": [Turn("system", "~")],
+        "assistant": [_QUESTION, _ANSWER],
+        "tool": [_QUESTION, _CALL, _RESULT],
+    }
+    openings = {}
+    for role, turns in before.items():
+        with suppress(BadRow):
+            openings[role] = _around(bare, turns, add_generation_prompt=True)[1]
+    return openings
 
 
 def _around(template: Template, turns: list[Turn], **more: bool) -> tuple[str, str]:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from stages import traced
+from stages import sandbox, traced
 from stages.errors import UserError
-from stages.formats import BadRow, Conversation, Turn
+from stages.formats import BadRow, Conversation, Runs, Turn
 from stages.tables import NO_TURN
-from stages.traced import TEMPLATE, Untraceable
+from stages.traced import TEMPLATE, Traced, Untraceable
 
 
 class Calls(NamedTuple):
@@ -27,6 +27,8 @@ class Leaf(NamedTuple):
 
     turn: int
     kind: str
+    train: int | None = None
+    """The leaf's own TRAIN_*, where parts of a turn differ; None for the turn's."""
 
 
 CONTENT, REASONING, CALLS, NAMES, TOOLS = "content", "reasoning", "tool calls", "names", "tools"
@@ -51,14 +53,17 @@ def render_chunks(
         _message(turn, number, calls or Calls({}, False), leaves) for number, turn in enumerate(conversation.turns)
     ]
     tools = _marked(conversation.tools, Leaf(NO_TURN, TOOLS), leaves) if conversation.tools else None
+    sandbox.begin(compiled, len(leaves))
     context = {"add_generation_prompt": False, "documents": None, **variables, **more}
     try:
         text = compiled.render(messages=messages, tools=tools, **context)
+    except sandbox.TooMuch as error:
+        raise BadRow("too much for the chat template", f"the chat template {error}") from error
     except Untraceable as error:
         raise UserError(f"the chat template cannot be followed: {error}; name or write another one") from error
     except jinja2.TemplateError as error:
         raise BadRow("refused by the chat template", f"the chat template refuses it: {error.message}") from error
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise BadRow("refused by the chat template", f"the chat template fails on it: {error}") from error
     chunks: list[Chunk] = []
     seen: set[int] = set()
@@ -74,16 +79,30 @@ def render_chunks(
 def _message(turn: Turn, number: int, calls: Calls, leaves: list[Leaf]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": turn.role, **(calls.silence if turn.content is None else {})}
     if turn.content is not None:
-        message["content"] = _marked(turn.content, Leaf(number, CONTENT), leaves)
+        message["content"] = _text(turn.content, turn.runs, Leaf(number, CONTENT), leaves)
     if turn.reasoning is not None:
         # The names that templates read it by.
-        message["reasoning_content"] = message["thinking"] = _marked(turn.reasoning, Leaf(number, REASONING), leaves)
+        message["reasoning_content"] = message["thinking"] = _text(
+            turn.reasoning, turn.reasoning_runs, Leaf(number, REASONING), leaves
+        )
     if turn.tool_calls is not None:
         message["tool_calls"] = [_tool_call(call, number, calls, leaves) for call in turn.tool_calls]
     for name in ("name", "tool_call_id"):
         if (value := getattr(turn, name)) is not None:
             message[name] = _marked(value, Leaf(number, NAMES), leaves)
     return message
+
+
+def _text(text: str, runs: Runs | None, leaf: Leaf, leaves: list[Leaf]) -> Any:
+    """A text as one leaf, or as one for each part with a training flag of its own."""
+    if not runs:
+        return _marked(text, leaf, leaves)
+    found, at = [], 0
+    for end, train in runs:
+        found.append((end - at, len(leaves)))
+        leaves.append(leaf._replace(train=train))
+        at = end
+    return Traced(text, tuple(found))
 
 
 def _tool_call(call: Mapping[str, Any], number: int, calls: Calls, leaves: list[Leaf]) -> dict[str, Any]:

@@ -5,39 +5,41 @@ transformers: the chat template runs in our own sandbox (`stages.templates`), on
 """
 
 import datetime
-import difflib
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pyarrow as pa
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from stages import chat_template, formats, rendering, templates
-from stages.chat_template import Template
-from stages.formats import BadRow, Conversation, Options
+from stages import chat_template, formats, sequences, templates
+from stages.formats import BadRow, Reader, auto, own
 from stages.identity import Tree
-from stages.rendering import Rendered, Span
-from stages.rows import read_rows
+from stages.rows import Place, Row, read_rows
+from stages.sequences import Sequencer, Written
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
-from stages.tables import (
-    BATCH_ROWS,
-    CONVERSATIONS,
-    NO_TURN,
-    ORIGIN_CONTENT,
-    ORIGIN_END,
-    ORIGIN_TEMPLATE,
-    SPAN,
-    kind_of,
-)
-from stages.tokenizer_files import Tokenizer, read_tokenizer
+from stages.tables import BATCH_ROWS, CONVERSATIONS, CONVERSATIONS_OF_IDS, SPAN, kind_of
+from stages.tokenizer_files import read_tokenizer
 
 PLACES = 10
 """Bad rows listed by place, for each reason."""
+BATCH_CHARACTERS = 1 << 26
+"""Text in one record batch, after which it ends before it has `BATCH_ROWS` rows."""
+
+
+def _with_files(values: Any) -> Any:
+    """A recipe's settings with the text of the files that it names in their place: keys hold what files say."""
+    if not isinstance(values, Mapping):
+        return values
+    read = dict(values)
+    if isinstance(name := read.get("format"), str) and name.endswith(".py"):
+        read |= {"format": "own", "code": own.read(name)}
+    if isinstance(template := read.get("template"), str):
+        read["template"] = templates.resolved(template)
+    return read
 
 
 def _known_format(name: str) -> str:
@@ -45,41 +47,46 @@ def _known_format(name: str) -> str:
     return name
 
 
-def _known_template(name: str) -> str:
-    if name != "tokenizer" and "{" not in name:
-        templates.find(name)
-    return name
-
-
 FormatName = Annotated[str, AfterValidator(_known_format)]
-TemplateName = Annotated[str, AfterValidator(_known_template)]
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
 
 
 class ConvertPart(StageConfig):
     """How the rows of one source are read."""
 
-    format: FormatName = "messages"
-    """What the rows look like: alpaca, completion, messages or sharegpt."""
-    template: TemplateName = "tokenizer"
-    """The chat template: `tokenizer` for the model's own, a named one such as `chatml`, or Jinja text."""
+    format: FormatName = "auto"
+    """What the rows look like: a format's name, `auto` to recognise it, or the path of a Python file of one's own."""
+    template: str = "tokenizer"
+    """The chat template: `tokenizer` for the model's own, a named one (`chatml`), Jinja text, or a `.jinja` file."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Field names that differ from the format's: `{messages: dialogue}`."""
     roles: dict[str, Role] = Field(default_factory=dict)
     """Role names that are not widely used: `{support_agent: assistant}`."""
+    options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """What the format itself can be told, e.g. `{wording: text}`."""
+    code: str = ""
+    """The text of one's own format; filled in from the file that `format` names."""
+    reasoning: sequences.Reasoning = "keep"
+    """The assistant's reasoning: keep it, drop it, or keep only that after the last question."""
+    trust_special_tokens: bool = False
+    """Whether special tokens that stand in the data become control tokens; otherwise they stay text."""
     bad_rows: Literal["error", "drop"] = "error"
     """What to do with a row that cannot be converted: stop at the first, or leave it out and count it."""
     date: datetime.date | None = None
     """The date that a chat template gets when it asks for today's."""
 
+    _files = model_validator(mode="before")(_with_files)
+
+    @field_validator("options")
+    @classmethod
+    def _defaults(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return formats.filled(info.data["format"], options) if "format" in info.data else options
+
     @model_validator(mode="after")
-    def _known_fields(self) -> "ConvertPart":
-        known = formats.find(self.format).fields
-        for field in self.fields:
-            if field not in known:
-                near = difflib.get_close_matches(field, known, 1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise ValueError(f"fields: {self.format} has no {field!r}, only {', '.join(sorted(known))}.{hint}")
+    def _fits(self) -> Self:
+        formats.check_fields(self.format, self.fields)
+        if self.format == "own" and not self.code:
+            raise ValueError("format: own needs a file: name its path, e.g. `format: ./my_format.py`")
         return self
 
 
@@ -88,16 +95,26 @@ class ConvertOverride(StageConfig):
 
     format: FormatName | None = None
     """As `convert.format`."""
-    template: TemplateName | None = None
+    template: str | None = None
     """As `convert.template`."""
     fields: dict[str, str] | None = None
     """As `convert.fields`; not inherited by a source with a format of its own."""
     roles: dict[str, Role] | None = None
     """As `convert.roles`."""
+    options: dict[str, Any] | None = None
+    """As `convert.options`; not inherited by a source with a format of its own."""
+    code: str | None = None
+    """As `convert.code`."""
+    reasoning: sequences.Reasoning | None = None
+    """As `convert.reasoning`."""
+    trust_special_tokens: bool | None = None
+    """As `convert.trust_special_tokens`."""
     bad_rows: Literal["error", "drop"] | None = None
     """As `convert.bad_rows`."""
     date: datetime.date | None = None
     """As `convert.date`."""
+
+    _files = model_validator(mode="before")(_with_files)
 
 
 class ConvertConfig(ConvertPart):
@@ -109,12 +126,17 @@ class ConvertConfig(ConvertPart):
     def of(self, source: str) -> ConvertPart:
         """The settings of one source."""
         override = self.sources.get(source, ConvertOverride())
-        own = override.model_dump(exclude_none=True)
-        inherited = self.model_dump(exclude={"sources"} | ({"fields"} if override.format else set()))
-        return ConvertPart.model_validate({**inherited, **own})
+        given = override.model_dump(exclude_none=True)
+        not_inherited = {"sources"} | ({"fields", "options", "code"} if override.format else set())
+        return ConvertPart.model_validate({**self.model_dump(exclude=not_inherited), **given})
+
+    @property
+    def uses_code(self) -> bool:
+        """Whether rows are read by a Python file of the user's."""
+        return "own" in (self.format, *(source.format for source in self.sources.values()))
 
     @model_validator(mode="after")
-    def _sources_fit(self) -> "ConvertConfig":
+    def _sources_fit(self) -> Self:
         for source in self.sources:
             self.of(source)
         return self
@@ -135,41 +157,73 @@ def parts(config: ConvertConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
 def plugins(config: ConvertPart) -> Mapping[str, int]:
     """The formats and named templates that a config uses, with their versions."""
     used = [config, *(config.of(name) for name in config.sources)] if isinstance(config, ConvertConfig) else [config]
-    found = {f"format:{part.format}": formats.find(part.format).version for part in used}
+    found = {name: version for part in used for name, version in formats.versions(part.format).items()}
     named = {part.template for part in used} & set(templates.names())
     return {**found, **{f"template:{name}": templates.find(name).version for name in sorted(named)}}
 
 
 def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Convert one shard. Raises UserError naming file and row at the first bad one, or drops and counts them."""
+    if config.format == "own" and not work.runtime.allow_code:
+        raise UserError(own.NOT_ALLOWED)
     source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
-    tokenizer = read_tokenizer(inputs["tokenizer"])
-    template = (
-        chat_template.load(tokenizer, config.template, config.date) if formats.find(config.format).templated else None
-    )
-    (path,) = inputs["rows"].glob("rows.*")
     name = "/".join(part for part in (work.where.get("name") or source["source"], source.get("member")) if part)
+    first = source.get("first", 1)
+    (path,) = inputs["rows"].glob("rows.*")
+    rows = read_rows(path, name, first)
+    seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
+    reader = _reader(config, name, seen)
+    tokenizer = read_tokenizer(inputs["tokenizer"])
+    template = chat_template.load(tokenizer, config.template, config.date) if reader.templated else None
     counts = _Counts(name, config.bad_rows)
-    control = list(template.control if template else tokenizer.special)
-    schema = CONVERSATIONS.with_metadata({"control": json.dumps(control, ensure_ascii=False)})
+    schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
+        {
+            "control": json.dumps(list(template.control if template else tokenizer.special), ensure_ascii=False),
+            "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
+        }
+    )
+    sequencer = Sequencer(reader, tokenizer, template, config.reasoning)
     with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        batch: list[tuple[int, Rendered, bytes]] = []
-        for converted in _converted(path, source.get("first", 1), config, tokenizer, template, counts):
-            batch.append(converted)
-            if len(batch) == BATCH_ROWS:
+        batch: list[Written] = []
+        size = 0
+        for converted in _converted(chain(seen, rows), sequencer, counts):
+            batch += converted
+            size += sum(len(one.rendered.text) for one in converted)
+            if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
                 writer.write_batch(_batch(batch, schema))
-                batch = []
+                batch, size = [], 0
                 work.tell(counts.rows, unit="rows")
         if batch:
             writer.write_batch(_batch(batch, schema))
     if not counts.rows:
         raise UserError(f"{name}: there are no rows in it")
-    document = {"source": source["source"], "split": source["split"], "kind": "conversation", **counts.document()}
+    document = {
+        "source": source["source"],
+        "split": source["split"],
+        "kind": reader.kind,
+        "format": reader.format,
+        "fields": dict(reader.fields),
+        "first": first - 1,
+        **counts.document(),
+    }
     if template:  # what the trained model must be asked through: merge puts it into the model's folder
         (output / "chat_template.jinja").write_text(template.source, "utf-8")
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     work.tell(counts.rows, counts.rows, "rows")
-    return {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
+    facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
+    return {**facts, "formats": {reader.format: 1}}
+
+
+def _reader(config: ConvertPart, name: str, seen: Iterable[tuple[Place, Row | BadRow]]) -> Reader:
+    """The format that reads a shard. Raises UserError when it is not recognised in the rows `seen`."""
+    rows = [row for _, row in seen if not isinstance(row, BadRow)]
+    for place, row in seen:
+        if not rows and isinstance(row, BadRow):
+            raise UserError(f"{name}, {place}: {row}")
+    try:
+        return formats.reader(config.format, config.fields, config.roles, config.options, code=config.code, rows=rows)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 class _Counts:
@@ -205,77 +259,29 @@ class _Counts:
 
 
 def _converted(
-    path: Path, first: int, config: ConvertPart, tokenizer: Tokenizer, template: Template | None, counts: _Counts
-) -> Iterator[tuple[int, Rendered, bytes]]:
-    """(row number, render, identity) of the rows that can be converted."""
-    convert = formats.find(config.format).convert
-    options = Options(config.fields, config.roles)
-    for number, (place, row) in enumerate(read_rows(path, counts.name, first)):
+    rows: Iterable[tuple[Place, Row | BadRow]], sequencer: Sequencer, counts: _Counts
+) -> Iterator[list[Written]]:
+    """The sequences of each row that can be converted."""
+    convert, form = sequencer.reader.convert, sequencer.reader.format
+    for number, (place, row) in enumerate(rows):
         counts.rows += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            conversation = convert(row, options)
-            digest = identity(conversation)
-            rendered = rendering.render(template, conversation) if template else plain(tokenizer, conversation)
+            found = sequencer.sequences(number, convert(row))
         except BadRow as error:
-            counts.bad(place, error, "" if isinstance(row, BadRow) else _hint(row, config, options))
+            counts.bad(place, error, "" if isinstance(row, BadRow) else formats.hint(row, form))
             continue
-        counts.unwritten.update(rendered.unwritten)
-        counts.turns_without_end += _without_end(rendered.spans)
-        yield number, rendered, digest
+        for one in found:
+            if one.rendered.unwritten:
+                counts.unwritten.update(one.rendered.unwritten)
+        counts.turns_without_end += sum(sequencer.without_end(one.rendered.spans) for one in found)
+        yield found
 
 
-def _hint(row: Mapping[str, Any], config: ConvertPart, options: Options) -> str:
-    """The other format that could read a row, if any."""
-    for name in formats.names():
-        if name != config.format:
-            try:
-                formats.find(name).convert(row, options)
-            except BadRow:
-                continue
-            return f". It looks like {name}: set convert.format or convert.sources.<name>.format"
-    return ""
-
-
-def identity(conversation: Conversation) -> bytes:
-    """16 bytes of sha256 over the conversation's normal form: the same for every format and template.
-
-    Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
-    """
-    turns = [
-        [turn.role, turn.content, turn.reasoning, turn.tool_calls, turn.name, turn.tool_call_id, turn.train]
-        for turn in conversation.turns
-    ]
-    try:
-        normal = json.dumps([turns, conversation.tools], ensure_ascii=False, sort_keys=True).encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
-    return hashlib.sha256(normal).digest()[:16]
-
-
-def plain(tokenizer: Tokenizer, conversation: Conversation) -> Rendered:
-    """Raw text as it is, between the tokenizer's own begin token (if it adds one) and its end token (if it has one)."""
-    turn = conversation.turns[0]
-    assert turn.content is not None
-    end = tokenizer.variables.get("eos_token", "")
-    pieces = [
-        (tokenizer.prefix, ORIGIN_TEMPLATE, NO_TURN),
-        (turn.content, ORIGIN_CONTENT, 0),
-        (end, ORIGIN_END, 0),
-    ]
-    return Rendered("".join(text for text, _, _ in pieces), rendering.spans(pieces, conversation.turns), [])
-
-
-def _without_end(spans: list[Span]) -> int:
-    """Turns that the model should write, but which nothing ends: it would not learn to stop there."""
-    last = {span.turn: span.origin for span in spans if span.role in ("assistant", "text")}
-    return sum(origin != ORIGIN_END for origin in last.values())
-
-
-def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.RecordBatch:
+def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
     """Columns built whole: an Arrow struct a span at a time would cost more than the render."""
-    spans = [span for _, rendered, _ in rows for span in rendered.spans]
+    spans = [span for one in rows for span in one.rendered.spans]
     columns = [
         [span.end for span in spans],
         [span.turn for span in spans],
@@ -284,15 +290,16 @@ def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.Rec
     structs = pa.StructArray.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, SPAN, strict=True)], fields=list(SPAN)
     )
-    offsets = [0, *accumulate(len(rendered.spans) for _, rendered, _ in rows)]
+    offsets = [0, *accumulate(len(one.rendered.spans) for one in rows)]
+    said = [one.rendered.text if one.ids is None else one.ids for one in rows]
     return pa.RecordBatch.from_arrays(
         [
-            pa.array([number for number, _, _ in rows], pa.uint32()),
-            pa.array([0] * len(rows), pa.uint8()),
-            pa.array([rendered.text for _, rendered, _ in rows], pa.string()),
+            pa.array([one.row for one in rows], pa.uint32()),
+            pa.array([one.part for one in rows], pa.uint8()),
+            pa.array(said, schema.field(2).type),
             pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, type=schema.field("spans").type),
-            pa.array([digest for _, _, digest in rows], pa.binary(16)),
-            pa.array([""] * len(rows), pa.string()),
+            pa.array([one.identity for one in rows], pa.binary(16)),
+            pa.array([one.extra for one in rows], pa.string()),
         ],
         schema=schema,
     )
@@ -301,7 +308,7 @@ def _batch(rows: list[tuple[int, Rendered, bytes]], schema: pa.Schema) -> pa.Rec
 STAGE = Stage(
     name="convert",
     artifact="conversations",
-    version=3,
+    version=4,
     config=ConvertConfig,
     run=run,
     parts=parts,

@@ -39,6 +39,8 @@ class Encoder:
     """Whether text is brought into NFC first: `lengths` then hold only for text that already is."""
     control: npt.NDArray[np.bool_]
     """Whether an id is a control token."""
+    trusted: bool = False
+    """Whether control tokens may stand in content too."""
 
     @cached_property
     def matching(self) -> Any:
@@ -75,7 +77,7 @@ class Encoder:
         return re.compile("|".join(re.escape(text) for text in sorted(self.tokens, key=len, reverse=True)) or r"(?!)")
 
 
-def load(tokenizer_json: str, control: Sequence[str]) -> Encoder:
+def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False) -> Encoder:
     """Make an encoder. `control` are texts that are control tokens besides those that the file calls special."""
     settings = json.loads(tokenizer_json)
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
@@ -94,7 +96,7 @@ def load(tokenizer_json: str, control: Sequence[str]) -> Encoder:
         lengths[list(vocabulary.values())] = [len(text) for text in vocabulary]
         for token in added:
             lengths[token["id"]] = len(token["content"].encode())
-    return Encoder(settings, lengths, normalizers == ["NFC"], flags)
+    return Encoder(settings, lengths, normalizers == ["NFC"], flags, trusted)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -154,7 +156,7 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
     ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
     token_rows = np.repeat(np.arange(len(texts)), counts)
     starts, slow = _starts(encoder, texts, sizes, encodings, ids, counts, token_rows)
-    forged = _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
+    forged = () if encoder.trusted else _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
     if not len(forged):
         return Encoded(ids, starts, counts, int(slow.sum()))
     first_token = np.cumsum(counts) - counts

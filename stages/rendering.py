@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stages.chat_template import Template
-from stages.chunks import CALLS, CONTENT, NAMES, REASONING, TOOLS, Chunk, Leaf, render_chunks
+from stages.chunks import CALLS, CONTENT, NAMES, REASONING, TOOLS, Chunk, render_chunks
 from stages.formats import BadRow, Conversation, Turn
 from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
 
@@ -36,15 +36,20 @@ class Rendered:
     """What the row has but the template left out, e.g. `reasoning of assistant`."""
 
 
-def render(template: Template, conversation: Conversation) -> Rendered:
-    """Render a conversation once. Raises BadRow when the template refuses it or leaves out what is to be learned."""
+def render(template: Template, conversation: Conversation, *, prompt: bool = False) -> Rendered:
+    """Render a conversation once; `prompt` asks the assistant to go on, as inference does (`add_generation_prompt`).
+
+    Raises BadRow when the template refuses it or leaves out what is to be learned.
+    """
     if len(conversation.turns) > NO_TURN:
         raise BadRow("too many turns", f"has {len(conversation.turns)} turns: expected at most {NO_TURN}")
     for number, turn in enumerate(conversation.turns):
         if turn.tool_calls and template.calls is None:
             detail = f"the chat template does not write tool calls (turn {number}): choose one that does"
             raise BadRow("left out by the chat template", detail)
-    chunks = render_chunks(template.compiled, template.variables, template.calls, conversation)
+    chunks = render_chunks(
+        template.compiled, template.variables, template.calls, conversation, add_generation_prompt=prompt
+    )
     unwritten = _unwritten(conversation, chunks)
     return Rendered(
         "".join(text for text, _, _ in chunks),
@@ -53,23 +58,29 @@ def render(template: Template, conversation: Conversation) -> Rendered:
     )
 
 
-def _pieces(template: Template, turns: list[Turn], chunks: list[Chunk]) -> list[tuple[str, int, int]]:
-    """(text, origin, turn): what the template wrote between two leaves is split into turn end, header and the rest."""
+Piece = tuple[str, int, int, int | None]
+"""Text, its ORIGIN_*, its turn, and its TRAIN_* (None: the turn's)."""
+
+
+def _pieces(template: Template, turns: list[Turn], chunks: list[Chunk]) -> list[Piece]:
+    """What the template wrote between two leaves is split into turn end, header and the rest."""
     # A template may write a tool's name again with the tool's answer: nobody says that a second time.
     turn_of = [
         NO_TURN if leaf is None or (again and leaf.kind in (CALLS, NAMES)) else leaf.turn for _, leaf, again in chunks
     ]
-    pieces: list[tuple[str, int, int]] = []
+    pieces: list[Piece] = []
     seen: set[int] = set()
     for number, (text, leaf, _) in enumerate(chunks):
         if leaf is not None:
             seen.add(turn_of[number])
-            pieces.append((text, ORIGIN_CONTENT, turn_of[number]))
+            pieces.append((text, ORIGIN_CONTENT, turn_of[number], leaf.train))
             continue
         before = chunks[number - 1][1] if number else None
         after = chunks[number + 1][1] if number + 1 < len(chunks) else None
         if before and after and before.kind == after.kind == TOOLS and not any(t in text for t in template.control):
-            pieces.append((text, ORIGIN_CONTENT, NO_TURN))  # punctuation of the tools' JSON: not worth spans of its own
+            pieces.append(
+                (text, ORIGIN_CONTENT, NO_TURN, None)
+            )  # punctuation of the tools' JSON: not worth spans of its own
         else:
             last = turn_of[number - 1] if before else NO_TURN
             following = turn_of[number + 1] if after else NO_TURN
@@ -77,27 +88,25 @@ def _pieces(template: Template, turns: list[Turn], chunks: list[Chunk]) -> list[
     return pieces
 
 
-def _split(
-    template: Template, turns: list[Turn], text: str, last: int, following: int, opens: bool
-) -> list[tuple[str, int, int]]:
+def _split(template: Template, turns: list[Turn], text: str, last: int, following: int, opens: bool) -> list[Piece]:
     """Split the template's text between a leaf of turn `last` and one of turn `following` (`opens`: its first)."""
     if last == following:  # inside a turn, such as around a tool's name: the assistant has to write it too
         inside = last != NO_TURN and turns[last].role == "assistant"
-        return [(text, ORIGIN_END, last) if inside else (text, ORIGIN_TEMPLATE, NO_TURN)]
+        return [(text, ORIGIN_END, last, None) if inside else (text, ORIGIN_TEMPLATE, NO_TURN, None)]
     ends = [text.index(ending) + len(ending) for ending in template.endings if ending in text]
     end = min(ends) if ends and last != NO_TURN else 0
     begin = len(text)
     if opens and following != NO_TURN and turns[following].role == "assistant":
-        if template.prompt:
-            # The prompt may go on (`<think>\n`) where this turn does not: what they share is what is given.
-            at = text.rfind(template.header, end)
-            begin = at + _shared(text[at:], template.prompt) if at >= 0 else begin
-        else:
-            begin = max(end, _shared(text, template.opening))
+        # The prompt may go on (`<think>\n`) where this turn does not: what they share is what is given.
+        at = text.rfind(template.header, end) if template.prompt else -1
+        if at >= 0:
+            begin = at + _shared(text[at:], template.prompt)
+        elif last != NO_TURN:
+            begin = max(end, _shared(text, template.openings.get(turns[last].role, text)))
     return [
-        (text[:end], ORIGIN_END, last),
-        (text[end:begin], ORIGIN_TEMPLATE, NO_TURN),
-        (text[begin:], ORIGIN_END, following),
+        (text[:end], ORIGIN_END, last, None),
+        (text[end:begin], ORIGIN_TEMPLATE, NO_TURN, None),
+        (text[begin:], ORIGIN_END, following, None),
     ]
 
 
@@ -106,28 +115,30 @@ def _shared(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def spans(pieces: Iterable[tuple[str, int, int]], turns: list[Turn]) -> list[Span]:
-    """(text, origin, turn) from left to right as spans in bytes: empty ones left out, equal neighbours joined."""
+def spans(pieces: Iterable[Piece], turns: list[Turn]) -> list[Span]:
+    """Pieces from left to right as spans in bytes: empty ones left out, equal neighbours joined."""
     found: list[Span] = []
     start = 0
-    for text, origin, turn in pieces:
+    for text, origin, turn, own in pieces:
         end = start + (len(text) if text.isascii() else len(text.encode()))
-        if found and found[-1][2:4] == (origin, turn):
-            found[-1] = found[-1]._replace(end=end)
-        elif end > start:
+        if end > start:
             role, train = (turns[turn].role, turns[turn].train) if turn != NO_TURN else ("", TRAIN_UNSET)
-            found.append(Span(start, end, origin, turn, role, train))
+            train = train if own is None else own
+            if found and found[-1][2:4] == (origin, turn) and found[-1].train == train:
+                found[-1] = found[-1]._replace(end=end)
+            else:
+                found.append(Span(start, end, origin, turn, role, train))
         start = end
     return found
 
 
 def _unwritten(conversation: Conversation, chunks: list[Chunk]) -> list[str]:
     """What the row has and the render lacks. Raises BadRow when the assistant's part is one of a kind that trains."""
-    written = {leaf for _, leaf, _ in chunks}
-    missing = ["tools"] if conversation.tools and Leaf(NO_TURN, TOOLS) not in written else []
+    written = {leaf[:2] for _, leaf, _ in chunks if leaf}
+    missing = ["tools"] if conversation.tools and (NO_TURN, TOOLS) not in written else []
     for number, turn in enumerate(conversation.turns):
         said = {CONTENT: (turn.content or "").strip(), REASONING: turn.reasoning, CALLS: turn.tool_calls}
-        absent = [kind for kind, value in said.items() if value and Leaf(number, kind) not in written]
+        absent = [kind for kind, value in said.items() if value and (number, kind) not in written]
         silent = all(kind in absent for kind, value in said.items() if value)
         if turn.role == "assistant" and absent and (CALLS in absent or silent):
             raise BadRow(

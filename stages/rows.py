@@ -8,13 +8,13 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stages.errors import UserError
 from stages.formats import BadRow
 
-LONGEST_FIELD = 1 << 30
-"""Characters that one field of a CSV file may have; the library's own limit is 131,072."""
+LONGEST = 1 << 28
+"""Bytes that a line, or one field of a CSV file, may have: a row must fit into memory several times."""
 
 Row = dict[str, Any]
 Place = str
@@ -38,11 +38,26 @@ class _Unreadable(Exception):
 
 def _jsonl(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, first):
+        for number, line in enumerate(_lines(file, path.stat().st_size), first):
             if number == first:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield f"line {number}", _parsed(line)
+                yield f"line {number}", _parsed(line) if len(line) <= LONGEST else _TOO_LONG
+
+
+_TOO_LONG = BadRow("too long", f"has more than {LONGEST >> 20} MiB: expected a row that fits into memory")
+
+
+def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The lines of a file of `size` bytes, one that is too long cut behind its limit."""
+    if size <= LONGEST:
+        yield from file
+        return
+    while line := file.readline(LONGEST + 1):
+        more = line
+        while len(more) > LONGEST and not more.endswith(b"\n"):
+            more = file.readline(LONGEST + 1)
+        yield line
 
 
 def _parsed(line: bytes) -> Row | BadRow:
@@ -71,7 +86,7 @@ def _json(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
 
 
 def _csv(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -114,9 +129,25 @@ def _arrow(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
 
 
 def _numbered(batches: Iterator[Any], first: int) -> Iterator[tuple[Place, Row | BadRow]]:
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows, first):
-        yield f"row {number}", row
+    number = first
+    for batch in batches:
+        objects = [field.name for field in batch.schema if _has_objects(field.type)]
+        for row in batch.to_pylist():
+            for name in objects:
+                row[name] = _without_nulls(row[name])
+            yield f"row {number}", row
+            number += 1
+
+
+def _has_objects(kind: Any) -> bool:
+    return str(kind).find("struct<") >= 0
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls that columns put into objects which lack a key that others have."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Path, int], Iterator[tuple[Place, Row | BadRow]]]] = {

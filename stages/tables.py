@@ -83,7 +83,31 @@ CONVERSATIONS = pa.schema(
         pa.field("extra", pa.string(), nullable=False),  # what an objective needs besides, as JSON; "" for nothing
     ]
 )
-"""`conversations.arrow`: what convert writes for one shard. Parts of one row stand next to each other."""
+"""`conversations.arrow`: what convert writes for one shard. Parts of one row stand next to each other.
+
+`counts.json` beside it says of what kind the rows are, and so what they hold:
+
+- `conversation`: one part; no extra.
+- `preference`: part 0 is the chosen and part 1 the rejected sequence; extra is the same for both, `{"margin": 1.5}` if
+  the data says how much better. The prompt's turns have TRAIN_NO.
+- `unpaired_preference`: one part; extra `{"label": true}`. The prompt's turns have TRAIN_NO.
+- `stepwise`: one part; extra `{"labels": [true, false]}`. The steps are the turns of role `text`, in order, that do not
+  have TRAIN_NO; a label is about the last token of its turn.
+- `prompt`: one part that ends where the model is to answer, and has TRAIN_NO; extra is the row's other columns.
+
+Metadata: `control`, the texts (JSON) that are control tokens where the template wrote them, and `trusted`, `1` where
+they are also in content.
+"""
+
+CONVERSATIONS_OF_IDS = pa.schema(
+    [
+        pa.field("ids", pa.list_(pa.field("item", pa.uint32(), nullable=False)), nullable=False)
+        if field.name == "text"
+        else field
+        for field in CONVERSATIONS
+    ]
+)
+"""The same for rows that came as token ids: `spans` are in tokens."""
 
 
 def tokens_schema(vocabulary: int) -> pa.Schema:

@@ -51,8 +51,10 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
     source = inputs["conversations"] / "conversations.arrow"
     with pa.memory_map(str(source)) as file:
         reader = pa.ipc.open_file(file)
-        control = json.loads((reader.schema.metadata or {}).get(b"control", b"[]"))
-    encoder = load(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), control)
+        metadata = reader.schema.metadata or {}
+        tokenized = _passed if "ids" in reader.schema.names else _tokenized
+    control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
+    encoder = load(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), control, trusted=trusted)
     schema = tokens_schema(len(encoder.control))
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
     rows = tokens = exact = 0
@@ -60,7 +62,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
     with pa.OSFile(str(output / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in read_batches(source):
             try:
-                table, slow = _tokenized(encoder, batch, schema)
+                table, slow = tokenized(encoder, batch, schema)
             except Unwritable as error:
                 row = batch.column("row")[error.row].as_py()
                 raise UserError(f"{counts['source']}, row {row + 1}: {error}; take the row out") from error
@@ -113,6 +115,17 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
         ],
         schema=schema,
     ), sum(e.exact for e in encoded)
+
+
+def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:
+    """One record batch of rows that came as ids. Raises Unwritable for an id that the vocabulary does not have."""
+    ids, lengths = batch.column("ids").flatten().to_numpy(), batch.column("ids").value_lengths().to_numpy()
+    wrong = np.flatnonzero(ids >= len(encoder.control))
+    if len(wrong):
+        row = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
+        raise Unwritable(row, f"it holds the token {ids[wrong[0]]}: the vocabulary has {len(encoder.control)}")
+    columns = [_lists(ids, lengths, schema, "ids") if name == "ids" else batch.column(name) for name in schema.names]
+    return pa.RecordBatch.from_arrays(columns, schema=schema), 0
 
 
 def _chunks(sizes: Positions) -> Iterator[tuple[int, int]]:

@@ -1,18 +1,32 @@
 """Dataset formats: one file each, and the file's name is the name in the recipe (`convert.format: alpaca`).
 
-A format turns one row, as it stands in the user's file, into a `Conversation`. To add one, drop a file here with
-`FORMAT = Format(version=1, convert=..., fields={...})`.
+A format turns one row, as it stands in the user's file, into a `Conversation`, or into an `Example` of several (a
+preference has two). To add one, drop a file here with `FORMAT = Format(convert=..., fields=...)` and a section with a
+sample row into `docs/formats.md`, which the tests read.
 """
 
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from stages.errors import UserError
+from stages.stage import StageConfig
 from stages.tables import TRAIN_UNSET
+
+Row = Mapping[str, Any]
+"""One row as it stands in the file: JSON values by column."""
+
+Kind = Literal["conversation", "preference", "unpaired_preference", "stepwise", "prompt"]
+"""What a row is for. A run trains on rows of one kind."""
+
+Runs = list[tuple[int, int]]
+"""Training flags within a text: (end, TRAIN_*), the ends ascending and the last one the text's length, in characters
+(in tokens where a conversation has `ids`)."""
 
 ROLES = {
     "system": "system",
@@ -42,6 +56,14 @@ class BadRow(UserError):
         super().__init__(detail)
         self.reason = reason
 
+    def inside(self, place: str) -> "BadRow":
+        """The same error, told of something inside `place`.
+
+        Places are put together on the way out, so that rows without errors do not pay for them.
+        """
+        detail = str(self)
+        return BadRow(self.reason, f"{place}{'' if detail.startswith(('[', ' ')) else '.'}{detail}")
+
 
 @dataclass(slots=True)
 class Turn:
@@ -56,14 +78,39 @@ class Turn:
     """As OpenAI writes them, with `function.arguments` decoded to an object."""
     name: str | None = None
     tool_call_id: str | None = None
+    runs: Runs | None = None
+    """Parts of `content` that have training flags of their own."""
+    reasoning_runs: Runs | None = None
+    """The same for `reasoning`."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What every format makes: turns in order, and the tools the assistant may call."""
+    """Turns in order, and the tools the assistant may call.
+
+    Turns of role `text` are raw text. Where others come before them, they stand in the place of the assistant's answer.
+    """
 
     turns: list[Turn]
     tools: list[Any] | None = None
+    ids: list[int] | None = None
+    """Token ids, for a format with `ids`: then the only turn is one of role `text`, empty, with `runs`."""
+    between: str | None = None
+    """What follows each turn of raw text. None: nothing but the tokenizer's end token after the last."""
+
+
+@dataclass(slots=True)
+class Example:
+    """A row that is more than one conversation, or that says more than one."""
+
+    parts: list[Conversation]
+    """Sequences in order: for a preference the chosen one and the rejected one."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What training needs beside the text, as JSON values: labels, a margin, a reward function's columns."""
+
+
+class NoOptions(StageConfig):
+    """A format without options of its own."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +121,63 @@ class Options:
     """The format's field name -> the name it has in these rows."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """A role's name in these rows -> system, user, assistant or tool."""
+    own: Any = field(default_factory=NoOptions)
+    """The format's own options, an object of its `Format.options`."""
 
     def name(self, standard: str) -> str:
         """What these rows call the format's field `standard`."""
         return self.fields.get(standard, standard)
 
-    def role(self, value: Any, place: str) -> str:
-        """The standard role for a role name found at `place`. Raises BadRow."""
-        found = self.roles.get(value) or ROLES.get(value) if isinstance(value, str) else None
-        if found is None:
-            known = ", ".join(sorted({*ROLES, *self.roles}))
-            raise BadRow("unknown role", f"{place} is {value!r}: expected one of {known}; map others in convert.roles")
-        return found
+    def role(self, value: Any) -> str:
+        """The standard role for a role's name. Raises BadRow, to be told of its place by `inside`."""
+        if isinstance(value, str) and (found := self.roles.get(value) or ROLES.get(value)):
+            return found
+        known = ", ".join(sorted({*ROLES, *self.roles}))
+        raise BadRow("unknown role", f" is {value!r:.80}: expected one of {known}; map others in convert.roles")
+
+
+def _unrecognised(row: Row) -> Mapping[str, str] | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Format:
-    """A dataset format. `version` is bumped when the same row gives another conversation."""
+    """A dataset format."""
 
-    version: int
-    convert: Callable[[Mapping[str, Any], Options], Conversation]
-    """One row to one conversation. Raises BadRow, naming the field."""
-    fields: frozenset[str]
+    convert: Callable[[Row, Options], Conversation | Example]
+    """One row to what it means. Raises BadRow, naming the field, and nothing else, whatever JSON the row holds."""
+    version: int = 1
+    """Bumped when the same row gives another conversation."""
+    fields: frozenset[str] = frozenset()
     """Names that `convert.fields` may rename."""
-    templated: bool = True
-    """False when the text goes to the model as it is, without a chat template."""
+    options: type[StageConfig] = NoOptions
+    """What `convert.options` may say."""
+    kind: Kind | Callable[[Any], Kind] = "conversation"
+    """What its rows are for; a function of its options where they decide."""
+    templated: bool | Callable[[Any], bool] = True
+    """Whether rows need a chat template; a function of its options where they decide."""
+    verbatim: bool = False
+    """The text has the model's own special tokens in it, and nothing is added to it: no begin and no end token."""
+    ids: bool = False
+    """Rows come as token ids."""
+    recognises: Callable[[Row], Mapping[str, str] | None] = _unrecognised
+    """For `format: auto`, and cheap: the `fields` under which the row looks like this format (none renamed: empty), or
+    None when it does not."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format as it reads one shard."""
+
+    format: str
+    """The format's name; for `auto` the one that was recognised."""
+    kind: Kind
+    templated: bool
+    verbatim: bool
+    ids: bool
+    fields: Mapping[str, str]
+    convert: Callable[[Row], Conversation | Example]
+    """One row to what it means. Raises BadRow."""
 
 
 def names() -> list[str]:
@@ -117,40 +196,98 @@ def find(name: str) -> Format:
     return found
 
 
-def text_at(row: Mapping[str, Any], name: str, place: str = "", *, optional: bool = False) -> str:
-    """The string field `name` of a row or turn; with `optional`, missing and null read as "". Raises BadRow."""
-    value = row.get(name)
-    if value is None:
-        if optional:
-            return ""
-        have = ", ".join(map(str, row)) or "nothing"
-        raise BadRow("missing field", f"{place}{name} is missing: expected text; the row has {have}")
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{place}{name} is {_kind(value)}: expected text")
-    return value
+def check_fields(name: str, fields: Mapping[str, str]) -> None:
+    """Raises UserError when `convert.fields` renames what the format does not know."""
+    if name != "own":  # whose file is not run before the user allows it
+        form = find(name)
+        for given in fields:
+            if given not in form.fields:
+                raise UserError(f"fields: {_unknown(name, given, form.fields)}")
 
 
-def list_at(row: Mapping[str, Any], name: str) -> list[Any]:
-    """The list field `name` of a row. Raises BadRow."""
-    value = row.get(name)
-    if value is None:
-        raise BadRow(
-            "missing field", f"{name} is missing: expected a list; the row has {', '.join(map(str, row)) or 'nothing'}"
-        )
-    if not isinstance(value, list):
-        raise BadRow("wrong type", f"{name} is {_kind(value)}: expected a list")
-    if not value:
-        raise BadRow("empty conversation", f"{name} is empty: expected at least one turn")
-    return value
+def filled(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A format's options with the defaults filled in. Raises UserError for one that it does not know."""
+    return dict(options) if name == "own" else _parsed(name, find(name), options).model_dump(mode="json")
 
 
-def object_at(value: Any, place: str) -> Mapping[str, Any]:
-    """`value` when it is an object. Raises BadRow."""
-    if not isinstance(value, Mapping):
-        raise BadRow("wrong type", f"{place} is {_kind(value)}: expected an object")
-    return value
+def kind(name: str, options: Mapping[str, Any]) -> Kind | None:
+    """What rows of the format are for; None where that takes a look at them."""
+    return None if name in ("auto", "own") else _kind(find(name), _parsed(name, find(name), options))
 
 
-def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+def templated(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether rows of the format may need a chat template."""
+    return name in ("auto", "own") or _templated(find(name), _parsed(name, find(name), options))
+
+
+def versions(name: str) -> dict[str, int]:
+    """The formats that may read the rows, with their versions: all of them for `auto`."""
+    return {f"format:{one}": find(one).version for one in (names() if name == "auto" else [name])}
+
+
+def hint(row: Row, name: str) -> str:
+    """For messages: the other formats that a row looks like, if any."""
+    near = [one for one in names() if one != name and find(one).recognises(row) is not None]
+    return f". It looks like {' or '.join(near)}: set convert.format or convert.sources.<name>.format" if near else ""
+
+
+def reader(
+    name: str,
+    fields: Mapping[str, str],
+    roles: Mapping[str, str],
+    options: Mapping[str, Any],
+    *,
+    code: str = "",
+    rows: Sequence[Row] = (),
+) -> Reader:
+    """The format `name` as a recipe sets it. `auto` looks at `rows`, the first of the shard; `own` runs `code`.
+
+    Raises UserError when the rows are of no format or could be of several, and when the code is no format.
+    """
+    if name == "auto":
+        from stages.formats import auto
+
+        name, fields = auto.recognise(rows)
+    if name == "own":
+        from stages.formats import own
+
+        form = own.load(code)
+    else:
+        form = find(name)
+    parsed = _parsed(name, form, options)
+    convert, said = form.convert, Options(dict(fields), dict(roles), parsed)
+    return Reader(
+        name,
+        _kind(form, parsed),
+        _templated(form, parsed),
+        form.verbatim,
+        form.ids,
+        dict(fields),
+        lambda row: convert(row, said),
+    )
+
+
+def _kind(form: Format, options: StageConfig) -> Kind:
+    return form.kind if isinstance(form.kind, str) else form.kind(options)
+
+
+def _templated(form: Format, options: StageConfig) -> bool:
+    return form.templated if isinstance(form.templated, bool) else form.templated(options)
+
+
+def _parsed(name: str, form: Format, options: Mapping[str, Any]) -> StageConfig:
+    try:
+        return form.options.model_validate(dict(options))
+    except ValidationError as error:
+        told = error.errors()[0]
+        place = ".".join(map(str, ("options", *told["loc"])))
+        if told["type"] == "extra_forbidden" and len(told["loc"]) == 1:
+            raise UserError(f"options: {_unknown(name, str(told['loc'][0]), form.options.model_fields)}") from None
+        raise UserError(f"{place}: {told['msg'].removeprefix('Value error, ')}") from None
+
+
+def _unknown(name: str, given: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(given, known, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    told = ": name the format" if name == "auto" else ""
+    return f"{name} has no {given!r}, only {', '.join(sorted(known))}.{hint}" if known else f"{name} takes none{told}"

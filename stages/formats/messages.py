@@ -1,135 +1,347 @@
-"""OpenAI's chat format: `{"messages": [{"role", "content", ...}], "tools": [...]}`.
+"""OpenAI's chat format: messages with roles, and the tools on offer.
 
-A turn may also carry `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, and its own training flag: `train`
-(true or false) or, as OpenAI's fine-tuning files say it, `weight` (1 or 0). Content may be a list of parts: `text`,
-`reasoning` (or `thinking`) and `tool_call` parts are read, others (pictures, sound) are not.
+    {"messages": [{"role": "user", "content": "Will it rain?"},
+                  {"role": "assistant", "content": "No.", "train": true}], "tools": [...]}
+
+A turn may also carry `reasoning_content` (or `thinking`, `reasoning`), `tool_calls`, `tool_call_id`, `name`, and a
+training flag of its own: `train` (or `training`; true or false) or, as OpenAI's fine-tuning files say it, `weight` (1
+or 0). Content may be a list of parts: `text`, `reasoning` (or `thinking`) and `tool_call` parts are read, each with a
+`train` of its own if it likes; pictures and sound are not. `train_detail` flags ranges of characters, both ends
+counted: `[{"begin_offset": 0, "end_offset": 8, "train": false}, ...]`; what no range covers does not train. A `system`
+column is the first turn.
 """
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from stages.formats import BadRow, Conversation, Format, Options, Turn, list_at, object_at, text_at
+from stages.formats import ROLES, BadRow, Conversation, Format, Options, Row, Runs, Turn
+from stages.row_fields import json_at, kind_of, list_at, object_at, shown, text_at
 from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
-
-def convert(row: Mapping[str, Any], options: Options) -> Conversation:
-    """One row to one conversation. Raises BadRow."""
-    field = options.name("messages")
-    turns = [turn(message, f"{field}[{i}]", options) for i, message in enumerate(list_at(row, field))]
-    return Conversation(turns, tools(row.get(options.name("tools")), options.name("tools")))
+MEDIA = frozenset({"images", "videos", "audios"})
+"""Columns that hold what this is not for."""
 
 
-def turn(message: Any, place: str, options: Options) -> Turn:
-    """One message of the list. Raises BadRow."""
-    message = object_at(message, place)
-    role = options.role(message.get(options.name("role")), f"{place}.{options.name('role')}")
-    calls = tool_calls(message.get(options.name("tool_calls")), f"{place}.{options.name('tool_calls')}")
-    reasoning = text_at(message, options.name("reasoning_content"), f"{place}.", optional=True)
-    field = options.name("content")
-    content = message.get(field)
-    if isinstance(content, list):
-        said = parts(content, f"{place}.{field}")
-        content = said["text"] or (None if said["tool_call"] or calls else "")
-        reasoning += said["reasoning"]
-        calls = (calls or []) + said["tool_call"] or None
-    if content is None and calls is None:
-        raise BadRow("missing field", f"{place}.{field} is missing: expected text, or tool_calls")
-    if content is not None and not isinstance(content, str):
-        raise BadRow("wrong type", f"{place}.{field} must be text or a list of text parts")
-    return Turn(
-        role,
-        content,
-        train=flag(message, place, options),
-        reasoning=reasoning or None,
-        tool_calls=calls,
-        name=text_at(message, "name", f"{place}.", optional=True) or None,
-        tool_call_id=text_at(message, "tool_call_id", f"{place}.", optional=True) or None,
+class Names(NamedTuple):
+    """What the rows call the fields of a message."""
+
+    role: str = "role"
+    content: str = "content"
+    flags: tuple[str, ...] = ("train", "training", "weight")
+    details: tuple[str, ...] = ("train_detail", "training_detail")
+    reasoning: tuple[str, ...] = ("reasoning_content", "thinking", "reasoning")
+    tool_calls: str = "tool_calls"
+    name: str = "name"
+    tool_call_id: str = "tool_call_id"
+
+
+STANDARD = Names()
+
+
+def names(options: Options) -> Names:
+    """The names that `options` gives the fields of a message."""
+    if not options.fields:
+        return STANDARD
+    at = options.fields
+    return Names(
+        options.name("role"),
+        options.name("content"),
+        (at["train"], options.name("weight")) if "train" in at else (*STANDARD.flags[:2], options.name("weight")),
+        (at["train_detail"],) if "train_detail" in at else STANDARD.details,
+        (at["reasoning_content"],) if "reasoning_content" in at else STANDARD.reasoning,
+        *map(options.name, ("tool_calls", "name", "tool_call_id")),
     )
 
 
-def parts(content: list[Any], place: str) -> dict[str, Any]:
-    """Content parts put together by kind: text, reasoning, tool calls. Raises BadRow for pictures and the like."""
-    found: dict[str, Any] = {"text": "", "reasoning": "", "tool_call": []}
-    for number, part in enumerate(content):
-        part = object_at(part, f"{place}[{number}]")
-        kind = part.get("type", "text")
-        if kind not in ("text", "reasoning", "thinking", "tool_call"):
-            raise BadRow(
-                "content that is not text", f"{place}[{number}].type is {kind!r}: expected text, reasoning or tool_call"
-            )
-        said = text_at(part, kind if kind in part else "value" if "value" in part else "text", f"{place}[{number}].")
-        if kind == "tool_call":
-            found[kind] += called(said, f"{place}[{number}]")
-        else:
-            found["text" if kind == "text" else "reasoning"] += said
+def convert(row: Row, options: Options) -> Conversation:
+    """One row to one conversation. Raises BadRow."""
+    field = options.name("messages")
+    found = turns(list_at(row, field), field, options)
+    return Conversation(with_system(row, found, options), offered(row, options))
+
+
+def turns(messages: Iterable[Any], place: str, options: Options) -> list[Turn]:
+    """A list of messages as turns. `place` is where it stands. Raises BadRow."""
+    called = names(options)
+    found: list[Turn] = []
+    for message in messages:
+        try:
+            found.append(turn(message, options, called))
+        except BadRow as error:
+            raise error.inside(f"{place}[{len(found)}]") from error
     return found
 
 
-def called(text: str, place: str) -> list[dict[str, Any]]:
-    """Tool calls written as JSON text: one, or a list of them. Raises BadRow."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRow("tool call is not JSON", f"{place} is not JSON: {error}") from error
-    return tool_calls(value if isinstance(value, list) else [value], place) or []
+def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
+    """One message of the list. Raises BadRow."""
+    message = object_at(message)
+    said = message.get(at.role)
+    role = ROLES.get(said) if isinstance(said, str) and not options.roles else None
+    if role is None:
+        try:
+            role = options.role(said)
+        except BadRow as error:
+            raise error.inside(at.role) from error
+    content = message.get(at.content)
+    if len(message) == 2 and isinstance(content, str):
+        return Turn(role, content)
+    found = Turn(role, None, flag(message, at.flags))
+    calls: list[dict[str, Any]] = []
+    if isinstance(content, list):
+        try:
+            text, thought, calls = parts(content, found.train)
+        except BadRow as error:
+            raise error.inside(at.content) from error
+        if text.said or not calls:
+            found.content, found.runs = text.joined()
+        if thought.said:
+            found.reasoning, found.reasoning_runs = thought.joined()
+    elif isinstance(content, str):
+        found.content = content
+    elif content is not None:
+        raise BadRow("wrong type", f"{at.content} is {kind_of(content)}: expected text or a list of text parts")
+    _reasoning(message, found, at)
+    calls += tool_calls(message.get(at.tool_calls), at.tool_calls)
+    if message.get("function_call") is not None:  # what OpenAI had before tool_calls
+        calls += tool_calls([message["function_call"]], "function_call")
+    found.tool_calls = calls or None
+    if found.content is None and not calls:
+        found.content = text_at(message, "refusal", optional=True) or None
+        if found.content is None:
+            raise BadRow("missing field", f"{at.content} is missing: expected text, or {at.tool_calls}")
+    found.name = text_at(message, at.name, optional=True) or None
+    found.tool_call_id = text_at(message, at.tool_call_id, optional=True) or None
+    _details(message, found, at)
+    if found.runs and found.train == TRAIN_UNSET:
+        found.train = found.runs[-1][1]  # the end of the turn goes with what stands before it
+    return found
 
 
-def flag(message: Mapping[str, Any], place: str, options: Options) -> int:
-    """The turn's own training flag as TRAIN_*. Raises BadRow."""
-    for name in ("train", "weight"):
-        value = message.get(options.name(name))
-        if value is None:
-            continue
-        if value not in (0, 1):
-            raise BadRow("wrong type", f"{place}.{options.name(name)} is {value!r}: expected true, false, 1 or 0")
-        return TRAIN_YES if value else TRAIN_NO
+def flag(said: Mapping[str, Any], flags: Iterable[str]) -> int:
+    """The training flag of a message or a part of one, as TRAIN_*. Raises BadRow."""
+    for name in flags:
+        if name in said and (value := said[name]) is not None:
+            if isinstance(value, str | list | dict) or value not in (0, 1):
+                raise BadRow("wrong type", f"{name} is {shown(value)}: expected true, false, 1 or 0")
+            return TRAIN_YES if value else TRAIN_NO
     return TRAIN_UNSET
 
 
-def tool_calls(value: Any, place: str) -> list[dict[str, Any]] | None:
-    """Tool calls with `arguments` as an object, whichever way the row has them. None when there are none."""
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list):
-        raise BadRow("wrong type", f"{place} must be a list of tool calls")
-    return [tool_call(call, f"{place}[{i}]") for i, call in enumerate(value)]
+_TEXT = {"text", "input_text", "output_text", "refusal"}
+_KINDS = _TEXT | {"reasoning", "thinking", "tool_call"}
 
 
-def tool_call(value: Any, place: str) -> dict[str, Any]:
-    """One call, `{"function": {"name", "arguments"}}` or without the envelope. Raises BadRow."""
-    value = object_at(value, place)
-    call = object_at(value.get("function", value), f"{place}.function")
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
+def parts(content: list[Any], train: int) -> "tuple[Pieces, Pieces, list[dict[str, Any]]]":
+    """Content parts by kind: text, reasoning, tool calls. Raises BadRow for pictures and the like."""
+    text, reasoning = Pieces(train), Pieces(train)
+    calls: list[dict[str, Any]] = []
+    for number, part in enumerate(content):
         try:
-            arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
-            raise BadRow("tool call is not JSON", f"{place}.arguments is not JSON: {error}") from error
-    object_at(arguments, f"{place}.arguments")
-    function = {"name": text_at(call, "name", f"{place}."), "arguments": arguments}
+            part = object_at(part)
+            kind = part.get("type", "text")
+            if not isinstance(kind, str) or kind not in _KINDS:
+                expected = "expected text, reasoning or tool_call"
+                raise BadRow("content that is not text", f"type is {shown(kind)}: {expected}")
+            field = next((name for name in (kind, "value", "text") if name in part), "text")
+            if kind == "tool_call":
+                calls += called(part, field)
+            else:
+                (text if kind in _TEXT else reasoning).add(text_at(part, field), flag(part, STANDARD.flags))
+        except BadRow as error:
+            raise error.inside(f"[{number}]") from error
+    return text, reasoning, calls
+
+
+class Pieces:
+    """Texts that are put together, and their training flags."""
+
+    def __init__(self, train: int) -> None:
+        self.said: list[str] = []
+        self.flags: list[int] = []
+        self.train = train
+
+    def add(self, text: str, train: int) -> None:
+        """One text with its own flag; unset means the turn's."""
+        self.said.append(text)
+        self.flags.append(self.train if train == TRAIN_UNSET else train)
+
+    def joined(self) -> tuple[str, Runs | None]:
+        """The text, and its runs where they differ from the turn's flag."""
+        if all(train == self.train for train in self.flags):
+            return "".join(self.said), None
+        return "".join(self.said), runs(zip(map(len, self.said), self.flags, strict=True))
+
+
+def runs(lengths: Iterable[tuple[int, int]]) -> Runs:
+    """(length, flag) from left to right as runs: empty ones left out, equal neighbours joined."""
+    found: Runs = []
+    end = 0
+    for length, train in lengths:
+        end += length
+        if found and found[-1][1] == train:
+            found.pop()
+        if length or not found:
+            found.append((end, train))
+    return found
+
+
+def _reasoning(message: Mapping[str, Any], found: Turn, at: Names) -> None:
+    """Reasoning that stands beside the content, as text or as parts."""
+    for name in at.reasoning:
+        if not (value := message.get(name)):
+            continue
+        inner: Runs | None = None
+        if isinstance(value, list):
+            try:
+                text, thought, calls = parts(value, found.train)
+            except BadRow as error:
+                raise error.inside(name) from error
+            if calls or (text.said and thought.said):
+                raise BadRow("wrong type", f"{name} has parts of several kinds: expected text")
+            value, inner = (text if text.said else thought).joined()
+        else:
+            value = text_at(message, name)
+        if found.reasoning is None:
+            found.reasoning, found.reasoning_runs = value, inner
+        elif found.reasoning != value:
+            raise BadRow("said twice", f"{name} says something else than the other reasoning: expected one of them")
+
+
+def _details(message: Mapping[str, Any], found: Turn, at: Names) -> None:
+    """Flags of ranges of characters, as Axolotl's data has them."""
+    for field in at.details:
+        if (value := message.get(field)) is None:
+            continue
+        if not isinstance(value, list) or found.content is None or found.runs:
+            raise BadRow("wrong type", f"{field} is {kind_of(value)}: expected a list, beside content that is text")
+        lengths, end = [], 0
+        for number, entry in enumerate(value):
+            entry = entry if isinstance(entry, dict) else {}
+            begin, last = entry.get("begin_offset"), entry.get("end_offset")
+            train = flag(entry, STANDARD.flags)
+            begin, last = (offset if isinstance(offset, int) else -1 for offset in (begin, last))
+            if not end <= begin <= last < len(found.content) or train == TRAIN_UNSET:
+                raise BadRow(
+                    "wrong type",
+                    f"{field}[{number}] is {shown(value[number])}: expected begin_offset, end_offset and train, in "
+                    f"order and within the text's {len(found.content)} characters",
+                )
+            lengths += [(begin - end, TRAIN_NO), (last + 1 - begin, train)]
+            end = last + 1
+        found.runs = runs([*lengths, (len(found.content) - end, TRAIN_NO)])
+        return
+
+
+def called(said: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    """Tool calls in a field, as an object or JSON text: one, or a list of them. Raises BadRow."""
+    value = said.get(field)
+    if not isinstance(value, list | dict):
+        text = text_at(said, field)
+        try:
+            value = json_at(text, "tool call is not JSON")
+        except BadRow as error:
+            raise error.inside(field) from error
+    return tool_calls(value if isinstance(value, list) else [value], field)
+
+
+def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls with `arguments` as an object, whichever way the row has them. Raises BadRow."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"{place} is {kind_of(value)}: expected a list of tool calls")
+    found: list[dict[str, Any]] = []
+    for call in value:
+        try:
+            found.append(_tool_call(call))
+        except BadRow as error:
+            raise error.inside(f"{place}[{len(found)}]") from error
+    return found
+
+
+def _tool_call(value: Any) -> dict[str, Any]:
+    """One call, `{"function": {"name", "arguments"}}` or without the envelope."""
+    value = object_at(value)
+    call = value if value.get("function") is None else value["function"]
+    try:
+        call = object_at(call)
+    except BadRow as error:
+        raise error.inside("function") from error
+    arguments = call.get("arguments")
+    try:
+        if isinstance(arguments, str):
+            arguments = json_at(arguments or "{}", "tool call is not JSON")
+        arguments = {} if arguments is None else object_at(arguments)
+    except BadRow as error:
+        raise error.inside("arguments") from error
+    function = {"name": text_at(call, "name"), "arguments": arguments}
     identity = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
     return {**identity, "type": "function", "function": function}
 
 
-def tools(value: Any, place: str) -> list[Any] | None:
-    """The tools on offer: a list, or a list written as JSON text. Raises BadRow."""
-    if isinstance(value, str) and value.strip():
+def offered(row: Row, options: Options) -> list[Any] | None:
+    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound. Raises BadRow."""
+    if not MEDIA.isdisjoint(row):
+        for name in sorted(MEDIA & row.keys()):
+            if row[name]:
+                raise BadRow("content that is not text", f"{name} holds {kind_of(row[name])}: only text can be learned")
+    place = options.name("tools")
+    value = row.get(place)
+    if value is None and row.get("functions"):  # what OpenAI had before tools
+        place = "functions"
+        value = [{"type": "function", "function": function} for function in list_at(row, place)]
+    if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow("tools are not JSON", f"{place} is not JSON: {error}") from error
-    if value is None or value == "" or value == []:
+            value = json_at(value, "tools are not JSON") if value.strip() else None
+        except BadRow as error:
+            raise error.inside(place) from error
+    if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise BadRow("wrong type", f"{place} must be a list of tools")
-    return [object_at(tool, f"{place}[{i}]") for i, tool in enumerate(value)]
+        raise BadRow("wrong type", f"{place} is {kind_of(value)}: expected a list of tools")
+    for number, tool in enumerate(value):
+        if not isinstance(tool, dict):
+            raise BadRow("wrong type", f"{place}[{number}] is {kind_of(tool)}: expected an object")
+    return value
 
+
+def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:
+    """The turns after the row's `system` column, if it says something. Raises BadRow when the turns say otherwise."""
+    field = options.name("system")
+    if not row.get(field) or not (system := text_at(row, field)):
+        return found
+    if found and found[0].role == "system":
+        if found[0].content == system:
+            return found
+        raise BadRow("said twice", f"{field} says something else than the first turn: expected one system prompt")
+    return [Turn("system", system), *found]
+
+
+def recognises(row: Row) -> Mapping[str, str] | None:
+    """Rows with a list of `role` and `content` in one of the columns that public data has it in."""
+    found = [column for column in COLUMNS if chats(row.get(column), "role", "content")]
+    return None if len(found) != 1 else {} if found == ["messages"] else {"messages": found[0]}
+
+
+COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+
+
+def chats(value: Any, role: str, content: str) -> bool:
+    """Whether a value is a list of messages with these names of role and content."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(said, dict) and role in said and (content in said or "tool_calls" in said) for said in value)
+    )
+
+
+MESSAGE_FIELDS = frozenset(
+    {"role", "content", "train", "train_detail", "weight", "reasoning_content", "tool_calls", "name", "tool_call_id"}
+)
 
 FORMAT = Format(
-    version=1,
-    convert=convert,
-    fields=frozenset(
-        {"messages", "tools", "role", "content", "train", "weight", "reasoning_content", "tool_calls"},
-    ),
+    convert,
+    version=2,
+    fields=MESSAGE_FIELDS | {"messages", "system", "tools"},
+    recognises=recognises,
 )

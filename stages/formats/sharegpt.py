@@ -1,36 +1,58 @@
-"""ShareGPT's format: `{"conversations": [{"from", "value"}], "system": "...", "tools": [...]}`.
+"""ShareGPT's format: what was said, by whom.
 
-`function_call` turns hold a tool call as JSON, `observation` turns its result.
+    {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}],
+     "system": "Be kind.", "tools": "[...]"}
+
+`function_call` turns hold a tool call as JSON, `observation` turns its result. Flags of turns and of ranges of
+characters are those of `messages`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from stages.formats import Conversation, Format, Options, Turn, list_at, object_at, text_at
-from stages.formats.messages import called, flag, tools
+from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
+from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, called, chats, flag, offered, turn, with_system
+from stages.formats.messages import names as message_names
+from stages.row_fields import list_at, object_at, text_at
 
 
-def convert(row: Mapping[str, Any], options: Options) -> Conversation:
+def convert(row: Row, options: Options) -> Conversation:
     """One row to one conversation. Raises BadRow."""
     field = options.name("conversations")
-    turns = [_turn(said, f"{field}[{i}]", options) for i, said in enumerate(list_at(row, field))]
-    if system := text_at(row, options.name("system"), optional=True):
-        turns.insert(0, Turn("system", system))
-    return Conversation(turns, tools(row.get(options.name("tools")), options.name("tools")))
+    found = turns(list_at(row, field), field, options)
+    return Conversation(with_system(row, found, options), offered(row, options))
 
 
-def _turn(said: Any, place: str, options: Options) -> Turn:
-    said = object_at(said, place)
-    speaker = said.get(options.name("from"))
-    value = text_at(said, options.name("value"), f"{place}.")
-    train = flag(said, place, options)
-    if options.roles.get(str(speaker), speaker) != "function_call":
-        return Turn(options.role(speaker, f"{place}.{options.name('from')}"), value, train)
-    return Turn("assistant", None, train, tool_calls=called(value, f"{place}.{options.name('value')}"))
+def turns(said: list[Any], place: str, options: Options) -> list[Turn]:
+    """What was said as turns. `place` is where it stands. Raises BadRow."""
+    at = message_names(options)._replace(role=options.name("from"), content=options.name("value"))
+    found: list[Turn] = []
+    for one in said:
+        try:
+            one = object_at(one)
+            speaker = one.get(at.role)
+            if isinstance(speaker, str) and options.roles.get(speaker, speaker) == "function_call":
+                text_at(one, at.content)
+                calls = called(one, at.content)
+                found.append(Turn("assistant", None, flag(one, at.flags), tool_calls=calls or None))
+                if not calls:
+                    raise BadRow("missing field", f"{at.content} has no tool call in it")
+            else:
+                found.append(turn(one, options, at))
+        except BadRow as error:
+            raise error.inside(f"{place}[{len(found)}]") from error
+    return found
+
+
+def recognises(row: Row) -> Mapping[str, str] | None:
+    """Rows with a list of `from` and `value` in one of the columns that public data has it in."""
+    found = [column for column in COLUMNS if chats(row.get(column), "from", "value")]
+    return None if len(found) != 1 else {} if found == ["conversations"] else {"conversations": found[0]}
 
 
 FORMAT = Format(
-    version=1,
-    convert=convert,
-    fields=frozenset({"conversations", "from", "value", "system", "tools", "train", "weight"}),
+    convert,
+    version=2,
+    fields=MESSAGE_FIELDS - {"role", "content"} | {"conversations", "from", "value", "system", "tools"},
+    recognises=recognises,
 )

@@ -146,7 +146,7 @@ def _cut_lines(chunks: Iterable[bytes], suffix: str, pieces: Pieces) -> None:
 
 def _cut_csv(stream: BinaryIO, pieces: Pieces) -> None:
     """Records are found by Python's own reader, as convert reads them: a line break in quotes ends none."""
-    from stages.rows import LONGEST_FIELD  # what convert takes; it imports Arrow, which looking does not need
+    from stages.rows import LONGEST  # what convert takes; it imports Arrow, which looking does not need
 
     head = stream.read(len(_BOM))
     buffered = io.BufferedReader(_Rest(head.removeprefix(_BOM), stream), CHUNK)
@@ -159,7 +159,7 @@ def _cut_csv(stream: BinaryIO, pieces: Pieces) -> None:
             taken.append(one)
             yield one
 
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(LONGEST)
     reader = csv.reader(lines(), strict=True)
     sink: BinaryIO | None = None
     header, header_lines, size = b"", 0, 0

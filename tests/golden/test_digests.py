@@ -31,6 +31,9 @@ ROWS = {
     "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
     "completion": {"text": "Once upon a time."},
+    "prompt_completion": {"prompt": "Größe?", "completion": "1 m"},
+    "input_output": {"segments": [{"text": "Hi.<|im_end|>", "label": False}, {"text": " Hello.", "label": True}]},
+    "pretokenized": {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
 }
 CHAIN = ("fetch", "convert", "tokenize", "pack")
 

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from stages import convert
+from stages import convert, formats
 from stages.errors import UserError
 from stages.formats import Conversation, Turn
 from stages.identity import File, Tree, canonical_json
+from stages.sequences import identity
 from stages.tables import CONVERSATIONS, NO_TURN, TRAIN_NO, TRAIN_UNSET, read_table
 from tests.stages.chats import digest, rows_of, run_convert, smollm2, source
 
@@ -47,13 +48,16 @@ def test_a_row_becomes_text_with_spans(tmp_path: Path) -> None:
         "source": "mine",
         "split": "train",
         "kind": "conversation",
+        "format": "messages",
+        "fields": {},
+        "first": 0,
         "rows": 1,
         "dropped": {},
         "places": {},
         "unwritten": {},
         "turns_without_end": 0,
     }
-    assert facts == {"rows": 1, "dropped": {}, "unwritten": {}}
+    assert facts == {"rows": 1, "dropped": {}, "unwritten": {}, "formats": {"messages": 1}}
 
 
 def written(folder: Path, suffix: str) -> Path:
@@ -121,9 +125,9 @@ def test_identity_is_over_all_that_is_said() -> None:
         Conversation([Turn("user", "q"), Turn("assistant", "a", reasoning="r")]),
         Conversation(base.turns, tools=[{"name": "f"}]),
     ]
-    found = {convert.identity(conversation) for conversation in [base, *others]}
+    found = {identity(conversation) for conversation in [base, *others]}
     assert len(found) == len(others) + 1
-    assert convert.identity(Conversation(list(base.turns))) in found
+    assert identity(Conversation(list(base.turns))) in found
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,8 @@ def test_identity_is_over_all_that_is_said() -> None:
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_place(tmp_path: Path, data: bytes, suffix: str, says: str) -> None:
-    format_ = {"format": "alpaca", "fields": {"instruction": "a", "output": "b"}} if suffix == ".csv" else {}
+    format_ = {"format": "alpaca", "fields": {"instruction": "a", "output": "b"}}
+    format_ = format_ if suffix == ".csv" else {"format": "messages"}
     with pytest.raises(UserError, match=says):
         run_convert(tmp_path, source(tmp_path / "rows", data, suffix), smollm2(), format_)
 
@@ -171,7 +176,7 @@ def test_a_bad_row_stops_with_the_mend_or_is_dropped_and_counted(tmp_path: Path)
 
 def test_a_row_of_another_format_is_recognized(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 1: messages is missing.* It looks like alpaca: set convert.format"):
-        run_convert(tmp_path, source(tmp_path / "rows", ALPACA), smollm2())
+        run_convert(tmp_path, source(tmp_path / "rows", ALPACA), smollm2(), {"format": "messages"})
 
 
 def test_what_the_template_refuses_names_the_row(tmp_path: Path) -> None:
@@ -227,6 +232,7 @@ class TestConfig:
     def test_a_source_has_its_own_settings_and_nobody_elses(self) -> None:
         config = convert.ConvertConfig.model_validate(
             {
+                "format": "messages",
                 "fields": {"messages": "chat"},
                 "template": "chatml",
                 "sources": {"a": {"format": "alpaca"}, "b": {"bad_rows": "drop"}},
@@ -251,10 +257,17 @@ class TestConfig:
             canonical_json(dict(part.config))
 
     def test_plugins_are_those_in_use(self) -> None:
-        config = convert.ConvertConfig.model_validate({"template": "chatml", "sources": {"a": {"format": "alpaca"}}})
-        assert convert.plugins(config) == {"format:messages": 1, "format:alpaca": 1, "template:chatml": 1}
-        assert convert.plugins(config.of("a")) == {"format:alpaca": 1, "template:chatml": 1}
-        assert convert.plugins(config.of("b")) == {"format:messages": 1, "template:chatml": 1}
+        config = convert.ConvertConfig.model_validate(
+            {
+                "format": "messages",
+                "template": "chatml",
+                "sources": {"a": {"format": "alpaca"}, "c": {"format": "auto"}},
+            }
+        )
+        assert set(convert.plugins(config.of("a"))) == {"format:alpaca", "template:chatml"}
+        assert set(convert.plugins(config.of("b"))) == {"format:messages", "template:chatml"}
+        every = {"template:chatml", *(f"format:{name}" for name in formats.names())}
+        assert set(convert.plugins(config)) == set(convert.plugins(config.of("c"))) == every
 
     @pytest.mark.parametrize(
         ("config", "says"),
@@ -262,7 +275,14 @@ class TestConfig:
             ({"format": "alpacca"}, "Did you mean alpaca"),
             ({"template": "chatlm"}, "Did you mean chatml"),
             ({"sources": {"a": {"format": "x"}}}, "there is no format 'x'"),
-            ({"fields": {"mesages": "x"}}, "Did you mean messages"),
+            ({"format": "messages", "fields": {"mesages": "x"}}, "Did you mean messages"),
+            ({"fields": {"messages": "x"}}, "fields: auto takes none: name the format"),
+            ({"format": "messages", "options": {"wording": "chat"}}, "options: messages takes none"),
+            ({"format": "alpaca", "options": {"wordin": "chat"}}, "Did you mean wording"),
+            ({"format": "alpaca", "options": {"wording": "chart"}}, "options.wording: Input should be 'chat'"),
+            ({"format": "nowhere.py"}, "cannot read nowhere.py"),
+            ({"format": "own"}, "needs a file"),
+            ({"template": "nowhere.jinja"}, "no chat template file nowhere.jinja"),
             ({"sources": {"a": {"format": "alpaca", "fields": {"messages": "x"}}}}, "alpaca has no 'messages'"),
             ({"roles": {"agent": "assistent"}}, "assistant"),
             ({"bad_rows": "skip"}, "drop"),
@@ -275,4 +295,4 @@ class TestConfig:
 
     def test_null_means_the_default(self) -> None:
         config = convert.ConvertConfig.model_validate({"format": None, "sources": {"a": {"template": None}}})
-        assert config.format == "messages" and config.of("a").template == "tokenizer"
+        assert config.format == "auto" and config.of("a").template == "tokenizer"

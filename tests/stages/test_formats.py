@@ -2,20 +2,28 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import stages.formats
+from stages import formats
 from stages.errors import UserError
-from stages.formats import BadRow, Format, Options, Turn, find
+from stages.formats import BadRow, Conversation, Format, Options, Turn, find
 from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 3}}}
 
 
-def turns(name: str, row: Any, **options: Any) -> list[Turn]:
-    return find(name).convert(row, Options(**options)).turns
+def reader(name: str, own: dict[str, Any] | None = None, **names: dict[str, str]) -> Callable[[Any], Any]:
+    return formats.reader(name, names.get("fields", {}), names.get("roles", {}), own or {}).convert
+
+
+def turns(name: str, row: Any, own: dict[str, Any] | None = None, **names: dict[str, str]) -> list[Turn]:
+    made = reader(name, own, **names)(row)
+    assert isinstance(made, Conversation)
+    return made.turns
 
 
 def test_every_file_in_the_folder_is_a_format() -> None:
@@ -25,7 +33,7 @@ def test_every_file_in_the_folder_is_a_format() -> None:
 
 
 def test_unknown_format_lists_the_choices_and_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"alpaca, completion, messages, sharegpt.*Did you mean alpaca\?"):
+    with pytest.raises(UserError, match=r"alpaca, auto, completion, .*Did you mean alpaca\?"):
         find("alpacca")
 
 
@@ -119,7 +127,11 @@ class TestMessages:
             ({"messages": [{"content": "x"}]}, "unknown role", r"messages\[0\].role is None"),
             ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role", r"\['user'\]"),
             ({"messages": [{"role": "user"}]}, "missing field", r"messages\[0\].content is missing"),
-            ({"messages": [{"role": "user", "content": 3}]}, "wrong type", r"messages\[0\].content must be text"),
+            (
+                {"messages": [{"role": "user", "content": 3}]},
+                "wrong type",
+                r"messages\[0\].content is a number: expected text",
+            ),
             (
                 {"messages": [{"role": "user", "content": "x", "train": "yes"}]},
                 "wrong type",

@@ -219,6 +219,7 @@ def test_a_tools_name_written_again_with_its_answer_is_not_learned() -> None:
         "{% else %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
         "{% set ns.name = f.name %}call {{ f.name }} {{ f.arguments | tojson }}<|call|>"
         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
     turns = [Turn("user", "?"), Turn("assistant", None, tool_calls=[call]), Turn("tool", "no")]

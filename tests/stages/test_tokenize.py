@@ -201,7 +201,7 @@ def _written(pieces: list[tuple[str, int]]) -> Rendered:
     turns = [Turn("user", "")]
     return Rendered(
         "".join(text for text, _ in pieces),
-        spans([(text, origin, 0 if origin else NO_TURN) for text, origin in pieces], turns),
+        spans([(text, origin, 0 if origin else NO_TURN, None) for text, origin in pieces], turns),
         [],
     )
 
@@ -283,7 +283,7 @@ class TestStage:
 
     def test_a_shard_of_nothing_but_dropped_rows(self, tmp_path: Path) -> None:
         rows = source(tmp_path / "rows", [{"oops": 1}])
-        converted, _ = run_convert(tmp_path, rows, smollm2(), {"bad_rows": "drop"})
+        converted, _ = run_convert(tmp_path, rows, smollm2(), {"format": "messages", "bad_rows": "drop"})
         output, facts = run_tokenize(tmp_path, converted, smollm2())
         assert rows_of(output) == [] and facts["rows"] == 0
 

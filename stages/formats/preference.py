@@ -1,0 +1,90 @@
+"""Two answers to one prompt, of which one was preferred.
+
+    {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven.", "margin": 1.5}
+
+Each is a text, a message or a list of messages. Without a prompt, it is what chosen and rejected have in common at
+their beginning; lists may repeat the prompt. Texts of the form `Human: ... Assistant: ...` are read as dialogues. With
+`options: {wording: text}` plain texts are raw text, without a chat template. `margin` is optional: how much better.
+"""
+
+from collections.abc import Mapping
+
+from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
+from stages.formats.messages import MESSAGE_FIELDS, offered, with_system
+from stages.row_fields import kind_of
+from stages.row_turns import Wording, dialogue, prompt_of, said
+
+
+def convert(row: Row, options: Options) -> Example:
+    """One row to the chosen and the rejected conversation. Raises BadRow."""
+    names = options.name("chosen"), options.name("rejected")
+    prompt_field = options.name("prompt")
+    prompt = said(row, prompt_field, "user", options) if row.get(prompt_field) is not None else []
+    answers = [said(row, name, "assistant", options) for name in names]
+    if not prompt:
+        answers = _opened(answers, names, prompt_field)
+    shared = prompt or answers[0][: _common(answers)]
+    whole = [[*shared, *answer[len(shared) if answer[: len(shared)] == shared else 0 :]] for answer in answers]
+    for name, turns in zip(names, whole, strict=True):
+        if len(turns) == len(shared):
+            raise BadRow("no answer", f"{name} says nothing after the prompt: expected an answer")
+    if whole[0] == whole[1]:
+        raise BadRow("identical sides", f"{names[0]} and {names[1]} are the same: expected a preferred answer")
+    tools = offered(row, options)
+    begun = prompt_of(with_system(row, shared, options))
+    parts = [Conversation(begun + turns[len(shared) :], tools) for turns in whole]
+    return Example(parts, _margin(row, options.name("margin")))
+
+
+def _opened(answers: list[list[Turn]], names: tuple[str, str], prompt: str) -> list[list[Turn]]:
+    """Answers that hold their prompt themselves, as turns. Raises BadRow when they are plain texts that hold none."""
+    texts = [turns[0].content or "" for turns in answers]
+    if any(len(turns) > 1 for turns in answers):
+        return answers
+    if answers[0][0].role == "text":
+        alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+        cut = texts[0].rfind(" ", 0, alike)
+        if cut <= 0:
+            raise BadRow("missing field", f"{prompt} is missing, and {' and '.join(names)} do not begin alike")
+        return [[Turn("text", text[:cut]), Turn("text", text[cut:])] for text in texts]
+    read = [dialogue(text) for text in texts]
+    if read[0] is None or read[1] is None:
+        raise BadRow("missing field", f"{prompt} is missing: expected text or messages")
+    return [turns for turns in read if turns]
+
+
+def _common(answers: list[list[Turn]]) -> int:
+    """How many turns two conversations have in common at their beginning; the last one is always an answer."""
+    most = min(map(len, answers)) - 1
+    return next((n for n in range(most) if answers[0][n] != answers[1][n]), most)
+
+
+def _margin(row: Row, name: str) -> dict[str, float]:
+    value = row.get(name)
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected a number")
+    return {"margin": float(value)}
+
+
+PROMPTS = ("prompt", "question", "instruction", "conversations")
+
+
+def recognises(row: Row) -> Mapping[str, str] | None:
+    """Rows with `chosen` and `rejected`, and at most one column that public data has the prompt in."""
+    if not all(isinstance(row.get(name), str | list | dict) for name in ("chosen", "rejected")):
+        return None
+    found = [name for name in PROMPTS if name in row]
+    if len(found) > 1 or "input" in row or row.get("messages") is not None:
+        return None
+    return {} if found in ([], ["prompt"]) else {"prompt": found[0]}
+
+
+FORMAT = Format(
+    convert,
+    fields=MESSAGE_FIELDS | {"prompt", "chosen", "rejected", "margin", "system", "tools", "from", "value"},
+    options=Wording,
+    kind="preference",
+    recognises=recognises,
+)

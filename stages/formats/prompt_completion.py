@@ -1,0 +1,40 @@
+"""A prompt and its completion, each a text or a list of messages. The prompt never trains.
+
+    {"prompt": "The sky is", "completion": " blue."}
+    {"prompt": [{"role": "user", "content": "Hi."}], "completion": [{"role": "assistant", "content": "Hello."}]}
+
+Plain texts are a user's and an assistant's turn; with `options: {wording: text}` they are raw text, without a chat
+template, as TRL's standard format means them.
+"""
+
+from collections.abc import Mapping
+
+from stages.formats import Conversation, Format, Options, Row
+from stages.formats.messages import MESSAGE_FIELDS, offered, with_system
+from stages.row_turns import Wording, prompt_of, said
+
+
+def convert(row: Row, options: Options) -> Conversation:
+    """One row to one conversation. Raises BadRow."""
+    prompt = with_system(row, said(row, options.name("prompt"), "user", options), options)
+    completion = said(row, options.name("completion"), "assistant", options)
+    return Conversation(prompt_of(prompt) + completion, offered(row, options))
+
+
+ANSWERS = ("completion", "response")
+
+
+def recognises(row: Row) -> Mapping[str, str] | None:
+    """Rows with a prompt and a completion (or response), and no label that judges it."""
+    found = [name for name in ANSWERS if isinstance(row.get(name), str | list)]
+    if not isinstance(row.get("prompt"), str | list) or len(found) != 1 or isinstance(row.get("label"), bool):
+        return None
+    return {} if found == ["completion"] else {"completion": found[0]}
+
+
+FORMAT = Format(
+    convert,
+    fields=MESSAGE_FIELDS | {"prompt", "completion", "system", "tools", "from", "value"},
+    options=Wording,
+    recognises=recognises,
+)

@@ -1,0 +1,66 @@
+"""Reading the fields of a row: the value of the kind a format needs, or a `BadRow` that says what stands there."""
+
+import json
+from typing import Any
+
+from stages.formats import BadRow, Row
+
+
+def text_at(row: Row, name: str, *, optional: bool = False) -> str:
+    """The string field `name` of a row or turn; with `optional`, missing and null read as "". Raises BadRow."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
+    if value is None:
+        if optional:
+            return ""
+        raise BadRow("missing field", f"{name} is missing: expected text; the row has {listed(row)}")
+    raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected text")
+
+
+def list_at(row: Row, name: str) -> list[Any]:
+    """The list field `name` of a row. Raises BadRow."""
+    value = row.get(name)
+    if isinstance(value, list):
+        if value:
+            return value
+        raise BadRow("empty conversation", f"{name} is empty: expected at least one turn")
+    if value is None:
+        raise BadRow("missing field", f"{name} is missing: expected a list; the row has {listed(row)}")
+    raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected a list")
+
+
+def object_at(value: Any) -> dict[str, Any]:
+    """`value` when it is an object. Raises BadRow, to be told of its place by `inside`."""
+    if isinstance(value, dict):
+        return value
+    raise BadRow("wrong type", f" is {kind_of(value)}: expected an object")
+
+
+def json_at(text: str, reason: str) -> Any:
+    """JSON text as the value it says. Raises BadRow, to be told of its place by `inside`."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(reason, f" is not JSON: {error}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def listed(row: Row) -> str:
+    """The row's columns, for messages."""
+    return ", ".join(map(str, row)) or "nothing"
+
+
+def shown(value: Any) -> str:
+    """A value for messages, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")

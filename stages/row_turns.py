@@ -1,0 +1,68 @@
+"""A field of a row that holds what somebody says, as text or as messages, and what formats with a prompt make of it."""
+
+import re
+from typing import Any, Literal
+
+from stages.formats import BadRow, Options, Row, Turn, sharegpt
+from stages.formats import messages as openai
+from stages.row_fields import kind_of, listed
+from stages.stage import StageConfig
+from stages.tables import TRAIN_NO, TRAIN_UNSET
+
+
+class Wording(StageConfig):
+    """How plain texts are put to the model; lists of messages always go through the chat template."""
+
+    wording: Literal["chat", "text"] = "chat"
+    """`chat`: a plain prompt is a user's turn, a plain completion the assistant's. `text`: both are raw text, without a
+    chat template."""
+
+
+def said(row: Row, name: str, role: str, options: Options) -> list[Turn]:
+    """The field `name` as turns: text that `role` says, one message, or a list of them. Raises BadRow."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return [Turn("text" if options.own.wording == "text" else role, value)]
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        if not value:
+            raise BadRow("empty conversation", f"{name} is empty: expected at least one turn")
+        return messages(value, name, options)
+    if value is None:
+        raise BadRow("missing field", f"{name} is missing: expected text or messages; the row has {listed(row)}")
+    raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected text or messages")
+
+
+def messages(value: list[Any], place: str, options: Options) -> list[Turn]:
+    """Messages in OpenAI's or ShareGPT's form as turns. `place` is where they stand. Raises BadRow."""
+    first = value[0]
+    speaks = isinstance(first, dict) and options.name("from") in first and options.name("role") not in first
+    return sharegpt.turns(value, place, options) if speaks else openai.turns(value, place, options)
+
+
+def prompt_of(turns: list[Turn]) -> list[Turn]:
+    """The turns of a prompt, which never train unless the data says so turn by turn."""
+    for turn in turns:
+        if turn.train == TRAIN_UNSET:
+            turn.train = TRAIN_NO
+    return turns
+
+
+def split_answer(turns: list[Turn], place: str) -> tuple[list[Turn], list[Turn]]:
+    """A conversation as the prompt and the assistant's last turn. Raises BadRow when another has the last word."""
+    if turns[-1].role not in ("assistant", "text"):
+        raise BadRow("no answer", f"{place} ends with a turn of {turns[-1].role}: expected the assistant's answer")
+    return turns[:-1], turns[-1:]
+
+
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
+
+
+def dialogue(text: str) -> list[Turn] | None:
+    """A dialogue written as one text, `\\n\\nHuman: ...\\n\\nAssistant: ...`, as Anthropic's data has it; else None."""
+    if not text.startswith(("\n\nHuman:", "Human:")):
+        return None
+    pieces = _SPEAKER.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Turn(roles[who], what) for who, what in zip(pieces[1::2], pieces[2::2], strict=True)]

@@ -1,0 +1,173 @@
+"""From what a row means to what the model is to see: its sequences as text with spans, and the row's identity."""
+
+import hashlib
+import json
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+from stages import rendering
+from stages.chat_template import Template
+from stages.formats import BadRow, Conversation, Example, Reader, Turn
+from stages.rendering import Piece, Rendered, Span
+from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
+from stages.tokenizer_files import Tokenizer
+
+Reasoning = Literal["keep", "drop", "last"]
+
+LONGEST = 1 << 28
+"""Characters that a sequence may have."""
+
+
+class Written(NamedTuple):
+    """One row of `stages.tables.CONVERSATIONS`."""
+
+    row: int
+    part: int
+    rendered: Rendered
+    identity: bytes
+    extra: str
+    ids: list[int] | None
+
+
+class Sequencer(NamedTuple):
+    """What the rows of a shard have in common."""
+
+    reader: Reader
+    tokenizer: Tokenizer
+    template: Template | None
+    reasoning: Reasoning
+
+    def sequences(self, number: int, made: Conversation | Example) -> list[Written]:
+        """A row's sequences; `number` is its own. Raises BadRow."""
+        parts = [made] if isinstance(made, Conversation) else made.parts
+        if self.reasoning != "keep":
+            for part in parts:
+                _forget(part.turns, self.reasoning)
+        digest, extra = identity(made), _extra(made)
+        found = [
+            Written(number, place, self.rendered(part), digest, extra, part.ids) for place, part in enumerate(parts)
+        ]
+        if any(len(one.rendered.text) > LONGEST for one in found):
+            raise BadRow("too long", f"has more than {LONGEST} characters: expected less")
+        return found
+
+    def rendered(self, conversation: Conversation) -> Rendered:
+        """One sequence as text with spans. Raises BadRow."""
+        turns = conversation.turns
+        if self.reader.ids:
+            return _of_ids(conversation)
+        said = next((number for number, turn in enumerate(turns) if turn.role == "text"), len(turns))
+        if any(turn.role != "text" for turn in turns[said:]):
+            raise BadRow("wrong type", "has raw text before turns with roles: expected it to stand alone or last")
+        if not said:
+            return self._raw(conversation)
+        if self.template is None:
+            raise BadRow("no chat template", f"has turns with roles, and {self.reader.format} uses no chat template")
+        if said == len(turns):
+            return rendering.render(self.template, conversation, prompt=self.reader.kind == "prompt")
+        asked = rendering.render(self.template, Conversation(turns[:said], conversation.tools), prompt=True)
+        return _followed(asked, turns, _texts(turns, said, conversation.between))
+
+    def without_end(self, spans: list[Span]) -> int:
+        """Turns that the model should write, but which nothing ends: it would not learn to stop there."""
+        last = {span.turn: span.origin for span in spans if span.role == "assistant"}
+        open_ended = self.reader.verbatim or self.reader.ids or self.reader.kind in ("stepwise", "prompt")
+        if not open_ended and spans and spans[-1].role == "text":
+            last[spans[-1].turn] = spans[-1].origin
+        return sum(origin != ORIGIN_END for origin in last.values())
+
+    def _raw(self, conversation: Conversation) -> Rendered:
+        """Raw text between the tokenizer's own begin token (if it adds one) and its end token (if it has one)."""
+        turns = conversation.turns
+        pieces = _texts(turns, 0, conversation.between)
+        if not self.reader.verbatim:
+            pieces.insert(0, (self.tokenizer.prefix, ORIGIN_TEMPLATE, NO_TURN, None))
+            if conversation.between is None and self.reader.kind != "prompt":
+                end = self.tokenizer.variables.get("eos_token", "")
+                pieces.append((end, ORIGIN_END, len(turns) - 1, None))
+        return Rendered("".join(text for text, *_ in pieces), rendering.spans(pieces, turns), [])
+
+
+def _texts(turns: list[Turn], first: int, between: str | None) -> list[Piece]:
+    """Turns of raw text, from number `first` on, as pieces."""
+    pieces: list[Piece] = []
+    for number, turn in enumerate(turns[first:], first):
+        text = turn.content or ""
+        at = 0
+        for end, train in turn.runs or [(len(text), turn.train)]:
+            pieces.append((text[at:end], ORIGIN_CONTENT, number, train))
+            at = end
+        if between is not None and turn.train != TRAIN_NO:
+            pieces.append((between, ORIGIN_END, number, None))
+    return pieces
+
+
+def _followed(found: Rendered, turns: list[Turn], pieces: list[Piece]) -> Rendered:
+    """A render with more pieces after it."""
+    at = found.spans[-1].end
+    after = [span._replace(start=span.start + at, end=span.end + at) for span in rendering.spans(pieces, turns)]
+    return Rendered(found.text + "".join(text for text, *_ in pieces), [*found.spans, *after], found.unwritten)
+
+
+def _of_ids(conversation: Conversation) -> Rendered:
+    """Spans over token ids."""
+    (turn,) = conversation.turns
+    assert conversation.ids is not None and turn.runs is not None
+    starts = accumulate((end for end, _ in turn.runs[:-1]), initial=0)
+    spans = [
+        Span(start, end, ORIGIN_CONTENT, 0, "text", train)
+        for start, (end, train) in zip(starts, turn.runs, strict=True)
+    ]
+    return Rendered("", spans, [])
+
+
+def _forget(turns: list[Turn], reasoning: Reasoning) -> None:
+    """Leave the assistant's reasoning out, also where it stands in the content between `<think>` and `</think>`.
+
+    `last` leaves that of the answers after the last question.
+    """
+    asked = max((number for number, turn in enumerate(turns) if turn.role == "user"), default=0)
+    for turn in turns[:asked] if reasoning == "last" else turns:
+        if turn.role != "assistant":
+            continue
+        turn.reasoning = turn.reasoning_runs = None
+        thought, end, answer = (turn.content or "").partition("</think>")
+        if end and turn.content and thought.lstrip().startswith("<think>"):
+            answer = answer.lstrip("\n")
+            cut = len(turn.content) - len(answer)
+            turn.content = answer
+            turn.runs = [(place - cut, train) for place, train in turn.runs or [] if place > cut] or None
+
+
+def identity(made: Conversation | Example) -> bytes:
+    """16 bytes of sha256 over the row's normal form: the same for every format and template.
+
+    Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
+    """
+    said: Any = _normal(made) if isinstance(made, Conversation) else [[*map(_normal, made.parts)], made.extra]
+    try:
+        normal = json.dumps(said, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
+    except (TypeError, RecursionError) as error:
+        raise BadRow("wrong type", f"holds what JSON cannot say: {error}") from error
+    return hashlib.sha256(normal).digest()[:16]
+
+
+def _normal(conversation: Conversation) -> list[Any]:
+    turns = []
+    for turn in conversation.turns:
+        said = [turn.role, turn.content, turn.reasoning, turn.tool_calls, turn.name, turn.tool_call_id, turn.train]
+        turns.append([*said, turn.runs, turn.reasoning_runs] if turn.runs or turn.reasoning_runs else said)
+    rest = [] if conversation.ids is None else [conversation.ids]
+    return [turns, conversation.tools, *rest]
+
+
+def _extra(made: Conversation | Example) -> str:
+    """What an objective needs besides, as JSON. Raises BadRow for what JSON has no value for."""
+    if isinstance(made, Conversation) or not made.extra:
+        return ""
+    try:
+        return json.dumps(made.extra, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRow("wrong type", f"holds what JSON cannot say: {error}") from error
