@@ -14,13 +14,14 @@ own, byte for byte.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
+from stages.weight_files import tensors
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +83,8 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         if merged
         else _pass_on(inputs["model"], trained, output)
     )
-    changed, tensors = _changed(inputs["model"], output)
-    facts |= {"tensors": tensors, "changed_tensors": changed}
+    changed, count = _changed(inputs["model"], output)
+    facts |= {"tensors": count, "changed_tensors": changed}
     _put_template(inputs["templates"], output)
     if not changed:
         if merged and not facts["adapter_is_zero"]:
@@ -276,21 +277,12 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     """How many tensors differ between the two folders' weights, and how many there are."""
     import torch
 
-    before, count, changed = dict(_tensors(model)), 0, 0
-    for name, tensor in _tensors(output):
+    before, count, changed = dict(tensors(model)), 0, 0
+    for name, tensor in tensors(output):
         count += 1
         other = before.get(name)
         changed += other is None or not torch.equal(tensor(), other())
     return changed, count
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        file: Any = safe_open(path, framework="pt")
-        for name in sorted(file.keys()):
-            yield name, lambda file=file, name=name: file.get_tensor(name)
 
 
 STAGE = Stage(name="merge", artifact="weights", version=2, config=MergeConfig, run=run)

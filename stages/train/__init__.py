@@ -8,8 +8,13 @@ This file holds the recipe section and declares the stage; the work is in the fi
 
     checks.py        settings that do not fit together
     data.py          optimizer steps as lists of micro-batches
-    model.py         loading, adapters, and what is written at the end
+    model.py         the model that is trained, and what is written at the end
+    quantization.py  frozen weights in 4 or 8 bits
+    freezing.py      which weights train, for the method full; patterns.py: their names
+    adapters.py      LoRA and its kin; folding.py: adapters that start as a part of the weights
+    neftune.py       noise on the embeddings
     optimizers.py    optimizers by name; schedules.py: the learning rate
+    between.py       what happens between steps: restarts, layer sampling, averages, held-out loss
     trainer.py       transformers' Trainer over those steps
     checkpoints.py   complete or invisible
     run.py           the stage function: all of it in order
@@ -25,6 +30,7 @@ from stages import objectives
 from stages.stage import Facts, Stage, StageConfig, Work
 from stages.train import checks, optimizers
 
+Name = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -37,10 +43,27 @@ class Lora(StageConfig):
     """Scale of the adapter: its product is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's input that is zeroed while training."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Layers to adapt: every linear layer but the head, or names such as `[q_proj, v_proj]`."""
+    targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
+    """Layers to adapt: every linear layer but the head, or names, globs or `re:` patterns: `[q_proj, "*.mlp.*"]`."""
+    experts: bool = False
+    """Adapt the fused experts of a mixture-of-experts model too."""
+    modules_to_save: tuple[Name, ...] = ()
+    """Modules that train in full beside the adapter, such as `[embed_tokens, lm_head]`."""
+    new_tokens: tuple[Name, ...] = ()
+    """Tokens, by their text, whose embeddings train beside the adapter, and no other token's."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which keeps high ranks learning (rsLoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn each output's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16", "loftq", "eva"] = "kaiming"
+    """How A and B start, by PEFT's names: random and zero, or from the weights (olora, pissa), from what quantization
+    lost (loftq), or from the first steps' activations (eva)."""
     plus_ratio: float | None = Field(default=None, ge=1)
     """B's learning rate over A's, about 16 (LoRA+, arXiv:2402.12354); equal when left out."""
+    restart_every: int | None = Field(default=None, ge=1)
+    """Steps after which the adapter is added to the weights and starts anew (ReLoRA, arXiv:2307.05695)."""
+    restart_warmup: int = Field(default=10, ge=0)
+    """Steps in which the learning rate comes back after a restart."""
 
     @field_validator("targets")
     @classmethod
@@ -48,6 +71,38 @@ class Lora(StageConfig):
         if not targets:
             raise ValueError("name at least one layer, or leave it out for all-linear")
         return targets if isinstance(targets, str) else tuple(sorted(set(targets)))
+
+    @field_validator("modules_to_save", "new_tokens")
+    @classmethod
+    def _sorted(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(names)))
+
+
+class Lisa(StageConfig):
+    """Only a few random layers train at a time, with the embeddings and the head (arXiv:2403.17919)."""
+
+    layers: int = Field(default=2, ge=1)
+    """Layers that train at a time."""
+    every: int = Field(default=20, ge=1)
+    """Steps after which others are drawn."""
+
+
+class Full(StageConfig):
+    """Which weights train, for the method full: all of them, unless narrowed."""
+
+    only: tuple[Name, ...] = ()
+    """Weights that train, by name, glob or `re:` pattern: `[mlp, "re:.*layers\\.2[0-9]\\..*"]`."""
+    freeze: tuple[Name, ...] = ()
+    """Weights that do not train, as patterns; stronger than `only` and `spectrum`."""
+    spectrum: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the matrices of each kind that train: those with most signal over noise (arXiv:2406.06623)."""
+    lisa: Lisa | None = None
+    """A few random layers at a time."""
+
+    @field_validator("only", "freeze")
+    @classmethod
+    def _sorted(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(names)))
 
 
 class TrainConfig(StageConfig):
@@ -58,9 +113,13 @@ class TrainConfig(StageConfig):
     objective_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """The objective's own settings, such as `{beta: 0.1}` for dpo."""
     method: Literal["lora", "full"] = "lora"
-    """Train an adapter beside frozen weights, or all weights."""
+    """Train an adapter beside frozen weights, or the weights themselves."""
     lora: Lora = Lora()
     """The adapter, for the method lora."""
+    full: Full = Full()
+    """Which weights, for the method full."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the frozen weights under an adapter in 4 or 8 bits (QLoRA, arXiv:2305.14314). Needs bitsandbytes."""
     epochs: float = Field(default=1.0, gt=0, le=1000)
     """Passes over the training rows."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -89,10 +148,20 @@ class TrainConfig(StageConfig):
     """Decoupled weight decay, on matrices only (not on biases and norms)."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
     """A step's gradient is scaled down to this Euclidean norm when it is longer."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Uniform noise on the embeddings while training, about 5 (NEFTune, arXiv:2310.05914)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Write an average of the weights over the steps instead of the last ones, with this decay a step."""
+    evaluate_every: float | None = Field(default=None, gt=0)
+    """Steps between looks at the loss of the held-out rows; below 1, a share of all steps."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many looks in a row without a better held-out loss."""
+    keep: Literal["last", "best"] = "last"
+    """Write the weights of the last step, or those with the best held-out loss."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; trained weights and optimizer are float32 in all of them."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the adapter's start, dropout, and the order of steps after the first epoch."""
+    """Of the adapter's start, dropout, noise, and the order of steps after the first epoch."""
 
     @field_validator("objective")
     @classmethod

@@ -11,10 +11,66 @@ if TYPE_CHECKING:
     from stages.train import TrainConfig
 
 
+FROM_WEIGHTS = ("olora", "pissa", "pissa_niter_16", "loftq")
+"""Adapters that start as a part of the weights."""
+
+
 def misfits(config: "TrainConfig") -> Iterator[str]:
     """What is wrong with a section, each with its mend."""
+    yield from _of_method(config)
+    if config.method == "lora":
+        yield from _of_lora(config)
     yield from _of_optimizer(config)
     yield from _of_steps(config)
+
+
+def _of_method(config: "TrainConfig") -> Iterator[str]:
+    if config.method == "lora" and config.full != type(config.full)():
+        yield "`full` is set, but the method is lora: set `method: full`, or take the section out"
+    if config.method == "full":
+        if config.quantize:
+            yield "quantized weights cannot be trained themselves: set `method: lora`, or take `quantize` out"
+        for name in ("restart_every", "plus_ratio"):
+            if getattr(config.lora, name) is not None:
+                yield f"`lora.{name}` is set, but the method is full: set `method: lora`, or take it out"
+    full = config.full
+    if full.spectrum is not None and full.only:
+        yield "`full.spectrum` and `full.only` both choose the weights that train: keep one, or use `full.freeze`"
+    if full.lisa is not None and (full.only or full.freeze or full.spectrum is not None):
+        yield "`full.lisa` chooses the layers that train: take `only`, `freeze` and `spectrum` out"
+    if full.lisa is not None and config.ema is not None:
+        yield "`ema` would average layers that rest with layers that train: take it or `full.lisa` out"
+
+
+def _of_lora(config: "TrainConfig") -> Iterator[str]:
+    lora = config.lora
+    if lora.experts:
+        for name in ("dropout", "dora", "restart_every"):
+            if getattr(lora, name):
+                yield f"`lora.{name}` does not work on fused experts: take it out, or set `lora.experts: false`"
+        if lora.init not in ("kaiming", "gaussian"):
+            yield f"`lora.init: {lora.init}` does not work on fused experts: leave it out, or set `lora.experts: false`"
+    if lora.dora and (lora.init in FROM_WEIGHTS or lora.init == "eva"):
+        yield f"`lora.dora` does not work with `lora.init: {lora.init}`: take one out"
+    if lora.restart_every is not None:
+        if lora.dora:
+            yield "`lora.restart_every` does not work with `lora.dora`: a magnitude cannot be added to weights"
+        if lora.init in (*FROM_WEIGHTS, "eva"):
+            yield f"`lora.restart_every` starts anew at random, which `lora.init: {lora.init}` is not: take one out"
+        if config.quantize:
+            yield "`lora.restart_every` adds to the weights, and `quantize` would round that away: take one out"
+        if config.ema is not None:
+            yield "`ema` averages across restarts what is not the same adapter: take it or `lora.restart_every` out"
+        if config.keep == "best":
+            yield "`keep: best` does not work with `lora.restart_every`: the weights under the adapter have moved on"
+        if config.optimizer.startswith("schedule_free"):
+            yield "`lora.restart_every` cannot reset the averages of a schedule-free optimizer: choose another one"
+    if lora.init == "loftq" and config.quantize != "nf4":
+        yield "`lora.init: loftq` makes up for quantization: set `quantize: nf4`, or choose another init"
+    if config.quantize and lora.init in ("pissa", "pissa_niter_16", "olora", "eva", "orthogonal"):
+        yield f"`lora.init: {lora.init}` needs weights in full precision: take `quantize` out, or use `init: loftq`"
+    if lora.new_tokens and {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
+        yield "`lora.new_tokens` trains some rows of the embeddings, `lora.modules_to_save` all: keep one of the two"
 
 
 def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
@@ -30,15 +86,21 @@ def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
         yield f"`optimizer: {config.optimizer}` saves memory where all weights train; an adapter is small already"
     if config.optimizer.startswith("schedule_free") and config.schedule != "constant":
         yield f"`optimizer: {config.optimizer}` needs no schedule: set `schedule: constant`"
+    if config.optimizer.startswith("schedule_free") and config.ema is not None:
+        yield f"`ema`: {config.optimizer} averages the weights by itself; take it out"
 
 
 def _of_steps(config: "TrainConfig") -> Iterator[str]:
-    for name in ("warmup", "decay"):
+    for name in ("warmup", "decay", "evaluate_every"):
         value = getattr(config, name)
-        if value > 1 and value != int(value):
+        if value is not None and value > 1 and value != int(value):
             yield f"`{name}` is {value:g}: a whole number of steps, or a share below 1"
     if config.floor and config.schedule in ("constant", "inverse_sqrt"):
         yield f"`floor` is for schedules that fall to an end: cosine, linear or wsd, not {config.schedule}"
+    if config.evaluate_every is None:
+        for name, wanted in (("patience", config.patience is not None), ("keep: best", config.keep == "best")):
+            if wanted:
+                yield f"`{name}` needs `evaluate_every`: how often to look at the held-out loss"
 
 
 def refuse_device(config: "TrainConfig", device: str) -> None:

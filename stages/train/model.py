@@ -1,26 +1,26 @@
-"""The model that is trained: loaded, given its adapter, and written at the end.
+"""The model that is trained: loaded, made ready, and written at the end.
 
 What is trained is held in float32 and computed in the recipe's precision (16 bits through autocast). AdamW on bfloat16
 weights loses every update smaller than about 1/256 of a weight, which at usual learning rates is most of them. What is
-frozen is held in the recipe's precision.
+frozen is held in the recipe's precision, or in 4 or 8 bits.
 """
 
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from packing.attention import implementation
 from stages.errors import UserError
-from stages.train import Lora, TrainConfig
+from stages.train import TrainConfig, adapters, freezing, neftune, quantization
+from stages.train.adapters import save as save_adapter
+
+__all__ = ["autocast", "in_float32", "load", "ready", "save_adapter", "save_weights", "trainable"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,74 +33,52 @@ def autocast(device: str, precision: str) -> torch.autocast:
 def load(folder: Path, config: TrainConfig, device: str) -> PreTrainedModel:
     """The model of a local folder, ready for packed batches, in the dtype it is trained in.
 
-    Raises UserError when transformers cannot load it without running code from the folder.
+    Raises UserError when transformers cannot load it without running code from the folder, or its weights came
+    quantized.
     """
-    dtype = DTYPES[config.precision] if config.method == "lora" else torch.float32
+    narrow = DTYPES[config.precision]
+    dtype = narrow if config.method == "lora" and config.lora.restart_every is None else torch.float32
     try:
         described = AutoConfig.from_pretrained(folder, local_files_only=True)
+        quantization.refuse_quantized(described)
+        small = quantization.settings(config.quantize, device, narrow) if config.quantize else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=implementation(device, described), local_files_only=True
+            folder, dtype=dtype, attn_implementation=implementation(device, described), local_files_only=True, **small
         )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the model cannot be loaded for training: {error}") from error
     assert isinstance(model, PreTrainedModel)
+    quantization.keep_gradients(model)
     return model
 
 
-def adapt(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    """The model with a fresh float32 LoRA adapter, everything else frozen; the start is drawn from torch's seed.
+def ready(
+    model: PreTrainedModel,
+    config: TrainConfig,
+    folder: Path,
+    device: str,
+    batches: Callable[[], Sequence[dict[str, Any]]],
+) -> Any:
+    """The loaded model of `folder` on its device, with its adapter or its frozen weights.
 
-    Raises UserError when a target names no layer or a layer is narrower than the rank.
+    `batches` gives a few batches as the model takes them, for an adapter that starts from activations. Raises UserError
+    for names that match nothing and adapters that the model does not take.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    if not isinstance(lora.targets, str):
-        _refuse_bad_targets(model, lora.targets, layers)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    for name, module in adapted.named_modules():
-        if hasattr(module, "lora_A"):
-            narrowest = min(module.in_features, module.out_features)
-            if lora.rank > narrowest:
-                raise UserError(
-                    f"train.lora.rank is {lora.rank}, but {name.removeprefix('base_model.model.')} is only {narrowest} "
-                    "wide: choose a rank no larger, or leave that layer out of train.lora.targets"
-                )
-            # Autocast chooses the arithmetic; PEFT would lift the layer's input to float32 first.
-            module.cast_input_dtype_enabled = False
-    return adapted
-
-
-def _refuse_bad_targets(model: PreTrainedModel, targets: tuple[str, ...], layers: dict[str, nn.Module]) -> None:
-    for target in targets:
-        meant = [layers[name] for name in layers if name == target or name.endswith(f".{target}")]
-        if not meant:
-            choices = sorted({name.rpartition(".")[2] for name in layers})
-            raise UserError(f"train.lora.targets: no layer is called {target!r}; there are {', '.join(choices)}")
-        if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() in meant:
-            raise UserError(
-                f"train.lora.targets: {target!r} shares its weights with the embeddings, so an adapter on it cannot be "
-                "merged: leave it out"
-            )
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter the way PEFT loads it, with bytes that depend on nothing but the training."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = None  # a path of this machine
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT keeps a set
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if not config.quantize:  # which loads onto the device
+        model.to(device)
+    if config.method == "full":
+        freezing.freeze(model, config.full)
+        made: Any = model
+    else:
+        made = adapters.adapt(model, config.lora, folder).to(device)
+        if config.lora.init == "eva":
+            with autocast(device, config.precision):
+                adapters.start_from_activations(made, batches())
+    if config.neftune_alpha is not None:
+        neftune.add_noise(made, config.neftune_alpha)
+    return made
 
 
 def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
@@ -115,7 +93,7 @@ def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Hold all weights in float32 for a while. Widening and narrowing again changes no bit."""
-    narrow = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype != torch.float32}
+    narrow = {p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     for parameter in narrow:
         parameter.data = parameter.data.float()
     try:

@@ -166,6 +166,15 @@ def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     return optimizer
 
 
+def forget(optimizer: Any, parameters: "Iterable[torch.Tensor]") -> None:
+    """Drop what an optimizer knows of some weights, as if they had not been trained."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    parts = getattr(optimizer, "parts", [optimizer])
+    for parameter in parameters:
+        for part in parts:
+            part.state.pop(parameter, None)
+
+
 @contextmanager
 def training(optimizer: Any) -> Iterator[None]:
     """Schedule-free optimizers hold other weights while they train than they are judged by. A block that trains."""

@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from packing.isolation import check_isolation
 from stages import lm_head, objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
+from stages.objectives import LossSums, Objective
 from stages.stage import Facts, Work
-from stages.train import TrainConfig, checkpoints, checks, model, optimizers
+from stages.train import TrainConfig, checkpoints, checks, model, optimizers, quantization
+from stages.train.between import heldout_look
 from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
 from stages.train.trainer import make_trainer, stop_on_sigterm, to_device
 
@@ -45,8 +47,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         set_seed(config.seed)
         loaded = model.load(inputs["model"], config, device)
         refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
-        trained: Any = model.adapt(loaded, config.lora) if config.method == "lora" else loaded
-        trained.to(device)
+        trained: Any = model.ready(loaded, config, inputs["model"], device, lambda: _first_batches(bins, device))
         isolation = _prove_isolation(trained, device, config.precision)
         with model.autocast(device, config.precision):
             options = objectives.options_of(config.objective, config.objective_options)
@@ -60,21 +61,26 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             device,
             work,
             stop,
+            _look(config, objective, inputs, trained, loss, device),
             lambda numbers: name_rows(inputs["tokens"], inputs["plan"], shards, numbers),
         )
         work.tell(int(checkpoint.name) if checkpoint else 0, total, "steps")
         ready = time.monotonic()
         if not stop.asked:
+            if checkpoint:
+                trainer.load_between(checkpoint)
             with optimizers.training(trainer.optimizer):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step < total:
+        if trainer.state.global_step < total and not trainer.between.stop:
             raise SystemExit(SUSPENDED)
+        trainer.between.finish()
     done = time.monotonic()
-    _write(config, trained, trainer.state.log_history, inputs["model"], output)
+    record = trainer.between.record
+    _write(config, trained, trainer.state.log_history, record, inputs["model"], output)
     resumed = int(checkpoint.name) if checkpoint else 0
     history = trainer.state.log_history
     return {
-        "steps": total,
+        "steps": len(history),
         "resumed_at_step": resumed,
         "skipped_checkpoints": list(skipped),
         "tokens": sum(entry["tokens"] for entry in history),
@@ -82,6 +88,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "trained_weights": model.trainable(trained),
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
+        **({"quantized_share": round(quantization.share(trained), 4)} if config.quantize else {}),
+        **record,
         "isolation": dict(isolation),
         "device": device,
         "seconds_to_prepare": round(ready - started, 2),
@@ -91,16 +99,44 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     }
 
 
-def _write(config: TrainConfig, trained: Any, history: list[dict[str, Any]], source: Path, output: Path) -> None:
-    if config.method == "lora":
+def _write(
+    config: TrainConfig, trained: Any, history: list[dict[str, Any]], record: Facts, source: Path, output: Path
+) -> None:
+    if config.lora.restart_every is not None:  # a sum of adapters has no low rank
+        model.save_weights(trained.merge_and_unload(), source, output / "weights")
+    elif config.method == "lora":
         model.save_adapter(trained, output / "adapter")
     else:
         model.save_weights(trained, source, output / "weights")
     lines = [json.dumps({name: entry[name] for name in METRICS}) for entry in history]
     (output / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (output / "train.json").write_text(
-        json.dumps({"method": config.method, "objective": config.objective, "steps": len(lines)}, indent=2) + "\n"
+        json.dumps({"method": config.method, "objective": config.objective, "steps": len(lines), **record}, indent=2)
+        + "\n"
     )
+
+
+def _first_batches(bins: PackedBins, device: str, count: int = 16) -> list[dict[str, Any]]:
+    """The first packed sequences, as the model takes them."""
+    return [to_device(lm_head.model_inputs(collate([bins[i]])), device) for i in range(min(count, len(bins)))]
+
+
+def _look(
+    config: TrainConfig, objective: Objective, inputs: Mapping[str, Path], trained: Any, loss: LossSums, device: str
+) -> Callable[[], float] | None:
+    """What measures the held-out loss, where the recipe asks for it. Raises UserError when no rows are held out."""
+    if config.evaluate_every is None:
+        return None
+    bins = PackedBins(inputs["tokens"], inputs["plan"], heldout=True, reference=inputs.get("reference"))
+    if not bins.trained.sum():
+        raise UserError("train.evaluate_every: the plan holds no rows out: set pack.heldout, or a source's split")
+
+    def batch(number: int) -> tuple[Any, int]:
+        packed = bins[number]
+        counted = int(bins.trained[number]) if objective.counts == "tokens" else len(packed.lengths) // 2
+        return to_device(objective.prepare(collate([packed])), device), counted
+
+    return heldout_look(trained, batch, len(bins), loss, lambda: model.autocast(device, config.precision))
 
 
 def _open_bins(inputs: Mapping[str, Path]) -> PackedBins:
@@ -129,11 +165,12 @@ def _prove_isolation(trained: Any, device: str, precision: str) -> Mapping[str, 
     float32; on a CPU, where it is not, in float32, which shows differences that bfloat16's own noise would hide.
     """
     try:
-        if device == "cpu":
-            with model.in_float32(trained):
+        with quantization.exact(trained):
+            if device == "cpu":
+                with model.in_float32(trained):
+                    return check_isolation(trained)
+            with model.autocast(device, precision):
                 return check_isolation(trained)
-        with model.autocast(device, precision):
-            return check_isolation(trained)
     except ValueError as error:
         raise UserError(f"train: {error}") from error
 

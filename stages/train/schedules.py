@@ -22,11 +22,14 @@ def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:
 
     The warmup is (s + 1) / warmup. After it, with p rising from 0 to 1: cosine is (1 + cos(pi p)) / 2, linear 1 - p,
     inverse_sqrt 1 / sqrt(1 + s / warmup) (the warmup's length is its time scale), wsd 1 until its last steps, then as
-    linear. `floor` lifts all but constant and inverse_sqrt: floor + (1 - floor) x.
+    linear. `floor` lifts all but constant and inverse_sqrt: floor + (1 - floor) x. After a restart (ReLoRA)
+    all is multiplied by a ramp of its own.
     """
     warmup = steps_of(config.warmup, total)
     ends = total + 1
     decay = total if config.decay == 1 else min(steps_of(config.decay, total), total)
+
+    restarts, ramp = config.lora.restart_every, config.lora.restart_warmup
 
     def share(step: int) -> float:
         now = step + 1
@@ -47,4 +50,9 @@ def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:
                 falling = max(0.0, 0.5 * (1.0 + math.cos(math.pi * since / max(1, ends - warmup))))
         return config.floor + (1 - config.floor) * falling if config.floor else falling
 
-    return share
+    def ramped(step: int) -> float:
+        if restarts is None or step < restarts or ramp == 0:
+            return share(step)
+        return share(step) * min(1.0, (step % restarts + 1) / ramp)
+
+    return ramped

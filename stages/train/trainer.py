@@ -26,8 +26,11 @@ from stages.errors import UserError
 from stages.objectives import Batch, LossSums
 from stages.stage import Work
 from stages.train import TrainConfig, checkpoints, optimizers, schedules
+from stages.train.between import Between
+from stages.train.between import make as make_between
 from stages.train.data import Step, Steps
 
+BETWEEN = "between.pt"
 TELL_SECONDS = 0.2
 """Progress is told at most this often."""
 
@@ -72,9 +75,11 @@ def make_trainer(
     device: str,
     work: Work,
     stop: StopRequest,
+    look: Callable[[], float] | None,
     name_rows: Callable[[range], str],
 ) -> "PackedTrainer":
-    """A trainer that has not started. `name_rows` names the rows in some bins, for errors."""
+    """A trainer that has not started. `look` measures the held-out loss; `name_rows` names the rows in some bins, for
+    errors."""
     aside = work.folder / "unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     arguments = TrainingArguments(
@@ -98,7 +103,16 @@ def make_trainer(
     schedule = LambdaLR(optimizer, schedules.multiplier(config, len(steps)))
     trainer = PackedTrainer(model=model, args=arguments, train_dataset=steps, optimizers=(optimizer, schedule))
     trainer.loss, trainer.work, trainer.name_rows, trainer.started = loss, work, name_rows, time.monotonic()
+    trainer.between = make_between(
+        model,
+        config,
+        optimizer,
+        len(steps),
+        look,
+        lambda step, loss: work.tell(step, len(steps), "steps", heldout_loss=loss),
+    )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(trainer.between)
     trainer.add_callback(_Saving(work.runtime.save_seconds, stop))
     return trainer
 
@@ -115,6 +129,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     work: Work
     name_rows: Callable[[range], str]
     started: float
+    between: Between
     _told = (0.0, 0)
     """When progress was last told, and the step."""
 
@@ -187,9 +202,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         step = self.state.global_step
         aside = Path(self.args.output_dir) / f"checkpoint-{step}"
+        torch.save(self.between.state_dict(), aside / BETWEEN)
         (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         saved = checkpoints.publish(aside, self.work.folder / "checkpoints", step)
         self.work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
+
+    def load_between(self, checkpoint: Path) -> None:
+        """Put back what happens between steps."""
+        self.between.load_state_dict(torch.load(checkpoint / BETWEEN, map_location="cpu", weights_only=True))
 
 
 class _Saving(TrainerCallback):  # type: ignore[misc]

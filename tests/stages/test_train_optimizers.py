@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
-from stages.train import TrainConfig, checks, model, optimizers
+from stages.train import TrainConfig, adapters, checks, optimizers
 from tests.stages import tiny
 
 RATES = {"sgd": 0.5, "schedule_free_sgd": 1.0, "adagrad": 0.02}
@@ -100,7 +100,7 @@ def test_matrices_decay_and_embeddings_have_a_rate_of_their_own(folder: Path) ->
 
 def test_lora_plus_gives_b_a_higher_rate_than_a(folder: Path) -> None:
     config = TrainConfig.model_validate({"lora": {"plus_ratio": 16}, "learning_rate": 1e-3})
-    adapted = model.adapt(AutoModelForCausalLM.from_pretrained(folder), config.lora)
+    adapted = adapters.adapt(AutoModelForCausalLM.from_pretrained(folder), config.lora, folder)
     optimizer = optimizers.make(adapted, config)
     found = rates(optimizer, adapted)
     assert {rate for name, (rate, _) in found.items() if ".lora_A." in name} == {1e-3}

@@ -60,9 +60,10 @@ def plan(
     global_batch: int = 4,
     untrained: int = 2,
     packed: bool = True,
+    heldout: int = 0,
 ) -> dict[str, Path]:
     """Tokens and plan of one shard, `chat/00000`; all but the first `untrained` tokens of a document train. Not
-    `packed` is a bin a document, in the order of the rows."""
+    `packed` is a bin a document, in the order of the rows. The last `heldout` rows are held out, a bin each."""
     tokens, plan = folder / "tokens", folder / "plan"
     write_table(
         tokens / "chat/00000/tokens.arrow",
@@ -72,13 +73,17 @@ def plan(
             for i, ids in enumerate(rows)
         ),
     )
+    documents = [
+        {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
+        for i, ids in enumerate(rows)
+    ]
+    aside, rows = rows[len(rows) - heldout :], rows[: len(rows) - heldout]
+    write_table(plan / "documents.arrow", documents_schema(1, 2048), documents[: len(rows)])
+    write_table(plan / "heldout_documents.arrow", documents_schema(1, 2048), documents[len(rows) :])
     write_table(
-        plan / "documents.arrow",
-        documents_schema(1, 2048),
-        (
-            {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
-            for i, ids in enumerate(rows)
-        ),
+        plan / "heldout_bins.arrow",
+        BINS,
+        ({"documents": [i], "length": len(ids), "trained": len(ids) - untrained} for i, ids in enumerate(aside)),
     )
     found = pack(np.array([len(ids) for ids in rows]), sequence_length, global_batch=global_batch, seed=0)
     bins = [found.documents[a:b].tolist() for a, b in itertools.pairwise(found.offsets)]

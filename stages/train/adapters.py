@@ -1,0 +1,183 @@
+"""LoRA and its kin on a loaded model, through PEFT: where the adapters go, how they start, what they are written as.
+
+Adapters are held in float32 beside weights of the recipe's precision; autocast chooses the arithmetic.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stages.errors import UserError
+from stages.train import Lora, checks, folding, quantization
+from stages.train.patterns import matches, nearest
+
+STARTS = {"kaiming": True, "loftq": True}
+"""Our names for what PEFT calls otherwise; loftq starts like any other and is then replaced."""
+
+
+def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
+    """The model with fresh float32 adapters, everything else frozen; the start is drawn from torch's seed.
+
+    `folder` is where the model came from. Raises UserError when a target names no layer, a layer is narrower than the
+    rank, or PEFT refuses a layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if lora.init == "eva":
+        warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage")
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=_targets(model, lora.targets, layers),
+                target_parameters=_experts(model) if lora.experts else None,
+                modules_to_save=_whole(model, lora.modules_to_save) or None,
+                ensure_weight_tying=bool(lora.modules_to_save) and _tied(model),
+                trainable_token_indices=_rows(model, lora.new_tokens, folder) if lora.new_tokens else None,
+                use_rslora=lora.rslora,
+                use_dora=lora.dora,
+                init_lora_weights=STARTS.get(lora.init, lora.init),
+                eva_config=EvaConfig(rho=1.0) if lora.init == "eva" else None,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"train.lora: {model.config.model_type} does not take this adapter: {error}") from error
+    for name, module in _adapters(adapted):
+        narrowest = min(module.in_features, module.out_features)
+        if lora.rank > narrowest:
+            raise UserError(
+                f"train.lora.rank is {lora.rank}, but {name} is only {narrowest} wide: choose a rank no larger, or "
+                "leave that layer out of train.lora.targets"
+            )
+        # Autocast chooses the arithmetic; PEFT would lift the layer's input to float32 first.
+        module.cast_input_dtype_enabled = False
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if lora.init == "loftq":
+        quantization.start_from_loss(adapted, folder)
+    if lora.init in checks.FROM_WEIGHTS:
+        folding.remember(adapted)
+    return adapted
+
+
+def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) -> None:
+    """Let every A start from the directions in which its layer's inputs vary most over some batches (EVA,
+    arXiv:2410.07170). `batches` are as the model takes them."""
+    from peft import initialize_lora_eva_weights
+
+    training = model.training
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "input of type .* could not be moved")  # numbers need not move
+        initialize_lora_eva_weights(
+            model,
+            batches,
+            forward_fn=lambda model, batch: model(**batch, use_cache=False, logits_to_keep=1),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
+    model.train(training)
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write the adapter as PEFT loads it onto the model it came from, with the same bytes every time."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = None  # a path of this machine
+    config["eva_config"] = config["loftq_config"] = None
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT keeps a set
+    if config["init_lora_weights"] == "eva":
+        config["init_lora_weights"] = True  # it is done; PEFT would warn of a start that is missing
+    config |= folding.unfold(model, folder / "adapter_model.safetensors")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _adapters(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            yield name.removeprefix("base_model.model."), module
+
+
+def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> str | list[str]:
+    if isinstance(targets, str):
+        return targets
+    found: set[str] = set()
+    for target in targets:
+        meant = {name for name in layers if matches(target, name)}
+        if not meant:
+            choices = sorted({name.rpartition(".")[2] for name in layers})
+            raise UserError(f"train.lora.targets: no layer is called {target!r}; there are {', '.join(choices)}")
+        if _tied(model) and model.get_output_embeddings() in [layers[name] for name in meant]:
+            raise UserError(
+                f"train.lora.targets: {target!r} shares its weights with the embeddings, so an adapter on it cannot be "
+                "merged: leave it out, or name the embeddings in train.lora.modules_to_save"
+            )
+        by_end = {name for name in layers if name == target or name.endswith(f".{target}")}
+        found |= {target} if by_end == meant else meant
+    return sorted(found)
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    return bool(model.config.get_text_config().tie_word_embeddings)
+
+
+def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
+    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    for wanted_name in wanted:
+        if not any(name == wanted_name or name.endswith(f".{wanted_name}") for name in names):
+            raise UserError(
+                f"train.lora.modules_to_save: no module is called {wanted_name!r}{nearest(wanted_name, names)}"
+            )
+    return list(wanted)
+
+
+def _rows(model: PreTrainedModel, tokens: tuple[str, ...], folder: Path) -> dict[str, list[int]]:
+    """The rows of the embeddings, and of a head that is not tied to them, that belong to some tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            raise UserError(
+                f"train.lora.new_tokens: the model's tokenizer has no token {token!r}: add it with "
+                "fetch.model.new_tokens"
+            )
+    rows = sorted(known[token] for token in tokens)
+    outer = {id(model.get_input_embeddings())} | (set() if _tied(model) else {id(model.get_output_embeddings())})
+    return {name: rows for name, module in model.named_modules() if id(module) in outer}
+
+
+def _experts(model: PreTrainedModel) -> list[str]:
+    """The fused weights [experts, ., .] of a mixture's layers, by the end of their names, as PEFT wants them."""
+    config = model.config.get_text_config()
+    counts = {
+        getattr(config, name, None)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    }
+    found = {
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and parameter.shape[0] in counts
+    }
+    if not found:
+        raise UserError(
+            f"train.lora.experts: {config.model_type} has no experts whose weights lie in one piece: take the key out"
+        )
+    return sorted(found)

@@ -1,0 +1,177 @@
+"""Adapters one by one: where they go, how they start, what is written, and that it fits the model as it came."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from packing.collate import Bin, collate
+from stages.errors import UserError
+from stages.train import TrainConfig, adapters, model
+from stages.train.patterns import matches
+from tests.stages import tiny
+
+IDS = torch.arange(5, 29)[None]
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("model"))
+
+
+def section(**lora: Any) -> TrainConfig:
+    others = {name: lora.pop(name) for name in ("quantize", "precision") if name in lora}
+    return TrainConfig.model_validate({"lora": {"rank": 4, **lora}, "precision": "fp32", **others})
+
+
+def adapted(folder: Path, config: TrainConfig) -> Any:
+    torch.manual_seed(0)
+    return model.ready(model.load(folder, config, "cpu"), config, folder, "cpu", batches).eval()
+
+
+def batches() -> list[dict[str, Any]]:
+    rows = [torch.tensor(row) for row in tiny.documents(8)]
+    made = [collate([Bin(row.numpy(), row.numpy(), torch.tensor([len(row)]).numpy())]) for row in rows]
+    return [{name: value for name, value in each.items() if name != "labels"} for each in made]
+
+
+def logits(trained: Any) -> torch.Tensor:
+    boundaries = torch.tensor([0, IDS.shape[1]], dtype=torch.int32)
+    known = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 32, "max_length_k": 32}
+    with torch.no_grad():
+        found: torch.Tensor = trained(input_ids=IDS, **known).logits
+    return found
+
+
+def plain(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+    return found
+
+
+def shake(trained: Any) -> None:
+    """As if it had been trained."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def places(trained: Any) -> set[str]:
+    return {
+        name.removeprefix("base_model.model.model.layers.")
+        for name, module in trained.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj"], {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        (["*.0.self_attn.[qk]_proj"], {"0.self_attn.q_proj", "0.self_attn.k_proj"}),
+        (["re:.*layers\\.1\\.mlp\\.(up|down)_proj"], {"1.mlp.up_proj", "1.mlp.down_proj"}),
+        (["layers.1.mlp"], {"1.mlp.up_proj", "1.mlp.down_proj", "1.mlp.gate_proj"}),
+    ],
+)
+def test_targets_are_names_globs_or_expressions(folder: Path, targets: list[str], expected: set[str]) -> None:
+    assert places(adapted(folder, section(targets=targets))) == expected
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(folder: Path) -> None:
+    kinds = {place.rpartition(".")[2] for place in places(adapted(folder, section()))}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_plain_pattern_means_whole_parts_of_a_name() -> None:
+    assert matches("mlp", "model.layers.0.mlp.up_proj") and not matches("ml", "model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16", "eva"])
+def test_every_start_leaves_the_function_as_it_was_and_fits_the_model_as_it_came(
+    folder: Path, tmp_path: Path, init: str
+) -> None:
+    trained = adapted(folder, section(init=init))
+    before = plain(folder)
+    torch.testing.assert_close(logits(trained), before, rtol=1e-4, atol=1e-4)
+    shake(trained)
+    expected = logits(trained)
+    assert (expected - before).abs().max() > 0.1
+    adapters.save(trained, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pissa_takes_the_largest_directions_out_of_the_weight(folder: Path) -> None:
+    trained = adapted(folder, section(init="pissa", targets=["up_proj"]))
+    layer = trained.base_model.model.model.layers[0].mlp.up_proj
+    whole = AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
+    singular = torch.linalg.svdvals(whole)
+    torch.testing.assert_close(torch.linalg.svdvals(layer.get_delta_weight("default"))[:4], singular[:4])
+    torch.testing.assert_close(torch.linalg.svdvals(layer.base_layer.weight)[:8], singular[4:12])
+
+
+def test_eva_starts_from_the_directions_in_which_inputs_vary(folder: Path) -> None:
+    trained = adapted(folder, section(init="eva", targets=["q_proj"]))
+    decoder = AutoModelForCausalLM.from_pretrained(folder).model
+    with torch.no_grad():
+        seen = [decoder.layers[0].input_layernorm(decoder.embed_tokens(b["input_ids"]))[0] for b in batches()]
+    inputs = torch.cat(seen)
+    layer = trained.base_model.model.model.layers[0].self_attn.q_proj
+    a = layer.lora_A["default"].weight
+    best = torch.linalg.svd(inputs - inputs.mean(0)).Vh[:4]
+    share = ((inputs - inputs.mean(0)) @ torch.linalg.qr(a.T).Q).square().sum()
+    assert share > 0.95 * ((inputs - inputs.mean(0)) @ best.T).square().sum()
+    assert not layer.lora_B["default"].weight.any()
+
+
+def test_rslora_scales_by_the_root_of_the_rank(folder: Path) -> None:
+    layer = adapted(folder, section(rslora=True, alpha=8)).base_model.model.model.layers[0].mlp.up_proj
+    assert layer.scaling["default"] == 8 / 2
+
+
+def test_dora_learns_magnitudes_and_starts_as_the_model(folder: Path, tmp_path: Path) -> None:
+    trained = adapted(folder, section(dora=True))
+    torch.testing.assert_close(logits(trained), plain(folder), rtol=1e-4, atol=1e-4)
+    learned = {name for name, p in trained.named_parameters() if p.requires_grad and "magnitude" in name}
+    assert len(learned) == 14
+    shake(trained)
+    adapters.save(trained, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()(IDS).logits
+    torch.testing.assert_close(again, logits(trained), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config_name", ["MixtralConfig", "Qwen3MoeConfig"])
+def test_experts_are_adapted_in_their_fused_weights(tmp_path: Path, config_name: str) -> None:
+    folder = tiny.save(tmp_path / "model", config_name, **MOE)
+    trained = adapted(folder, section(experts=True, targets=["q_proj"]))
+    assert {place for place in places(trained) if "experts" in place}
+    torch.testing.assert_close(logits(trained), plain(folder), rtol=1e-4, atol=1e-4)
+    assert trained.config._experts_implementation == "grouped_mm"
+    shake(trained)
+    logits_before = logits(trained)
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad and "experts" in name:
+            assert parameter.dtype == torch.float32
+            with torch.no_grad():
+                parameter.zero_()
+    assert (logits(trained) - logits_before).abs().max() > 1e-3
+
+
+def test_a_model_without_experts_says_so(folder: Path) -> None:
+    with pytest.raises(UserError, match="llama has no experts"):
+        adapted(folder, section(experts=True))
+
+
+def test_a_module_to_save_that_does_not_exist_is_refused_with_the_nearest(folder: Path) -> None:
+    with pytest.raises(UserError, match="no module is called 'embed_token': did you mean 'embed_tokens'"):
+        adapted(folder, section(modules_to_save=["embed_token"]))
