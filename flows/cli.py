@@ -1,4 +1,4 @@
-"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `show`, `schema`, `gc`, `verify`.
+"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `inspect`, `show`, `schema`, `gc`, `verify`.
 
 Importing this module pulls in neither torch nor Prefect; only `run` starts Prefect, and only when something runs.
 """
@@ -135,6 +135,21 @@ def show(
     from flows.show import show_what
 
     show_what(_open(_runtime(store, runtime)), what, console, as_json)
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    settings: Settings = None,
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what became of the data, and some rows with what trains in them in colour."""
+    from flows.inspect import inspect as show_data
+
+    show_data(_start(recipe, settings, store, runtime, allow_code), recipe, console, as_json)
 
 
 @app.command()

@@ -52,6 +52,13 @@ def _tokenizer_and_type(tree: Tree) -> Tree:
     return _model(tree).select(*TOKENIZER_FILES, "config.json")  # which says what kind of tokenizer it is
 
 
+def _tokenizer_without_template(tree: Tree) -> Tree:
+    """What pack shows its samples with: their template is applied already."""
+    files = _tokenizer_and_type(tree)
+    templates = files.select("chat_template*").files
+    return Tree(tuple(file for file in files.files if file not in templates))
+
+
 def _data(tree: Tree) -> Tree:
     return tree.folder("data")
 
@@ -64,7 +71,7 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
     "fetch": {},
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
     "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
-    "pack": {"tokens": Take("tokenize")},
+    "pack": {"tokens": Take("tokenize"), "tokenizer": Take("fetch", _tokenizer_without_template)},
     "score": {"model": Take("fetch", _model), "tokens": Take("tokenize", lambda tree: tree.select("*/tokens.arrow"))},
     "train": {
         "model": Take("fetch", _model),

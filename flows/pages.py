@@ -13,6 +13,7 @@ from typing import Any
 from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
 from flows.plan import Plan, Step
 from flows.screen import WORDS
+from stages import data_charts, data_report
 from stages.compare import BASE, OVER_PRODUCTION, PRODUCTION, TUNED, compare
 from stages.identity import Json
 
@@ -131,7 +132,34 @@ def packing_page(plan: Mapping[str, Json]) -> str:
 
 
 def _report_of(folder: Path) -> str:
-    return (folder / "report.md").read_text()
+    return report_page(json.loads((folder / "report.json").read_text("utf-8")))
+
+
+def report_page(report: Mapping[str, Any]) -> str:
+    """What became of the data: tables, warnings, charts, and rows with what trains in them."""
+    charts = [
+        ("Tokens of each source; green ones train", data_charts.tokens(report)),
+        ("Rows by their tokens", data_charts.lengths(report)),
+    ]
+    told = [data_report.markdown(report)]
+    told += [f"### {title}\n\n{image(_standing_alone(svg), title)}\n" for title, svg in charts]
+    if report["samples"]:
+        told.append("### Rows as they train\n\nWhat stands between ⟦ and ⟧ trains.\n")
+    for sample in report["samples"]:
+        for pieces in sample["sequences"]:
+            text = "".join(f"⟦{text}⟧" if trains else text for text, trains in pieces)
+            told.append(f"{sample['place']}\n\n{_fenced(text)}\n")
+    return "\n".join(told)
+
+
+def _standing_alone(svg: str) -> str:
+    """A chart of a page as a file of its own, which needs to say what it is and how large."""
+    return svg.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{data_charts.WIDTH}" ', 1)
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _card_of(folder: Path) -> str:
@@ -141,7 +169,7 @@ def _card_of(folder: Path) -> str:
 
 PAGES: Mapping[str, Sequence[Page]] = {
     "pack": (
-        Page("data-report", "What became of the data", ("report.md",), _report_of),
+        Page("data-report", "What became of the data", ("report.json",), _report_of),
         Page("packing", "How full the packed sequences are", ("plan.json",), _packing_of),
     ),
     "train": (Page("loss-curve", "Loss over steps", ("metrics.jsonl",), _loss_of),),

@@ -2,8 +2,9 @@
 
 A question is what the user and tools say in a held-out row, or its raw text. It is compared by its runs of eight
 tokens, as Tülu 3 does (Lambert et al. 2024, section 3.2): a training row is contaminated when it holds at least a given
-share of some question's runs, wherever they stand. Wording that many rows have in common, such as the instruction that
-every row begins with, tells nothing and does not count.
+share of some question's runs, wherever they stand, and no fewer than thirteen of them; where a question has fewer, all
+of them, because two short questions of one kind may share half of their words. Wording that many rows have in common,
+such as the instruction that every row begins with, tells nothing and does not count.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from stages.tokenized import Flags, Numbers, Rows, Shard, consecutive
 
 RUN = 8
 """Tokens in a run."""
+FEWEST = 13
+"""Runs that a row must share with a question, unless the question has fewer."""
 COMMON_ROWS, COMMON_SHARE = 10, 0.01
 """A run is wording when it is in more rows than both allow, of those that train or of those held out."""
 ASKED_BY = ("user", "tool", "text")
@@ -54,7 +57,8 @@ def find_contamination(
     for key, count in zip(*held, strict=True):
         number, place = divmod(int(key), len(items))
         part = int(count) / int(sizes[place])
-        if part >= share and part > best.get(number, (0, 0.0))[1]:
+        enough = part >= share and count >= min(FEWEST, sizes[place])
+        if enough and part > best.get(number, (0, 0.0))[1]:
             best[number] = (int(items[place]), part)
     return Contamination(best, int(heldout.sum()) - len(items))
 

@@ -1,13 +1,11 @@
-"""The data report: what became of every row, as JSON, as Markdown tables, and as one HTML page without scripts.
+"""The data report: what became of every row, as JSON and as Markdown; `stages.data_page` makes one HTML page of it.
 
 Every row that was read is accounted for, by source: `rows = packed + heldout + dropped`.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,11 @@ from numpy.typing import NDArray
 
 BARS = 36
 """Bars in the histogram of lengths, at most."""
+LONG_WINDED = 30
+"""Times as many tokens as the assistant's from which on what users say looks like a mistake in the roles."""
+
+Table = tuple[list[str], list[list[str]]]
+"""A header and rows of cells; the first column holds words, the others numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Source:
     dropped: Mapping[str, int]
     """Rows dropped on the whole way, by reason."""
     places: Mapping[str, Sequence[str]]
-    """Where some of the rows that convert dropped are, by reason."""
+    """Where the first of the dropped rows are, by reason."""
     unwritten: Mapping[str, int]
     """Turns with something that the chat template leaves out, by what it is."""
     turns_without_end: int
@@ -44,6 +47,18 @@ class Source:
     tokens: int
     """Tokens of the rows taken."""
     trained_tokens: int
+    said: Mapping[str, int]
+    """Tokens of contents by role, in all rows that came out of convert."""
+    sequences: int
+    """Conversations among them."""
+    endings: int
+    """Ends of turns that train."""
+    unanswered: int
+    """Conversations whose last word is a user's."""
+    opened: int
+    """Conversations in which the assistant speaks first."""
+    empty: int
+    """The assistant's turns that say nothing."""
 
 
 def added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -58,18 +73,24 @@ def joined(lists: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]
 
 
 def compile_report(
-    plan: Mapping[str, Any], sources: Sequence[Source], lengths: NDArray[np.integer[Any]]
+    plan: Mapping[str, Any],
+    sources: Sequence[Source],
+    lengths: NDArray[np.integer[Any]],
+    samples: Sequence[Mapping[str, Any]],
+    too_short: int,
 ) -> dict[str, Any]:
-    """The report as JSON: the plan's figures, the sources, their sums, and how long rows are before any cut."""
+    """The report as JSON: the plan's figures, the sources, their sums, how long rows are before any cut, and `samples`.
+
+    `too_short` counts held-out rows whose question is too short to be looked for among those that train.
+    """
     for source in sources:
         assert source.rows == source.packed + source.heldout + sum(source.dropped.values()), "a row got lost"
     edges, counts = histogram(lengths)
-    return {
-        **{name: value for name, value in plan.items() if name != "shards"},
-        "rows": sum(source.rows for source in sources),
-        "packed": sum(source.packed for source in sources),
-        "heldout": sum(source.heldout for source in sources),
-        "taken": sum(source.taken for source in sources),
+    report = {
+        **{name: value for name, value in plan.items() if name not in ("shards", "windows")},
+        "windows": len(plan["windows"]) - 1,
+        **{name: sum(getattr(source, name) for source in sources) for name in ("rows", "packed", "heldout", "taken")},
+        "fewest_bins": -(-plan["tokens"] // plan["sequence_length"]),
         "dropped": added([source.dropped for source in sources]),
         "lengths": {
             "min": int(lengths.min()),
@@ -80,7 +101,10 @@ def compile_report(
             "counts": counts,
         },
         "sources": [asdict(source) for source in sources],
+        "too_short": too_short,
+        "samples": list(samples),
     }
+    return {**report, "warnings": list(_warnings(report))}
 
 
 def histogram(lengths: NDArray[np.integer[Any]]) -> tuple[list[int], list[int]]:
@@ -91,55 +115,93 @@ def histogram(lengths: NDArray[np.integer[Any]]) -> tuple[list[int], list[int]]:
     return edges.tolist(), np.histogram(lengths, edges)[0].tolist()
 
 
+def _warnings(report: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should know before paying for GPUs, the worst first."""
+    for source in report["sources"]:
+        for warning in _of_source(source, report["kind"]):
+            yield f"{source['name']}: {warning}"
+    if report["too_short"]:
+        yield (
+            f"{report['too_short']:,} held-out rows have too short a question to look for it in the rows that train: "
+            "only exact copies of those rows were left out"
+        )
+
+
+def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
+    said, sequences = source["said"], source["sequences"]
+    talks = set(said) - {"text"}
+    if source["trained_tokens"] and not source["endings"]:
+        yield "no token that ends a turn trains, so the model would not learn to stop"
+    elif count := source["turns_without_end"]:
+        yield f"nothing ends {count:,} of the turns to learn, so the model would not learn to stop there"
+    if talks and not said.get("assistant") and kind != "prompt":
+        yield f"the assistant says nothing in it, only {_listed(sorted(talks))}: look at convert.roles"
+    elif said.get("user", 0) > LONG_WINDED * max(1, said.get("assistant", 0)) and kind != "prompt":
+        ratio = said["user"] / max(1, said.get("assistant", 0))
+        yield f"users say {ratio:,.0f} times as much as the assistant: are the roles the right way round?"
+    if count := source["opened"]:
+        yield f"in {_of(count, sequences)} conversations the assistant speaks first: are the roles the right way round?"
+    if (count := source["unanswered"]) and kind != "prompt":
+        yield f"{_of(count, sequences)} conversations end with a user's words, which nobody answers"
+    if count := source["empty"]:
+        yield f"{count:,} of the assistant's turns are empty: the model would learn to say nothing"
+    for what, count in source["unwritten"].items():
+        yield f"the chat template leaves out {what} ({count:,} times)"
+    if (count := sum(source["dropped"].values())) * 2 > source["rows"]:
+        reason = max(source["dropped"], key=lambda name: source["dropped"][name])
+        yield f"{_of(count, source['rows'])} rows are dropped, most of them as {reason}"
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def write(report: Mapping[str, Any], folder: Path) -> None:
     """Write report.json, report.md and report.html."""
+    from stages.data_page import html
+
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "report.md").write_text(markdown(report), "utf-8")
     (folder / "report.html").write_text(html(report), "utf-8")
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a few Markdown tables."""
-    told = [" · ".join(f"**{value}** {name}" for name, value in _headline(report))]
-    tables = [_by_source(report), _by_reason(report)]
-    told += [_markdown_table(*table) for table in tables if table[1]]
-    told += [f"Note: {note}." for note in _notes(report)]
-    return "\n\n".join(told) + "\n"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, rule, *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def _headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def headline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of the whole: (what, how much)."""
+    repeated = [("with repeats", f"{report['taken']:,}")] if report["taken"] != report["packed"] else []
+    windows = [("windows", f"{report['windows']:,}")] if report["windows"] > 1 else []
     return [
         ("rows read", f"{report['rows']:,}"),
         ("packed", f"{report['packed']:,}"),
+        *repeated,
         ("held out", f"{report['heldout']:,}"),
         ("dropped", f"{sum(report['dropped'].values()):,}"),
         ("tokens", f"{report['tokens']:,}"),
         ("of them trained", f"{report['trained_tokens'] / report['tokens']:.1%}"),
         (f"sequences of {report['sequence_length']:,}", f"{report['bins']:,}"),
         ("filled", f"{report['fill']:.1%}"),
+        *windows,
         ("steps an epoch", f"{report['steps']:,}"),
     ]
 
 
-def _by_source(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def by_source(report: Mapping[str, Any]) -> Table:
+    """What became of each source's rows."""
     header = ["source", "rows", "packed", "held out", "dropped", "truncated", "tokens", "trained"]
     rows = []
     for source in report["sources"]:
-        dropped = sum(source["dropped"].values())
-        numbers = [source[name] for name in ("rows", "packed", "heldout")]
         share = f"{source['trained_tokens'] / source['tokens']:.1%}" if source["tokens"] else "–"
-        numbers += [dropped, source["truncated"], source["tokens"]]
+        numbers = [source[name] for name in ("rows", "packed", "heldout")]
+        numbers += [sum(source["dropped"].values()), source["truncated"], source["tokens"]]
         rows.append([source["name"], *(f"{number:,}" for number in numbers), share])
     return header, rows
 
 
-def _by_reason(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def by_reason(report: Mapping[str, Any]) -> Table:
+    """Why rows are dropped, and where the first of each kind are."""
     names = [source["name"] for source in report["sources"]]
     rows = []
     for reason, count in sorted(report["dropped"].items(), key=lambda item: (-item[1], item[0])):
@@ -148,99 +210,22 @@ def _by_reason(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["dropped because", *(names if len(names) > 1 else []), "rows"], rows
 
 
-def _notes(report: Mapping[str, Any]) -> list[str]:
-    notes = []
-    for source in report["sources"]:
-        name = source["name"]
-        if source["turns_without_end"]:
-            notes.append(
-                f"{name}: nothing ends {source['turns_without_end']:,} of the turns to learn, so the model would not "
-                "learn to stop there"
-            )
-        notes += [
-            f"{name}: the chat template leaves out {what} ({count:,} times)"
-            for what, count in source["unwritten"].items()
-        ]
-        notes += [f"{name}: {reason}, for example {places[0]}" for reason, places in source["places"].items() if places]
-    return notes
+def places(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Where the first dropped rows are, by reason."""
+    return joined([source["places"] for source in report["sources"]])
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --quiet: #66727f; --rule: #dfe3e8; --fill: #4c7d6d; --over: #c2703d }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --quiet: #9aa5b1; --rule: #3a434d; --fill: #7fb5a2; --over: #e39a6b }
-  body { background: #171c21 }
-}
-body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink) }
-body { max-width: 880px; margin: 3rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.35rem; font-weight: 600; margin-bottom: 1.6rem }
-h2 { font-size: 1rem; font-weight: 600; margin: 2.4rem 0 .6rem }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.1rem; margin: 0 }
-dd { font-size: 1.45rem; margin: 0; font-variant-numeric: tabular-nums }
-dt, p, figcaption { color: var(--quiet); font-size: .88rem }
-div { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th { font-weight: 500; color: var(--quiet); font-size: .88rem }
-th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid var(--rule) }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-figure { margin: 0 }
-svg { width: 100%; height: auto }
-svg text { fill: var(--quiet); font-size: 11px }
-.bar { fill: var(--fill) } .over { fill: var(--over) } .axis { stroke: var(--rule) }
-.limit { stroke: var(--over); stroke-dasharray: 3 3 }
-"""
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as a few Markdown tables, without its charts."""
+    told = [" · ".join(f"**{value}** {name}" for name, value in headline(report))]
+    told += [f"⚠ {warning}." for warning in report["warnings"]]
+    told += [markdown_table(*table) for table in (by_source(report), by_reason(report)) if table[1]]
+    told += [f"{reason}: {where[0]}{', …' * (len(where) > 1)}" for reason, where in places(report).items() if where]
+    return "\n\n".join(told) + "\n"
 
 
-def html(report: Mapping[str, Any]) -> str:
-    """The report as one self-contained page."""
-    tiles = "".join(f"<div><dd>{value}</dd><dt>{escape(name)}</dt></div>" for name, value in _headline(report))
-    lengths = report["lengths"]
-    tables = [("Sources", _by_source(report)), ("Dropped rows", _by_reason(report))]
-    body = [
-        "<h1>What became of the data</h1>",
-        f"<dl>{tiles}</dl>",
-        "<h2>Tokens in a row</h2>",
-        f"<figure>{chart(lengths['edges'], lengths['counts'], report['sequence_length'])}<figcaption>Shortest "
-        f"{lengths['min']:,}, median {lengths['median']:,}, 95th percentile {lengths['p95']:,}, longest "
-        f"{lengths['max']:,}; the axis is logarithmic.</figcaption></figure>",
-        *(f"<h2>{title}</h2><div>{_html_table(*table)}</div>" for title, table in tables if table[1]),
-        *(f"<p>{escape(note)}.</p>" for note in _notes(report)),
-    ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><title>Data report</title>{head}\n' + "\n".join(body) + "\n</html>\n"
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-WIDTH, HEIGHT, FOOT = 840, 220, 24
-
-
-def chart(edges: Sequence[int], counts: Sequence[int], limit: int) -> str:
-    """Inline SVG: rows by length on a logarithmic axis, with a line at the sequence length if rows go beyond it."""
-    low, span = math.log(max(1, edges[0])), math.log(edges[-1] / max(1, edges[0])) or 1.0
-    top = max(counts)
-
-    def x(tokens: float) -> float:
-        return WIDTH * (math.log(max(1, tokens)) - low) / span
-
-    parts = []
-    for left, right, count in zip(edges, edges[1:], counts, strict=False):
-        height = (HEIGHT - FOOT - 16) * count / top
-        kind = "over" if left > limit else "bar"
-        parts.append(
-            f'<rect class="{kind}" x="{x(left) + 0.5:.1f}" y="{HEIGHT - FOOT - height:.1f}" '
-            f'width="{max(x(right) - x(left) - 1, 0.5):.1f}" height="{height:.1f}">'
-            f"<title>{left:,} to {right - 1:,} tokens: {count:,} rows</title></rect>"
-        )
-    parts.append(f'<line class="axis" x1="0" x2="{WIDTH}" y1="{HEIGHT - FOOT}" y2="{HEIGHT - FOOT}"/>')
-    every = max(1, (len(edges) - 1) // 6)
-    for tick in edges[every:-1:every]:
-        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:,}</text>')
-    if edges[0] <= limit < edges[-1] - 1:
-        parts.append(f'<line class="limit" x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="0" y2="{HEIGHT - FOOT}"/>')
-        parts.append(f'<text x="{x(limit) - 5:.1f}" y="11" text-anchor="end">sequence length {limit:,}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="rows by length">{"".join(parts)}</svg>'
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in Markdown."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, rule, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

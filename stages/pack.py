@@ -11,7 +11,6 @@ held out, or dropped for the first reason that applies, in the order of `REASONS
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +18,15 @@ import numpy as np
 from pydantic import Field
 
 from packing.plan import Plan
-from stages import data_report, plan_files, selection
+from stages import accounts, data_report, plan_files, selection
 from stages.contamination import find_contamination
 from stages.near_duplicates import near_duplicates
-from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Reasons
+from stages.samples import samples
+from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
-from stages.tokenized import Flags, Numbers, Rows, Shard, find_shards, read_rows
+from stages.tokenized import Numbers, Rows, Shard, find_shards, read_rows
+from stages.tokenizer_files import backend
 
-PLACES = 10
-"""Dropped rows listed by place, for each reason and source."""
 Speaker = Literal["system", "user", "assistant", "tool"]
 
 
@@ -64,8 +63,8 @@ class PackConfig(StageConfig):
     """Leave out a row that is at least so similar to an earlier or a held-out one: the Jaccard similarity of their runs
     of five tokens, 0.8 is usual. null keeps such rows."""
     decontaminate: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Leave out a row that holds at least this share of a held-out row's question, in runs of eight tokens; 0 does not
-    look for any."""
+    """Leave out a row that holds at least this share of a held-out row's question, in runs of eight tokens (and at
+    least 13 of them, or all); 0 does not look for any."""
     sources: dict[str, PackSource] = Field(default_factory=dict)
     """How much of single sources is taken, by their name in `fetch.data`."""
     window: int | None = Field(default=None, ge=1)
@@ -106,16 +105,18 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
     plan = plan_files.write(
         output, "", rows, chosen, shards=len(shards), windows=window[rows.shard[chosen]], **settings
     )
-    holding = np.flatnonzero(taken.heldout & (taken.reasons == KEPT))
+    holding = np.flatnonzero(taken.heldout & taken.kept)
     heldout_plan = plan_files.write(output, "heldout_", rows, holding, shards=len(shards), **settings)
     description = _describe(config, shards, rows, chosen, holding, plan, heldout_plan, window)
     (output / "plan.json").write_text(json.dumps(description, indent=1) + "\n")
+    tokenizer = backend(inputs["tokenizer"], work.runtime.cache / "tokenizers")
     report = data_report.compile_report(
         description,
-        [_of_source(name, shards, rows, taken) for name in sorted({shard.source for shard in shards})],
+        accounts.sources(shards, rows, taken),
         rows.length.sum(axis=1),
+        samples(inputs["tokens"], tokenizer, shards, rows, taken, config.seed),
+        too_short=taken.too_short,
     )
-    report["too_short"] = taken.too_short
     data_report.write(report, output)
     return {
         **{name: report[name] for name in ("rows", "documents", "tokens", "trained_tokens", "bins", "steps")},
@@ -126,23 +127,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
     }
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """What becomes of every row."""
-
-    heldout: Flags
-    """[rows]"""
-    reasons: Reasons
-    """[rows] Why it is dropped, or KEPT."""
-    copies: Numbers
-    """[rows] How often it trains: 0 where it is dropped or held out."""
-    like: Mapping[int, tuple[int, float]]
-    """Near-duplicates and contaminated rows -> the row that each is like, and how much."""
-    too_short: int
-    """Held-out rows whose question is too short to be looked for in those that train."""
-
-
-def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard]) -> _Taken:
+def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard]) -> Taken:
     own = [config.of(shard.source) for shard in shards]
     fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
     heldout = selection.held_out(rows, shards, fractions)
@@ -171,7 +156,7 @@ def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard])
     training &= reasons == KEPT
     copies = np.where(training, selection.copies(rows, [s.weight for s in own], config.seed), 0)
     reasons[training & (copies == 0)] = UNSAMPLED
-    return _Taken(heldout, reasons, copies, like, too_short)
+    return Taken(heldout, reasons, copies, like, too_short)
 
 
 def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
@@ -187,11 +172,11 @@ def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
     )
 
 
-def _nothing_left(taken: _Taken, config: PackConfig) -> str:
+def _nothing_left(taken: Taken, config: PackConfig) -> str:
     """Why no row trains, and how to mend it."""
     counts = {reason: int((taken.reasons == code).sum()) for code, reason in enumerate(REASONS, 1)}
     told = [f"{count} {reason}" for reason, count in counts.items() if count]
-    if kept_aside := int(((taken.reasons == KEPT) & taken.heldout).sum()):
+    if kept_aside := int((taken.kept & taken.heldout).sum()):
         told.append(f"{kept_aside} held out")
     mends = {
         "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
@@ -246,54 +231,4 @@ def _most_documents(plan: Plan) -> int:
     return int(np.diff(plan.offsets).max()) if len(plan) else 0
 
 
-def _of_source(name: str, shards: Sequence[Shard], rows: Rows, taken: _Taken) -> data_report.Source:
-    """What became of one source's rows."""
-    own = [shard for shard in shards if shard.source == name]
-    mine = np.array([shard.source == name for shard in shards])[rows.shard]
-    dropped = data_report.added([shard.counts["dropped"] for shard in own])
-    for code, reason in enumerate(REASONS, 1):
-        if count := int((mine & (taken.reasons == code)).sum()):
-            dropped[reason] = dropped.get(reason, 0) + count
-    kept = mine & (taken.reasons == KEPT)
-    copies = taken.copies[mine]
-    return data_report.Source(
-        name=name,
-        split=own[0].split,
-        rows=sum(shard.counts["rows"] for shard in own),
-        dropped=dropped,
-        places=data_report.joined(
-            [*(shard.counts.get("places", {}) for shard in own), _places(mine, shards, rows, taken)]
-        ),
-        unwritten=data_report.added([shard.counts.get("unwritten", {}) for shard in own]),
-        turns_without_end=sum(shard.counts.get("turns_without_end", 0) for shard in own),
-        packed=int((kept & ~taken.heldout).sum()),
-        heldout=int((kept & taken.heldout).sum()),
-        taken=int(copies.sum()),
-        truncated=int((kept & (rows.length != rows.used).any(axis=1)).sum()),
-        tokens=int((rows.used[mine].sum(axis=1) * copies).sum()),
-        trained_tokens=int((rows.trained[mine].sum(axis=1) * copies).sum()),
-    )
-
-
-def _places(mine: Flags, shards: Sequence[Shard], rows: Rows, taken: _Taken) -> dict[str, list[str]]:
-    """Where the first rows are that pack drops, by reason."""
-
-    def place(number: int) -> str:
-        shard: Shard = shards[int(rows.shard[number])]
-        return shard.place(int(rows.number[number]))
-
-    def told(number: int) -> str:
-        if number not in taken.like:
-            return place(number)
-        other, part = taken.like[number]
-        return f"{place(number)} (like {place(other)}: {part:.0%})"
-
-    found = {}
-    for code, reason in enumerate(REASONS, 1):
-        numbers = np.flatnonzero(mine & (taken.reasons == code))[:PLACES].tolist()
-        if numbers:
-            found[reason] = [told(number) for number in numbers]
-    return found
-
-
-STAGE = Stage(name="pack", artifact="plan", version=3, config=PackConfig, run=run, libraries=("rensa",))
+STAGE = Stage(name="pack", artifact="plan", version=4, config=PackConfig, run=run, libraries=("rensa",))

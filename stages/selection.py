@@ -3,7 +3,8 @@
 A row's own hash decides wherever chance would: adding data moves no other row to another side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +28,30 @@ KEPT, OVERLONG, NOTHING, IN_HELDOUT, DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, LI
 
 Reasons = NDArray[np.uint8]
 
-_LIMITING, _SAMPLING = 1, 2
-"""Draws of one row that must not depend on each other."""
+LIMITING, SAMPLING, SHOWING = 1, 2, 3
+"""What a row is drawn for: draws that must not depend on each other."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What becomes of every row."""
+
+    heldout: Flags
+    """[rows]"""
+    reasons: Reasons
+    """[rows] Why it is dropped, or KEPT."""
+    copies: Numbers
+    """[rows] How often it trains: 0 where it is dropped or held out."""
+    like: Mapping[int, tuple[int, float]]
+    """Near-duplicates and contaminated rows -> the row that each is like, and how much."""
+    too_short: int
+    """Held-out rows whose question is too short to be looked for in those that train."""
+
+    @property
+    def kept(self) -> Flags:
+        """[rows] Which train or are held out."""
+        found: Flags = self.reasons == KEPT
+        return found
 
 
 def held_out(rows: Rows, shards: Sequence[Shard], fractions: Sequence[float]) -> Flags:
@@ -69,11 +92,11 @@ def beyond_limit(
     `sources` and `limits` [shards] say whose rows a shard holds, and how many of them may train. Those with the lowest
     hashes stay: a fair sample wherever they stand in the files, of which each new row pushes out one at most.
     """
-    draws = _draws(rows, seed, _LIMITING)
+    drawn = draws(rows, seed, LIMITING)
     beyond = [np.empty(0, np.int64)]
     for source, limit in sorted({(s, n) for s, n in zip(sources, limits, strict=True) if n is not None}):
         own = np.flatnonzero(training & np.array([s == source for s in sources])[rows.shard])
-        beyond.append(own[np.argsort(draws[own], kind="stable")][limit:])
+        beyond.append(own[np.argsort(drawn[own], kind="stable")][limit:])
     return np.concatenate(beyond)
 
 
@@ -82,7 +105,7 @@ def copies(rows: Rows, weights: Sequence[float], seed: int) -> Numbers:
     the half of the rows whose hash says so."""
     whole = np.floor(weights).astype(np.int64)
     bounds = np.array([int(weight % 1 * 2**64) for weight in weights], np.uint64)
-    more = _draws(rows, seed, _SAMPLING) < bounds[rows.shard]
+    more = draws(rows, seed, SAMPLING) < bounds[rows.shard]
     taken: Numbers = whole[rows.shard] + more
     return taken
 
@@ -116,7 +139,7 @@ def _halves(identity: pa.Array) -> NDArray[np.uint64]:
     return both.astype(np.uint64).reshape(-1, 2)
 
 
-def _draws(rows: Rows, seed: int, purpose: int) -> NDArray[np.uint64]:
+def draws(rows: Rows, seed: int, purpose: int) -> NDArray[np.uint64]:
     """[rows] A number of 64 random bits each, from the row's identity and the seed: SplitMix64 (Steele et al. 2014).
 
     It starts from the half of the identity that does not decide what is held out.

@@ -110,6 +110,10 @@ class Rows:
     """[shards] Spans that end a turn and train."""
     unanswered: Numbers
     """[shards] Conversations whose last word is a user's."""
+    opened: Numbers
+    """[shards] Conversations in which the assistant speaks first."""
+    empty: Numbers
+    """[shards] The assistant's turns that say nothing."""
 
     def __len__(self) -> int:
         return int(self.shard.size)
@@ -156,7 +160,7 @@ def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str | Sequence[st
         name: [] for name in ("shard", "number", "place", "length", "used", "trained", "ranges", "starts", "ends")
     }
     identities: list[pa.Array] = []
-    told: dict[str, list[Any]] = {"said": [], "endings": [], "unanswered": []}
+    told: dict[str, list[Any]] = {name: [] for name in ("said", "endings", "unanswered", "opened", "empty")}
     done = 0
     for number, shard in enumerate(shards):
         table = read_table(tokens / shard.path / "tokens.arrow")
@@ -187,7 +191,7 @@ def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str | Sequence[st
         tell(done, total, "rows")
     if not done:
         none, few = np.empty((0, width), np.int64), np.empty(0, np.uint32)
-        return Rows(few, few, few, pa.array([], pa.binary(16)), none, none, none, none, few, few, none, none, none)
+        return Rows(few, few, few, pa.array([], pa.binary(16)), none, none, none, none, few, few, *[none] * 5)
     joined = {name: np.concatenate(each) for name, each in columns.items()}
     return Rows(
         identity=pa.concat_arrays(identities), **joined, **{name: np.array(each) for name, each in told.items()}
@@ -259,13 +263,20 @@ def trained_ranges(
 
 
 def _speech(spans: Spans, may: Flags) -> dict[str, Any]:
-    """Who says how much in a shard, how many ends of turns train, and how often a user has the last word."""
-    role = roles(spans.kinds)
-    said = np.flatnonzero((origins(spans.kinds) == ORIGIN_CONTENT) & (spans.turns != NO_TURN))
-    sizes = (spans.ends - spans.starts)[said]
-    last = said[np.append(np.diff(spans.sequence[said]) > 0, True)[: len(said)]]
+    """What a shard's turns look like: who says how much, who begins, who ends, and what is empty."""
+    assistant = ROLES.index("assistant")
+    role, origin, sizes = roles(spans.kinds), origins(spans.kinds), spans.ends - spans.starts
+    of_turn = (origin != ORIGIN_TEMPLATE) & (spans.turns != NO_TURN)
+    content = of_turn & (origin == ORIGIN_CONTENT) & (sizes > 0)
+    talk = np.flatnonzero(of_turn & (role != ROLES.index("system")))
+    new = np.append(True, np.diff(spans.sequence[talk]) > 0)[: len(talk)]
+    last = np.append(new[1:], True)[: len(talk)]
+    turn = spans.sequence * (NO_TURN + 1) + spans.turns
+    ended = np.unique(turn[(origin == ORIGIN_END) & (role == assistant)])
     return {
-        "said": np.bincount(role[said], weights=sizes, minlength=len(ROLES)).astype(np.int64),
-        "endings": int((may & (origins(spans.kinds) == ORIGIN_END)).sum()),
-        "unanswered": int((role[last] == ROLES.index("user")).sum()),
+        "said": np.bincount(role[content], weights=sizes[content], minlength=len(ROLES)).astype(np.int64),
+        "endings": int((may & (origin == ORIGIN_END)).sum()),
+        "unanswered": int((role[talk[last]] == ROLES.index("user")).sum()),
+        "opened": int((role[talk[new]] == assistant).sum()),
+        "empty": len(ended) - int(np.isin(ended, turn[content]).sum()),
     }

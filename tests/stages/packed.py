@@ -10,6 +10,7 @@ import numpy as np
 
 from packing.collate import IGNORED, PackedBins
 from stages.pack import STAGE, PackConfig
+from stages.runtime import Runtime
 from stages.stage import Work
 from stages.tables import (
     ORIGIN_CONTENT,
@@ -21,6 +22,8 @@ from stages.tables import (
     tokens_schema,
     write_table,
 )
+
+TOKENIZER = Path(__file__).parents[1] / "golden" / "model"
 
 Span = tuple[int, int, int, int, str, int]
 """start, end, origin, turn, role, train"""
@@ -80,7 +83,9 @@ class Packed:
     def __init__(self, tokens: Path, output: Path, **config: Any) -> None:
         output.mkdir(parents=True)
         settings = PackConfig(**{"sequence_length": 64, "global_batch": 2, **config})
-        self.facts = STAGE.run(settings, {"tokens": tokens}, output, Work(output.parent / "work"))
+        inputs = {"tokens": tokens, "tokenizer": TOKENIZER}
+        runtime = Runtime(cache=output.parents[1] / "cache")  # shared by all tests of a session
+        self.facts = STAGE.run(settings, inputs, output, Work(output.parent / "work", runtime))
         self.output = output
         self.plan = json.loads((output / "plan.json").read_text())
         self.report = json.loads((output / "report.json").read_text())

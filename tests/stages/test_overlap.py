@@ -145,8 +145,16 @@ def test_contamination_is_what_looking_for_every_question_everywhere_finds(
         [len(runs(each, 8) & question) / len(question) if question else 0.0 for question in questions]
         for each in training
     ]
+    enough = [
+        [
+            part
+            for part, question in zip(each, questions, strict=True)
+            if part >= share and round(part * len(question)) >= min(13, len(question))
+        ]
+        for each in parts
+    ]
     assert {row: part for row, (_, part) in found.rows.items()} == {
-        number: pytest.approx(max(each)) for number, each in enumerate(parts) if max(each) >= share
+        number: pytest.approx(max(each)) for number, each in enumerate(enough) if each
     }
     for number, (item, part) in found.rows.items():
         assert parts[number][item - len(training)] == pytest.approx(part)
@@ -159,7 +167,7 @@ def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> Non
     rows = [said(("user", wording + ask), ("assistant", [1, 2])) for ask in asks[:30]]
     rows += [
         said(("user", [5, *asks[35][3:], 6]), ("assistant", [9])),
-        said(("user", [1]), ("assistant", asks[36][:19])),
+        said(("user", [1]), ("assistant", asks[36][:21])),
     ]
     shard(tmp_path / "tokens", "chat/00000", rows)
     rows = [said(("user", wording + ask), ("assistant", [3])) for ask in asks[30:]]

@@ -1,7 +1,6 @@
 """pack: what trains, what is dropped and counted, what is held out, and what comes out as files."""
 
 import itertools
-import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -364,24 +363,6 @@ def test_the_plan_is_complete_reproducible_and_says_its_steps(tmp_path: Path) ->
     assert all(len(each.ids) == length <= 64 for each, length in zip(read, bins.lengths, strict=True))
     assert all((each.labels != IGNORED).sum() == n for each, n in zip(read, bins.trained, strict=True))
     assert packed.facts["fill"] == pytest.approx(sum(len(each.ids) for each in read) / (len(read) * 64), abs=1e-4)
-
-
-def test_the_report_can_be_read_by_people(tmp_path: Path) -> None:
-    many(tmp_path / "tokens", 50)
-    shard(tmp_path / "tokens", "a|b/00000", [row(("user", 3), ("assistant", 90))], dropped={"<empty>": 3})
-    packed = Packed(tmp_path / "tokens", tmp_path / "out")
-    lengths = packed.report["lengths"]
-    assert sum(lengths["counts"]) == 101
-    assert lengths["edges"][0] <= lengths["min"] <= lengths["median"] <= lengths["p95"] <= lengths["max"] == 99
-    markdown = (packed.output / "report.md").read_text()
-    assert "| chat | 100 | 100 | 0 | 0 | 0 |" in markdown
-    assert "| a\\|b | 4 | 0 | 0 | 4 | 0 | 0 | – |" in markdown
-    page = (packed.output / "report.html").read_text()
-    assert "&lt;empty&gt;" in page
-    assert "<script" not in page and "http" not in page, "the page is self-contained"
-    chart = ET.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
-    assert sum(int(bar[0].text.split(": ")[1].split()[0]) for bar in chart.iter("rect")) == 101
-    assert any("sequence length 64" in (text.text or "") for text in chart.iter("text"))
 
 
 @pytest.mark.parametrize(
