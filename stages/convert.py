@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Self
 import pyarrow as pa
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from stages import chat_template, formats, sequences, templates
+from stages import chat_template, filters, formats, sequences, templates
+from stages.filters import LeftOut
 from stages.formats import BadRow, Reader, auto, own
 from stages.identity import Tree
 from stages.rows import Place, Row, read_rows
@@ -47,7 +48,14 @@ def _known_format(name: str) -> str:
     return name
 
 
+def _parsed_filter(text: str) -> str:
+    if text:
+        filters.parse(text)
+    return text
+
+
 FormatName = Annotated[str, AfterValidator(_known_format)]
+FilterText = Annotated[str, AfterValidator(_parsed_filter)]
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
 
 
@@ -70,6 +78,8 @@ class ConvertPart(StageConfig):
     """The assistant's reasoning: keep it, drop it, or keep only that after the last question."""
     trust_special_tokens: bool = False
     """Whether special tokens that stand in the data become control tokens; otherwise they stay text."""
+    filter: FilterText = ""
+    """Which rows are kept, e.g. `lang == "en" and len(messages) > 1`; the language is in `stages.filters`."""
     bad_rows: Literal["error", "drop"] = "error"
     """What to do with a row that cannot be converted: stop at the first, or leave it out and count it."""
     date: datetime.date | None = None
@@ -109,6 +119,8 @@ class ConvertOverride(StageConfig):
     """As `convert.reasoning`."""
     trust_special_tokens: bool | None = None
     """As `convert.trust_special_tokens`."""
+    filter: FilterText | None = None
+    """As `convert.filter`."""
     bad_rows: Literal["error", "drop"] | None = None
     """As `convert.bad_rows`."""
     date: datetime.date | None = None
@@ -170,7 +182,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
     name = "/".join(part for part in (work.where.get("name") or source["source"], source.get("member")) if part)
     first = source.get("first", 1)
     (path,) = inputs["rows"].glob("rows.*")
-    rows = read_rows(path, name, first)
+    rows = filters.filtered(read_rows(path, name, first), config.filter)
     seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
     reader = _reader(config, name, seen)
     tokenizer = read_tokenizer(inputs["tokenizer"])
@@ -214,9 +226,9 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
     return {**facts, "formats": {reader.format: 1}}
 
 
-def _reader(config: ConvertPart, name: str, seen: Iterable[tuple[Place, Row | BadRow]]) -> Reader:
+def _reader(config: ConvertPart, name: str, seen: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> Reader:
     """The format that reads a shard. Raises UserError when it is not recognised in the rows `seen`."""
-    rows = [row for _, row in seen if not isinstance(row, BadRow)]
+    rows = [row for _, row in seen if isinstance(row, dict)] or [r.row for _, r in seen if isinstance(r, LeftOut)]
     for place, row in seen:
         if not rows and isinstance(row, BadRow):
             raise UserError(f"{name}, {place}: {row}")
@@ -259,12 +271,15 @@ class _Counts:
 
 
 def _converted(
-    rows: Iterable[tuple[Place, Row | BadRow]], sequencer: Sequencer, counts: _Counts
+    rows: Iterable[tuple[Place, Row | BadRow | LeftOut]], sequencer: Sequencer, counts: _Counts
 ) -> Iterator[list[Written]]:
     """The sequences of each row that can be converted."""
     convert, form = sequencer.reader.convert, sequencer.reader.format
     for number, (place, row) in enumerate(rows):
         counts.rows += 1
+        if isinstance(row, LeftOut):
+            counts.dropped["filtered"] += 1
+            continue
         try:
             if isinstance(row, BadRow):
                 raise row
