@@ -1,4 +1,4 @@
-"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `inspect`, `show`, `schema`, `gc`, `verify`.
+"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `inspect`, `show`, `schema`, `gc`, `verify`; `flows.operate`.
 
 Importing this module pulls in neither torch nor Prefect; only `run` starts Prefect, and only when something runs.
 """
@@ -7,23 +7,20 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from flows import screen
+from flows import operate, screen
 from flows.execute import StageFailed
+from flows.options import AsJson, RuntimeFile, StoreUrl, console, opened, runtime_of
 from flows.plan import make_plan
 from flows.recipe import Recipe, load
 from flows.run import Run, start
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.runtime import Runtime, from_environment
-from stages.store import Store, open_store
 
 EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE = 1, 2, 3, 4
 EXIT_SUSPENDED, EXIT_INTERRUPTED = 75, 130
@@ -42,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(operate.app)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
 Selectors = Annotated[
@@ -51,15 +49,10 @@ Selectors = Annotated[
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Stages to leave out; the same grammar.")]
 Force = Annotated[list[str] | None, typer.Option("--force", help="Stages to make again although they are cached.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key.")]
-StoreUrl = Annotated[str | None, typer.Option("--store", help="The artifact store: a folder or an fsspec URL.")]
-RuntimeFile = Annotated[Path | None, typer.Option("--runtime", help="A YAML file with runtime settings.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Make again what other code or library versions made.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Let the recipe bring Python of its own: it runs with your rights.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-
-console = Console(highlight=False)
 
 
 @app.command()
@@ -74,6 +67,9 @@ def run(
     strict: Strict = False,
     allow_code: AllowCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    on: Annotated[
+        Literal["here", "up"], typer.Option("--on", help="In this process, or on the worker of `regrow up`.")
+    ] = "here",
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: make what is not there yet, in a Prefect flow."""
@@ -88,6 +84,10 @@ def run(
     if dry_run:
         return
     selection = Selection(selectors or (), exclude or (), force or (), strict)
+    if on == "up":
+        from flows.remote import run_there
+
+        raise typer.Exit(run_there(this, selection, console))
     quiet = Console(quiet=True) if as_json else console
     try:
         dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
@@ -134,7 +134,7 @@ def show(
     """Show a run or an artifact: facts, inputs, files, lineage. Without a name: the latest runs."""
     from flows.show import show_what
 
-    show_what(_open(_runtime(store, runtime)), what, console, as_json)
+    show_what(opened(runtime_of(store, runtime)), what, console, as_json)
 
 
 @app.command()
@@ -178,7 +178,7 @@ def gc(
     """Find (and with --delete remove) artifacts that nothing names any more."""
     from flows.show import show_gc
 
-    show_gc(_open(_runtime(store, runtime)), delete, days, console, as_json)
+    show_gc(opened(runtime_of(store, runtime)), delete, days, console, as_json)
 
 
 @app.command()
@@ -191,7 +191,7 @@ def verify(
     """Check that the store holds what its manifests say."""
     from flows.show import show_verify
 
-    raise typer.Exit(show_verify(_open(_runtime(store, runtime)), deep, console, as_json))
+    raise typer.Exit(show_verify(opened(runtime_of(store, runtime)), deep, console, as_json))
 
 
 def _start(
@@ -202,32 +202,8 @@ def _start(
     allow_code: bool = False,
 ) -> Run:
     loaded = load(recipe, settings or ())
-    runtime = _runtime(store, runtime_file, allow_code)
-    return start(loaded, runtime, _open(runtime))
-
-
-def _open(runtime: Runtime) -> Store:
-    return open_store(runtime.store, runtime.cache, runtime.storage_options)
-
-
-def _runtime(store: str | None, file: Path | None, allow_code: bool = False) -> Runtime:
-    """Flags over file over environment over defaults."""
-    found: dict[str, Any] = {}
-    if file is not None:
-        try:
-            found = yaml.safe_load(file.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{file}: not a runtime file: {error}") from None
-    if store:
-        found["store"] = store
-    if allow_code:
-        found["allow_code"] = True
-    try:
-        return from_environment(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(f"runtime `{name}`: {first['msg']} (from {file or f'REGROW_{name.upper()}'})") from None
+    runtime = runtime_of(store, runtime_file, allow_code)
+    return start(loaded, runtime, opened(runtime))
 
 
 def main() -> None:

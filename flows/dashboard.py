@@ -23,13 +23,14 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
 from flows.execute import Follower
-from flows.pages import PAGES, loss_page, plan_page, trimmed
+from flows.history import events_of
+from flows.pages import PAGES, history_page, loss_page, plan_page, trimmed
 from flows.plan import Plan
 from flows.run import Run
 from stages.build import Built
 from stages.child import Event
 from stages.identity import Json
-from stages.store import BadBlob
+from stages.store import BadBlob, Store
 
 PATIENCE_SECONDS = 8.0
 """A stage that is done sooner shows no progress."""
@@ -75,6 +76,17 @@ class Dashboard:
         """Show the plan; called inside the flow."""
         with self._forgiving(get_run_logger()):
             self._create("plan", "What will run, and why", plan_page(plan), None)
+
+    def show_history(self, run: Run) -> None:
+        """Show what the runs of this recipe's name came to; called inside the flow."""
+        self.show_history_of(run.store, run.name)
+
+    def show_history_of(self, store: Store, name: str) -> None:
+        """Show a name's history, on a page whose key is the name's own."""
+        with self._forgiving(get_run_logger()):
+            self._create(
+                f"{name}-history", f"{name}: runs and production", history_page(name, events_of(store, name)), None
+            )
 
     def _started(self, run: Run, stage: str) -> None:
         self.stage = _Stage(stage, get_run_logger(), UUID(task_run.id) if task_run.id else None)

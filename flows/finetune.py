@@ -6,25 +6,29 @@ submitted task would run on to its end first.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import PurePath
 from typing import Any, TypedDict
+from uuid import UUID
 
-import yaml
 from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import State
-from prefect.runtime import flow_run
+from prefect.events import emit_event
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
+from flows.approval import asked
 from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
 from flows.plan import Plan, make_plan
-from flows.recipe import Loaded, Recipe, check
+from flows.recipe import Recipe, loads
 from flows.run import Run, start
 from flows.screen import headline, seconds
 from flows.settle import Outcome, settle
-from flows.strict_yaml import Document
+from flows.stored import AnyRecipe, recipe_of
 from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
@@ -44,48 +48,88 @@ class Reference(TypedDict):
 def run_name() -> str:
     """The recipe's name and a short id: the run's own, when it was started with one."""
     given: str = flow_run.parameters.get("run") or flow_run.id or ""
-    return f"{flow_run.parameters['recipe'].name}-{given[-6:]}"
+    return f"{recipe_name(flow_run.parameters['recipe'])}-{given[-6:]}"
+
+
+def recipe_name(recipe: str | Recipe) -> str:
+    """What a run of the recipe is called before it is read: a file by its stem."""
+    return recipe.name if isinstance(recipe, Recipe) else PurePath(recipe).stem
 
 
 @flow(name="finetune", flow_run_name=run_name, persist_result=False)
 def finetune(
-    recipe: Recipe,
-    runtime: Runtime | None = None,
+    recipe: AnyRecipe,
+    settings: Sequence[str] = (),
     select: Sequence[str] = (),
     exclude: Sequence[str] = (),
     force: Sequence[str] = (),
     strict: bool = False,
+    runtime: Runtime | None = None,
     run: str = "",
 ) -> State[Any]:
-    """Fine-tune a model by a recipe: make what is not in the store yet.
+    """Fine-tune a model by a recipe: make what is not in the store yet. Raises UserError, StageFailed and Suspended.
 
-    `runtime`: where and how fast, by default from the environment (`REGROW_*`). `select`, `exclude`, `force`: stages,
-    such as `train+`. `strict`: make again what other code or library versions made. `run`: an earlier run's id, to use
-    its sources as they were found then. Raises UserError, StageFailed and Suspended.
+    Args:
+        recipe: a file on the worker's machine, the name of a recipe that ran before, or one written here.
+        settings: recipe keys to override, one a line, such as `train.learning_rate=2e-4`.
+        select: stages, such as `train`, `train+` (and all below), `+evaluate` (and all above); empty takes all.
+        exclude: stages to leave out; the same grammar.
+        force: stages to make again although they are in the store.
+        strict: make again what other code or library versions made.
+        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+        run: an earlier run's id, to use its recipe and its sources as they were then.
     """
     try:
-        this = opened(recipe, runtime or from_environment(), run)
-        plan = make_plan(this, select, exclude, force, strict)
-        again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
         with get_client(sync_client=True) as client:
-            label(client, this)
-            outcome = drive(this, plan, again, Dashboard(client))
+            this, _ = opened(client, recipe, settings, runtime or from_environment(), run)
+            return work(client, this, select, exclude, force, strict)
     except (UserError, StageFailed, Suspended) as error:
         return failed(error)
-    return finished(this, outcome)
 
 
-def opened(recipe: Recipe, runtime: Runtime, run: str = "") -> Run:
-    """A new run with its sources resolved now, or an earlier one with the sources as they were."""
+def opened(
+    client: SyncPrefectClient, recipe: str | Recipe, settings: Sequence[str], runtime: Runtime, run: str = ""
+) -> tuple[Run, bool]:
+    """A new run with its sources resolved now, or an earlier one with the sources as they were: the one called `run`,
+    or what this flow run began before it was suspended or retried. Whether it is an earlier one comes second."""
     store = open_store(runtime.store, runtime.cache, runtime.storage_options)
-    record = store.read_run(run) if run else None
+    wanted = run or own_id(client)
+    record = store.read_run(wanted)
     if run and record is None:
         raise UserError(f"run `{run}`: there is no such run in {store.url}; see `regrow show`")
-    if record is None:
-        check(recipe.model_dump(mode="json"), Document({}, {}), "recipe")
-    text = record["text"] if record else yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True))
-    loaded = Loaded(recipe=recipe, text=text, path=record["path"] if record else "")
-    return start(loaded, runtime, store, record)
+    if record is not None:
+        return start(loads(record["text"], record["path"]), runtime, store, record), True
+    return start(recipe_of(recipe, settings, store), runtime, store, run_id=wanted), False
+
+
+def own_id(client: SyncPrefectClient) -> str:
+    """The id of the run that this flow run does: the same each time the flow run goes on."""
+    created = client.read_flow_run(UUID(flow_run.id)).created
+    assert created is not None
+    return f"{created:%Y%m%d-%H%M%S}-{flow_run.id[-6:]}"
+
+
+def work(
+    client: SyncPrefectClient,
+    run: Run,
+    select: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    force: Sequence[str] = (),
+    strict: bool = False,
+) -> State[Any]:
+    """Plan and drive a run, ask a person where the recipe wants it, and say how it ended."""
+    plan = make_plan(run, select, exclude, force, strict)
+    again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
+    label(client, run)
+    dashboard = Dashboard(client)
+    outcome = drive(run, plan, again, dashboard)
+    if outcome is None:
+        return Completed()
+    if outcome.production == "waits" and deployment.id:
+        outcome = settle(run, asked(run))
+        run.record("finished", asdict(outcome))
+    dashboard.show_history(run)
+    return finished(run, outcome)
 
 
 def label(client: SyncPrefectClient, run: Run) -> None:
@@ -119,7 +163,7 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
     except BaseException:
         run.record("failed")
         raise
-    run.record("finished")
+    run.record("finished", asdict(outcome) if outcome else None)
     run.become_baseline()
     return outcome
 
@@ -153,12 +197,19 @@ def failed(error: Exception) -> State[Any]:
     return Failed(name=name, message=str(error).partition("\n")[0], data=error)
 
 
-def finished(run: Run, outcome: Outcome | None) -> State[Any]:
-    """The flow's last state: a gate that was not passed is a result, with a name that automations can wait for."""
-    if outcome is None:
-        return Completed()
+def finished(run: Run, outcome: Outcome) -> State[Any]:
+    """The flow's last state, and the event that automations wait for: a gate that was not passed is a result."""
+    told = {"run": run.id, "recipe": run.name, "reasons": outcome.reasons, "scores": run.headline_scores()}
     if not outcome.passed:
+        announce("regrow.gate.failed", run.name, told)
         return Completed(name="GateFailed", message=f"not published: {'; '.join(outcome.reasons)}")
-    told = [f"published to {outcome.to}"] if outcome.to else []
-    told += [outcome.told(run.name)]
-    return Completed(message="; ".join([*told, *outcome.reasons]))
+    if outcome.production == "moved":
+        announce("regrow.model.published", run.name, {**told, "model": run.artifacts["merge"].key, "to": outcome.to})
+    named = "Waiting" if outcome.production == "waits" else "Refused" if outcome.production == "refused" else None
+    words = [f"published to {outcome.to}"] if outcome.to else []
+    return Completed(name=named, message="; ".join([*words, outcome.told(run.name), *outcome.reasons]))
+
+
+def announce(event: str, name: str, told: dict[str, Any]) -> None:
+    """An event about a name's model; its resource is `regrow.model.NAME`."""
+    emit_event(event, {"prefect.resource.id": f"regrow.model.{name}", "prefect.resource.name": name}, payload=told)

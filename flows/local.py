@@ -62,9 +62,17 @@ def _flow(run: Run, selection: Selection) -> Any:
     chosen, forced = select(selection.selectors, selection.exclude), list(selection.force)
     if len(chosen) == 1 and not selection.strict:
         again = bool(forced) and chosen[0] in select(forced)
-        return stage(chosen[0], recipe, runtime, again, run.id, return_state=True)
-    selectors, exclude = list(selection.selectors), list(selection.exclude)
-    return finetune(recipe, runtime, selectors, exclude, forced, selection.strict, run.id, return_state=True)
+        return stage(chosen[0], recipe, force=again, runtime=runtime, run=run.id, return_state=True)
+    return finetune(
+        recipe,
+        select=list(selection.selectors),
+        exclude=list(selection.exclude),
+        force=forced,
+        strict=selection.strict,
+        runtime=runtime,
+        run=run.id,
+        return_state=True,
+    )
 
 
 def finish(run: Run, selection: Selection, dashboard: str, console: Console, as_json: bool) -> int:

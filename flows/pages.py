@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
+from flows.history import Event
 from flows.plan import Plan, Step
 from flows.screen import WORDS
 from stages import data_charts, data_report
@@ -49,6 +50,37 @@ def _step_row(step: Step) -> tuple[str, ...]:
     return step.stage, WORDS[step.state].replace(" ", "\u00a0"), f"`{step.key[:8]}`" if step.key else "", why
 
 
+def history_page(name: str, events: Sequence[Event]) -> str:
+    """A name's runs and moves, newest first, with the tuned model's scores over time as a chart."""
+    runs = [event for event in reversed(events) if event.scores and event.what != "rolled back"]
+    tasks = list(dict.fromkeys(task for event in runs for task in event.scores))
+    bars = [
+        Bar(event.at[5:16].replace("T", " "), **event.scores[task], tuned=event.what == "promoted")
+        for task in tasks[:1]
+        for event in runs[-MOST_BARS:]
+        if task in event.scores
+    ]
+    told = [image(interval_bars(bars, f"{tasks[0]}, with its 95 % interval"), "scores over runs")] if bars else []
+    rows = [
+        (
+            event.at[:16].replace("T", "\u00a0"),
+            event.what,
+            f"`{event.model[:8]}`" if event.model else "",
+            f"`{event.run}`" if event.run else "",
+            ", ".join(f"{task} {score['value']:.3f}" for task, score in list(event.scores.items())[:3]),
+            event.why,
+        )
+        for event in events
+    ]
+    told.append(_table(("when (UTC)", "what", "weights", "run", "scores", "why"), rows))
+    told.append(f"`regrow history {name}` shows the same; blue: promoted.")
+    return "\n\n".join(told)
+
+
+MOST_BARS = 12
+"""Runs in the history's chart."""
+
+
 def loss_page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The loss so far and the last step, from training's metrics a step: `step`, `loss` and what else was measured."""
     losses = [(float(row["step"]), float(row["loss"])) for row in rows]
@@ -65,7 +97,7 @@ def _scores_of(folder: Path) -> str:
     return scores_page(compare(folder))
 
 
-def scores_page(scores: Mapping[str, Any]) -> str:
+def scores_page(scores: Mapping[str, Any], chart: bool = True) -> str:
     """The models on every task, with 95 % intervals, as a chart and as a table; a second table against production."""
     measured = dict(scores["tasks"])
     bars = [
@@ -74,7 +106,9 @@ def scores_page(scores: Mapping[str, Any]) -> str:
         for model in (BASE, PRODUCTION, TUNED)
         if model in task
     ]
-    told = [image(interval_bars(bars, "score, with its 95 % interval"), "scores of the models")] if bars else []
+    told = (
+        [image(interval_bars(bars, "score, with its 95 % interval"), "scores of the models")] if bars and chart else []
+    )
     if loss := scores["heldout_loss"]:
         measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:

@@ -72,17 +72,22 @@ def load(path: Path, settings: Sequence[str] = ()) -> Loaded:
         raise UserError(f"{path}: no such recipe file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
-    document = parse(text, str(path))
+    return loads(text, str(path), settings)
+
+
+def loads(text: str, path: str, settings: Sequence[str] = ()) -> Loaded:
+    """A recipe from its YAML text; `path` is what messages call it. Raises UserError, all mistakes in one message."""
+    document = parse(text, path)
     if not isinstance(document.value, dict):
         raise UserError(f"{path}:1: a recipe is a mapping of sections (name, fetch, …)")
     value = document.value
     for setting in settings:
         value = _with_setting(value, setting)
     overridden = {s.partition("=")[0] for s in settings}
-    recipe = check(value, document, str(path), overridden)
+    recipe = check(value, document, path, overridden)
     # With settings the file no longer says what runs, and what is recorded and published must.
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True) if settings else text
-    return Loaded(recipe=recipe, text=text, path=str(path))
+    return Loaded(recipe=recipe, text=text, path=path)
 
 
 def check(value: Any, document: Document, name: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]

@@ -108,8 +108,8 @@ class Run:
             "store": self.store.url,
         }
 
-    def record(self, status: str) -> None:
-        """Write the run's record."""
+    def record(self, status: str, outcome: Mapping[str, Json] | None = None) -> None:
+        """Write the run's record; with the outcome of its publishing once that is known."""
         self.store.write_run(
             self.id,
             {
@@ -122,8 +122,14 @@ class Run:
                 "production": _production_json(self.production),
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": self._stages(),
+                **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
             },
         )
+
+    def headline_scores(self) -> dict[str, Json]:
+        """The tuned model's score in each task, as the card has it."""
+        tasks = self.artifacts["publish"].facts["scores"]["tasks"]
+        return {name: task["tuned"] for name, task in tasks.items()}
 
     def become_baseline(self) -> None:
         """Make this run's stages what the next plan's reasons compare with; of a stage it left out, the last run's."""
@@ -141,14 +147,17 @@ class Run:
         }
 
 
-def start(loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None) -> Run:
-    """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it."""
+def start(
+    loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None, run_id: str = ""
+) -> Run:
+    """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it, called `run_id` or
+    by a name of its own."""
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
-        return Run(record["run"], loaded, runtime, store, parts, production=_production(record["production"]))
+        return Run(record["run"], loaded, runtime, store, parts, production=production_of(record))
     fetch = stage_named("fetch")
     assert fetch.parts is not None
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     standing = production(store, loaded.recipe.name)
     parts = list(fetch.parts(loaded.recipe.fetch, {}))
     return Run(run_id, loaded, runtime, store, parts, production=standing)
@@ -159,7 +168,9 @@ def _production_json(standing: Production | None) -> Json:
     return {"version": standing.version, "move": asdict(standing.now)} if standing else None
 
 
-def _production(value: Json) -> Production | None:
+def production_of(record: Mapping[str, Any]) -> Production | None:
+    """What the production ref said when the run of that record started."""
+    value = record["production"]
     return Production(value["version"], [Move(**value["move"])]) if value else None
 
 

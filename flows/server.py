@@ -98,15 +98,21 @@ def serving(home: Path | None = None) -> Iterator[Api]:
         os.environ.setdefault(name, value)
     from prefect.settings import get_current_settings
 
+    from flows.up import running
+
+    usual = home or default_home() / "prefect"
     if configured := get_current_settings().api.url:
         yield Api(configured, None)
+    elif url := running(usual):
+        with reporting_to(Api(url, None)) as api:
+            yield api
     else:
-        with own_server(home or default_home() / "prefect") as api, reporting_to(api):
+        with own_server(usual) as api, reporting_to(api):
             yield api
 
 
 @contextmanager
-def reporting_to(api: Api) -> Iterator[None]:
+def reporting_to(api: Api) -> Iterator[Api]:
     """Let flows of this process report to `api`, and deliver what they hold back at the end."""
     from prefect.context import refresh_global_settings_context
     from prefect.events.worker import EventsWorker
@@ -117,7 +123,7 @@ def reporting_to(api: Api) -> Iterator[None]:
     os.environ["PREFECT_API_URL"] = api.url
     refresh_global_settings_context()
     try:
-        yield
+        yield api
     finally:
         EventsWorker.drain_all(timeout=10)  # task states travel as events
         APILogHandler().flush()

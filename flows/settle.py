@@ -28,9 +28,10 @@ class Outcome:
     """Where the model is, or empty when nowhere was asked for or it does not stand in production."""
     arrived: bool
     """Delivered just now, rather than there already."""
-    production: Literal["moved", "stands", "elsewhere", "stood", "untouched"]
+    production: Literal["moved", "stands", "elsewhere", "stood", "untouched", "waits", "refused"]
     """`elsewhere`: somebody moved the production ref since this run was compared with what it named. `stood`: this
-    model was in production before and was replaced, so only a person puts it back. `untouched`: the gate."""
+    model was in production before and was replaced, so only a person puts it back. `untouched`: the gate did not pass.
+    `waits`, `refused`: a person was to be asked, or said no."""
 
     def told(self, name: str) -> str:
         """What became of the production ref of the recipe called `name`, in words."""
@@ -40,19 +41,31 @@ class Outcome:
             "elsewhere": f"{name}/production was moved meanwhile and left alone; run again to compare with it",
             "stood": f"this model was in production before: `regrow promote {name}` puts it back",
             "untouched": "",
+            "waits": f"waits for a person's yes: `regrow promote {name}`",
+            "refused": f"a person said no; {name}/production was left alone",
         }[self.production]
 
 
-def settle(run: Run) -> Outcome:
-    """Promote and deliver the run's published model. Raises UserError when the destination cannot be written."""
+@dataclass(frozen=True)
+class Answer:
+    """What a person said about promoting a model that waits for it."""
+
+    promote: bool
+    why: str
+    by: str
+
+
+def settle(run: Run, answer: Answer | None = None) -> Outcome:
+    """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`.
+    Raises UserError when the destination cannot be written."""
     card, weights = run.artifacts["publish"], run.artifacts["merge"]
     config = run.config("publish")
     assert isinstance(config, PublishConfig)
     passed, reasons = bool(card.facts["passed"]), list(card.facts["reasons"])
     if not passed:
         return Outcome(False, reasons, "", False, "untouched")
-    production = _promoted(run, weights, card, reasons)
-    if production in ("elsewhere", "stood"):
+    production = _promoted(run, weights, card, reasons, config.approval, answer)
+    if production not in ("moved", "stands"):
         return Outcome(True, reasons, "", False, production)
     tree = delivery(weights.tree, card.tree)
     options = run.runtime.storage_options
@@ -63,8 +76,8 @@ def settle(run: Run) -> Outcome:
 
 
 def _promoted(
-    run: Run, weights: Artifact, card: Artifact, reasons: list[str]
-) -> Literal["moved", "stands", "elsewhere", "stood"]:
+    run: Run, weights: Artifact, card: Artifact, reasons: list[str], approval: bool, answer: Answer | None
+) -> Literal["moved", "stands", "elsewhere", "stood", "waits", "refused"]:
     standing = standing_in(run.store, run.name)
     if standing is not None:
         if standing.now.model == named(weights):
@@ -73,6 +86,8 @@ def _promoted(
             return "stood"
     if (standing and standing.version) != (run.production and run.production.version):
         return "elsewhere"
+    if approval and not (answer and answer.promote):
+        return "refused" if answer else "waits"
     rival = run.rival()
     moved = promote(
         run.store,
@@ -82,7 +97,8 @@ def _promoted(
         card=named(card),
         run=run.id,
         compared=named(rival) if rival else None,
-        why="; ".join(reasons),
+        why="; ".join([*reasons, *([answer.why] if answer and answer.why else [])]),
+        by=answer.by if answer else "gate",
     )
     return "moved" if moved else "elsewhere"
 

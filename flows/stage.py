@@ -3,31 +3,41 @@
 What the stage reads must have been made; the error names the selector that makes it too.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.runtime import flow_run
 
-from flows.finetune import finetune
-from flows.recipe import Recipe
+from flows.finetune import finetune, recipe_name
+from flows.parameters import StageName
+from flows.stored import AnyRecipe
 from stages.runtime import Runtime
-
-StageName = Literal["fetch", "convert", "tokenize", "pack", "score", "train", "merge", "evaluate", "publish"]
-"""`flows.graph.ORDER` as a type: the choices in the dashboard's form."""
 
 
 def run_name() -> str:
     """The stage and the recipe's name."""
-    return f"{flow_run.parameters['stage']} of {flow_run.parameters['recipe'].name}"
+    return f"{flow_run.parameters['stage']} of {recipe_name(flow_run.parameters['recipe'])}"
 
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False)
 def stage(
-    stage: StageName, recipe: Recipe, runtime: Runtime | None = None, force: bool = False, run: str = ""
-) -> State[None]:
-    """Make one stage of a recipe, again with `force`; with `run`, of the sources as that run found them.
+    stage: StageName,
+    recipe: AnyRecipe,
+    settings: Sequence[str] = (),
+    force: bool = False,
+    runtime: Runtime | None = None,
+    run: str = "",
+) -> State[Any]:
+    """Make one stage of a recipe, and nothing else. Raises UserError and StageFailed.
 
-    Raises UserError and StageFailed.
+    Args:
+        stage: what is made; what it reads must be there already.
+        recipe: a file on the worker's machine, the name of a recipe that ran before, or one written here.
+        settings: recipe keys to override, one a line, such as `train.learning_rate=2e-4`.
+        force: make it again although it is in the store.
+        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+        run: an earlier run's id, to use its recipe and its sources as they were then.
     """
-    return finetune.fn(recipe, runtime, select=[stage], force=[stage] if force else [], run=run)
+    return finetune.fn(recipe, settings, select=[stage], force=[stage] if force else [], runtime=runtime, run=run)

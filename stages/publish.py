@@ -25,6 +25,8 @@ class PublishConfig(StageConfig):
     """A folder, an fsspec URL such as `s3://bucket/models/mine`, or `hf://org/name`. Empty: nowhere."""
     private: bool = True
     """Whether a repository made on the Hub is private."""
+    approval: bool = False
+    """Whether a person must agree before production moves: in the dashboard, or with `regrow promote`."""
     license: str = ""
     """The licence the card names, e.g. `apache-2.0`; empty takes the base model's where it is known."""
     gate: Gate = Field(default_factory=Gate)
@@ -68,6 +70,6 @@ STAGE = Stage(
     version=3,
     config=PublishConfig,
     run=run,
-    locations=frozenset({"to", "private"}),
+    locations=frozenset({"to", "private", "approval"}),
     named=frozenset({"name"}),
 )

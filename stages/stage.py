@@ -109,7 +109,7 @@ class Stage(Generic[C]):
     libraries: tuple[str, ...] = ()
     """Distributions that shape the bytes, e.g. `("tokenizers",)`: their versions are recorded, not hashed."""
     locations: frozenset[str] = frozenset()
-    """Top-level config fields that say where, not what, and stay out of the key (publish's destination)."""
+    """Top-level config fields that say where or when, not what, and stay out of the key (publish's destination)."""
 
     named: frozenset[str] = frozenset()
     """Entries of `Work.where` that are written into the artifact, and so enter the key (the name on publish's card)."""

@@ -13,6 +13,7 @@ import pytest
 
 from flows.server import Api, own_server, reporting_to
 from stages.runtime import Runtime
+from tests.flows.raised import Raised, free_port
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -45,7 +46,7 @@ class Tiny:
 
         recipe = Recipe.model_validate(self.recipe | {name: self.recipe[name] | v for name, v in changes.items()})
         with reporting_to(self.api):
-            state = finetune(recipe, self.runtime, select, return_state=True)
+            state = finetune(recipe, select=select, runtime=self.runtime, return_state=True)
         state.result()
         return UUID(str(state.state_details.flow_run_id))
 
@@ -121,3 +122,14 @@ def trained(make_tiny: Callable[[], Tiny]) -> Trained:
     """The one real training of these tests."""
     tiny = make_tiny()
     return Trained(tiny, tiny.run("+train"), tiny.run("+train"))
+
+
+@pytest.fixture(scope="session")
+def raised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raised]:
+    """A `regrow up` of the session's own."""
+    raised = Raised(tmp_path_factory.mktemp("up") / "regrow" / "prefect", free_port())
+    try:
+        raised.up()
+        yield raised
+    finally:
+        raised.regrow("down", "--home", str(raised.home))

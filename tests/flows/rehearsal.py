@@ -4,7 +4,7 @@ The file `right` in a model's weights says how many of its 40 items it gets righ
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -77,7 +77,7 @@ class Rehearsal:
         """A whole run."""
         run = self.make(self.start(right, **publish))
         outcome = settle(run)
-        run.record("finished")
+        run.record("finished", asdict(outcome))
         run.become_baseline()
         return run, outcome
 

@@ -11,8 +11,8 @@ from prefect.client.schemas import filters
 from prefect.client.schemas.objects import Artifact, TaskRun
 
 from flows.graph import ORDER
+from flows.parameters import StageName
 from flows.server import reporting_to
-from flows.stage import StageName
 from stages.errors import UserError
 from stages.store import open_store
 
@@ -119,7 +119,8 @@ def test_one_stage_runs_as_a_flow_of_its_own(trained: Any, client: SyncPrefectCl
     from flows.stage import stage
 
     with reporting_to(trained.tiny.api):
-        state = stage("tokenize", Recipe.model_validate(trained.tiny.recipe), trained.tiny.runtime, return_state=True)
+        recipe = Recipe.model_validate(trained.tiny.recipe)
+        state = stage("tokenize", recipe, runtime=trained.tiny.runtime, return_state=True)
     run = client.read_flow_run(state.state_details.flow_run_id)
     assert run.name == "tokenize of tiny"
     assert set(task_runs(client, run.id)) == {"tokenize"}

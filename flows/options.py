@@ -1,0 +1,44 @@
+"""What every command of `regrow` takes: its options, the runtime they make, and where it prints."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from stages.errors import UserError
+from stages.runtime import Runtime, from_environment
+from stages.store import Store, open_store
+
+StoreUrl = Annotated[str | None, typer.Option("--store", help="The artifact store: a folder or an fsspec URL.")]
+RuntimeFile = Annotated[Path | None, typer.Option("--runtime", help="A YAML file with runtime settings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+console = Console(highlight=False)
+
+
+def opened(runtime: Runtime) -> Store:
+    """The runtime's store."""
+    return open_store(runtime.store, runtime.cache, runtime.storage_options)
+
+
+def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -> Runtime:
+    """Flags over file over environment over defaults."""
+    found: dict[str, Any] = {}
+    if file is not None:
+        try:
+            found = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{file}: not a runtime file: {error}") from None
+    if store:
+        found["store"] = store
+    if allow_code:
+        found["allow_code"] = True
+    try:
+        return from_environment(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"runtime `{name}`: {first['msg']} (from {file or f'REGROW_{name.upper()}'})") from None

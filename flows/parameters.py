@@ -1,0 +1,16 @@
+"""The parameters that flows share, as types: the dashboard's form takes choices and patterns from them.
+
+What each parameter is for stands in the `Args:` of the flows' docstrings, where Prefect looks for it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+StageName = Literal["fetch", "convert", "tokenize", "pack", "score", "train", "merge", "evaluate", "publish"]
+"""`flows.graph.ORDER` as a type: the choices in the dashboard's form."""
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+"""A recipe's name."""
+
+Days = Annotated[float, Field(ge=0)]

@@ -1,0 +1,81 @@
+"""`regrow run --on up`: sends a run to the workers of `regrow up` (or of `PREFECT_API_URL`) and follows it to its end.
+
+The run goes on when whoever sent it stops watching.
+"""
+
+import os
+import time
+from pathlib import Path
+from uuid import UUID
+
+from rich.console import Console
+from rich.markup import escape
+
+from flows.local import EXIT_GATE, Selection
+from flows.run import Run
+from flows.server import QUIET, Api
+from flows.up import home_of, running
+from stages.errors import UserError
+
+EXIT_SUSPENDED = 75
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the run."""
+
+
+def run_there(run: Run, selection: Selection, console: Console) -> int:
+    """Send the run and follow it; return the exit code. Raises UserError when there is nowhere to send it."""
+    url = os.environ.get("PREFECT_API_URL") or running(home_of(None))
+    if not url:
+        raise UserError("--on up: nothing is up here; start it with `regrow up`, or set PREFECT_API_URL")
+    os.environ |= {**QUIET, "PREFECT_API_URL": url}
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    run.record("started")
+    runtime = run.runtime.model_dump(mode="json", exclude={"storage_options"})
+    parameters = {
+        "recipe": run.loaded.recipe.model_dump(mode="json", exclude_unset=True),
+        "select": list(selection.selectors),
+        "exclude": list(selection.exclude),
+        "force": list(selection.force),
+        "strict": selection.strict,
+        "runtime": {**runtime, "storage_options": run.runtime.storage_options} if _plain(run) else runtime,
+        "run": run.id,
+    }
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name("finetune/recipe")
+        except ObjectNotFound:
+            raise UserError(f"{url} has no deployment finetune/recipe; register it with `regrow up`") from None
+        sent = client.create_flow_run_from_deployment(
+            deployment.id, parameters=parameters, job_variables={"working_dir": str(Path.cwd())}
+        )
+        console.print(f"[dim]sent to {escape(Api(url, None).page(sent.id))}[/]", soft_wrap=True)
+        return _follow(client, sent.id, console)
+
+
+def _plain(run: Run) -> bool:
+    """Whether the storage options may be sent: parameters are shown to everybody who sees the dashboard."""
+    return not {"key", "secret", "token", "password"} & run.runtime.storage_options.keys()
+
+
+def _follow(client, flow_run: UUID, console: Console) -> int:  # type: ignore[no-untyped-def]
+    from prefect.client.schemas import filters
+
+    told: dict[str, str] = {}
+    of_run = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[flow_run]))
+    while True:
+        state = client.read_flow_run(flow_run).state
+        for task in client.read_task_runs(flow_run_filter=of_run):
+            if task.state and task.state.is_final() and told.get(task.name) != task.state.name:
+                told[task.name] = task.state.name
+                console.print(
+                    f"{task.state.name.lower():<10} {escape(task.state.message or task.name)}", soft_wrap=True
+                )
+        if state.is_final() or state.is_paused():
+            words = state.message or ""
+            console.print(f"{state.name.lower():<10} {escape(words)}", soft_wrap=True)
+            codes = {"GateFailed": EXIT_GATE, "Suspended": EXIT_SUSPENDED}
+            return codes.get(state.name, 0 if state.is_completed() else 1)
+        time.sleep(LOOK_SECONDS)

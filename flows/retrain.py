@@ -1,0 +1,85 @@
+"""Scheduled retraining: look at the sources and, when there is something new, run the recipe to its end.
+
+Nothing new: nothing runs, and the run's state says so. Two retrainings of one name never run at once: a lease on the
+name in the store holds over deployments, machines and servers. Of the runs of a schedule that came due while nobody
+worked, one does the work and the others are marked as caught up.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import State, filters
+from prefect.client.schemas.objects import StateType
+from prefect.logging import get_run_logger
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled, Completed
+
+from flows.execute import StageFailed
+from flows.finetune import failed, opened, run_name, work
+from flows.plan import make_plan
+from flows.settle import settle
+from flows.stored import AnyRecipe, recipe_of
+from stages.child import Suspended
+from stages.errors import UserError
+from stages.lease import lease
+from stages.runtime import Runtime, from_environment
+from stages.store import open_store
+
+
+@flow(name="retrain", flow_run_name=run_name, persist_result=False)
+def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: Runtime | None = None) -> State[Any]:
+    """Train again on what is new: fetch only that, compare with the base model and production, promote or not.
+
+    Raises UserError, StageFailed and Suspended.
+
+    Args:
+        recipe: a file on the worker's machine, the name of a recipe that ran before, or one written here.
+        settings: recipe keys to override, one a line, such as `train.learning_rate=2e-4`.
+        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+    """
+    where = runtime or from_environment()
+    try:
+        with get_client(sync_client=True) as client:
+            store = open_store(where.store, where.cache, where.storage_options)
+            name = recipe_of(recipe, settings, store).recipe.name
+            owner = f"retraining {name}, flow run {flow_run.name}"
+            log = get_run_logger()
+            with lease(store, "retrain", name, where.lease_seconds, owner, log.info):
+                catch_up(client)
+                return new(client, recipe, settings, where)
+    except (UserError, StageFailed, Suspended) as error:
+        return failed(error)
+
+
+def new(client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], runtime: Runtime) -> State[Any]:
+    """Do the run if there is anything to do."""
+    run, goes_on = opened(client, recipe, settings, runtime)
+    if goes_on or make_plan(run).to_run:
+        return work(client, run)
+    outcome = settle(run)
+    told = outcome.told(run.name) or f"not published: {'; '.join(outcome.reasons)}"
+    message = f"nothing new: every stage of {run.name} is in the store; {told}"
+    get_run_logger().info(message)
+    return Completed(name="NothingNew", message=message)
+
+
+def catch_up(client: SyncPrefectClient) -> None:
+    """Mark the runs of this schedule that are due as well: this one does their work."""
+    if not deployment.id:
+        return
+    me = client.read_flow_run(UUID(flow_run.id))
+    due = client.read_flow_runs(
+        flow_run_filter=filters.FlowRunFilter(
+            deployment_id=filters.FlowRunFilterDeploymentId(any_=[UUID(deployment.id)]),
+            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+        )
+    )
+    for other in due:
+        if other.id != me.id and other.auto_scheduled and other.parameters == me.parameters:
+            caught: State[None] = Cancelled(name="CaughtUp", message=f"{me.name} does its work")
+            client.set_flow_run_state(other.id, caught, force=True)

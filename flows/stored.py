@@ -1,0 +1,44 @@
+"""A recipe as people name it in a form or a schedule: inline, as a file, or as the name it ran under before.
+
+No Prefect in here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field
+
+from flows.recipe import Loaded, Recipe, load, loads
+from stages.errors import UserError
+from stages.store import Store
+
+Stored = Annotated[
+    str,
+    Field(
+        min_length=1,
+        title="A stored recipe",
+        description="A recipe's YAML file on the worker's machine, or the name of a recipe that ran before.",
+    ),
+]
+Inline = Annotated[Recipe, Field(title="A recipe, written here")]
+AnyRecipe = Stored | Inline
+"""What a flow takes as its recipe."""
+
+
+def recipe_of(source: str | Recipe, settings: Sequence[str], store: Store) -> Loaded:
+    """The recipe with its `a.b=value` settings applied. Raises UserError when it is not there or not valid."""
+    if isinstance(source, Recipe):
+        text = yaml.safe_dump(source.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        return loads(text, "recipe", settings)
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return load(path, settings)
+    ref = store.read_ref(f"{source}/last") if "/" not in source else None
+    record = store.read_run(ref.document["run"]) if ref else None
+    if record is None:
+        raise UserError(
+            f"recipe `{source}`: there is no such file on this machine, and no recipe of that name ran in {store.url}"
+        )
+    return loads(record["text"], record["path"] or source, settings)

@@ -1,0 +1,141 @@
+"""`regrow up`, `down` and `status`: a Prefect server of one's own with its workers, kept running (`flows.keeper`).
+
+All state is in one folder, the home: database, logs, settings. Only `up` imports Prefect, to register the deployments.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from flows.keeper import Settings, State, end_all, healthy, read, write
+from flows.processes import Process, end, memory, process
+from flows.server import PORT, PROFILE, START_SECONDS
+from stages.errors import UserError
+from stages.runtime import default_home
+
+
+def home_of(folder: Path | None) -> Path:
+    """The home that was asked for, or the usual one: the same that a run's own server uses."""
+    return (folder or default_home() / "prefect").expanduser().absolute()
+
+
+def devices() -> int:
+    """GPUs of this machine that may be used."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return sum(line.startswith("GPU ") for line in told.splitlines())
+
+
+def up(home: Path, port: int = PORT, host: str = "127.0.0.1", database: str = "") -> Settings:
+    """Bring everything up, or what is missing of it, and register the deployments. Returns when runs can be sent.
+
+    Raises UserError when the port is taken, when the server would be open to a network without a password, and when it
+    does not start.
+    """
+    if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        raise UserError(
+            f"--host {host}: other machines could start runs here; set PREFECT_SERVER_API_AUTH_STRING=user:password "
+            "(and PREFECT_API_AUTH_STRING for those who use it)"
+        )
+    state = read(home)
+    if state is None or not kept(state):
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / "profiles.toml").exists():
+            (home / "profiles.toml").write_text(PROFILE)
+        settings = Settings(host, port, devices(), str(Path.cwd()), database)
+        parts = state.parts if state else {}
+        if state and parts and replace(state.settings, folder="") != replace(settings, folder=""):
+            end_all(home)  # left by a keeper that was killed, and now asked for otherwise
+            parts = {}
+        if not any(part.alive for part in parts.values()):
+            _check_free(settings)
+        write(home, State(settings, None, parts))
+        _start_keeper(home)
+    state = read(home)
+    assert state is not None
+    _register(home, state.settings)
+    return state.settings
+
+
+def down(home: Path) -> bool:
+    """End everything of a home; False when nothing ran. Runs save their state where they can."""
+    state = read(home)
+    if state is None or not (kept(state) or any(part.alive for part in state.parts.values())):
+        return False
+    if state.keeper and state.keeper.alive:
+        end([state.keeper], 90.0)
+    end_all(home)
+    return True
+
+
+def kept(state: State) -> bool:
+    """Whether a keeper lives."""
+    return state.keeper is not None and state.keeper.alive
+
+
+def status(home: Path) -> list[tuple[str, Process | None, int]]:
+    """Each part with its process, None when it is down, and its memory in bytes. Empty when nothing was ever up."""
+    state = read(home)
+    if state is None:
+        return []
+    parts = {"keeper": state.keeper, **{name: state.parts.get(name) for name in state.settings.parts}}
+    return [
+        (name, found if found and found.alive else None, memory(found) if found and found.alive else 0)
+        for name, found in parts.items()
+    ]
+
+
+def running(home: Path) -> str | None:
+    """The API of the server that `regrow up` keeps there, if it answers."""
+    state = read(home)
+    return state.settings.api if state and kept(state) and healthy(state.settings) else None
+
+
+def _start_keeper(home: Path) -> None:
+    with (home / "keeper.log").open("ab") as log:
+        keeper = subprocess.Popen(
+            [sys.executable, "-m", "flows.keeper", str(home)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 20
+    while (state := read(home)) is None or state.keeper != process(keeper.pid):
+        if keeper.poll() is not None or time.monotonic() > deadline:
+            raise UserError(f"the keeper did not start; its log: {home / 'keeper.log'}")
+        time.sleep(0.02)
+
+
+def _register(home: Path, settings: Settings) -> None:
+    """Wait for the server and register the deployments; Prefect is imported while it starts."""
+    os.environ |= {"PREFECT_API_URL": settings.api, "PREFECT_HOME": str(home)}
+    from flows.deployments import register
+
+    deadline = time.monotonic() + START_SECONDS
+    while not healthy(settings):
+        if time.monotonic() > deadline:
+            raise UserError(f"the server did not start within {START_SECONDS:.0f} s; its log: {home / 'server.log'}")
+        time.sleep(0.1)
+    register(Path(settings.folder), settings.devices)
+
+
+def _check_free(settings: Settings) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise UserError(
+                f"port {settings.port} on {settings.host} is taken ({error.strerror}): end what uses it, or choose "
+                "another with --port"
+            ) from None

@@ -1,0 +1,85 @@
+"""The flows that keep a store in order from the dashboard: promote, rollback and gc."""
+
+from dataclasses import asdict
+from typing import Any
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import State
+from prefect.states import Completed
+
+from flows import promotion
+from flows.dashboard import Dashboard
+from flows.finetune import announce, failed
+from flows.parameters import Days, Name
+from stages import gc as garbage
+from stages.errors import UserError
+from stages.production import Move
+from stages.runtime import Runtime, from_environment
+from stages.store import Store, open_store
+
+
+def opened(runtime: Runtime) -> Store:
+    """The runtime's store."""
+    return open_store(runtime.store, runtime.cache, runtime.storage_options)
+
+
+@flow(name="promote", flow_run_name="promote {name}", persist_result=False)
+def promote(name: Name, what: str = "", anyway: bool = False, runtime: Runtime | None = None) -> State[Any]:
+    """Let a name's production ref name a run's model. Raises UserError.
+
+    Args:
+        name: the recipe's name.
+        what: a run, or a key of its merge or publish; empty takes the newest run.
+        anyway: promote it although its gate was not passed.
+        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+    """
+    where = runtime or from_environment()
+    try:
+        move = promotion.promote(opened(where), where, name, what or None, anyway)
+    except UserError as error:
+        return failed(error)
+    return moved("regrow.model.published", opened(where), name, move)
+
+
+@flow(name="rollback", flow_run_name="rollback {name}", persist_result=False)
+def rollback(name: Name, runtime: Runtime | None = None) -> State[Any]:
+    """Let a name's production ref name the model that stood there before. Raises UserError.
+
+    Args:
+        name: the recipe's name.
+        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+    """
+    where = runtime or from_environment()
+    try:
+        move = promotion.rollback(opened(where), where, name)
+    except UserError as error:
+        return failed(error)
+    return moved("regrow.model.rolled-back", opened(where), name, move)
+
+
+def moved(event: str, store: Store, name: str, move: Move) -> State[Any]:
+    """Tell that production moved: an event, the name's history, the flow's state."""
+    announce(event, name, asdict(move))
+    with get_client(sync_client=True) as client:
+        Dashboard(client).show_history_of(store, name)
+    return Completed(message=f"{name}/production now names {move.model['key'][:8]} of run {move.run} ({move.what})")
+
+
+@flow(name="gc", persist_result=False)
+def gc(delete: bool = False, days: Days = 30.0, runtime: Runtime | None = None) -> State[Any]:
+    """Find, and with `delete` remove, artifacts that nothing names any more. Raises UserError.
+
+    Args:
+        delete: really delete; without it only the report is made.
+        days: runs younger than this keep what they used.
+        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+    """
+    try:
+        report = garbage.collect(opened(runtime or from_environment()), delete=delete, run_days=days)
+    except UserError as error:
+        return failed(error)
+    count = sum(tally.count for tally in report.freed.values())
+    size = sum(tally.size for tally in report.freed.values())
+    told = "deleted" if delete else "would go (a dry run: nothing was deleted)"
+    return Completed(message=f"{count:,} objects, {size:,} bytes {told}")

@@ -1,0 +1,101 @@
+"""`regrow promote`, `rollback` and `history`: a person moves production, with the same command line as everybody's."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.history import events_of
+from flows.promotion import promote, rollback
+from stages.errors import UserError
+from stages.production import production
+from stages.runtime import Runtime
+from tests.flows.rehearsal import Rehearsal
+
+
+@pytest.fixture
+def rehearsal(tmp_path: Path) -> Rehearsal:
+    return Rehearsal(tmp_path)
+
+
+def runtime(rehearsal: Rehearsal) -> Runtime:
+    return Runtime(store=rehearsal.store.url, cache=rehearsal.folder / "cache")
+
+
+def delivered(rehearsal: Rehearsal) -> str:
+    return str(json.loads((rehearsal.folder / "out/lineage.json").read_text())["run"])
+
+
+def regrow(rehearsal: Rehearsal, *arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--store", rehearsal.store.url], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_there_and_back_with_the_delivered_folder(rehearsal: Rehearsal) -> None:
+    first, _ = rehearsal.run(10)
+    second, _ = rehearsal.run(20)
+    assert delivered(rehearsal) == second.id
+    assert first.artifacts["merge"].key[:8] in regrow(rehearsal, "rollback", "bot")
+    assert delivered(rehearsal) == first.id
+    assert second.artifacts["merge"].key[:8] in regrow(rehearsal, "promote", "bot", second.id)
+    assert delivered(rehearsal) == second.id
+    told = json.loads(regrow(rehearsal, "history", "bot", "--json"))
+    assert told["production"]["run"] == second.id
+    assert [event["what"] for event in told["events"]] == ["promoted", "rolled back", "promoted", "promoted"]
+    assert told["production"]["compared"]["key"] == first.artifacts["merge"].key
+    assert rehearsal.to_run(20) == [], "what a person promoted is compared with what it was compared with before"
+
+
+def test_a_model_that_did_not_pass_needs_to_be_asked_for(rehearsal: Rehearsal) -> None:
+    good, _ = rehearsal.run(30)
+    worse, _ = rehearsal.run(10)
+    with pytest.raises(UserError, match=r"clearly worse than the model in production.*--anyway"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", worse.id)
+    move = promote(rehearsal.store, runtime(rehearsal), "bot", worse.artifacts["publish"].key[:8], anyway=True)
+    assert "although the gate was not passed" in move.why
+    assert rollback(rehearsal.store, runtime(rehearsal), "bot").run == good.id
+
+
+def test_what_cannot_be_promoted_is_said(rehearsal: Rehearsal) -> None:
+    with pytest.raises(UserError, match="no run of it made a card"):
+        promote(rehearsal.store, runtime(rehearsal), "bot")
+    run, _ = rehearsal.run(10)
+    with pytest.raises(UserError, match="already names this model"):
+        promote(rehearsal.store, runtime(rehearsal), "bot")
+    with pytest.raises(UserError, match="no run with a card is called 'nobody'"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", "nobody")
+    rehearsal.run(20)
+    [weights] = [f for f in run.artifacts["merge"].tree.files if f.path == "right"]
+    from stages.objects import blob_path
+
+    rehearsal.store.objects.delete(blob_path(weights.sha256))
+    with pytest.raises(UserError, match=r"no longer in .*run its recipe again"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", run.id)
+
+
+def test_a_recipe_that_asks_for_approval_waits_for_a_person(rehearsal: Rehearsal) -> None:
+    run, outcome = rehearsal.run(10, approval=True)
+    assert outcome.production == "waits" and production(rehearsal.store, "bot") is None
+    assert not (rehearsal.folder / "out").exists()
+    assert rehearsal.run(10, approval=True)[1].production == "waits"
+    promote(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal) in (run.id, rehearsal.run(10, approval=True)[0].id)
+    assert rehearsal.run(10, approval=True)[1].production == "stands"
+
+
+def test_the_history_shows_runs_that_moved_nothing(rehearsal: Rehearsal) -> None:
+    rehearsal.run(30)
+    rehearsal.run(10)
+    rehearsal.start(20).record("failed")
+    events = events_of(rehearsal.store, "bot")
+    assert sorted(event.what for event in events) == ["failed", "gate failed", "promoted"]
+    [failed] = [event for event in events if event.what == "gate failed"]
+    assert "clearly worse" in failed.why and failed.scores["spelling"]["value"] == 0.25
+    shown = regrow(rehearsal, "history", "bot")
+    assert "gate failed" in shown and "75.0" in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("latest")) <= 80
+    with pytest.raises(UserError, match="no run is called nobody"):
+        events_of(rehearsal.store, "nobody")

@@ -1,0 +1,110 @@
+"""`regrow up` for real: everything is registered, and what is killed comes back."""
+
+import json
+from typing import Any
+
+import pytest
+from prefect.client.schemas.actions import DeploymentScheduleUpdate
+from prefect.client.schemas.objects import DeploymentSchedule
+
+from flows.deployments import SILENT, listed
+from flows.up import running, status
+from tests.flows.raised import Raised, eventually
+
+
+def deployments(raised: Raised) -> dict[str, Any]:
+    with raised.client() as client:
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+        return {f"{flows[d.flow_id]}/{d.name}": d for d in client.read_deployments()}
+
+
+def test_every_deployment_is_registered_with_its_pool_and_queue(raised: Raised) -> None:
+    found = deployments(raised)
+    wanted = {d["entrypoint"].rpartition(".")[2] + "/" + d["name"]: d for d in listed(raised.home)}
+    assert set(found) == set(wanted)
+    for name, told in wanted.items():
+        assert found[name].entrypoint == told["entrypoint"]
+        pool = told["work_pool"]
+        assert (found[name].work_pool_name, found[name].work_queue_name) == (pool["name"], pool["work_queue_name"])
+    retrain = found["retrain/scheduled"]
+    assert retrain.global_concurrency_limit.limit == 1
+    assert {s.slug: (s.active, s.schedule.timezone) for s in retrain.schedules} == {
+        "nightly": (False, "Europe/Berlin"),
+        "every-six-hours": (False, "UTC"),
+    }
+
+
+def test_people_come_before_schedules_and_a_gpu_has_one_run(raised: Raised) -> None:
+    with raised.client() as client:
+        assert client.read_work_pool("gpu").concurrency_limit == 1
+        for pool in ("cpu", "gpu"):
+            queues = {queue.name: queue.priority for queue in client.read_work_queues(pool)}
+            assert queues["interactive"] < queues["scheduled"]
+        names = [automation.name for automation in client.read_automations()]
+    assert names.count(SILENT) == 1
+
+
+def test_the_form_knows_the_recipe(raised: Raised) -> None:
+    schema = deployments(raised)["stage/train"].parameter_openapi_schema
+    stored, inline = schema["properties"]["recipe"]["anyOf"]
+    assert (stored["title"], inline["title"]) == ("A stored recipe", "A recipe, written here")
+    assert all(told.get("description") for told in schema["properties"].values())
+    train = schema["definitions"]["TrainConfig"]["properties"]
+    assert train["method"]["enum"] and train["learning_rate"]["description"]
+    assert train["learning_rate"]["exclusiveMinimum"] == 0
+    assert schema["properties"]["stage"]["enum"][0] == "fetch"
+
+
+def test_up_again_keeps_what_people_set(raised: Raised) -> None:
+    schedule: DeploymentSchedule = deployments(raised)["retrain/scheduled"].schedules[0]
+    with raised.client() as client:
+        update = DeploymentScheduleUpdate(active=False, parameters={"recipe": "mine.yaml"})
+        deployment = client.read_deployment_by_name("retrain/scheduled")
+        client.update_deployment_schedule(deployment.id, schedule.id, **update.model_dump(exclude_unset=True))
+    before = raised.part("server")
+    raised.up()
+    assert raised.part("server") == before
+    schedules = {s.id: s for s in deployments(raised)["retrain/scheduled"].schedules}
+    assert schedules[schedule.id].parameters == {"recipe": "mine.yaml"}
+
+
+def test_status_and_memory(raised: Raised) -> None:
+    told = json.loads(raised.regrow("status", "--home", str(raised.home), "--json"))
+    assert told["answers"]
+    assert set(told["parts"]) == {"keeper", "server", "worker-cpu", "worker-gpu-0"}
+    for name in ("worker-cpu", "worker-gpu-0"):
+        assert 0 < told["parts"][name]["bytes"] < 400 * 2**20
+
+
+def test_what_is_killed_comes_back(raised: Raised) -> None:
+    was = {name: raised.kill(name) for name in ("server", "worker-cpu")}
+
+    def back() -> bool:
+        now = {name: found for name, found, _ in status(raised.home)}
+        return all(now[name] not in (None, was[name]) for name in was)
+
+    eventually(back, bool)
+    eventually(lambda: running(raised.home), bool)
+    assert deployments(raised), "the database is as it was"
+
+
+def test_a_killed_keeper_is_replaced_and_takes_the_others_over(raised: Raised) -> None:
+    eventually(lambda: running(raised.home), bool)
+    parts = {name: raised.part(name) for name in ("server", "worker-gpu-0")}
+    killed = raised.kill("keeper")
+    eventually(lambda: killed.alive, lambda alive: not alive)
+    assert {name: found for name, found, _ in status(raised.home)}["keeper"] is None
+    assert "down" in raised.regrow("status", "--home", str(raised.home), expect=1)
+    raised.up()
+    assert {name: raised.part(name) for name in parts} == parts
+
+
+def test_two_homes_do_not_share_a_port(raised: Raised, tmp_path: Any) -> None:
+    told = raised.regrow("up", "--home", str(tmp_path), "--port", str(raised.port), expect=2)
+    assert f"port {raised.port}" in told and "--port" in told
+
+
+def test_an_open_server_needs_a_password(raised: Raised, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    told = raised.regrow("up", "--home", str(tmp_path), "--host", "0.0.0.0", expect=2)
+    assert "PREFECT_SERVER_API_AUTH_STRING" in told
