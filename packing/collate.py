@@ -97,6 +97,15 @@ class PackedBins:
             raise IndexError(f"step {number} of {self.steps}")
         return range(number * self.global_batch, min((number + 1) * self.global_batch, len(self)))
 
+    def document_lengths(self, number: int) -> list[int]:
+        """Tokens in each document of a bin, without reading them."""
+        batch, place = self._bins.locate(number)
+        lengths = []
+        for document in batch.lists["documents"].row(place).tolist():
+            documents, row = self._documents.locate(document)
+            lengths.append(int(documents.numbers["length"][row]))
+        return lengths
+
     def __getitem__(self, number: int) -> Bin:
         if not 0 <= number < len(self):
             raise IndexError(f"bin {number} of {len(self)}")

@@ -11,6 +11,7 @@ stage tells travels back as JSON lines on a pipe; whatever it prints goes to the
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -27,6 +28,11 @@ from typing import Any, NoReturn
 
 GRACE_SECONDS = 30.0
 """Between SIGTERM and SIGKILL when a run is cancelled: time enough to save a checkpoint."""
+
+STACKS = signal.SIGUSR1
+"""Makes the processes of a stage print where they stand."""
+STACKS_SECONDS = 3.0
+"""What they get to do so, before a stage that hangs is ended."""
 
 SUSPENDED = 75
 """Exit code of a stage that saved its state on SIGTERM (EX_TEMPFAIL: try again)."""
@@ -80,13 +86,16 @@ def run_in_child(
     on_event: Callable[[Event], None],
     on_line: Callable[[str], None],
     should_stop: Callable[[], bool] = lambda: False,
+    silence: float | None = None,
+    grace: float = GRACE_SECONDS,
 ) -> None:
     """Run tasks of the stage declared in `module`, one after another in one child; return when all are done.
 
     `on_event` gets `{"event": "tell", "done", "total", "unit", "metrics"}` while a task runs and
     `{"event": "task", "name", "facts"}` after each. `on_line` gets each printed line. The child's whole group is
-    ended before this returns, however it returns. Must stay in the thread that called it: the death signal is bound
-    to that thread. Raises ChildRefused, ChildFailed, Suspended.
+    ended before this returns, however it returns: by SIGTERM, and `grace` seconds later by SIGKILL. A stage that tells
+    and prints nothing for `silence` seconds hangs: its stacks are printed, and it is ended. Must stay in the thread
+    that called it: the death signal is bound to that thread. Raises ChildRefused, ChildFailed, Suspended.
     """
     reads, writes = os.pipe()
     job = json.dumps({"module": module, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
@@ -111,12 +120,24 @@ def run_in_child(
         selector = selectors.DefaultSelector()
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)
+        heard, hangs = time.monotonic(), False
         while streams:
             # Once the launcher has gone only what is in the pipes counts: a stray grandchild may hold them open.
             gone = process.poll() is not None
             ready_streams = selector.select(timeout=0 if gone else 1.0)
             if gone and not ready_streams:
                 break
+            waited = time.monotonic() - heard
+            if hangs and waited > STACKS_SECONDS:
+                _kill_group(process)
+                raise ChildFailed(
+                    f"{module.rpartition('.')[2]} gave no sign of life for {silence:g} s and was ended; where it "
+                    "stood is in the log above. The next run goes on from the last checkpoint; if it only was slow, "
+                    "set REGROW_SILENCE_SECONDS higher"
+                )
+            elif silence is not None and not ready_streams and waited > silence and not hangs:
+                hangs, heard = True, time.monotonic()
+                os.killpg(process.pid, STACKS)
             for ready, _ in ready_streams:
                 chunk = os.read(ready.fd, 65536)
                 *lines, streams[ready.fd] = (streams[ready.fd] + chunk).split(b"\n")
@@ -129,20 +150,22 @@ def run_in_child(
                 if not chunk:
                     selector.unregister(ready.fd)
                     del streams[ready.fd]
+            if ready_streams and not hangs:
+                heard = time.monotonic()  # now, because the parent may have been busy with what it heard
             if should_stop():
                 raise Suspended("the lease on this stage was lost to another run")
         code = process.wait()
     except BaseException as stop:
         # A SIGTERM reaches this process as an exception of whoever handles it, and stops the stage too: if the stage
         # saved its state meanwhile, it is suspended, not broken. Ctrl-C stays what it is.
-        _end_group(process)
+        _end_group(process, grace)
         if process.returncode == SUSPENDED and not isinstance(stop, KeyboardInterrupt | Suspended):
             raise Suspended("saved its state and stopped on SIGTERM") from stop
         raise
     finally:
         os.close(reads)
         process.stdout.close()
-        _end_group(process)
+        _end_group(process, grace)
     if code == 0:
         return
     if last.get("event") == "refused":
@@ -156,13 +179,17 @@ def _ending(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _end_group(process: "subprocess.Popen[bytes]") -> None:
+def _end_group(process: "subprocess.Popen[bytes]", grace: float) -> None:
     """SIGTERM the group, give it its grace, then SIGKILL; also reaps."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+            process.wait(grace)
+    _kill_group(process)
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -182,14 +209,16 @@ def _launch(parent: int, events: int) -> NoReturn:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent(signal.SIGTERM)
+    signal.signal(STACKS, signal.SIG_IGN)
+    die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # it died before the signal was armed
         os.killpg(0, signal.SIGKILL)
     launcher = os.getpid()
     worker = os.fork()
     if worker == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _die_with_parent(signal.SIGKILL)
+        dump_stacks_on_signal()
+        die_with_parent(signal.SIGKILL)
         if os.getppid() != launcher:
             os._exit(1)
         _work(events)
@@ -203,7 +232,12 @@ def _launch(parent: int, events: int) -> NoReturn:
     sys.exit(code)
 
 
-def _die_with_parent(number: signal.Signals) -> None:
+def dump_stacks_on_signal() -> None:
+    """Have `STACKS` print where every thread stands."""
+    faulthandler.register(STACKS, all_threads=True)
+
+
+def die_with_parent(number: signal.Signals) -> None:
     """Ask the kernel for a signal when the parent's thread ends. Linux alone can; see `_wait` for others."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"]
 
 
 def default_home() -> Path:
@@ -40,12 +42,29 @@ class Runtime(BaseModel):
     """Where training, merging and evaluating compute."""
     workers: int = Field(default_factory=cores, ge=1)
     """Processes that work on a mapped stage's parts at once; by default one a core, 16 at most."""
-    micro_batch: int = Field(default=1, ge=1)
-    """Packed sequences per forward pass; the global batch is recipe."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+    ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes that train together, one a device; auto: as many as there are CUDA devices, or one."""
+    shard: Literal["none", "fsdp"] = "none"
+    """How ranks hold the model: each all of it, or each a part of weights, gradients and optimizer (fsdp: PyTorch's
+    `fully_shard`)."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Packed sequences per forward pass (the global batch is recipe); auto: as many as help and fit into memory."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a fifth slower; auto: where memory asks for it."""
+    deterministic: bool = False
+    """Only operations that repeat to the last bit; on a GPU slower, and an error where there is none."""
     save_seconds: float = Field(default=600.0, gt=0)
     """Seconds between training checkpoints."""
+    grace_seconds: float = Field(default=30.0, gt=0)
+    """Seconds between SIGTERM, a spot machine's warning, and the end: a checkpoint that took longer to write is not
+    begun in them."""
+    silence_seconds: float | None = Field(default=1800.0, gt=0)
+    """A stage that shows no sign of life for so many seconds hangs: it prints its stacks and is ended. Null: never."""
+    trackers: tuple[Tracker, ...] | None = None
+    """Where a training's figures go besides `metrics.jsonl`; by default TensorBoard, if it is installed. As a variable,
+    names with commas between."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """The device's dense bfloat16 TFLOP/s, for the model FLOP utilisation, where regrow does not know the card."""
     eval_batch: int = Field(default=32, ge=1)
     """Items per forward pass while evaluating."""
     lease_seconds: float = Field(default=60.0, gt=0)
@@ -54,6 +73,11 @@ class Runtime(BaseModel):
     """Whether a recipe may bring Python of its own, such as a dataset format: it runs with your rights."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much regrow itself logs."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _names_with_commas(cls, value: Any) -> Any:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
 def from_environment(settings: Mapping[str, Any] | None = None) -> Runtime:

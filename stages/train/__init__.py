@@ -16,8 +16,13 @@ This file holds the recipe section and declares the stage; the work is in the fi
     optimizers.py    optimizers by name; schedules.py: the learning rate
     between.py       what happens between steps: restarts, layer sampling, averages, held-out loss
     trainer.py       transformers' Trainer over those steps
+    state.py         what a checkpoint holds
     checkpoints.py   complete or invisible
-    run.py           the stage function: all of it in order
+    metrics.py       a step's figures
+    policy.py        what happens when the loss jumps
+    ranks.py         several processes, one training; sharding.py cuts the model over them
+    run.py           one attempt: all of it in order
+    supervise.py     the stage function: attempts, until one comes to its end
 """
 
 from collections.abc import Mapping
@@ -158,6 +163,9 @@ class TrainConfig(StageConfig):
     """Stop after so many looks in a row without a better held-out loss."""
     keep: Literal["last", "best"] = "last"
     """Write the weights of the last step, or those with the best held-out loss."""
+    on_spike: Literal["note", "stop", "rollback"] = "note"
+    """When a step's loss or gradient norm lies six standard deviations above the 128 steps before: note its rows in the
+    record, stop, or go back to the last checkpoint and train on without it. What is no number is never only noted."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; trained weights and optimizer are float32 in all of them."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -190,8 +198,8 @@ class TrainConfig(StageConfig):
 
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    """Train. See `stages.train.run` for inputs, files and errors."""
-    from stages.train.run import train
+    """Train. See `stages.train.run.attempt` for inputs, files and errors."""
+    from stages.train.supervise import train
 
     return train(config, inputs, output, work)
 
@@ -200,4 +208,4 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
     return {f"objective:{config.objective}": objectives.find(config.objective).version}
 
 
-STAGE = Stage(name="train", artifact="adapter", version=3, config=TrainConfig, run=run, plugins=_plugins)
+STAGE = Stage(name="train", artifact="adapter", version=4, config=TrainConfig, run=run, plugins=_plugins)

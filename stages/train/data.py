@@ -1,10 +1,11 @@
 """Optimizer steps as the trainer reads them: each a list of micro-batches and what their losses are divided by.
 
 The plan's bins stand in step order. The first epoch takes its steps as they stand, every later one in a seeded
-permutation of whole steps; so a step number alone says which bins it reads, and resuming seeks there.
+permutation of whole steps; so a step number alone says which bins it reads, and resuming seeks there. The same number
+seeds what a micro-batch draws (dropout, noise): a position is all the random state there is, on any number of ranks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,18 +14,30 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from packing.collate import PackedBins, collate
+from packing.plan import deal
 from stages.errors import UserError
 from stages.objectives import Objective
 from stages.tables import read_table
 
 
-class Step(TypedDict):
-    """One optimizer step."""
+class MicroBatch(TypedDict):
+    """One forward and backward pass."""
 
-    batches: list[dict[str, Any]]
-    """Prepared micro-batches."""
+    batch: dict[str, Any]
+    """Prepared by the objective."""
+    seed: int
+    """Of what the pass draws."""
+    counts: bool
+    """False for a pass that only keeps this rank in step with the others: its loss is multiplied by zero."""
+
+
+class Step(TypedDict):
+    """What one rank computes of one optimizer step."""
+
+    batches: list[MicroBatch]
+    """As many on every rank; none when the step is left out."""
     count: int
-    """What their summed losses are divided by: the trained tokens in all of them, or the pairs."""
+    """What the step's losses on all ranks are divided by: the trained tokens in it, or the pairs."""
 
 
 def step_order(steps: int, total: int, seed: int) -> list[int]:
@@ -36,7 +49,8 @@ def step_order(steps: int, total: int, seed: int) -> list[int]:
 
 
 class Steps(Dataset[Step]):
-    """The steps of a training run by number."""
+    """The steps of a training run by number, as one of `ranks` computes them. `left_out` are positions that train
+    nothing: their batches had upset the training."""
 
     def __init__(
         self,
@@ -44,19 +58,38 @@ class Steps(Dataset[Step]):
         order: Sequence[int],
         micro_batch: int,
         objective: Objective,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        left_out: Collection[int] = (),
     ) -> None:
         self.bins, self.order, self.micro_batch, self.objective = bins, order, micro_batch, objective
+        self.seed, self.rank, self.ranks, self.left_out = seed, rank, ranks, frozenset(left_out)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, number: int) -> Step:
+        if number in self.left_out:
+            return {"batches": [], "count": 0}
         step = self.numbers(number)
-        micro_batches = [step[i : i + self.micro_batch] for i in range(0, len(step), self.micro_batch)]
+        hands = deal(len(step), self.ranks)
+        mine = [step[i] for i in hands[self.rank]]
+        passes = -(-max(map(len, hands)) // self.micro_batch)
+        parts = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+        idle = parts[-1:] or [list(step[:1])]
         return {
-            "batches": [self.objective.prepare(collate([self.bins[i] for i in numbers])) for numbers in micro_batches],
+            "batches": [
+                *(self._pass(number, part, True) for part in parts),
+                *(self._pass(number, idle[0], False) for _ in range(passes - len(parts))),
+            ],
             "count": self.count(number),
         }
+
+    def _pass(self, number: int, bins: Sequence[int], counts: bool) -> MicroBatch:
+        drawn = np.random.SeedSequence((self.seed, number, *bins)).generate_state(1)
+        batch = self.objective.prepare(collate([self.bins[i] for i in bins]))
+        return {"batch": batch, "seed": int(drawn[0]), "counts": counts}
 
     def numbers(self, number: int) -> range:
         """The bins of a training step."""

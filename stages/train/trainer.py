@@ -1,17 +1,16 @@
 """transformers' Trainer over our optimizer steps, loss and checkpoints.
 
 One item of the data is one optimizer step with all its micro-batches, so a step's losses are summed and divided once by
-the number of its trained tokens, whatever the micro-batch, and a step may be shorter than the others. Everything else
-is the Trainer's: optimizer, schedule, clipping, resuming.
+the number of its trained tokens, whatever the micro-batch, and a step may be shorter than the others. Every rank runs a
+Trainer of its own that believes to be alone; what they share goes through `Group`. Everything else is the Trainer's:
+optimizer, schedule, clipping, the loop.
 """
 
-import math
+import copy
+import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
@@ -25,39 +24,44 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from stages.errors import UserError
 from stages.objectives import Batch, LossSums
 from stages.stage import Work
-from stages.train import TrainConfig, checkpoints, optimizers, schedules
+from stages.train import TrainConfig, optimizers, schedules, state
 from stages.train.between import Between
 from stages.train.between import make as make_between
+from stages.train.checkpoints import Saver
 from stages.train.data import Step, Steps
+from stages.train.metrics import Queue
+from stages.train.policy import Spike, Upset, Watch
+from stages.train.ranks import Group, Stopping
 
-BETWEEN = "between.pt"
 TELL_SECONDS = 0.2
 """Progress is told at most this often."""
+GO_ON, SAVE, SAVE_AND_STOP, STOP = range(4)
 
 
-@dataclass
-class StopRequest:
-    """Whether somebody asked the training to stop (SIGTERM)."""
+@dataclass(frozen=True)
+class Training:
+    """What a trainer needs besides the model: one attempt's circumstances."""
 
-    asked: bool = False
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Turn SIGTERM into a request while the block runs. Outside the main thread there is nobody to signal."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def ask(*_: object) -> None:
-        request.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    config: TrainConfig
+    steps: Steps
+    loss: LossSums
+    work: Work
+    device: str
+    activation_checkpointing: bool
+    trackers: tuple[str, ...]
+    """By transformers' names."""
+    group: Group
+    stopping: Stopping
+    identity: dict[str, Any]
+    """Whose training it is, for the checkpoints."""
+    name_rows: Callable[[range], str]
+    """Names the source rows in some bins."""
+    flops: Callable[[int], float]
+    """Floating-point operations of a step."""
+    peak: float | None
+    """The device's FLOP/s."""
+    look: Callable[[], float] | None
+    """Measures the held-out loss."""
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -67,20 +71,10 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def make_trainer(
-    model: Any,
-    config: TrainConfig,
-    steps: Steps,
-    loss: LossSums,
-    device: str,
-    work: Work,
-    stop: StopRequest,
-    look: Callable[[], float] | None,
-    name_rows: Callable[[range], str],
-) -> "PackedTrainer":
-    """A trainer that has not started. `look` measures the held-out loss; `name_rows` names the rows in some bins, for
-    errors."""
-    aside = work.folder / "unfinished"
+def make_trainer(model: Any, training: Training) -> "PackedTrainer":
+    """A trainer that has not started."""
+    config = training.config
+    aside = training.work.folder / "unfinished" / str(training.group.rank)
     shutil.rmtree(aside, ignore_errors=True)
     arguments = TrainingArguments(
         output_dir=str(aside),
@@ -90,30 +84,31 @@ def make_trainer(
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         seed=config.seed,
-        use_cpu=device == "cpu",
-        **_checkpointing(work.runtime.activation_checkpointing),
-        dataloader_num_workers=0 if device == "cpu" else 1,
-        save_strategy="no",  # `_Saving` asks by the clock
-        logging_steps=1,
+        use_cpu=training.device == "cpu",
+        **_checkpointing(training.activation_checkpointing),
+        dataloader_num_workers=0 if training.device == "cpu" else 1,
+        save_strategy="no",  # `_Deciding` asks by the clock
+        logging_strategy="no",  # figures are read when they have arrived, see `settle`
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=list(training.trackers) if training.group.rank == 0 else [],
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more than one is several ranks, never DataParallel
     optimizer = optimizers.make(model, config)
-    schedule = LambdaLR(optimizer, schedules.multiplier(config, len(steps)))
-    trainer = PackedTrainer(model=model, args=arguments, train_dataset=steps, optimizers=(optimizer, schedule))
-    trainer.loss, trainer.work, trainer.name_rows, trainer.started = loss, work, name_rows, time.monotonic()
-    trainer.between = make_between(
+    schedule = LambdaLR(optimizer, schedules.multiplier(config, len(training.steps)))
+    trainer = PackedTrainer(model=model, args=arguments, train_dataset=training.steps, optimizers=(optimizer, schedule))
+    between = make_between(
         model,
         config,
         optimizer,
-        len(steps),
-        look,
-        lambda step, loss: work.tell(step, len(steps), "steps", heldout_loss=loss),
+        len(training.steps),
+        training.look,
+        lambda step, loss: training.work.tell(step, len(training.steps), "steps", heldout_loss=loss),
     )
+    trainer.begin(training, between)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(trainer.between)
-    trainer.add_callback(_Saving(work.runtime.save_seconds, stop))
+    trainer.add_callback(between)
+    trainer.add_callback(_Deciding(training, trainer.saver))
     return trainer
 
 
@@ -123,15 +118,29 @@ def to_device(batch: Batch, device: "str | torch.device") -> dict[str, Any]:
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
-    """Overrides where the Trainer counts on batches of examples."""
+    """Overrides where the Trainer counts on batches of examples, and where it waits for the device."""
 
-    loss: LossSums
-    work: Work
-    name_rows: Callable[[range], str]
-    started: float
+    control: TrainerControl
+    _tr_loss: torch.Tensor
+    training: Training
     between: Between
-    _told = (0.0, 0)
-    """When progress was last told, and the step."""
+    saver: Saver
+    queue: Queue
+    watch: Watch
+
+    def begin(self, training: Training, between: Between) -> None:
+        """Set up what lives as long as the training."""
+        self.training, self.between, self.queue = training, between, Queue()
+        self.saver = Saver(training.work.folder / "checkpoints", Path(self.args.output_dir))
+        self.extra: dict[str, Any] = {"between": between}
+        """More that checkpoints hold, by name: each has `state_dict` and `load_state_dict`."""
+        self.notes: list[str] = []
+        """What a reader of the record should know: spikes that were let pass, checkpoints that failed."""
+        self.started = self._told_at = time.monotonic()
+        self._told_step = self._last_position = -1
+        self._speed: dict[str, Any] = {}
+
+    # ---- the step ----
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """The steps one by one. Not prepared by accelerate: a step is dealt to ranks by bins, not by items."""
@@ -150,80 +159,176 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward of all micro-batches; returns the step's loss a trained token, on the device."""
         model.train()
         total = torch.zeros((), device=self.args.device)
-        for batch in inputs["batches"]:
+        for each in inputs["batches"]:
+            torch.manual_seed(each["seed"])
             with self.accelerator.autocast():
-                loss = self.loss(to_device(batch, self.args.device))["loss"] / max(inputs["count"], 1)
+                sums = self.training.loss(to_device(each["batch"], self.args.device))
+                loss = sums["loss"] * (each["counts"] / max(inputs["count"], 1))
             self.accelerator.backward(loss)
             total += loss.detach()
-        return total
+        group = self.training.group
+        if self.training.work.runtime.shard == "none":
+            if inputs["batches"]:
+                group.sum_gradients(model.parameters())
+            return group.sum(total)
+        return group.sum(total) / group.size
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def floating_point_ops(self, inputs: Step) -> int:
         """Not counted: the Trainer's formula knows nothing of packing."""
         return 0
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Once a step. Raises UserError when the loss or the gradient is no longer a number."""
-        if "loss" not in logs:  # the summary at the end
-            return
-        step = self.state.global_step
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs[name]):
-                rows = self.name_rows(self.train_dataset.numbers(step - 1))
-                raise UserError(
-                    f"train: the {name} of step {step} is {logs[name]}: lower train.learning_rate, or look at the rows "
-                    f"of that step: {rows}"
-                )
-        logs["tokens"] = self.train_dataset.tokens(step - 1)
-        logs["trained_tokens"] = self.train_dataset.trained(step - 1)
-        super().log(logs, start_time)
-        self._tell(step, logs)
+    # ---- figures ----
 
-    def _tell(self, step: int, logs: dict[str, float]) -> None:
-        now = time.monotonic()
-        before, first = self._told
-        if now - before < TELL_SECONDS and step < self.state.max_steps:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *_: Any, learning_rate: Any = None, **__: Any
+    ) -> None:
+        """After every step. The Trainer calls it once more when an epoch ends."""
+        position = self.state.global_step - 1
+        if position == self._last_position:
             return
-        first = first if before else step - 1
-        seconds = now - (before or self.started)
-        tokens = sum(self.train_dataset.tokens(i) for i in range(first, step))
-        self._told = (now, step)
-        self.work.tell(
-            step,
-            self.state.max_steps,
-            "steps",
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            grad_norm=logs["grad_norm"],
-            tokens_per_second=round(tokens / seconds, 1) if seconds > 0 else None,
-        )
+        self._last_position = position
+        loss, self._tr_loss = self._tr_loss, torch.zeros_like(self._tr_loss)
+        if position not in self.training.steps.left_out:
+            steps = self.training.steps
+            entry = {"step": position + 1, "learning_rate": float(learning_rate)}
+            entry |= {"tokens": steps.tokens(position), "trained_tokens": steps.trained(position)}
+            norm = grad_norm if isinstance(grad_norm, torch.Tensor) else torch.tensor(float(grad_norm))
+            self.queue.put(entry, loss=loss, grad_norm=norm.to(loss.device))
+        ending = self.control.should_save or self.control.should_training_stop
+        self.settle(wait=ending or self.state.global_step >= self.state.max_steps)
+        if self.control.should_save:
+            self._save_checkpoint(None, None)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Called with the Trainer's summary at the end, which says nothing new."""
+
+    def settle(self, wait: bool = False) -> None:
+        """Log the steps whose figures have arrived. Raises UserError or Upset for those that cannot stay."""
+        if self.training.group.rank > 0:
+            for _ in self.queue.take(wait):
+                pass
+            return
+        for entry in self.queue.take(wait):
+            if found := self.watch.look(entry):
+                self._react(entry["step"], found)
+            self.state.log_history.append(entry)
+            seen = copy.copy(self.state)
+            seen.global_step = entry["step"]
+            self.control = self.callback_handler.on_log(self.args, seen, self.control, self._told_figures(entry))
+            self._tell(entry)
+        for saved in self.saver.finished():
+            if saved.path is None:
+                self._note(saved.error)
+            else:
+                self._tell_more(saved.step, checkpoint=saved.path.name, save_seconds=round(saved.seconds, 2))
+
+    def _react(self, step: int, found: Spike) -> None:
+        rows = self.training.name_rows(self.training.steps.numbers(step - 1))
+        policy, message = self.training.config.on_spike, f"{found.text} in step {step}; its rows: {rows}"
+        if policy == "rollback":
+            raise Upset(step - 1, message)
+        if policy == "stop" or not found.finite:
+            raise UserError(
+                f"train: {message}. Look at those rows, lower train.learning_rate, or set train.on_spike to rollback, "
+                "which trains on without them"
+            )
+        self._note(message)
+
+    def _note(self, message: str) -> None:
+        self.notes.append(message)
+        print(f"note: {message}", flush=True)  # noqa: T201  (a stage's prints are its log)
+
+    def _told_figures(self, entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entry.items() if name != "step"} | self._speed
+
+    def _tell(self, entry: dict[str, Any]) -> None:
+        now, step = time.monotonic(), entry["step"]
+        if now - self._told_at < TELL_SECONDS and step < self.state.max_steps and self._told_step >= 0:
+            return
+        first = self._told_step if self._told_step >= 0 else step - 1
+        seconds = max(now - self._told_at, 1e-9)
+        done = range(first, step)
+        tokens = sum(self.training.steps.tokens(i) for i in done)
+        self._speed = {"tokens_per_second": round(tokens / seconds, 1)}
+        if self.training.peak:
+            flops = sum(map(self.training.flops, done)) / seconds / self.training.group.size
+            self._speed["model_flop_utilisation"] = round(flops / self.training.peak, 4)
+        if self.args.device.type == "cuda":
+            self._speed["memory_bytes"] = torch.cuda.max_memory_allocated()
+        self._told_at, self._told_step = now, step
+        figures = {name: entry[name] for name in ("loss", "learning_rate", "grad_norm")}
+        self._tell_more(step, **figures, **self._speed)
+
+    def _tell_more(self, step: int, **metrics: Any) -> None:
+        self.training.work.tell(step, self.state.max_steps, "steps", **metrics)
+
+    # ---- checkpoints ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save aside as the Trainer does, then make it visible in one move."""
-        super()._save_checkpoint(model, trial)
-        step = self.state.global_step
-        aside = Path(self.args.output_dir) / f"checkpoint-{step}"
-        torch.save(self.between.state_dict(), aside / BETWEEN)
-        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        saved = checkpoints.publish(aside, self.work.folder / "checkpoints", step)
-        self.work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
+        """Copy the training's state and have it written beside the training."""
+        keep = self.training.group.rank == 0
+        weights = state.weights_of(self.model, keep)
+        optimizer = state.state_of(self.optimizer, keep)
+        if not keep:
+            return
+        scheduler = self.lr_scheduler.state_dict()
+        extra = {name: state.state_of(each, True) for name, each in self.extra.items()}
+        described = {"identity": self.training.identity, "left_out": sorted(self.training.steps.left_out)}
+        step, position = self.state.global_step, json.dumps(_plain(self.state))
 
-    def load_between(self, checkpoint: Path) -> None:
-        """Put back what happens between steps."""
-        self.between.load_state_dict(torch.load(checkpoint / BETWEEN, map_location="cpu", weights_only=True))
+        def write(folder: Path) -> None:
+            state.write(folder, weights, optimizer, scheduler, position, described, extra)
+
+        stopping = self.control.should_training_stop
+        self.saver.save(step, write, beside=not stopping)
+        self.settle()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights are in the model already: they were put there before it was sharded."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state.load_optimizer(self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / state.SCHEDULER, weights_only=True))
+        for name, each in self.extra.items():
+            state.load_extra(each, name, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: a step's position seeds it."""
 
 
-class _Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop."""
+def _plain(found: TrainerState) -> dict[str, Any]:
+    """The Trainer's state as far as a later one reads it."""
+    names = ("global_step", "max_steps", "epoch", "log_history", "train_batch_size", "logging_steps", "save_steps")
+    return {name: getattr(found, name) for name in names}
 
-    def __init__(self, seconds: float, stop: StopRequest) -> None:
-        self.seconds, self.stop, self.saved = seconds, stop, time.monotonic()
+
+class _Deciding(TrainerCallback):  # type: ignore[misc]
+    """Decides after every step, on rank 0 for all ranks, whether to save and whether to stop."""
+
+    def __init__(self, training: Training, saver: Saver) -> None:
+        self.training, self.saver, self.saved = training, saver, time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        last = state.global_step >= state.max_steps
-        if not last and (self.stop.asked or time.monotonic() - self.saved >= self.seconds):
+        decision = self.training.group.agree(self._decide(state.global_step >= state.max_steps))
+        if decision in (SAVE, SAVE_AND_STOP):
             control.should_save = True
-            control.should_training_stop = self.stop.asked
             self.saved = time.monotonic()
+        control.should_training_stop |= decision in (SAVE_AND_STOP, STOP)
         return control
+
+    def _decide(self, last: bool) -> int:
+        runtime = self.training.work.runtime
+        if last:
+            return GO_ON
+        if self.training.stopping.asked:
+            # A checkpoint that cannot be written before the end would only cost the time to hand back the machine.
+            return SAVE_AND_STOP if self.saver.seconds < runtime.grace_seconds else STOP
+        return SAVE if time.monotonic() - self.saved >= runtime.save_seconds else GO_ON

@@ -32,9 +32,9 @@ inputs = {name: folder / name for name in ("model", "tokens", "plan")}
 def die(event, arguments):
     # Real deaths at chosen moments: before a file of the second save is opened, or before it is made visible.
     here = " ".join(str(a) for a in arguments[:2])
-    if event == "open" and when == "saving" and "checkpoint-2" in here and "trainer_state" in here:
+    if event == "open" and when == "saving" and "checkpoint-2/trainer_state" in here:
         os.kill(os.getpid(), signal.SIGKILL)
-    if event == "os.rename" and when == "renaming" and "checkpoint-2" in here:
+    if event == "os.rename" and when == "renaming" and here.split()[0].endswith("checkpoint-2"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 def tell(done, total=None, unit="", **metrics):
@@ -74,10 +74,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("when", "method", "resumed"),
-    [("saved", "lora", 2), ("renaming", "full", 1), pytest.param("saving", "lora", 1, marks=pytest.mark.full)],
+    [
+        ("saved", "lora", (2, 3)),
+        ("renaming", "full", (1,)),
+        pytest.param("saving", "lora", (1,), marks=pytest.mark.full),
+    ],
 )
 def test_kill_9_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
-    tmp_path: Path, unbroken: dict[str, Path], when: str, method: str, resumed: int
+    tmp_path: Path, unbroken: dict[str, Path], when: str, method: str, resumed: tuple[int, ...]
 ) -> None:
     inputs = prepare(tmp_path)
     script = KILLED.replace("METHOD", repr(method))
@@ -86,7 +90,7 @@ def test_kill_9_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     facts = run(tmp_path, inputs, method)
-    assert facts["resumed_at_step"] == resumed
+    assert facts["resumed_at_step"] in resumed  # a save goes on beside the training
     assert facts["skipped_checkpoints"] == []
     assert tree_of(tmp_path / "output") == tree_of(unbroken[method])
 
@@ -111,11 +115,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, unbroken:
     inputs = prepare(tmp_path)
     run(tmp_path, inputs, "lora", save_seconds=1e-9)
     newest, older = sorted((tmp_path / "work/checkpoints").iterdir(), key=lambda p: int(p.name), reverse=True)
-    path = newest / "adapter_model.safetensors"
+    path = newest / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     facts = run(tmp_path, inputs, "lora")
     assert facts["resumed_at_step"] == int(older.name)
-    assert facts["skipped_checkpoints"] == [f"checkpoint {newest.name}: adapter_model.safetensors missing or damaged"]
+    assert facts["skipped_checkpoints"] == [f"checkpoint {newest.name}: weights.safetensors missing or damaged"]
     assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
 
 

@@ -1,0 +1,249 @@
+"""The memory plan: how many packed sequences a forward pass takes and whether activations are recomputed, chosen before
+training from what a step will hold.
+
+    plan = choose(costs, room, wanted…)        # raises UserError with the nearest plan that fits
+
+What a step holds is the weights, their gradients, the optimizer's state, what the forward pass keeps for the backward
+pass, and what kernels work in. All but the last are counted, not guessed: the loaded model's own tensors, and the
+tensors that autograd keeps (`torch.autograd.graph.saved_tensors_hooks`) in a forward pass over a few tokens, from which
+the cost of a token follows. So adapters, quantized weights and fused kernels count as what they are.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.errors import UserError
+
+HEADROOM = 0.92
+"""Share of the free memory that a plan may fill: fragments, and what other libraries take."""
+ENOUGH_TOKENS = 32_768
+"""Tokens a forward pass from which on more of them bring a GPU nothing."""
+LOSS_ROWS = 4096
+"""Rows of logits that exist at once (`stages.loss_head`)."""
+RECOMPUTED = 1.5
+"""A recomputed layer also holds its gradients: times what it keeps forward."""
+
+TRIED = 64, 192
+"""Tokens of the two forward passes that tell what a token costs."""
+
+Choice = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes that training holds on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    token: float
+    """What the forward pass keeps of one token, all layers together."""
+    token_recomputed: float
+    """The same when layers are recomputed: their inputs, and the widest of them whole."""
+    work: int
+    """Logits of a chunk, weights cast to the precision, and the like, whatever the number of tokens."""
+
+    @property
+    def static(self) -> int:
+        """What does not depend on the batch."""
+        return self.weights + self.gradients + self.optimizer + self.work
+
+    def total(self, tokens: int, recompute: bool) -> int:
+        """At most, with so many tokens a forward pass."""
+        return self.static + math.ceil(tokens * (self.token_recomputed if recompute else self.token))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, and what it is expected to take."""
+
+    micro_batch: int
+    activation_checkpointing: bool
+    expected_bytes: int
+    room_bytes: int
+    costs: Costs
+
+    def __str__(self) -> str:
+        kept = "recomputed" if self.activation_checkpointing else "kept"
+        batch = self.expected_bytes - self.costs.static
+        return (
+            f"memory plan: micro-batch {self.micro_batch}, activations {kept}: about {_gb(self.expected_bytes)} of "
+            f"{_gb(self.room_bytes)} GB ({_parts(self.costs)}, activations {_gb(batch)})"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """For the facts."""
+        return asdict(self)
+
+
+def choose(
+    costs: Costs,
+    room: int,
+    sequence_length: int,
+    sequences: int,
+    micro_batch: int | Choice,
+    recompute: bool | Choice,
+    device: str,
+    nearest: Callable[[], str] = lambda: "",
+) -> Plan:
+    """The plan to train `sequences` packed sequences a step and rank with, within `room` bytes.
+
+    Keeping activations comes first (recomputing costs a fifth of the speed), then as many sequences at once as help:
+    on a CPU one. Where either is given, it stays. Raises UserError when nothing fits, with `nearest` said.
+    """
+    most = sequences if device == "cuda" else 1
+    most = max(1, min(most, ENOUGH_TOKENS // sequence_length))
+    batches = [micro_batch] if micro_batch != "auto" else _evenly(sequences, most)
+    for again in [recompute] if recompute != "auto" else [False, True]:
+        for batch in batches:
+            expected = costs.total(batch * sequence_length, again)
+            if expected <= room * HEADROOM:
+                return Plan(batch, again, expected, room, costs)
+    least = costs.total(batches[-1] * sequence_length, recompute is not False)
+    raise UserError(
+        f"train needs about {_gb(least)} GB at least ({_parts(costs)}) with micro-batch {batches[-1]} and sequences of "
+        f"{sequence_length:,} tokens{', activations recomputed' if recompute is not False else ''}, and the device has "
+        f"{_gb(int(room * HEADROOM))} GB to give{nearest()}"
+    )
+
+
+def nearest(
+    costs: Costs, room: int, sequence_length: int, method: str, base_bytes: int, ranks: int, shard: str, device: str
+) -> str:
+    """What would fit, in words: recomputed activations, a shorter sequence, an adapter, more ranks."""
+    room = int(room * HEADROOM)
+    found = []
+    if costs.total(sequence_length, True) <= room:
+        found.append("micro_batch and activation_checkpointing left at auto")
+    elif costs.static < room:
+        fits = int((room - costs.static) / costs.token_recomputed) // 256 * 256
+        if fits >= 256:
+            found.append(f"pack.sequence_length {fits}")
+    adapter = base_bytes + costs.work + int(costs.token_recomputed * sequence_length)
+    if method == "full" and adapter * 1.05 <= room:
+        found.append(f"train.method lora (about {_gb(adapter)} GB)")
+    if device == "cuda" and shard == "none":
+        shared = costs.weights + costs.gradients + costs.optimizer
+        left = room - costs.work - int(costs.token_recomputed * sequence_length)
+        if left > 0:
+            found.append(f"{max(2, ranks, -(-shared // left))} ranks with the runtime's shard: fsdp")
+    return f"; the nearest that fits: {', or '.join(found)}" if found else "; a smaller model is the nearest that fits"
+
+
+def smaller(micro_batch: int, recompute: bool) -> tuple[int, bool] | None:
+    """The next smaller plan after one that ran out of memory, if there is one."""
+    if micro_batch > 1:
+        return micro_batch // 2, recompute
+    return None if recompute else (1, True)
+
+
+def measure(model: Any, forward: Callable[[int], torch.Tensor], optimizer: str, precision: str, shards: int) -> Costs:
+    """What training `model` costs. `forward(tokens)` runs the loss on about so many tokens and returns it."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    weights = sum(_bytes(p) for p in parameters) + sum(_bytes(b) for b in model.buffers())
+    few, many = (_kept(model, forward, tokens) for tokens in TRIED)
+    token = max(many - few, 1) / (TRIED[1] - TRIED[0])
+    fixed = max(few - int(token * TRIED[0]), 0)
+    text = model.config.get_text_config()
+    layers, width = text.num_hidden_layers, text.hidden_size
+    computed = 4 if precision == "fp32" else 2
+    input_bytes = width * computed
+    recomputed = layers * input_bytes + RECOMPUTED * (token / layers) + 4 * input_bytes
+    logits = LOSS_ROWS * text.vocab_size * (computed + 4)
+    gradients = sum(_bytes(p) for p in trained)
+    return Costs(
+        weights // shards,
+        gradients // shards,
+        int(sum(_state_bytes(p, optimizer) for p in trained)) // shards,
+        token + 2 * token / layers,
+        min(recomputed, token),
+        logits + fixed,
+    )
+
+
+def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int) -> int:
+    """Bytes that autograd keeps of a forward pass, weights aside; a storage counts once."""
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward(tokens)
+        kept = sum(seen.values())
+    del loss
+    return kept
+
+
+def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> float:
+    """Of an optimizer's state for one parameter: two float32 averages unless its name says less, and what a narrow
+    weight leaves to be kept beside it."""
+    narrow = 2 if parameter.dtype in (torch.bfloat16, torch.float16) else 0
+    numbers = parameter.numel()
+    for part, each in STATE_BYTES.items():
+        if part in optimizer:
+            return numbers * (each + narrow)
+    return numbers * (8 + narrow)
+
+
+STATE_BYTES: Mapping[str, float] = {
+    "8bit": 2.1,
+    "4bit": 1.1,
+    "16bit": 4,
+    "adafactor": 0.1,
+    "galore": 2,
+    "apollo": 2,
+    "lion": 4,
+    "muon": 4,
+    "sgd": 0,
+}
+"""Bytes of state a weight, by a part of the optimizer's name."""
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def room(device: str) -> int:
+    """Bytes that this process may fill on its device, what it holds there already included."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    return _free_memory()
+
+
+def _free_memory() -> int:
+    """Of the machine, and within this process's control group, which a container sets."""
+    found = [1 << 62]
+    if (path := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in path.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and (told := limit.read_text().strip()) != "max":
+        found.append(int(told) - int(used.read_text()))
+    return min(found)
+
+
+def _evenly(sequences: int, most: int) -> list[int]:
+    """Micro-batches that split a rank's sequences into equal passes, largest first: 6, 4, 3, 2, 1 for 12 and 8."""
+    return sorted({-(-sequences // passes) for passes in range(-(-sequences // most), sequences + 1)}, reverse=True)
+
+
+def _parts(costs: Costs) -> str:
+    parts = {"weights": costs.weights, "gradients": costs.gradients, "optimizer": costs.optimizer, "loss": costs.work}
+    return ", ".join(f"{name} {_gb(size)}" for name, size in parts.items())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f}"

@@ -1,0 +1,80 @@
+"""What happens when the loss jumps: noted, stopped, or rolled back without the batch that did it.
+
+A loss or gradient norm is a spike when it lies more than `SIGMAS` standard deviations above the mean of the `WINDOW`
+steps before it (the rule of OLMo-core's SkipStepOptimizer). What is no number is always one.
+
+To roll back is to go to the newest checkpoint before the step and train again with that step left out: no forward pass,
+no update, the learning rate moves on. Steps before it come out as they did, so the result is the one of a run that had
+left the step out from the beginning, whenever checkpoints were written.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+WINDOW = 128
+"""Steps whose mean and deviation a step is compared with."""
+FEWEST = 64
+"""Steps that must have been seen before anything is called a spike."""
+SIGMAS = 6.0
+"""Standard deviations above the mean from which on a value is a spike."""
+MOST_LEFT_OUT = 10
+"""Steps that may be left out before the training itself is called broken."""
+WATCHED = ("loss", "grad_norm")
+
+
+class Upset(RuntimeError):
+    """A step whose loss or gradient is no number or a spike, and that must not stay in the training."""
+
+    def __init__(self, position: int, message: str) -> None:
+        super().__init__(message)
+        self.position = position
+        """Of the step, from 0."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A figure that jumped."""
+
+    text: str
+    """`the loss is nan`"""
+    finite: bool
+
+
+@dataclass
+class Watch:
+    """Looks at every step's figures in order."""
+
+    past: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=WINDOW) for name in WATCHED})
+
+    @classmethod
+    def after(cls, history: Iterable[Mapping[str, Any]]) -> "Watch":
+        """As it was after the steps of a log."""
+        watch = cls()
+        for entry in history:
+            watch.look(entry)
+        return watch
+
+    def look(self, entry: Mapping[str, Any]) -> Spike | None:
+        """What is wrong with a step, if anything is."""
+        for name in WATCHED:
+            if not math.isfinite(entry[name]):
+                return Spike(f"the {name} is {entry[name]}", finite=False)
+        found = next(filter(None, (self._spike(name, entry[name]) for name in WATCHED)), None)
+        for name in WATCHED:
+            self.past[name].append(entry[name])
+        return found
+
+    def _spike(self, name: str, value: float) -> Spike | None:
+        past = self.past[name]
+        if len(past) < FEWEST:
+            return None
+        mean, deviation = statistics.fmean(past), statistics.pstdev(past)
+        if value <= mean + SIGMAS * deviation:
+            return None
+        return Spike(
+            f"the {name} is {value:.4g}, after {mean:.4g} ± {deviation:.2g} over {len(past)} steps,", finite=True
+        )

@@ -1,0 +1,266 @@
+"""Several processes, one training: `python -m stages.train.ranks EVENTS_FD`, one a rank, started by `launch`.
+
+Every rank computes its hand of each step's bins (`packing.plan.deal`) and sees one device. What they share is small: a
+sum of gradients and losses, and the decisions of rank 0 (save now, stop now), which all take at the same step. The
+ranks live in the process group of the stage's worker and die with it, also after `kill -9`; when one of them fails the
+others are ended, and the error that is told is the first one that says something.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+from uuid import uuid4
+
+from stages.child import SUSPENDED, die_with_parent, dump_stacks_on_signal
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET = 2**24
+"""Numbers of gradient that are summed over ranks at once."""
+LAST_WORDS = 3.0
+"""Seconds that the other ranks get to say what went wrong, once one has failed."""
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of a training as one of them sees them; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+    """A process group over CPUs, for decisions."""
+
+    def agree(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor(value)
+        dist.broadcast(told, src=0, group=self.control)
+        return int(told)
+
+    def sum(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable["torch.nn.Parameter"]) -> None:
+        """Replace every trained parameter's gradient by the sum over ranks; one that a rank lacks counts as zeros.
+
+        In the parameters' order and in buckets, after the last micro-batch: a rank may use other parameters than the
+        next one (experts), which gradient hooks would have to guess at.
+        """
+        import torch
+
+        if self.size == 1:
+            return
+        bucket: list[torch.Tensor] = []
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (
+                bucket[0].dtype != parameter.grad.dtype
+                or sum(map(torch.numel, bucket)) + parameter.grad.numel() > BUCKET
+            ):
+                self._sum_bucket(bucket)
+                bucket = []
+            bucket.append(parameter.grad)
+        if bucket:
+            self._sum_bucket(bucket)
+
+    def _sum_bucket(self, gradients: list["torch.Tensor"]) -> None:
+        import torch
+
+        flat = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+class RankFailed(RuntimeError):
+    """A rank ended without saying why, or with an error of the program."""
+
+
+def launch(
+    job: Mapping[str, Any], ranks: int, devices: Sequence[str], on_event: Callable[[Event], None], stopping: "Stopping"
+) -> Event:
+    """Run `job` on so many ranks; return rank 0's last event, `{"event": "done", …}` or what ended the attempt.
+
+    `devices` names each rank's CUDA device, or is empty. `on_event` gets rank 0's progress. A SIGTERM to this process
+    is handed on. Raises UserError as a rank raised it, SystemExit(75) when the ranks saved their state and stopped,
+    RankFailed for all else.
+    """
+    rendezvous = Path(job["work"]) / f"rendezvous-{uuid4().hex}"
+    processes, pipes = [], {}
+    try:
+        for rank in range(ranks):
+            reads, writes = os.pipe()
+            place = {"CUDA_VISIBLE_DEVICES": devices[rank]} if devices else {}
+            process = subprocess.Popen(
+                [sys.executable, "-m", "stages.train.ranks", str(writes)],
+                stdin=subprocess.PIPE,
+                pass_fds=(writes,),
+                env={"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": _threads(ranks), **os.environ, **place},
+            )
+            os.close(writes)
+            processes.append(process)
+            pipes[reads] = rank
+            assert process.stdin is not None
+            share = {"rank": rank, "ranks": ranks, "rendezvous": str(rendezvous), "parent": os.getpid()}
+            process.stdin.write(json.dumps({**job, **share}).encode())
+            process.stdin.close()
+        last = _follow(processes, pipes, on_event, stopping)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        rendezvous.unlink(missing_ok=True)
+    return _judge(last, [process.returncode for process in processes])
+
+
+def _threads(ranks: int) -> str:
+    return str(max(1, len(os.sched_getaffinity(0)) // ranks)) if sys.platform == "linux" else "1"
+
+
+@dataclass
+class Stopping:
+    """Whether somebody asked for a stop (SIGTERM)."""
+
+    asked: bool = False
+
+
+def _follow(
+    processes: Sequence["subprocess.Popen[bytes]"],
+    pipes: Mapping[int, int],
+    on_event: Callable[[Event], None],
+    stopping: Stopping,
+) -> list[Event]:
+    """Every rank's last event, once all have ended or one has failed."""
+    last: list[Event] = [{} for _ in processes]
+    selector = selectors.DefaultSelector()
+    rests = dict.fromkeys(pipes, b"")
+    for pipe in pipes:
+        selector.register(pipe, selectors.EVENT_READ)
+    handed_on, deadline = False, float("inf")
+    while rests and time.monotonic() < deadline:
+        for ready, _ in selector.select(timeout=0.2):
+            chunk = os.read(ready.fd, 65536)
+            *lines, rests[ready.fd] = (rests[ready.fd] + chunk).split(b"\n")
+            for line in lines:
+                rank = pipes[ready.fd]
+                last[rank] = json.loads(line)
+                if rank == 0 and last[rank]["event"] == "tell":
+                    on_event(last[rank])
+            if not chunk:
+                selector.unregister(ready.fd)
+                os.close(ready.fd)
+                del rests[ready.fd]
+        if stopping.asked and not handed_on:
+            handed_on = True
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+        if deadline == float("inf") and any(process.poll() not in (None, 0, SUSPENDED) for process in processes):
+            deadline = time.monotonic() + LAST_WORDS
+    for pipe in rests:
+        os.close(pipe)
+    return last
+
+
+def _judge(last: Sequence[Event], codes: Sequence[int]) -> Event:
+    for kind in ("refused", "out_of_memory", "upset"):
+        for event in last:
+            if event.get("event") == kind:
+                if kind == "refused":
+                    raise UserError(event["message"])
+                return event
+    if all(code == 0 for code in codes):
+        return last[0]
+    if all(code in (0, SUSPENDED) for code in codes):
+        raise SystemExit(SUSPENDED)
+    told = [f"rank {rank}: {event['message']}" for rank, event in enumerate(last) if event.get("event") == "failed"]
+    ended = [f"rank {rank} ended with {_ending(code)}" for rank, code in enumerate(codes) if code != 0]
+    raise RankFailed((told or ended)[0])
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+# ---- inside a rank ----------------------------------------------------------------------------------------------
+
+
+def join(rank: int, ranks: int, rendezvous: str, device: str, patience: float | None) -> Group:
+    """Enter the group of all ranks. Waits for the others, `patience` seconds at most."""
+    import torch
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=ranks,
+        timeout=None if patience is None else timedelta(seconds=patience),
+        device_id=torch.device("cuda", 0) if device == "cuda" else None,
+    )
+    control = dist.new_group(backend="gloo") if device == "cuda" else dist.group.WORLD
+    return Group(rank, ranks, control)
+
+
+def _main(events: int) -> NoReturn:
+    dump_stacks_on_signal()
+    pipe = os.fdopen(events, "w", buffering=1)
+
+    def send(event: Event) -> None:
+        pipe.write(json.dumps(event) + "\n")
+        pipe.flush()
+
+    code = 1
+    try:
+        job = json.loads(sys.stdin.read())
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != job["parent"]:
+            os._exit(1)
+        from stages.train.supervise import run_rank
+
+        last = run_rank(job, send)
+        send(last)
+        code = 0 if last["event"] == "done" else 1
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except UserError as error:
+        send({"event": "refused", "message": str(error)})
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        send({"event": "failed", "message": f"{type(error).__name__}: {error}"})
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

@@ -1,0 +1,159 @@
+"""What a checkpoint of a training holds, in a form that any number of ranks can go on from.
+
+    weights.safetensors   the trained weights, whole
+    optimizer.pt          the optimizer's state, whole; read without pickle's code
+    scheduler.pt
+    trainer_state.json    the position, and the figures of every step so far
+    training.json         whose training it is, and the steps it left out
+
+Random state is not among them: what a step draws is seeded by its position (`data.Steps`), on every rank.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.errors import UserError
+
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+TRAINING = "training.json"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def identity(config: Any, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Whose training it is: the recipe section, and digests that tell one plan and one model from another."""
+    described = {"plan": inputs["plan"] / "plan.json", "model": inputs["model"] / "config.json"}
+    read = {name: path.read_bytes() for name, path in described.items() if path.exists()}
+    bins = hashlib.sha256()
+    with (inputs["plan"] / "bins.arrow").open("rb") as file:
+        while chunk := file.read(1 << 20):
+            bins.update(chunk)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in read.items()}
+    return {"config": config.model_dump(mode="json"), "bins": bins.hexdigest(), **digests}
+
+
+def refuse_foreign(checkpoint: Path, own: Mapping[str, Any]) -> None:
+    """Raise UserError when a checkpoint was written by another recipe, over another plan or model."""
+    theirs = json.loads((checkpoint / TRAINING).read_text())["identity"]
+    if theirs == own:
+        return
+    names = sorted({*theirs["config"], *own["config"]})
+    pairs = [(name, theirs["config"].get(name), own["config"].get(name)) for name in names]
+    changed = [f"train.{name} {old!r} → {new!r}" for name, old, new in pairs if old != new]
+    changed += [f"another {name}" for name in ("plan", "bins", "model") if theirs.get(name) != own.get(name)]
+    raise UserError(
+        f"{checkpoint} was written by another recipe ({', '.join(changed)}): remove that folder to start afresh, or "
+        "run the recipe that it belongs to"
+    )
+
+
+def left_out(checkpoint: Path | None) -> list[int]:
+    """The positions that a training had left out when it wrote a checkpoint."""
+    return json.loads((checkpoint / TRAINING).read_text())["left_out"] if checkpoint else []
+
+
+def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    """A tensor's copy in the CPU's memory, gathered where it is sharded; empty if not to `keep`. All ranks call it."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True) if keep else torch.empty(0)
+
+
+def weights_of(model: torch.nn.Module, keep: bool) -> Tensors:
+    """Every trained weight by name. All ranks call it."""
+    return {name: whole(p, keep).contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def state_of(holder: Any, keep: bool) -> Any:
+    """An optimizer's or scheduler's state with all tensors whole. All ranks call it."""
+    return _mapped(holder.state_dict(), lambda tensor: whole(tensor, keep))
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into a model that is not sharded yet. Raises UserError when they do not fit."""
+    put_weights(model, load_file(checkpoint / WEIGHTS))
+
+
+def put_weights(model: torch.nn.Module, saved: Tensors) -> None:
+    """Put all trained weights into a model. Raises UserError when they do not fit."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+        odd = sorted(saved.keys() ^ own.keys()) or [name for name in own if saved[name].shape != own[name].shape]
+        raise UserError(f"the checkpoint holds other weights than this training ({odd[0]}): remove its folder")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def load_optimizer(optimizer: Any, checkpoint: Path) -> None:
+    """Put a checkpoint's state into an optimizer, cut as its parameters are."""
+    saved = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, state in saved["state"].items():
+        saved["state"][number] = _mapped(state, lambda tensor, like=parameters[number]: _cut(tensor, like))
+    optimizer.load_state_dict(saved)
+
+
+def _cut(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    if not hasattr(like, "device_mesh") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    cut: torch.Tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return cut
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(each, change) for each in value)
+    return value
+
+
+def size(parts: Sequence[Any]) -> int:
+    """Bytes of all tensors in some nested state."""
+    total = 0
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    _mapped(list(parts), add)
+    return total
+
+
+def load_extra(holder: Any, name: str, checkpoint: Path) -> None:
+    """Put what a checkpoint holds under a name of `PackedTrainer.extra` into its holder."""
+    holder.load_state_dict(torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+
+
+def write(
+    folder: Path,
+    weights: Tensors,
+    optimizer: Any,
+    scheduler: Any,
+    trainer: str,
+    training: Any,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint's files. Raises OSError or RuntimeError when the disk is full."""
+    folder.mkdir(parents=True)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    torch.save(optimizer, folder / OPTIMIZER)
+    torch.save(scheduler, folder / SCHEDULER)
+    for name, held in extra.items():
+        torch.save(held, folder / f"{name}.pt")
+    (folder / "trainer_state.json").write_text(trainer)
+    (folder / TRAINING).write_text(json.dumps(training, sort_keys=True))

@@ -1,0 +1,207 @@
+"""The stage function of train: attempts, until one comes to its end.
+
+Alone, an attempt runs in this process; several ranks are processes of their own (`stages.train.ranks`). What a second
+attempt can mend is tried again from the newest checkpoint: a batch that upset the training is left out, a micro-batch
+that did not fit into memory becomes smaller.
+"""
+
+import gc
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.errors import UserError
+from stages.runtime import Runtime
+from stages.stage import Facts, Work
+from stages.train import TrainConfig
+from stages.train.memory import smaller
+from stages.train.policy import MOST_LEFT_OUT, Upset
+from stages.train.ranks import Event, Group, Stopping, join, launch
+from stages.train.run import Attempt, OutOfMemory, attempt, open_bins
+
+
+def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Train, however many attempts and ranks it takes. See `stages.train.run.attempt` for inputs, files and errors."""
+    bins = open_bins(inputs)
+    device = _device(work.runtime.device)
+    devices = _devices(device)
+    ranks = _ranks(work.runtime, devices, bins.global_batch)
+    if ranks > 1 and work.runtime.shard != "none":
+        _refuse_sharded(config)
+    runtime = work.runtime
+    this = Attempt(
+        device,
+        runtime.micro_batch,
+        runtime.activation_checkpointing,
+        total=config.max_steps or math.ceil(config.epochs * bins.steps),
+    )
+    with stop_on_sigterm() as stopping:
+        while True:
+            event = _attempt(config, inputs, output, work, this, ranks, devices, stopping)
+            if event["event"] == "done":
+                facts: Facts = event["facts"]
+                return facts
+            this = _without(this, event) if event["event"] == "upset" else _smaller(this, event)
+            print(this.notes[-1], flush=True)  # noqa: T201  (a stage's prints are its log)
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _attempt(
+    config: TrainConfig,
+    inputs: Mapping[str, Path],
+    output: Path,
+    work: Work,
+    this: Attempt,
+    ranks: int,
+    devices: list[str],
+    stopping: Stopping,
+) -> Event:
+    """Make one attempt; return how it ended."""
+    if ranks == 1:
+        return _ended(lambda: attempt(config, inputs, output, work, this, Group(), stopping))
+    job = {
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: str(path) for name, path in inputs.items()},
+        "output": str(output),
+        "work": str(work.folder),
+        "runtime": work.runtime.model_dump(mode="json"),
+        "where": dict(work.where),
+        "attempt": asdict(this),
+    }
+
+    def on_event(event: Event) -> None:
+        work.tell(event["done"], event["total"], event["unit"], **event["metrics"])
+
+    work.folder.mkdir(parents=True, exist_ok=True)
+    return launch(job, ranks, devices, on_event, stopping)
+
+
+def run_rank(job: Mapping[str, Any], send: Callable[[Event], None]) -> Event:
+    """One rank's attempt, called in its own process (`stages.train.ranks`)."""
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        if job["rank"] == 0:
+            send({"event": "tell", "done": done, "total": total, "unit": unit, "metrics": metrics})
+
+    runtime = Runtime.model_validate(job["runtime"])
+    work = Work(Path(job["work"]), runtime, job["where"], tell)
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in job["attempt"].items()
+    }
+    this = Attempt(**given)
+    inputs = {name: Path(path) for name, path in job["inputs"].items()}
+    config = TrainConfig.model_validate(job["config"])
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # its Trainer wonders at a process group that it was not told of
+    with stop_on_sigterm() as stopping:
+        group = join(job["rank"], job["ranks"], job["rendezvous"], this.device, runtime.silence_seconds)
+        return _ended(lambda: attempt(config, inputs, Path(job["output"]), work, this, group, stopping))
+
+
+def _ended(make: Callable[[], Facts]) -> Event:
+    """How an attempt ended, as far as another one could mend it."""
+    try:
+        return {"event": "done", "facts": make()}
+    except Upset as upset:
+        return {"event": "upset", "position": upset.position, "message": str(upset)}
+    except OutOfMemory as error:
+        used = {"micro_batch": error.plan.micro_batch, "recompute": error.plan.activation_checkpointing}
+        return {"event": "out_of_memory", "plan": str(error.plan), "message": str(error), **used}
+
+
+def _without(this: Attempt, event: Event) -> Attempt:
+    """The next attempt, without the step that upset this one."""
+    if len(this.left_out) >= MOST_LEFT_OUT:
+        raise UserError(
+            f"train: {event['message']}; {MOST_LEFT_OUT} steps were left out before it. Lower train.learning_rate, or "
+            "look at the data"
+        )
+    note = f"rolled back, leaving out a step: {event['message']}"
+    left_out, notes = (*this.left_out, event["position"]), (*this.notes, note)
+    return replace(this, left_out=left_out, below=event["position"] + 1, notes=notes)
+
+
+def _smaller(this: Attempt, event: Event) -> Attempt:
+    """The next attempt after one that ran out of memory, once. Raises UserError the second time."""
+    told = f"the device ran out of memory in {event['message'].strip()} ({event['plan']})"
+    found = smaller(event["micro_batch"], event["recompute"])
+    if found is None or any("ran out of memory" in note for note in this.notes):
+        raise UserError(
+            f"train: {told}: close what else uses the device, lower pack.sequence_length, set "
+            "REGROW_ACTIVATION_CHECKPOINTING=true, or use train.method lora"
+        )
+    note = f"{told}; went on with micro-batch {found[0]}{' and activations recomputed' if found[1] else ''}"
+    return replace(this, micro_batch=found[0], activation_checkpointing=found[1], notes=(*this.notes, note))
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Stopping]:
+    """Turn SIGTERM into a request while the block runs. Outside the main thread there is nobody to signal."""
+    request = Stopping()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(*_: object) -> None:
+        request.asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _devices(device: str) -> list[str]:
+    """The names of the CUDA devices that this process may use."""
+    if device == "cpu":
+        return []
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return seen or [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _refuse_sharded(config: TrainConfig) -> None:
+    """Raise UserError for what needs whole weights between steps."""
+    asked = {
+        "quantize": config.quantize,
+        "ema": config.ema,
+        "evaluate_every": config.evaluate_every,
+        "full.lisa": config.full.lisa,
+        "lora.restart_every": config.lora.restart_every,
+    }
+    if found := [f"train.{name}" for name, value in asked.items() if value is not None]:
+        raise UserError(
+            f"{', '.join(found)} and sharded ranks do not go together yet: set the runtime's shard to none, or take "
+            "it out of the recipe"
+        )
+
+
+def _ranks(runtime: Runtime, devices: list[str], global_batch: int) -> int:
+    """How many ranks train. Raises UserError for more than there are devices, or than a step has sequences."""
+    if runtime.ranks == "auto":
+        return max(1, min(len(devices), global_batch))
+    if devices and runtime.ranks > len(devices):
+        raise UserError(f"the runtime asks for {runtime.ranks} ranks, but there are {len(devices)} CUDA devices")
+    if runtime.ranks > global_batch:
+        raise UserError(
+            f"the runtime asks for {runtime.ranks} ranks, but a step has only {global_batch} sequences: lower the "
+            "ranks, or raise pack.global_batch"
+        )
+    return runtime.ranks
