@@ -1,11 +1,17 @@
-"""How fast and how full packing is: our plan, the greedy rule written out, and TRL's packing, on the same lengths.
+"""How fast and how full packing is: our plan, TRL's packing and Axolotl's, on the same lengths.
 
-    python -m benchmarks.packing            100,000 rows, and our plan for 1,000,000
-    python -m benchmarks.packing --big      also our plan for 100,000,000 (half a minute, 2 GB)
+    python -m benchmarks.packing                        several distributions: ours and TRL's
+    python -m benchmarks.packing --axolotl PYTHON       also Axolotl's, by a Python that has it installed
+    python -m benchmarks.packing --large                only ours, for 1,000,000 and 100,000,000 rows (half a minute)
 
-Every contender runs in a process of its own, started cold: `wall` is from its start to its end, with imports and
-reading the lengths; `packing` is the call alone; `peak` is the process's largest resident size. TRL packs tokens, not
-an index, so it gets rows of that many token ids (two bytes each), made before its clock starts.
+Every contender runs in a process of its own, one after another: `cold` is its whole process in seconds, with imports
+and reading the lengths; `cpu` is the processor time of the packing call alone, the second time it is made, so that
+nothing is compiled in it (the first time from ten million rows on); `peak` is the process's largest resident size. TRL
+packs tokens, not an index, so it gets rows of that many token ids (one byte each), made before its clock starts.
+Axolotl packs the rows in a shuffled order, in groups of 100,000, with its default of at most 200 rows a sequence.
+
+The program fails when our plan needs more sequences than a peer, or more than 0.02 % (or one) above the fewest possible
+on chat lengths.
 """
 
 import argparse
@@ -15,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect_left, insort
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,43 +30,52 @@ from numpy.typing import NDArray
 
 Lengths = NDArray[np.int32]
 
-REPEATS = {100_000: 3, 1_000_000: 3}
-"""How often a case runs; the fastest counts, because other work on the machine only ever slows it down."""
+CHAT = "chat"
+ABOVE = 0.0002
+"""How much above the fewest possible our plan may be on chat lengths."""
+
+
+def lognormal(count: int, capacity: int, mean: float, sigma: float = 1.0) -> Lengths:
+    """Log-normal lengths of that mean, none longer than `capacity`."""
+    lengths = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+    return np.clip(lengths, 1, capacity).astype(np.int32)
+
+
+def uniform(count: int, low: int, high: int) -> Lengths:
+    """Lengths from `low` to `high`."""
+    return np.random.default_rng(0).integers(low, high + 1, count).astype(np.int32)
+
+
+def distributions() -> dict[str, tuple[int, Lengths]]:
+    """(capacity, lengths) by name; a name that begins with `chat` is held to the bound."""
+    return {
+        "chat 4096": (4096, lognormal(100_000, 4096, 721)),
+        "chat 8192": (8192, lognormal(100_000, 8192, 721)),
+        "alpaca 2048": (2048, lognormal(100_000, 2048, 119)),
+        "reason 16384": (16384, lognormal(20_000, 16384, 3769)),
+        "uniform 2k-6k, 8192": (8192, uniform(50_000, 2000, 6000)),
+        "uniform 2500-4600, 8192": (8192, uniform(50_000, 2500, 4600)),
+        "all alike, 3000 of 8192": (8192, np.full(20_000, 3000, np.int32)),
+        "short and overfull, 512": (512, lognormal(100_000, 512, 400)),
+    }
 
 
 def regrow(lengths: Lengths, capacity: int) -> Callable[[], int]:
     """Ours, with the order of steps."""
     from packing.plan import pack
 
-    def work() -> int:
-        plan = pack(lengths, capacity, global_batch=64, seed=0)
-        return len(plan)
-
-    return work
-
-
-def greedy(lengths: Lengths, capacity: int) -> Callable[[], int]:
-    """Best-fit decreasing, a document at a time."""
-
-    def work() -> int:
-        spaces: list[int] = []
-        for length in sorted(lengths.tolist(), reverse=True):
-            fit = bisect_left(spaces, length)
-            insort(spaces, (spaces.pop(fit) if fit < len(spaces) else capacity) - length)
-        return len(spaces)
-
-    return work
+    return lambda: len(pack(lengths, capacity, global_batch=64, seed=0))
 
 
 def _rows(lengths: Lengths) -> Any:
     import pyarrow as pa
 
     offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
-    ids = pa.array(np.zeros(offsets[-1], np.uint16))
+    ids = pa.array(np.zeros(offsets[-1], np.uint8))
     return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), ids)})
 
 
-def trl_dataset(lengths: Lengths, capacity: int) -> Callable[[], int]:
+def trl(lengths: Lengths, capacity: int) -> Callable[[], int]:
     """TRL as its trainers call it: `datasets.map` over batches of 1,000 rows, in memory."""
     import datasets
     from trl.data_utils import pack_dataset
@@ -72,75 +86,93 @@ def trl_dataset(lengths: Lengths, capacity: int) -> Callable[[], int]:
     return lambda: len(pack_dataset(rows, capacity, "bfd", map_kwargs=settings))
 
 
-def trl_global(lengths: Lengths, capacity: int) -> Callable[[], int]:
-    """TRL's algorithm on all rows at once."""
+def trl_at_once(lengths: Lengths, capacity: int) -> Callable[[], int]:
+    """TRL's algorithm on all rows at once, which its trainers do not do."""
     from trl.data_utils import _pack_bfd
 
     rows = _rows(lengths)
     return lambda: len(_pack_bfd(rows, capacity))
 
 
-CONTENDERS = {
-    "regrow": regrow,
-    "greedy rule": greedy,
-    "TRL pack_dataset bfd": trl_dataset,
-    "TRL bfd, all rows at once": trl_global,
-}
+def axolotl(lengths: Lengths, capacity: int) -> Callable[[], int]:
+    """Axolotl's own function with its sampler's settings, in one process."""
+    from axolotl.utils.samplers.multipack import pack_parallel
+
+    shuffled = np.random.default_rng(0).permutation(lengths)
+    return lambda: len(pack_parallel(shuffled, capacity, group_size=100_000, bin_size=200, num_processes=1))
 
 
-def lognormal(count: int, capacity: int) -> Lengths:
-    """Lengths like those of chats: log-normal, mean about 700 tokens, none longer than `capacity`."""
-    lengths = np.random.default_rng(0).lognormal(6.08, 1.0, count)
-    return np.clip(lengths, 1, capacity).astype(np.int32)
+CONTENDERS = {"regrow": regrow, "TRL": trl, "TRL, all rows at once": trl_at_once, "Axolotl": axolotl}
 
 
 def child(name: str, path: str, capacity: int) -> None:
-    """Run one contender and print its figures."""
+    """Run one contender twice and print its figures."""
     work = CONTENDERS[name](np.load(path), capacity)
-    begin = time.perf_counter()
+    if len(np.load(path, mmap_mode="r")) < 10_000_000:
+        work()
+    begin = time.process_time(), time.perf_counter()
     bins = work()
-    seconds = time.perf_counter() - begin
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, bins]))
+    cpu, wall = time.process_time() - begin[0], time.perf_counter() - begin[1]
+    print(json.dumps([cpu, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, bins]))
 
 
-def measure(name: str, path: Path, capacity: int) -> tuple[float, float, float, int]:
-    """Wall seconds of a cold process, seconds of packing, peak in MB, and bins."""
+def measure(python: str, name: str, path: Path, capacity: int) -> tuple[float, float, float, float, int]:
+    """Seconds of the whole process, processor and wall seconds of packing, peak in MB, and sequences."""
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.packing", "--child", name, str(path), str(capacity)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    wall = time.perf_counter() - begin
-    seconds, peak, bins = json.loads(told.splitlines()[-1])
-    return wall, seconds, peak, bins
+    command = [python, "-m", "benchmarks.packing", "--child", name, str(path), str(capacity)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
+    cold = time.perf_counter() - begin
+    cpu, wall, peak, bins = json.loads(run.stdout.splitlines()[-1])
+    return cold, cpu, wall, peak, bins
+
+
+HEADER = """| lengths | | rows | sequences | above the fewest | cpu s | wall s | cold s | peak MB |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def compare(title: str, capacity: int, lengths: Lengths, contenders: dict[str, str], folder: Path) -> dict[str, int]:
+    """Print a line a contender; return the sequences of each."""
+    path = folder / "lengths.npy"
+    np.save(path, lengths)
+    fewest = -(-int(lengths.sum(dtype=np.int64)) // capacity)
+    found = {}
+    for name, python in contenders.items():
+        cold, cpu, wall, peak, bins = measure(python, name, path, capacity)
+        found[name] = bins
+        above = f"{bins / fewest - 1:.3%} ({bins - fewest:,})"
+        figures = f"{cpu:.3f} | {wall:.3f} | {cold:.1f} | {peak:,.0f}"
+        print(f"| {title} | {name} | {len(lengths):,} | {bins:,} | {above} | {figures} |", flush=True)
+    ours = found["regrow"]
+    if title.startswith(CHAT) and ours > max(fewest * (1 + ABOVE), fewest + 1):
+        raise SystemExit(f"{title}: {ours} sequences are more than {ABOVE:.2%} above {fewest}")
+    for name, bins in found.items():
+        if bins < ours:
+            raise SystemExit(f"{title}: {name} needs {bins} sequences, regrow {ours}")
+    return found
 
 
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--big", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--axolotl", metavar="PYTHON")
     parser.add_argument("--child", nargs=3, metavar=("NAME", "LENGTHS", "CAPACITY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         name, path, capacity = arguments.child
         return child(name, path, int(capacity))
-    cases = [(100_000, 4096, list(CONTENDERS)), (1_000_000, 8192, ["regrow"])]
-    if arguments.big:
-        cases.append((100_000_000, 8192, ["regrow"]))
-    print(f"| {'rows':>11} | capacity | {'':26} |  wall s | packing s | peak MB |    bins |     fill |")
-    print(f"| {'-' * 10}: | -------: | {'-' * 26} | ------: | --------: | ------: | ------: | -------: |")
+    contenders = dict.fromkeys(("regrow",) if arguments.large else tuple(CONTENDERS)[:3], sys.executable)
+    if arguments.axolotl and not arguments.large:
+        contenders["Axolotl"] = arguments.axolotl
+    cases = distributions()
+    if arguments.large:
+        cases = {f"chat 8192, {count:,}": (8192, lognormal(count, 8192, 721)) for count in (1_000_000, 100_000_000)}
+    print(HEADER)
     with tempfile.TemporaryDirectory() as folder:
-        for count, capacity, names in cases:
-            lengths = lognormal(count, capacity)
-            path = Path(folder) / f"{count}.npy"
-            np.save(path, lengths)
-            tokens = int(lengths.sum(dtype=np.int64))
-            for name in names:
-                wall, seconds, peak, bins = min(measure(name, path, capacity) for _ in range(REPEATS.get(count, 1)))
-                fill = tokens / bins / capacity
-                print(
-                    f"| {count:>11,} | {capacity:>8,} | {name:26} | {wall:7.2f} | {seconds:9.3f} | {peak:7,.0f} "
-                    f"| {bins:7,} | {fill:8.3%} |",
-                    flush=True,
-                )
+        for title, (capacity, lengths) in cases.items():
+            compare(title, capacity, lengths, contenders, Path(folder))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def pack(
     parts = [np.empty(0, np.uint32)]
     ends = [np.zeros(1, np.int64)]
     packed, borders = 0, [0]
-    for window in range(int(windows.max(initial=-1)) + 1):
-        chosen = np.flatnonzero(windows == window).astype(np.uint32)
+    by_window = np.argsort(windows, kind="stable").astype(np.uint32)
+    for chosen in np.split(by_window, np.cumsum(np.bincount(windows))[:-1]):
         documents, offsets = _window(lengths[chosen], capacity, global_batch, borders[-1], most, random)
         parts.append(chosen[documents])
         ends.append(packed + offsets[1:])
