@@ -127,6 +127,7 @@ def trained(make_tiny: Callable[[], Tiny]) -> Trained:
 @pytest.fixture(scope="session")
 def raised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raised]:
     """A `regrow up` of the session's own."""
+    # Where `regrow` looks by itself when XDG_DATA_HOME is the folder `up`.
     raised = Raised(tmp_path_factory.mktemp("up") / "regrow" / "prefect", free_port())
     try:
         raised.up()

@@ -32,6 +32,11 @@ class Raised:
     port: int
 
     @property
+    def store(self) -> str:
+        """The store that its workers use when a run does not say otherwise."""
+        return str(self.home.parent / "store")
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/api"
 
@@ -40,7 +45,7 @@ class Raised:
         clean = {n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "REGROW_UP"))}
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli", *arguments],
-            env={**clean, "COLUMNS": "80", "XDG_DATA_HOME": str(self.home.parent)},
+            env={**clean, "COLUMNS": "80", "XDG_DATA_HOME": str(self.home.parents[1])},
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -1,6 +1,10 @@
 """`regrow up` for real: everything is registered, and what is killed comes back."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,13 @@ from prefect.client.schemas.objects import DeploymentSchedule
 from flows.deployments import SILENT, listed
 from flows.up import running, status
 from tests.flows.raised import Raised, eventually
+
+ROOT = Path(__file__).parents[2]
+
+PREFECT = (sys.executable, "-m", "prefect", "--no-prompt")
+
+COMPARED = {"entrypoint", "work_pool_name", "work_queue_name", "job_variables", "parameters", "tags", "description"}
+COMPARED |= {"concurrency_limit", "parameter_openapi_schema", "enforce_parameter_schema"}
 
 
 def deployments(raised: Raised) -> dict[str, Any]:
@@ -53,6 +64,20 @@ def test_the_form_knows_the_recipe(raised: Raised) -> None:
     assert train["method"]["enum"] and train["learning_rate"]["description"]
     assert train["learning_rate"]["exclusiveMinimum"] == 0
     assert schema["properties"]["stage"]["enum"][0] == "fetch"
+
+
+def test_prefect_deploy_registers_the_same(raised: Raised) -> None:
+    before = {name: d.model_dump(include=COMPARED) for name, d in deployments(raised).items()}
+    done = subprocess.run(
+        [*PREFECT, "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
+        cwd=ROOT,
+        env={**os.environ, "PREFECT_API_URL": raised.url, "PWD": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name: d.model_dump(include=COMPARED) for name, d in deployments(raised).items()} == before
 
 
 def test_up_again_keeps_what_people_set(raised: Raised) -> None:
