@@ -33,7 +33,7 @@ def resolve_model(repository: str, revision: str, place: str) -> Found:
 
 
 def resolve_data(repository: str, revision: str, subset: str | None, split: str, place: str) -> list[Found]:
-    """The files of a split at the commit that `revision` is now, by digest. In `where`: name, hub, commit and path.
+    """The files of a split at the commit that `revision` is now, by digest. In `where`: name, hub and commit.
 
     Raises UserError when there is no such repository, subset or split, or when a file is of no known kind.
     """
@@ -51,10 +51,7 @@ def resolve_data(repository: str, revision: str, subset: str | None, split: str,
         aside.write_text(json.dumps(listed), "utf-8")
         aside.replace(memory)
     return [
-        Found(
-            {"suffix": suffix_of(path), **what},
-            {"name": path, "hub": repository, "commit": commit, "path": path},
-        )
+        Found({"suffix": suffix_of(path), **what}, {"name": path, "hub": repository, "commit": commit})
         for path, what in listed.items()
     ]
 
@@ -182,7 +179,7 @@ def _check_complete(paths: Sequence[str], repository: str, place: str) -> None:
 
 def download(found: Mapping[str, Json], where: Mapping[str, Json]) -> Path:
     """One file of a data set, in the Hub's own cache. Raises UserError when it does not have the digest found."""
-    path = _fetched(where["hub"], where["commit"], where["path"], where["name"])
+    path = _fetched(where["hub"], where["commit"], where["name"], where["name"])
     if "git" in found:
         data = path.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != found["git"]:

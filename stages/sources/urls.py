@@ -1,17 +1,25 @@
 """Files at any URL that fsspec can read: found by glob or folder, told apart by etag, read with retries."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from stages.errors import UserError
-from stages.identity import Json
+from stages.identity import Json, canonical_json, sha256_text
 from stages.sources import Found, credentials
 from stages.sources.remote import OpenAt, Passing
 from stages.sources.unpack import suffix_of
 
+BLOCK = 8 << 20
+"""Bytes asked for at once: what a connection that breaks costs at most."""
+
 CONTENT_ETAGS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 """Stores whose etags two different objects do not share. Elsewhere an etag only means something at its URL."""
+
+VERSIONS = (
+    *("sha", "blob_id", "checksum", "md5", "CRC", "generation", "version_id"),
+    *("mtime", "modify", "modified", "last_modified", "LastModified", "updated", "created"),
+)
+"""What file systems without etags say of a file's content, each by a name of its own."""
 
 
 def filesystem(location: str, options: Mapping[str, Json], place: str) -> tuple[Any, str]:
@@ -68,8 +76,9 @@ def version(fs: Any, info: Mapping[str, Any]) -> dict[str, Json]:
     if etag and protocol in CONTENT_ETAGS:
         return {"etag": str(etag).strip('"')}
     if etag:
-        return {"etag": str(etag), "at": hashlib.sha256(info["name"].encode()).hexdigest()}
-    return {"version": fs.ukey(info["name"])}
+        return {"etag": str(etag), "at": sha256_text(info["name"])}
+    told = {name: str(info[name]) for name in VERSIONS if info.get(name) is not None}
+    return {"version": sha256_text(canonical_json(told)) if told else fs.ukey(info["name"])}
 
 
 def opener(url: str, options: Mapping[str, Json], found: Mapping[str, Json], name: str) -> OpenAt:
@@ -100,7 +109,7 @@ class _File:
             raise UserError(f"{self.name} changed while the run was going on: run again")
 
     def open(self, position: int) -> None:
-        self.file = self._tried(lambda: self.fs.open(self.path, "rb"))
+        self.file = self._tried(lambda: self.fs.open(self.path, "rb", block_size=BLOCK))
         if position:
             self._tried(lambda: self.file.seek(position))
 

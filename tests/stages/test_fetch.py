@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from stages.errors import UserError
 from stages.identity import canonical_json, sha256_file, tree_of
 from stages.rows import read_rows
 from stages.sources import digests as digests_module
-from tests.stages.fetching import CSV, REASONING, ROW, bring, home, model_folder, names, resolve, shards
+from stages.sources import remote
+from tests.stages.fetching import CSV, REASONING, ROW, bring, home, model_folder, names, pieces_of, resolve, shards
+from tests.stages.web_server import breaking_proxy
 
 __all__ = ["home"]
 
@@ -221,6 +224,49 @@ class TestUrls:
             bring(found[1], tmp_path / "b")
         with pytest.raises(UserError, match=r"nothing matches|cannot read"):
             shards({"files": f"s3://{s3.bucket}/nothing/*.jsonl"})
+
+    def test_connections_that_break_are_made_again(
+        self, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import s3fs
+
+        rows = ROW * 200_000
+        s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3.bucket}/a.jsonl", rows)
+        monkeypatch.setattr(remote, "WAIT", 0.01)
+        with breaking_proxy(s3.endpoint, after=400_000) as proxy:
+            options = {"client_kwargs": {"endpoint_url": proxy.url}, "skip_instance_cache": True}
+            [part] = shards({"files": f"s3://{s3.bucket}/a.jsonl", "storage_options": options})
+            proxy.breaks = 8  # more than s3fs puts up with by itself
+            output = bring(part, tmp_path / "out")
+            assert b"".join(data for _, data in pieces_of(output)) == rows and proxy.breaks == 0
+
+    def test_credentials_by_reference(self, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import s3fs
+
+        s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3.bucket}/a.jsonl", ROW)
+        for name, ours in (("AWS_ACCESS_KEY_ID", "MY_KEY"), ("AWS_SECRET_ACCESS_KEY", "MY_SECRET")):
+            monkeypatch.setenv(ours, os.environ[name])
+            monkeypatch.delenv(name)
+        location = f"s3://{s3.bucket}/a.jsonl"
+        options = {"key": "env:MY_KEY", "secret": "env:MY_SECRET", "client_kwargs": {"endpoint_url": s3.endpoint}}
+        [part] = shards({"files": location, "storage_options": options})
+        assert os.environ["MY_SECRET"] not in canonical_json([dict(part.config), dict(part.where)])
+        assert pieces_of(bring(part, tmp_path / "out")) == [(1, ROW)]
+        monkeypatch.setenv("MY_SECRET", "wr0ng-secret")
+        with pytest.raises(UserError, match=r"fetch\.data\.mine\.files: cannot read s3://") as refused:
+            shards({"files": location, "storage_options": options})
+        assert "wr0ng-secret" not in str(refused.value)
+        monkeypatch.delenv("MY_KEY")
+        with pytest.raises(UserError, match=r"storage_options\.key: the environment variable MY_KEY is not set"):
+            shards({"files": location, "storage_options": options})
+
+    def test_a_chain_of_file_systems(self, home: Path, tmp_path: Path) -> None:
+        with zipfile.ZipFile(home / "a.zip", "w") as archive:
+            archive.writestr("in/b.jsonl", ROW)
+            archive.writestr("in/c.jsonl", ROW * 2)
+        found = shards({"files": f"zip://in/*.jsonl::file://{home}/a.zip"})
+        assert names(found) == ["b.jsonl", "c.jsonl"]
+        assert pieces_of(bring(found[1], tmp_path / "out")) == [(1, ROW * 2)]
 
     def test_a_model_at_a_url(self, s3: Any, tmp_path: Path) -> None:
         import s3fs

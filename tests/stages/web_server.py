@@ -1,11 +1,13 @@
-"""A web server on the loopback that can do all that servers do to a download: break off, begin anew, change, refuse."""
+"""Servers on the loopback that do all that can be done to a download: break off, begin anew, change, refuse."""
 
+import socket
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 
@@ -112,6 +114,56 @@ def web_server() -> Iterator[Web]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield web
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass
+class Proxy:
+    """Passes connections on, and breaks the next `breaks` that answer with more than `after` bytes."""
+
+    url: str
+    after: int
+    breaks: int = 0
+
+
+@contextmanager
+def breaking_proxy(target: str, after: int) -> Iterator[Proxy]:
+    """Stands before the server at `target` until the block ends."""
+    there = urlsplit(target)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            ours = cast(socket.socket, self.request)
+            with socket.create_connection((there.hostname, there.port)) as theirs:
+                threading.Thread(target=self.ask, args=(ours, theirs), daemon=True).start()
+                passed = 0
+                while data := theirs.recv(65536):
+                    passed += len(data)
+                    if passed > proxy.after and proxy.breaks:
+                        proxy.breaks -= 1
+                        break
+                    ours.sendall(data)
+                with suppress(OSError):
+                    ours.shutdown(socket.SHUT_RDWR)
+
+        def ask(self, ours: socket.socket, theirs: socket.socket) -> None:
+            with suppress(OSError):
+                while data := ours.recv(65536):
+                    theirs.sendall(data)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: Any) -> None:
+            return None
+
+    server = Server(("127.0.0.1", 0), Handler)
+    proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}", after)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield proxy
     finally:
         server.shutdown()
         server.server_close()
