@@ -37,6 +37,10 @@ from stages.views import spread
 LOOKUPS = 16
 """Parts looked up at once: a look-up on S3 is mostly waiting."""
 
+PORTION_PARTS = 256
+PORTION_BYTES = 4 << 30
+"""Parts, and bytes of their inputs, that one child works through: views and locks of these are held at once."""
+
 WHOLE = ""
 """The task name of a stage that is not mapped."""
 
@@ -172,9 +176,10 @@ class _Maker:
         # Two parts may be one action, for two shards with the same rows: it is done once.
         twins, jobs = jobs, list({job.action.key: job for job in jobs}.values())
         workers = 1 if self.stage.exclusive else self.runtime.workers
-        groups = [jobs[n::workers] for n in range(min(workers, len(jobs)))]
-        if len(groups) > 1:
-            with ThreadPoolExecutor(len(groups)) as pool:
+        shares = [jobs[n::workers] for n in range(min(workers, len(jobs)))]
+        groups = shares if self.stage.exclusive else [group for share in shares for group in _portions(share)]
+        if workers > 1 and len(groups) > 1:
+            with ThreadPoolExecutor(workers) as pool:
                 results = [a for group in pool.map(self.make, groups) for a in group]
         else:
             results = [a for group in groups for a in self.make(group)]
@@ -234,6 +239,22 @@ class _Maker:
             if mirror:
                 mirror.finish()
         return [artifacts[job.name] for job in jobs]
+
+
+def _portions(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Jobs for one child after another: what is open and on the local disk at once does not grow with the data."""
+    portion: list[_Job] = []
+    held: dict[str, int] = {}
+    for job in jobs:
+        own = {tree.digest: tree.size for tree in job.inputs.values() if tree.digest not in held}
+        if portion and (len(portion) == PORTION_PARTS or sum((held | own).values()) > PORTION_BYTES):
+            yield portion
+            portion, held = [], {}
+            own = {tree.digest: tree.size for tree in job.inputs.values()}
+        portion.append(job)
+        held |= own
+    if portion:
+        yield portion
 
 
 class _Mirror:

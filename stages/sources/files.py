@@ -9,6 +9,7 @@ as far as they reach.
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -23,6 +24,9 @@ from stages.stage import Facts, Work
 
 NEED_SEEKING = (".parquet", ".arrow", ".zip")
 """Files that cannot be read from their beginning to their end."""
+
+SMALL = 256 << 10
+"""Bytes that are hashed sooner than handed to a thread."""
 
 NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """What the datasets library saves beside the rows: no rows, though a folder is named."""
@@ -219,10 +223,12 @@ def _cut_rows(stream: BinaryIO, suffix: str, budget: Budget, pieces: Pieces, wor
 
 
 class _Hashed:
-    """A file that is hashed as it is read. `closed` and `close` are for Arrow."""
+    """A file that is hashed as it is read, in a thread of its own. `closed` and `close` are for Arrow."""
 
     def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
         self.file, self.told, self.digest, self.done = file, told, hashlib.sha256(), 0
+        self.hasher = ThreadPoolExecutor(1)
+        self.hashing: Future[None] | None = None
 
     closed = False
 
@@ -231,7 +237,13 @@ class _Hashed:
 
     def read(self, size: int = remote.CHUNK) -> bytes:
         data = self.file.read(size)
-        self.digest.update(data)
+        if self.hashing:
+            self.hashing.result()
+            self.hashing = None
+        if len(data) < SMALL:
+            self.digest.update(data)
+        else:  # beside the cutting and writing of it
+            self.hashing = self.hasher.submit(self.digest.update, data)
         self.done += len(data)
         self.told(self.done)
         return data
@@ -240,4 +252,5 @@ class _Hashed:
         """The digest of the whole file, once what is left of it is read too."""
         while self.read():
             pass
+        self.hasher.shutdown()
         return self.digest.hexdigest()

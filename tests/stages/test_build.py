@@ -1,5 +1,6 @@
 """Building a stage: one build for many, only what changed, and what is damaged grows back."""
 
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,21 @@ def test_new_data_costs_only_itself(store: Store, runtime: Runtime, tmp_path: Pa
     assert not more.hit
     assert calls(runtime) == ["a.txt", "b.txt", "c.txt"]
     assert list(more.artifact.parts) == ["a", "b", "c"]
+
+
+def test_more_parts_than_files_that_may_be_open(
+    store: Store, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.build.PORTION_PARTS", 12)
+    tree = rows(store, tmp_path, **{f"r{n}": f"text {n}" for n in range(60)})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 48, limits[1]))
+    try:
+        built = shards(store, runtime, tree)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert built.artifact.facts["rows"] == 60 and len(calls(runtime)) == 60
 
 
 def test_two_shards_with_the_same_rows_are_one_action_done_once(store: Store, runtime: Runtime, tmp_path: Path) -> None:

