@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -21,6 +23,7 @@ from stages.identity import canonical_json, sha256_file, tree_of
 from stages.rows import read_rows
 from stages.sources import digests as digests_module
 from stages.sources import remote
+from stages.sources.pieces import Pieces
 from tests.stages.fetching import CSV, REASONING, ROW, bring, home, model_folder, names, pieces_of, resolve, shards
 from tests.stages.web_server import breaking_proxy
 
@@ -150,6 +153,32 @@ class TestFiles:
         (home / "a.jsonl").unlink()
         with pytest.raises(UserError, match=r"a\.jsonl can no longer be read"):
             bring(part, tmp_path / "gone")
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.zip"])
+    def test_a_file_that_changes_while_it_is_read_is_told(
+        self, home: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = home / name
+        if name == "a.jsonl":
+            path.write_bytes(ROW * 1000)
+        elif name == "a.parquet":
+            pq.write_table(pa.table({"text": ["hi"] * 5000}), path)
+        else:
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("b.jsonl", ROW * 1000)
+        [part] = shards({"files": name})
+        made = Pieces.new
+
+        def changed(pieces: Pieces, *arguments: Any) -> Path:
+            """The last byte changes once the first piece is begun."""
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+            return made(pieces, *arguments)
+
+        monkeypatch.setattr(Pieces, "new", changed)
+        with pytest.raises(UserError, match=re.escape(f"{name} changed while the run was going on: run again")):
+            bring(part, tmp_path / "out")
 
 
 class TestDigests:

@@ -12,8 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stages import convert
 from stages.errors import UserError
 from stages.sources import unpack
+from stages.stage import Work
+from tests.stages.chats import smollm2
 from tests.stages.fetching import CSV, ROW, bring, home, pieces_of, shards
 
 __all__ = ["home"]
@@ -200,3 +203,13 @@ def test_an_archive_without_rows_and_a_file_without_any(home: Path, tmp_path: Pa
         [part] = shards({"files": name})
         with pytest.raises(UserError, match=f"{name}: there are no rows in it"):
             bring(part, tmp_path / f"out-{name}")
+
+
+def test_a_bad_row_in_an_archive_is_named_as_it_stands_there(home: Path, tmp_path: Path) -> None:
+    good = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    output = brought(home, tmp_path, "a.zip", zipped({"one.jsonl": good, "in/two.jsonl": good + b"{oops\n"}))
+    inputs = {"rows": output / "00001", "tokenizer": smollm2()}
+    (tmp_path / "converted").mkdir()
+    config = convert.ConvertPart.model_validate({"format": "messages"})
+    with pytest.raises(UserError, match=r"^a\.zip/in/two\.jsonl, line 2: is not JSON"):
+        convert.run(config, inputs, tmp_path / "converted", Work(tmp_path, where={"name": "a.zip"}))
