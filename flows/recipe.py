@@ -189,6 +189,13 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
                 hint = f"there is no data source `{source}`; fetch.data has {_listed(sources)}"
                 yield (section, "sources", source), hint
 
+    lora, added = recipe.train.lora, recipe.fetch.model.new_tokens
+    untrained = sorted(set(added) - set(lora.new_tokens))
+    if recipe.train.method == "lora" and untrained and not lora.modules_to_save:
+        hint = (
+            f"`{untrained[0]}` would stay as it starts: name it in `train.lora.new_tokens`, which trains its embedding"
+        )
+        yield ("fetch", "model", "new_tokens"), hint
     for name, task in recipe.evaluate.tasks.items():
         if task.source and task.source not in sources:
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"

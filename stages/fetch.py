@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from stages.identity import Tree
-from stages.sources import Found, credentials, files, folder, hub, package, reasoning
+from stages.sources import Found, credentials, files, folder, hub, new_tokens, package, reasoning
 from stages.sources.pieces import Pieces
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 
@@ -35,6 +35,8 @@ class ModelSource(StageConfig):
     """For url: options of its fsspec file system, secrets by reference: `{key: env:MY_KEY}`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """For package: the number type of the saved weights; bfloat16 by default."""
+    new_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer, the embeddings and the head; train.lora.new_tokens trains their rows."""
 
     @model_validator(mode="after")
     def _one_location(self) -> "ModelSource":
@@ -137,7 +139,9 @@ class FetchPart(StageConfig):
 def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     """Resolve every source. Raises UserError for the first that cannot be."""
     kind, found = _resolve_model(config.model)
-    resolved = [Part("model", {"kind": kind, "found": found.identity, "source": "", "split": ""}, where=found.where)]
+    added = {"new_tokens": list(config.model.new_tokens)} if config.model.new_tokens else {}
+    of_model = {"kind": kind, "found": {**found.identity, **added}, "source": "", "split": ""}
+    resolved = [Part("model", of_model, where=found.where)]
     for name, source in config.data.items():
         kind, shards = _resolve_data(source, f"fetch.data.{name}")
         for number, found in enumerate(shards):
@@ -185,7 +189,9 @@ def _resolve_data(source: DataSource, place: str) -> tuple[str, list[Found]]:
 def run(config: FetchPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Bring one part in: a model's folder, or pieces of data as `stages.sources.pieces` writes them."""
     if not config.source:
-        return _BRING_MODEL[config.kind](config.found, work.where, output, work)
+        brought = _BRING_MODEL[config.kind](config.found, work.where, output, work)
+        tokens = config.found.get("new_tokens")
+        return {**brought, **new_tokens.add(output, tokens)} if tokens else brought
     pieces = Pieces(output, {"source": config.source, "split": config.split}, config.source)
     facts = _BRING_DATA[config.kind](config.found, work.where, pieces, work)
     if not pieces.count:

@@ -41,6 +41,8 @@ EXACT = 1e-3
 """Largest difference of logits, relative to the largest logit, that float32 arithmetic in another order explains."""
 NOISE = 5e-3
 """KL divergence in nats that rounding the weights may always cost: ten times what bfloat16 costs SmolLM2-135M."""
+KEPT = 0.1
+"""Share of the weights' update that rounding must leave."""
 DAMAGE = 0.1
 """Share of the training's own KL divergence that it may cost besides."""
 
@@ -87,11 +89,6 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     facts |= {"tensors": count, "changed_tensors": changed}
     _put_template(inputs["templates"], output)
     if not changed:
-        if merged and not facts["adapter_is_zero"]:
-            raise UserError(
-                "merge: the merged model is identical to the model before training, although the adapter is not zero: "
-                f"its changes are smaller than {facts['dtype']} can hold. Train longer or with a higher learning rate"
-            )
         facts["warning"] = "training changed nothing: the result is identical to the model before training"
     (output / "merge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     return facts
@@ -140,13 +137,13 @@ def _merge(model: Path, adapter: Path, output: Path, work: Work) -> Facts:
     before = _logits(base, probes)
     work.tell(1, 3, "models")
     adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    zero = _is_zero(adapted)
     wanted = _logits(adapted, probes)
     merged = adapted.merge_and_unload(safe_merge=True)
     require_same(compare(before, wanted, _logits(merged, probes)))
     work.tell(2, 3, "models")
     narrow = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
-    _round(merged, narrow)
+    share = _round(merged, narrow)
+    require_update(share, dtype)
     rounded = _logits(merged, probes)
     del base, adapted, merged
     narrow.save_pretrained(output)
@@ -160,22 +157,30 @@ def _merge(model: Path, adapter: Path, output: Path, work: Work) -> Facts:
     return {
         "method": "lora",
         "dtype": _name(dtype),
-        "adapter_is_zero": zero,
+        "update_kept": share,
         "likeness": asdict(likeness),
     }
 
 
-def _round(wide: Any, narrow: Any) -> None:
+def _round(wide: Any, narrow: Any) -> float | None:
     """Give `narrow`, the model in its own dtypes, the weights of `wide`, and `wide` what rounding left of them.
 
-    Weights that were not merged come out with the bits they had.
+    Weights that were not merged come out with the bits they had. Returns the share of the weights' update that is left:
+    with d the update and k what is left of it, (k . d) / (d . d) over all weights; None when there is none.
     """
     import torch
 
+    theirs = dict(wide.named_parameters())
+    assert theirs.keys() == dict(narrow.named_parameters()).keys()
     with torch.no_grad():
-        for (name, ours), (other, theirs) in zip(narrow.named_parameters(), wide.named_parameters(), strict=True):
-            assert name == other
-            theirs.copy_(ours.copy_(theirs))
+        left = whole = 0.0
+        for name, ours in narrow.named_parameters():
+            before = ours.to(theirs[name], copy=True)
+            update = theirs[name] - before
+            theirs[name].copy_(ours.copy_(theirs[name]))
+            left += float(((theirs[name] - before) * update).double().sum())
+            whole += float((update * update).double().sum())
+    return _three_digits(torch.tensor(left / whole)) if whole else None
 
 
 def _load(folder: Path, device: str) -> Any:
@@ -250,6 +255,16 @@ def require_saved(likeness: Likeness) -> None:
         )
 
 
+def require_update(share: float | None, dtype: "torch.dtype") -> None:
+    """Raise UserError when rounding to `dtype` left next to nothing of the weights' update."""
+    if share is not None and not share >= KEPT:
+        raise UserError(
+            f"merge: of the adapter's changes only {share:.1%} are left in {_name(dtype)}, the dtype of the model: the "
+            "others are smaller than it can hold. Train longer or with a higher learning rate, or start from the model "
+            "in a wider dtype"
+        )
+
+
 def require_kept(likeness: Likeness, dtype: "torch.dtype") -> None:
     """Raise UserError when rounding to `dtype` damaged what was trained."""
     if not likeness.kl <= NOISE + DAMAGE * likeness.kl_of_training:
@@ -261,16 +276,6 @@ def require_kept(likeness: Likeness, dtype: "torch.dtype") -> None:
 
 def _name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_zero(adapted: Any) -> bool:
-    """Whether the adapter's product is exactly zero, as before the first step."""
-    return all(
-        not module.lora_B[name].weight.any()
-        for module in adapted.modules()
-        if hasattr(module, "lora_B")
-        for name in module.lora_B
-    )
 
 
 def _changed(model: Path, output: Path) -> tuple[int, int]:
@@ -285,4 +290,4 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     return changed, count
 
 
-STAGE = Stage(name="merge", artifact="weights", version=2, config=MergeConfig, run=run)
+STAGE = Stage(name="merge", artifact="weights", version=3, config=MergeConfig, run=run)

@@ -114,9 +114,9 @@ def _adapters(model: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), module
 
 
-def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> str | list[str]:
+def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> list[str]:
     if isinstance(targets, str):
-        return targets
+        return _short({n for n, module in layers.items() if _is_plain(module)} - _head(model, layers), layers)
     found: set[str] = set()
     for target in targets:
         meant = {name for name in layers if matches(target, name)}
@@ -128,9 +128,25 @@ def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dic
                 f"train.lora.targets: {target!r} shares its weights with the embeddings, so an adapter on it cannot be "
                 "merged: leave it out, or name the embeddings in train.lora.modules_to_save"
             )
-        by_end = {name for name in layers if name == target or name.endswith(f".{target}")}
-        found |= {target} if by_end == meant else meant
-    return sorted(found)
+        found |= meant
+    return _short(found, layers)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a layer is linear and no more: not a mixture's router or gate."""
+    library = type(module).__module__.partition(".")[0]
+    return isinstance(module, Conv1D) or (library in ("torch", "bitsandbytes") and module.out_features > 1)
+
+
+def _head(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+    head = model.get_output_embeddings()
+    return {name for name, module in layers.items() if module is head}
+
+
+def _short(meant: set[str], layers: dict[str, nn.Module]) -> list[str]:
+    """The layers by the last parts of their names, if those name no other layer."""
+    ends = {name.rpartition(".")[2] for name in meant}
+    return sorted(ends if all(n in meant for n in layers if n.rpartition(".")[2] in ends) else meant)
 
 
 def _tied(model: PreTrainedModel) -> bool:

@@ -42,6 +42,8 @@ def make_adapter(folder: Path, model: Path, scale: float = 1.0, **changes: Any) 
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(scale)
+            elif "modules_to_save" in name or "trainable_tokens" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     return folder
 
@@ -93,6 +95,28 @@ def test_the_merged_folder_gives_the_adapters_logits(
     )
     figures = json.loads((tmp_path / "output/merge.json").read_text())["likeness"]
     assert figures["kl"] < 0.01 * figures["kl_of_training"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [3, 200]}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_kind_of_adapter_merges_into_16_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = make_model(tmp_path / "model", dtype="bfloat16")
+    trained = make_adapter(tmp_path / "trained", model, **changes)
+    facts: Any = run(tmp_path / "output", model, trained)
+    assert facts["update_kept"] == pytest.approx(1, abs=0.01)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.float32)
+    ids = torch.tensor([[3, 200, 17, 45]])
+    expected = adapted_logits(model, trained, ids)
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=0.05, atol=0.05 * expected.max().item())
 
 
 def test_everything_but_the_weights_is_the_models_own(tmp_path: Path) -> None:
@@ -167,7 +191,7 @@ def test_numbers_that_are_none_do_not_pass() -> None:
 def test_training_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", dtype="bfloat16")
     trained = make_adapter(tmp_path / "trained", model, scale=1e-9)
-    with pytest.raises(UserError, match=r"identical to the model before training.*bfloat16"):
+    with pytest.raises(UserError, match=r"only 0\.\d% are left in bfloat16"):
         run(tmp_path / "output", model, trained)
 
 

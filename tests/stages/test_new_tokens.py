@@ -1,0 +1,66 @@
+"""Tokens that a recipe adds: one id each, rows that start as the mean, everything else as it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.recipe import check
+from flows.strict_yaml import parse
+from stages.errors import UserError
+from stages.fetch import STAGE, FetchConfig, FetchPart
+from stages.runtime import Runtime
+from stages.stage import Work
+from tests.stages.test_merge import make_model
+
+
+def fetch(model: Path, output: Path, *tokens: str) -> Any:
+    config = FetchConfig.model_validate(
+        {"model": {"path": str(model), "new_tokens": list(tokens)}, "data": {"a": {"reasoning_gym": "x", "size": 1}}}
+    )
+    assert STAGE.parts is not None
+    part = STAGE.parts(config.model_copy(update={"data": {}}), {})[0]
+    output.mkdir()
+    return STAGE.run(FetchPart.model_validate(part.config), {}, output, Work(output, Runtime(), where=part.where))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_have_one_id_and_the_mean_of_all_rows(tmp_path: Path, tied: bool) -> None:
+    model = make_model(tmp_path / "model", tie_word_embeddings=tied, dtype="bfloat16")
+    facts = fetch(model, tmp_path / "out", "<tool>", "</tool>")
+    assert facts["new_tokens"] == {"<tool>": 256, "</tool>": 257}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    old = AutoTokenizer.from_pretrained(model)
+    assert tokenizer("<tool>")["input_ids"] == [256] and tokenizer("a <b")["input_ids"] == old("a <b")["input_ids"]
+    before, after = (AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in (model, tmp_path / "out"))
+    assert after.config.vocab_size == 258 and after.dtype == torch.bfloat16
+    for name in ("embed_tokens", "lm_head"):
+        one, two = (
+            m.get_input_embeddings() if name == "embed_tokens" else m.get_output_embeddings() for m in (before, after)
+        )
+        assert torch.equal(two.weight[:256], one.weight)
+        assert torch.equal(two.weight[257], one.weight.float().mean(0).bfloat16())
+    ids = torch.tensor([old("as it was")["input_ids"]])
+    torch.testing.assert_close(after(ids).logits[..., :256], before(ids).logits)
+
+
+def test_a_token_that_is_there_already_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 'a' already"):
+        fetch(make_model(tmp_path / "model"), tmp_path / "out", "a")
+
+
+def test_an_adapter_that_leaves_new_tokens_untrained_is_refused() -> None:
+    text = """
+name: tools
+fetch:
+  model: {path: model, new_tokens: [<tool>]}
+  data: {a: {files: x}}
+convert: {format: messages}
+"""
+    document = parse(text, "r.yaml")
+    with pytest.raises(UserError, match=r"r.yaml:4: `<tool>` would stay as it starts: name it in `train.lora.new_tok"):
+        check(document.value, document, "r.yaml")
+    trained = parse(text + "train: {lora: {new_tokens: [<tool>]}}\n", "r.yaml")
+    check(trained.value, trained, "r.yaml")
