@@ -42,6 +42,7 @@ def leaves(model: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
 NUMBERS: list[Any] = [True, False, 1, 2, 64, 100, 0.5, 0.25, 1e-5]
 WORDS = [
     "x",
+    "stop",
     "nf4",
     "best",
     "gaussian",
