@@ -78,7 +78,8 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         _, prompted = _around(bare, [_QUESTION], add_generation_prompt=True)
     except BadRow as error:
         raise UserError(f"the chat template fails on a plain question and answer: {error}") from error
-    written = {text for text in tokenizer.added if text in source and not text.isspace()}
+    own = templates.find(choice).tokens if choice in templates.names() else ()  # it may put them together from parts
+    written = {text for text in tokenizer.added if (text in source and not text.isspace()) or text in own}
     named = {token for name, token in tokenizer.variables.items() if name in source and token in tokenizer.added}
     control = tuple(sorted({*tokenizer.special, *written, *named}))
     endings = {_ending(after, control) for after in (after_question, after_answer)} - {""}

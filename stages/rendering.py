@@ -101,6 +101,8 @@ def _split(template: Template, turns: list[Turn], text: str, last: int, followin
         at = text.rfind(template.header, end) if template.prompt else -1
         if at >= 0:
             begin = at + _shared(text[at:], template.prompt)
+        elif (said := template.openings.get(turns[following - 1].role, "")) and said in text:
+            begin = max(end, text.rindex(said) + len(said))
         elif last != NO_TURN:
             begin = max(end, _shared(text, template.openings.get(turns[last].role, text)))
     return [
@@ -146,4 +148,6 @@ def _unwritten(conversation: Conversation, chunks: list[Chunk]) -> list[str]:
                 f"the chat template leaves out turn {number}'s {' and '.join(absent)}: choose one that writes it",
             )
         missing += [f"{kind} of {turn.role}" for kind in absent]
+        if turn.role == "assistant" and not any((number, kind) in written for kind in (CONTENT, REASONING, CALLS)):
+            missing.append("empty answer of assistant")  # whose end is not known then, and does not train
     return missing

@@ -32,7 +32,7 @@ TEMPLATE = Named(
         {%- endif %}
     {%- elif message.role == 'assistant' %}
         {{- '<｜Assistant｜>' if not after_tool }}
-        {{- message.content or '' }}
+        {{- message.content if message.content is string }}
         {%- if message.tool_calls %}
             {{- '<｜tool▁calls▁begin｜>' }}
             {%- for call in message.tool_calls %}

@@ -23,7 +23,8 @@ TEMPLATE = Named(
     {{- '<|eom|>' }}
 {%- endif %}
 {%- for message in messages %}
-    {{- '<|bom|><|' + message.role + '|> ' + (message.content or '') }}
+    {{- '<|bom|><|' + message.role + '|> ' }}
+    {{- message.content if message.content is string }}
     {%- if loop.first and message.role == 'system' and tools %}
         {{- '\n\n' if message.content }}
         {{- offer() }}

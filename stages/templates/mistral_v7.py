@@ -31,7 +31,7 @@ TEMPLATE = Named(
     {%- elif message.role == 'tool' %}
         {{- '[TOOL_RESULTS]' + message.tool_call_id[-9:] + '[TOOL_CONTENT]' + message.content + '[/TOOL_RESULTS]' }}
     {%- else %}
-        {{- message.content or '' }}
+        {{- message.content if message.content is string }}
         {%- if message.tool_calls %}
             {{- '[TOOL_CALLS][' }}
             {%- for call in message.tool_calls %}

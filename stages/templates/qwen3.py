@@ -42,7 +42,7 @@ TEMPLATE = Named(
         {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
         {{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' }}
     {%- elif message.role == 'assistant' %}
-        {%- set content = message.content or '' %}
+        {%- set content = message.content if message.content is string else '' %}
         {%- set thought = message.reasoning_content or '' %}
         {%- if message.reasoning_content is not string and '</think>' in content %}
             {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
