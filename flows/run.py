@@ -15,6 +15,7 @@ from flows.recipe import Loaded
 from stages import objectives
 from stages.build import action_of
 from stages.errors import UserError
+from stages.formats import own
 from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
 from stages.runtime import Runtime
@@ -151,7 +152,9 @@ def start(
     loaded: Loaded, runtime: Runtime, store: Store, record: Mapping[str, Any] | None = None, run_id: str = ""
 ) -> Run:
     """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it, called `run_id` or
-    by a name of its own."""
+    by a name of its own. Raises UserError when the recipe brings Python that the runtime does not allow."""
+    if loaded.recipe.convert.uses_code and not runtime.allow_code:
+        raise UserError(own.NOT_ALLOWED)
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
         return Run(record["run"], loaded, runtime, store, parts, production=production_of(record))

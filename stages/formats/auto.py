@@ -24,6 +24,7 @@ Recognised = tuple[str, tuple[tuple[str, str], ...]]
 def recognise(rows: Sequence[Row]) -> tuple[str, Mapping[str, str]]:
     """The one format of the rows, and the fields that have other names in them. Raises UserError."""
     found = [seen for row in rows[:SAMPLE] if (seen := candidates(row))]
+    found = [seen for seen in found if {name for name, _ in seen} != {LAST}] or found
     if not found:
         have = listed(rows[0]) if rows else "nothing"
         raise UserError(f"no format knows these rows: they have {have}{_nearest(rows)}. {_MEND}")

@@ -320,7 +320,9 @@ def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a list of `role` and `content` in one of the columns that public data has it in."""
     found = [column for column in COLUMNS if chats(row.get(column), "role", "content")]
-    return None if len(found) != 1 else {} if found == ["messages"] else {"messages": found[0]}
+    if len(found) != 1 or isinstance(row.get("kto_tag"), bool):
+        return None
+    return {} if found == ["messages"] else {"messages": found[0]}
 
 
 COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")

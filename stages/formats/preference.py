@@ -76,7 +76,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     if not all(isinstance(row.get(name), str | list | dict) for name in ("chosen", "rejected")):
         return None
     found = [name for name in PROMPTS if name in row]
-    if len(found) > 1 or "input" in row or row.get("messages") is not None:
+    if len(found) > 1 or "input" in row:
         return None
     return {} if found in ([], ["prompt"]) else {"prompt": found[0]}
 

@@ -47,7 +47,9 @@ def turns(said: list[Any], place: str, options: Options) -> list[Turn]:
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a list of `from` and `value` in one of the columns that public data has it in."""
     found = [column for column in COLUMNS if chats(row.get(column), "from", "value")]
-    return None if len(found) != 1 else {} if found == ["conversations"] else {"conversations": found[0]}
+    if len(found) != 1 or isinstance(row.get("kto_tag"), bool):
+        return None
+    return {} if found == ["conversations"] else {"conversations": found[0]}
 
 
 FORMAT = Format(

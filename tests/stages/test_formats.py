@@ -3,14 +3,14 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import stages.formats
 from stages import formats
 from stages.errors import UserError
-from stages.formats import BadRow, Conversation, Format, Options, Turn, find
+from stages.formats import BadRow, Conversation, Example, Format, Options, Turn, find
 from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 3}}}
@@ -232,3 +232,177 @@ def test_completion_is_one_turn_of_text() -> None:
     assert not find("completion").templated
     with pytest.raises(BadRow, match="text is missing"):
         turns("completion", {"txt": "Once."})
+
+
+class TestPreference:
+    ASKED: ClassVar = [{"role": "user", "content": "q"}]
+
+    @staticmethod
+    def sides(row: Any, **own: Any) -> list[list[tuple[str, str | None, int]]]:
+        made = reader("preference", own)(row)
+        assert isinstance(made, Example)
+        return [[(turn.role, turn.content, turn.train) for turn in part.turns] for part in made.parts]
+
+    def test_the_prompt_is_what_both_begin_with_however_it_is_written(self) -> None:
+        chats = [[*self.ASKED, {"role": "assistant", "content": text}] for text in "ab"]
+        rows: list[Any] = [
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": self.ASKED, "chosen": chats[0][1:], "rejected": chats[1][1:]},
+            {"prompt": self.ASKED, "chosen": chats[0], "rejected": chats[1]},
+            {"prompt": "q", "chosen": chats[0], "rejected": chats[1]},
+            {"chosen": chats[0], "rejected": chats[1]},
+            {"prompt": self.ASKED, "chosen": chats[0][1], "rejected": {"from": "gpt", "value": "b"}},
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        ]
+        wanted = [[("user", "q", TRAIN_NO), ("assistant", text, TRAIN_UNSET)] for text in "ab"]
+        assert [self.sides(row) for row in rows] == [wanted] * len(rows)
+
+    def test_answers_of_several_turns_part_where_they_differ(self) -> None:
+        more = [{"role": "assistant", "content": "s"}, {"role": "user", "content": "r"}]
+        sides = self.sides(
+            {
+                "chosen": [*self.ASKED, *more, {"role": "assistant", "content": "a"}],
+                "rejected": [*self.ASKED, {"role": "assistant", "content": "b"}],
+            }
+        )
+        assert [train for _, _, train in sides[0]] == [TRAIN_NO, TRAIN_UNSET, TRAIN_UNSET, TRAIN_UNSET]
+        assert [train for _, _, train in sides[1]] == [TRAIN_NO, TRAIN_UNSET]
+
+    def test_raw_text(self) -> None:
+        wanted = [[("text", "The sky", TRAIN_NO), ("text", text, TRAIN_UNSET)] for text in (" is blue", " is green")]
+        given: list[Any] = [
+            {"prompt": "The sky", "chosen": " is blue", "rejected": " is green"},
+            {"chosen": "The sky is blue", "rejected": "The sky is green"},
+        ]
+        assert self.sides(given[0], wording="text") == wanted
+        (_, one, _), (_, two, _) = self.sides(given[1], wording="text")[0]
+        assert (one, two) == ("The sky is", " blue")
+
+    @pytest.mark.parametrize(
+        ("row", "reason", "says"),
+        [
+            ({"prompt": "q", "chosen": "a", "rejected": "a"}, "identical sides", "chosen and rejected are the same"),
+            ({"chosen": "a", "rejected": "b"}, "missing field", "prompt is missing"),
+            ({"prompt": "q", "chosen": "a"}, "missing field", "rejected is missing"),
+            ({"prompt": "q", "chosen": 3, "rejected": "b"}, "wrong type", "chosen is a number"),
+            ({"prompt": "q", "chosen": [], "rejected": "b"}, "empty conversation", "chosen is empty"),
+            ({"prompt": ASKED, "chosen": ASKED, "rejected": "b"}, "no answer", "chosen says nothing after the prompt"),
+            ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "wrong type", "margin is text"),
+        ],
+    )
+    def test_a_bad_row_is_told(self, row: Any, reason: str, says: str) -> None:
+        with pytest.raises(BadRow, match=says) as error:
+            reader("preference")(row)
+        assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": "yes"}, "label is 'yes': expected true"),
+        ("unpaired_preference", {"completion": "a", "label": True}, "prompt is missing"),
+        (
+            "unpaired_preference",
+            {"completion": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}], "label": True},
+            "completion ends with a turn of user",
+        ),
+        ("stepwise", {"prompt": "q", "completions": ["a"], "labels": [True, False]}, "2 labels: expected 1"),
+        ("stepwise", {"prompt": "q", "completions": ["a"], "labels": [0.5]}, r"labels\[0\] is 0.5"),
+        ("stepwise", {"prompt": "q", "completions": [None], "labels": [True]}, r"completions\[0\] is null"),
+        ("prompt_only", {"prompt": [{"role": "assistant", "content": "a"}]}, "ends with the assistant's answer"),
+        ("prompt_only", {"question": "q"}, "prompt is missing: expected text or messages; the row has question"),
+        ("prompt_completion", {"prompt": "q", "completion": None}, "completion is missing"),
+        ("input_output", {"segments": [{"text": "a"}]}, r"segments\[0\].label is missing"),
+        ("pretokenized", {"input_ids": [1, "2"]}, r"input_ids\[1\] is '2': expected a whole number"),
+        ("pretokenized", {"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers: expected 2"),
+        ("pretokenized", {"input_ids": [1, 2], "labels": [1, 3]}, r"labels\[1\] is 3: expected 2"),
+        ("pretokenized", {"input_ids": [1, -2]}, "holds -2 to 1"),
+    ],
+)
+def test_bad_rows_of_the_others_are_told(name: str, row: Any, says: str) -> None:
+    with pytest.raises(BadRow, match=says):
+        reader(name)(row)
+
+
+class TestFields:
+    TURNS: ClassVar = [
+        {"role": "system", "text": "You are {who[name]}.", "optional": True},
+        {"role": "user", "text": ["{q}: {facts[1]} {{x}}", "{q}"]},
+        {"role": "assistant", "text": "{a}", "reasoning": "{why}", "train": True},
+    ]
+
+    def test_columns_are_put_onto_roles(self) -> None:
+        row = {"who": {"name": "Ann"}, "q": "Sum", "facts": [1, 2], "a": 3, "why": "1+2"}
+        assert turns("fields", row, {"turns": self.TURNS}) == [
+            Turn("system", "You are Ann."),
+            Turn("user", "Sum: 2 {x}"),
+            Turn("assistant", "3", TRAIN_YES, reasoning="1+2"),
+        ]
+        bare = turns("fields", {"q": "Sum", "facts": [1], "a": {"n": 3}, "why": ""}, {"turns": self.TURNS})
+        assert bare == [Turn("user", "Sum"), Turn("assistant", '{"n": 3}', TRAIN_YES)]
+
+    def test_a_column_that_holds_nothing_is_told(self) -> None:
+        with pytest.raises(BadRow, match=r"the assistant's '{a}' has a column that holds nothing; the row has q"):
+            turns("fields", {"q": "Sum"}, {"turns": self.TURNS})
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            ([{"role": "user", "text": "{q"}], "expected '}'"),
+            ([{"role": "user", "text": "{q.__class__!r}"}], "is no column"),
+            ([{"role": "user", "text": "{q:>9}"}], "is no column"),
+            ([{"role": "user", "text": "{}"}], "is no column"),
+            ([{"role": "usr", "text": "{q}"}], "role"),
+            ([{"role": "user", "text": "{q}", "reasoning": "{r}"}], "reasoning is the assistant's"),
+            ([{"role": "user", "text": "{q}"}, {"role": "text", "text": "{a}"}], "stand with no other role"),
+            ([], "at least 1"),
+        ],
+    )
+    def test_options_that_cannot_be_are_told_with_the_recipe(self, given: Any, says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            formats.filled("fields", {"turns": given})
+
+
+class TestLlamaFactory:
+    def test_alpaca_with_ranking(self) -> None:
+        row = {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4", "history": [["q", "a"]]}
+        made = reader("llamafactory", {"ranking": True})(row)
+        assert [[turn.content for turn in part.turns] for part in made.parts] == [
+            ["q", "a", "Add.\n1 2", "3"],
+            ["q", "a", "Add.\n1 2", "4"],
+        ]
+
+    def test_openai_names_and_a_kto_tag(self) -> None:
+        tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+        entry = {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}, "tags": tags}
+        row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": False}
+        made = formats.reader("llamafactory", {}, {}, entry)
+        found = made.convert(row)
+        assert made.kind == "unpaired_preference" and isinstance(found, Example) and found.extra == {"label": False}
+        assert [turn.train for turn in found.parts[0].turns] == [TRAIN_NO, TRAIN_UNSET]
+
+    def test_keys_that_say_where_the_data_lies_are_not_its_own(self) -> None:
+        with pytest.raises(UserError, match="llamafactory has no 'file_name'"):
+            formats.filled("llamafactory", {"file_name": "x.json"})
+
+
+class TestFlags:
+    """Training flags of parts and ranges within a turn."""
+
+    def test_parts_and_ranges_become_runs(self) -> None:
+        said = [{"type": "text", "text": "ab", "train": False}, {"type": "text", "text": "cd", "train": True}]
+        ranges = [(0, 1, False), (2, 3, 1)]
+        detail = [{"begin_offset": a, "end_offset": b, "train": train} for a, b, train in ranges]
+        rows = [{"content": said}, {"content": "abcd", "train_detail": detail}]
+        for row in rows:
+            [turn] = turns("messages", {"messages": [{"role": "assistant", **row}]})
+            assert (turn.content, turn.runs, turn.train) == ("abcd", [(2, TRAIN_NO), (4, TRAIN_YES)], TRAIN_YES)
+
+    @pytest.mark.parametrize(
+        "entry", [{"begin_offset": 0, "end_offset": 4}, {"begin_offset": 2, "end_offset": 1}, {"end_offset": 1}, 3]
+    )
+    def test_ranges_that_do_not_fit_are_told(self, entry: Any) -> None:
+        entry = {**entry, "train": True} if isinstance(entry, dict) else entry
+        message = {"role": "assistant", "content": "abcd", "train_detail": [entry]}
+        with pytest.raises(BadRow, match=r"messages\[0\].train_detail\[0\] is .*within the text's 4 characters"):
+            turns("messages", {"messages": [message]})

@@ -1,0 +1,190 @@
+"""convert on rows that are not what they should be: each is told with its place, or dropped and counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import convert, rows
+from stages.errors import UserError
+from stages.formats import BadRow, own
+from stages.rows import read_rows
+from stages.runtime import Runtime
+from stages.stage import Work
+from tests.stages.chats import rows_of, run_convert, run_tokenize, smollm2, source
+
+GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def line(row: Any) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def counts_of(output: Path) -> Any:
+    return json.loads((output / "counts.json").read_text())
+
+
+def test_every_sort_of_bad_line_is_counted_under_its_reason_with_its_place(tmp_path: Path) -> None:
+    bad = {
+        "not JSON": b'{"messages": [\n',
+        "not UTF-8": b'{"messages": "\xff"}\n',
+        "not an object": b"[1, 2]\n",
+        "wrong type": line({"messages": "a text"}),
+        "missing field": line({"message": []}),
+        "not Unicode": line({"messages": [{"role": "user", "content": "\ud83d"}, *GOOD["messages"]]}),
+        "unknown role": line({"messages": [{"role": "narrator", "content": "x"}]}),
+        "content that is not text": line({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    }
+    data = line(GOOD) + b"".join(bad.values()) + b"\x00\n" + line(GOOD)
+    output, facts = run_convert(tmp_path, source(tmp_path / "rows", data), smollm2(), {"bad_rows": "drop"})
+    counts = counts_of(output)
+    assert counts["dropped"] == facts["dropped"] == {**dict.fromkeys(bad, 1), "not JSON": 2}
+    assert counts["places"] == {
+        **{reason: [f"mine.jsonl, line {2 + number}"] for number, reason in enumerate(bad)},
+        "not JSON": ["mine.jsonl, line 2", "mine.jsonl, line 10"],
+    }
+    assert [row["row"] for row in rows_of(output)] == [0, 10] and counts["rows"] == 11
+
+
+def test_a_nul_is_a_character_like_others(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a\0b"}, {"role": "assistant", "content": "\0"}]}
+    call = {"function": {"name": "f", "arguments": {"x\0": "\0"}}}
+    calling = {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    output, _ = run_convert(tmp_path, source(tmp_path / "rows", [chat, calling]), smollm2(), {"template": "granite"})
+    texts = [row["text"] for row in rows_of(output)]
+    assert "a\0b<" in texts[0] and '{"x\\u0000": "\\u0000"}' in texts[1]
+    tokens, facts = run_tokenize(tmp_path / "t", output, smollm2())
+    assert facts["rows"] == 2 and rows_of(tokens)[0]["ids"]
+
+
+@pytest.mark.parametrize("ending", [b"\n", b""])
+def test_a_gigantic_row_is_told_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: bytes
+) -> None:
+    monkeypatch.setattr(rows, "LONGEST", 1000)
+    path = tmp_path / "rows.jsonl"
+    long = [b'{"a": "' + b"x" * size + b'"}\n' for size in (900, 990, 991, 1900, 3000)]
+    path.write_bytes(line({"a": 1}) + b"".join(long) + line({"a": 2}).rstrip() + ending)
+    found = list(read_rows(path, "f"))
+    assert [place for place, _ in found] == [f"line {n}" for n in range(1, 8)]
+    assert [isinstance(row, BadRow) for _, row in found] == [False, False, False, True, True, True, False]
+    assert found[-1][1] == {"a": 2}
+
+
+def test_a_column_that_changes_its_type_half_way(tmp_path: Path) -> None:
+    table = [{"instruction": "Add.", "output": "3"}] * 3 + [{"instruction": "Add.", "output": 3}]
+    with pytest.raises(UserError, match=r"mine.jsonl, line 4: output is a number: expected text"):
+        run_convert(tmp_path / "a", source(tmp_path / "a" / "rows", table), smollm2())
+    mixed = [{"messages": GOOD["messages"]}] * 2 + [{"messages": "gone"}]
+    with pytest.raises(UserError, match=r"mine.jsonl, line 3: messages is text: expected a list"):
+        run_convert(tmp_path / "b", source(tmp_path / "b" / "rows", mixed), smollm2())
+
+
+def test_rows_of_two_formats_in_one_shard_are_told(tmp_path: Path) -> None:
+    both = [GOOD, {"instruction": "Add.", "output": "3"}]
+    with pytest.raises(UserError, match=r"some rows look like messages, others like alpaca. Say which with convert.f"):
+        run_convert(tmp_path, source(tmp_path / "rows", both), smollm2())
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"a": 1}, r"mine.jsonl: no format knows these rows: they have a\. Say which"),
+        ({"messages": [{"role": "user"}]}, r"they have messages\. As messages: messages\[0\].content is missing"),
+        ({**GOOD, "instruction": "x", "output": "y"}, r"these rows could be alpaca or messages"),
+        ({**GOOD, "chosen": "x", "rejected": "y", "prompt": "p"}, r"could be messages or preference"),
+        ({"instruction": "x", "output": "y", "response": "z"}, "no format knows these rows"),
+    ],
+)
+def test_what_auto_does_not_know_for_sure_it_does_not_guess(tmp_path: Path, row: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        run_convert(tmp_path, source(tmp_path / "rows", [row]), smollm2())
+
+
+def test_auto_says_what_it_chose(tmp_path: Path) -> None:
+    dolly = {"instruction": "Add.", "context": "1 2", "response": "3", "category": "closed_qa"}
+    output, facts = run_convert(tmp_path, source(tmp_path / "rows", [dolly] * 3), smollm2())
+    assert facts["formats"] == {"alpaca": 1}
+    counts = counts_of(output)
+    assert (counts["format"], counts["fields"]) == ("alpaca", {"output": "response", "input": "context"})
+
+
+def test_nulls_that_columns_put_into_objects_are_not_data(tmp_path: Path) -> None:
+    """Parquet gives each object the keys of all others; a tool would be offered with parameters that it has not."""
+    tools = [
+        {"type": "function", "function": {"name": "a", "parameters": {"city": {"type": "string"}}}},
+        {"type": "function", "function": {"name": "b", "parameters": {"days": {"type": "integer"}}}},
+    ]
+    chats = [{**GOOD, "tools": [tool]} for tool in tools]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(chats), path)
+    assert [row for _, row in read_rows(path, "f")] == chats
+
+
+def test_special_tokens_in_the_data_are_text_unless_they_are_trusted(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "c"}]}
+    found = {}
+    for trusted in (False, True):
+        folder = tmp_path / str(trusted)
+        config = {"trust_special_tokens": trusted}
+        shard, _ = run_convert(folder, source(folder / "rows", [chat]), smollm2(), config)
+        [row] = rows_of(run_tokenize(folder, shard, smollm2())[0])
+        found[trusted] = row["ids"].count(2)
+    assert found == {False: 3, True: 4}, "the system's, the user's and the assistant's end; and the one in the data"
+
+
+class TestOwnFormat:
+    CODE = "from stages.formats import *\ndef convert(row, options):\n    return {}\nFORMAT = Format(convert)\n"
+
+    def part(self, folder: Path, made: str) -> convert.ConvertPart:
+        path = folder / "mine.py"
+        path.write_text(self.CODE.replace("{}", made))
+        return convert.ConvertPart.model_validate({"format": str(path)})
+
+    def run(self, folder: Path, made: str, *, allow: bool = True) -> list[dict[str, Any]]:
+        config = self.part(folder, made)
+        inputs = {"rows": source(folder / "rows", [{"q": "Who?"}]), "tokenizer": smollm2()}
+        (folder / "out").mkdir()
+        convert.run(config, inputs, folder / "out", Work(folder / "work", Runtime(allow_code=allow)))
+        return rows_of(folder / "out")
+
+    def test_it_runs_only_when_that_is_allowed(self, tmp_path: Path) -> None:
+        (tmp_path / "no").mkdir()
+        with pytest.raises(UserError, match="--allow-code"):
+            self.run(tmp_path / "no", 'Conversation([Turn("user", row["q"])])', allow=False)
+        [row] = self.run(tmp_path, 'Conversation([Turn("user", row["q"]), Turn("assistant", "Me.")])')
+        assert "Who?<|im_end|>" in row["text"]
+
+    def test_its_text_is_the_key_and_its_path_is_not(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        a, b = (self.part(tmp_path / name, "None") for name in ("a", "b"))
+        assert a == b and a.format == "own" and "def convert" in a.code and str(tmp_path) not in a.model_dump_json()
+
+    @pytest.mark.parametrize(
+        ("made", "says"),
+        [
+            ("row['x']", r"line 1: your format fails on it: KeyError: 'x' \(line 3\)"),
+            ("None", "your format gives None: expected a Conversation"),
+            ("Conversation([Turn('user', '\\ud800')])", "half a surrogate pair"),
+            ("Example([], {'x': {1, 2}})", "what JSON cannot say"),
+        ],
+    )
+    def test_what_it_does_wrong_is_told_with_row_and_line(self, tmp_path: Path, made: str, says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            self.run(tmp_path, made)
+
+    @pytest.mark.parametrize(
+        ("code", "says"),
+        [
+            ("def convert(:", r"fails when it is loaded: SyntaxError.*\(line 1\)"),
+            ("x = 1", "has no FORMAT"),
+            ("\n1 / 0", r"ZeroDivisionError: division by zero \(line 2\)"),
+        ],
+    )
+    def test_a_file_that_is_no_format(self, code: str, says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            own.load(code)
