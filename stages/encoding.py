@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages import fast_encoding
 from stages.errors import UserError
+from stages.fast_encoding import Fast, Ids, Positions
 from stages.tables import ORIGIN_CONTENT
-
-Ids = npt.NDArray[np.uint32]
-Positions = npt.NDArray[np.int64]
-
 
 _SAMPLES = ("Hello world", " lead", "\n\n x", "a  b", "12 345", "é漢字🙂")
 
@@ -39,13 +37,12 @@ class Encoder:
     """Whether text is brought into NFC first: `lengths` then hold only for text that already is."""
     control: npt.NDArray[np.bool_]
     """Whether an id is a control token."""
+    matching: Any
+    """The tokenizer as it is: control tokens are matched wherever they stand."""
     trusted: bool = False
     """Whether control tokens may stand in content too."""
-
-    @cached_property
-    def matching(self) -> Any:
-        """The tokenizer as it is: control tokens are matched wherever they stand."""
-        return _tokenizer(self.settings)
+    fast: Fast | None = None
+    """The fast backend, in which `matching` does not have to be asked; only where there are `lengths`."""
 
     @cached_property
     def plain(self) -> tuple[Any, Any]:
@@ -84,7 +81,8 @@ def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False) 
     added = settings["added_tokens"] = settings.get("added_tokens") or []
     for token in added:
         token["special"] = token["special"] or token["content"] in control
-    vocabulary: dict[str, int] = _tokenizer(settings).get_vocab(with_added_tokens=True)
+    matching = _tokenizer(settings)
+    vocabulary: dict[str, int] = matching.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
     flags = np.zeros(size, np.bool_)
     flags[[token["id"] for token in added if token["special"]]] = True
@@ -96,7 +94,8 @@ def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False) 
         lengths[list(vocabulary.values())] = [len(text) for text in vocabulary]
         for token in added:
             lengths[token["id"]] = len(token["content"].encode())
-    return Encoder(settings, lengths, normalizers == ["NFC"], flags, trusted)
+    fast = fast_encoding.load(settings, matching) if lengths is not None else None
+    return Encoder(settings, lengths, normalizers == ["NFC"], flags, matching, trusted, fast)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -150,10 +149,14 @@ class Spans:
 
 def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -> Encoded:
     """Encode rows of `sizes` bytes. Raises Unwritable when a control token's text cannot be written as plain text."""
-    batch = encoder.matching.encode_batch if encoder.lengths is None else encoder.matching.encode_batch_fast
-    encodings = batch(texts, add_special_tokens=False)
-    counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
+    if encoder.fast is not None:
+        encodings = []
+        ids, counts = encoder.fast.encode(texts)
+    else:
+        batch = encoder.matching.encode_batch if encoder.lengths is None else encoder.matching.encode_batch_fast
+        encodings = batch(texts, add_special_tokens=False)
+        counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
     token_rows = np.repeat(np.arange(len(texts)), counts)
     starts, slow = _starts(encoder, texts, sizes, encodings, ids, counts, token_rows)
     forged = () if encoder.trusted else _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)

@@ -8,7 +8,10 @@ One shard in, `tokens.arrow` (see `stages.tables.tokens_schema`) and `counts.jso
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.encoding import Encoder, Positions, Spans, Unwritable, carry, encode, load
+from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
+from stages.fast_encoding import Positions, agrees
 from stages.identity import Tree
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 from stages.tables import SPAN, origins, read_batches, starts, tokens_schema
 from stages.tokenizer_files import backend
 
+_log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 4 << 20
 """Text encoded at once: enough to keep all cores busy, little enough to keep memory flat."""
+
+
+SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 64, 2000
+"""What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
 
 
 class TokenizeConfig(StageConfig):
@@ -54,7 +64,9 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
         metadata = reader.schema.metadata or {}
         tokenized = _passed if "ids" in reader.schema.names else _tokenized
     control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
-    encoder = load(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), control, trusted=trusted)
+    encoder = _encoder(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), tuple(control), trusted)
+    if tokenized is _tokenized:
+        encoder = _agreed(encoder, source)
     schema = tokens_schema(len(encoder.control))
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
     rows = tokens = exact = 0
@@ -71,7 +83,40 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
             work.tell(rows, total, "rows", tokens=tokens)
     document = {**counts, "tokens": tokens}
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    return {"rows": rows, "tokens": tokens, "rows_by_offsets": exact}
+    facts: Facts = {"rows": rows, "tokens": tokens, "rows_by_offsets": exact}
+    if tokenized is _tokenized:
+        facts["rows_by_backend"] = {"fastokens" if encoder.fast else "tokenizers": rows}
+    return facts
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer_json: str, control: tuple[str, ...], trusted: bool) -> Encoder:
+    """One for all shards of a process: reading a tokenizer takes longer than a small shard."""
+    return load(tokenizer_json, control, trusted=trusted)
+
+
+def _agreed(encoder: Encoder, source: Path) -> Encoder:
+    """The encoder, without its fast backend where that gives other ids for a sample of the shard's texts."""
+    if encoder.fast is None or agrees(encoder.fast, encoder.matching, list(_sample(source))):
+        return encoder
+    _warn_once()
+    return replace(encoder, fast=None)
+
+
+@cache
+def _warn_once() -> None:
+    _log.warning("fastokens gives other ids than tokenizers on a sample of these texts: going on without it, slower")
+
+
+def _sample(source: Path) -> Iterator[str]:
+    """The beginnings of some rows from all over a shard."""
+    with pa.memory_map(str(source)) as file:
+        reader = pa.ipc.open_file(file)
+        batches = range(reader.num_record_batches)
+        for number in batches[:: max(1, len(batches) // SAMPLE_BATCHES)][:SAMPLE_BATCHES]:
+            texts = reader.get_batch(number).column("text")
+            for row in range(0, len(texts), max(1, len(texts) * SAMPLE_BATCHES // SAMPLE_ROWS)):
+                yield texts[row].as_py()[:SAMPLE_CHARACTERS]
 
 
 def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:

@@ -83,8 +83,11 @@ def backend(folder: Path, memory: Path) -> str:
     """`tokenizer.json` as transformers reads it, which for some model types is not what the file says.
 
     What transformers makes of a folder is remembered under `memory`, by the files' bytes and its version: starting
-    it takes seconds. Raises UserError when it cannot read the tokenizer, or only in its slow form.
+    it takes seconds. It is not asked where it saved the folder as one that it reads as it stands. Raises UserError
+    when it cannot read the tokenizer, or only in its slow form.
     """
+    if _as_it_stands(folder):
+        return (folder / "tokenizer.json").read_text("utf-8")
     digest = hashlib.sha256(_transformers_version().encode())
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
@@ -105,6 +108,31 @@ def backend(folder: Path, memory: Path) -> str:
         aside.write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
         aside.replace(held)
     return held.read_text("utf-8")
+
+
+_PLAIN_SETTINGS = {
+    *("tokenizer_class", "backend", "model_max_length", "clean_up_tokenization_spaces", "chat_template"),
+    *("bos_token", "eos_token", "pad_token", "unk_token", "is_local", "local_files_only", "name_or_path"),
+}
+"""Settings of `tokenizer_config.json` that do not change what a text is encoded as (tokens: those that are there)."""
+
+_PLAIN_MODELS = {None, "llama", "smollm3"}
+"""Model types that have no tokenizer class of their own in transformers, so that it takes the one that is named."""
+
+
+def _as_it_stands(folder: Path) -> bool:
+    """Whether transformers reads `tokenizer.json` as it stands: it was saved as of no model's own class, by version 5,
+    and none of its settings changes what a text is encoded as."""
+    config = _json(folder / "tokenizer_config.json")
+    if config.get("tokenizer_class") != "TokenizersBackend" or not _PLAIN_SETTINGS.issuperset(config):
+        return False
+    if (folder / "special_tokens_map.json").exists() or (folder / "added_tokens.json").exists():
+        return False
+    if _json(folder / "config.json").get("model_type") not in _PLAIN_MODELS:
+        return False
+    added = _json(folder / "tokenizer.json").get("added_tokens") or []
+    special = {token["content"] for token in added if token["special"]}
+    return all(value in special for name, value in config.items() if name.endswith("_token"))
 
 
 def _transformers_version() -> str:

@@ -1,6 +1,7 @@
 """tokenize: ids are Hugging Face's, except that nobody forges a control token; spans land on the right tokens."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,8 @@ class TestStage:
         counts = json.loads((output / "counts.json").read_text())
         tokens = sum(len(row["ids"]) for row in after)
         assert counts == {**json.loads((shard / "counts.json").read_text()), "tokens": tokens}
-        assert facts == {"rows": 2500, "tokens": tokens, "rows_by_offsets": 1}
+        by = {"fastokens": 2500}
+        assert facts == {"rows": 2500, "tokens": tokens, "rows_by_offsets": 1, "rows_by_backend": by}
         assert str(read_table(output / "tokens.arrow").schema.field("ids").type.value_type) == "uint16"
 
     def test_the_same_rows_give_the_same_bytes(
@@ -311,10 +313,18 @@ class TestStage:
         assert {file.path for file in part.inputs["tokenizer"].files} == {"tokenizer.json", "tokenizer_config.json"}
 
     def test_what_transformers_makes_of_a_tokenizer_is_remembered(self, tmp_path: Path) -> None:
-        first = backend(smollm2(), tmp_path)
+        other = tmp_path / "other"
+        shutil.copytree(smollm2(), other)
+        (other / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        first = backend(other, tmp_path)
         [held] = tmp_path.glob("*.json")
         held.write_text(first + " ")
-        assert backend(smollm2(), tmp_path) == first + " "
+        assert backend(other, tmp_path) == first + " "
+
+    def test_transformers_is_not_asked_where_it_reads_the_file_as_it_stands(self, tmp_path: Path, real: Real) -> None:
+        text = backend(smollm2(), tmp_path)
+        assert not list(tmp_path.iterdir())
+        assert json.loads(text) == json.loads(real.hugging_face.backend_tokenizer.to_str())
 
 
 def test_completion_text_is_tokenized_as_transformers_does_with_its_own_ends(tmp_path: Path, real: Real) -> None:
