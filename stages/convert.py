@@ -8,7 +8,7 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from stages import chat_template, filters, formats, sequences, templates
 from stages.filters import LeftOut
 from stages.formats import BadRow, Reader, auto, own
+from stages.forms import Formed, Forms
 from stages.identity import Tree
 from stages.rows import Place, Row, read_rows
 from stages.sequences import Sequencer, Written
@@ -194,7 +195,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
             "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
         }
     )
-    sequencer = Sequencer(reader, tokenizer, template, config.reasoning)
+    sequencer = Sequencer(reader, tokenizer, template, Forms(template) if template else None, config.reasoning)
     with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         batch: list[Written] = []
         size = 0
@@ -290,22 +291,31 @@ def _converted(
         for one in found:
             if one.rendered.unwritten:
                 counts.unwritten.update(one.rendered.unwritten)
-        counts.turns_without_end += sum(sequencer.without_end(one.rendered.spans) for one in found)
+        counts.turns_without_end += sum(sequencer.without_end(one.rendered) for one in found)
         yield found
 
 
 def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
     """Columns built whole: an Arrow struct a span at a time would cost more than the render."""
-    spans = [span for one in rows for span in one.rendered.spans]
-    columns = [
-        [span.end for span in spans],
-        [span.turn for span in spans],
-        [kind_of(span.origin, span.role, span.train) for span in spans],
-    ]
+    ends: list[int] = []
+    turns: list[int] = []
+    kinds: list[int] = []
+    offsets = [0]
+    for one in rows:
+        rendered = one.rendered
+        if isinstance(rendered, Formed):
+            ends += rendered.ends()
+            turns += rendered.form.turns
+            kinds += rendered.form.kinds
+        else:
+            ends += [span.end for span in rendered.spans]
+            turns += [span.turn for span in rendered.spans]
+            kinds += [kind_of(span.origin, span.role, span.train) for span in rendered.spans]
+        offsets.append(len(ends))
     structs = pa.StructArray.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, SPAN, strict=True)], fields=list(SPAN)
+        [pa.array(column, field.type) for column, field in zip((ends, turns, kinds), SPAN, strict=True)],
+        fields=list(SPAN),
     )
-    offsets = [0, *accumulate(len(one.rendered.spans) for one in rows)]
     said = [one.rendered.text if one.ids is None else one.ids for one in rows]
     return pa.RecordBatch.from_arrays(
         [
@@ -323,7 +333,7 @@ def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
 STAGE = Stage(
     name="convert",
     artifact="conversations",
-    version=4,
+    version=5,
     config=ConvertConfig,
     run=run,
     parts=parts,

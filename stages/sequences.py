@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from stages import rendering
 from stages.chat_template import Template
 from stages.formats import BadRow, Conversation, Example, Reader, Turn
+from stages.forms import Formed, Forms, plain
 from stages.rendering import Piece, Rendered, Span
 from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 from stages.tokenizer_files import Tokenizer
@@ -23,7 +24,7 @@ class Written(NamedTuple):
 
     row: int
     part: int
-    rendered: Rendered
+    rendered: Rendered | Formed
     identity: bytes
     extra: str
     ids: list[int] | None
@@ -35,6 +36,8 @@ class Sequencer(NamedTuple):
     reader: Reader
     tokenizer: Tokenizer
     template: Template | None
+    forms: Forms | None
+    """Of the template."""
     reasoning: Reasoning
 
     def sequences(self, number: int, made: Conversation | Example) -> list[Written]:
@@ -51,7 +54,7 @@ class Sequencer(NamedTuple):
             raise BadRow("too long", f"has more than {LONGEST} characters: expected less")
         return found
 
-    def rendered(self, conversation: Conversation) -> Rendered:
+    def rendered(self, conversation: Conversation) -> Rendered | Formed:
         """One sequence as text with spans. Raises BadRow."""
         turns = conversation.turns
         if self.reader.ids:
@@ -61,15 +64,21 @@ class Sequencer(NamedTuple):
             raise BadRow("wrong type", "has raw text before turns with roles: expected it to stand alone or last")
         if not said:
             return self._raw(conversation)
-        if self.template is None:
+        if self.template is None or self.forms is None:
             raise BadRow("no chat template", f"has turns with roles, and {self.reader.format} uses no chat template")
         if said == len(turns):
-            return rendering.render(self.template, conversation, prompt=self.reader.kind == "prompt")
+            prompt = self.reader.kind == "prompt"
+            return (
+                rendering.render(self.template, conversation, prompt=True)
+                if prompt
+                else self.forms.render(conversation)
+            )
         asked = rendering.render(self.template, Conversation(turns[:said], conversation.tools), prompt=True)
         return _followed(asked, turns, _texts(turns, said, conversation.between))
 
-    def without_end(self, spans: list[Span]) -> int:
+    def without_end(self, rendered: Rendered | Formed) -> int:
         """Turns that the model should write, but which nothing ends: it would not learn to stop there."""
+        spans = rendered.form.spans if isinstance(rendered, Formed) else rendered.spans
         last = {span.turn: span.origin for span in spans if span.role == "assistant"}
         open_ended = self.reader.verbatim or self.reader.ids or self.reader.kind in ("stepwise", "prompt")
         if not open_ended and spans and spans[-1].role == "text":
@@ -144,6 +153,8 @@ def identity(made: Conversation | Example) -> bytes:
 
     Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
     """
+    if isinstance(made, Conversation) and plain(made):
+        return _of_plain(made)
     said: Any = _normal(made) if isinstance(made, Conversation) else [[*map(_normal, made.parts)], made.extra]
     try:
         normal = json.dumps(said, ensure_ascii=False, sort_keys=True).encode()
@@ -152,6 +163,18 @@ def identity(made: Conversation | Example) -> bytes:
     except (TypeError, RecursionError) as error:
         raise BadRow("wrong type", f"holds what JSON cannot say: {error}") from error
     return hashlib.sha256(normal).digest()[:16]
+
+
+def _of_plain(conversation: Conversation) -> bytes:
+    """The same for a conversation of which roles, contents and flags are all there is: JSON would be slow."""
+    said: list[str] = []
+    for turn in conversation.turns:
+        content = turn.content or ""
+        said += [f"{turn.role} {turn.train} {len(content)} ", content]
+    try:
+        return hashlib.sha256("".join(said).encode()).digest()[:16]
+    except UnicodeEncodeError as error:
+        raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
 
 
 def _normal(conversation: Conversation) -> list[Any]:
