@@ -43,16 +43,11 @@ class TokenizeConfig(StageConfig):
 
 def parts(config: TokenizeConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     """One part a shard of `conversations`."""
-    shards = sorted({file.path.rpartition("/")[0] for file in inputs["conversations"].files})
     templates = inputs["tokenizer"].select("chat_template*").files
     tokenizer = Tree(tuple(file for file in inputs["tokenizer"].files if file not in templates))
     return [
-        Part(
-            name=shard,
-            config={},
-            inputs={"conversations": inputs["conversations"].folder(shard), "tokenizer": tokenizer},
-        )
-        for shard in shards
+        Part(name=shard, config={}, inputs={"conversations": conversations, "tokenizer": tokenizer})
+        for shard, conversations in inputs["conversations"].folders().items()
     ]
 
 
