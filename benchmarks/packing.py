@@ -52,11 +52,11 @@ def distributions() -> dict[str, tuple[int, Lengths]]:
         "chat 4096": (4096, lognormal(100_000, 4096, 721)),
         "chat 8192": (8192, lognormal(100_000, 8192, 721)),
         "alpaca 2048": (2048, lognormal(100_000, 2048, 119)),
-        "reason 16384": (16384, lognormal(20_000, 16384, 3769)),
-        "uniform 2k-6k, 8192": (8192, uniform(50_000, 2000, 6000)),
-        "uniform 2500-4600, 8192": (8192, uniform(50_000, 2500, 4600)),
+        "reason 16384": (16384, lognormal(10_000, 16384, 3769)),
+        "uniform 2k-6k, 8192": (8192, uniform(20_000, 2000, 6000)),
+        "uniform 2500-4600, 8192": (8192, uniform(20_000, 2500, 4600)),
         "all alike, 3000 of 8192": (8192, np.full(20_000, 3000, np.int32)),
-        "short and overfull, 512": (512, lognormal(100_000, 512, 400)),
+        "short and overfull, 512": (512, lognormal(50_000, 512, 400)),
     }
 
 
@@ -86,14 +86,6 @@ def trl(lengths: Lengths, capacity: int) -> Callable[[], int]:
     return lambda: len(pack_dataset(rows, capacity, "bfd", map_kwargs=settings))
 
 
-def trl_at_once(lengths: Lengths, capacity: int) -> Callable[[], int]:
-    """TRL's algorithm on all rows at once, which its trainers do not do."""
-    from trl.data_utils import _pack_bfd
-
-    rows = _rows(lengths)
-    return lambda: len(_pack_bfd(rows, capacity))
-
-
 def axolotl(lengths: Lengths, capacity: int) -> Callable[[], int]:
     """Axolotl's own function with its sampler's settings, in one process."""
     from axolotl.utils.samplers.multipack import pack_parallel
@@ -102,7 +94,7 @@ def axolotl(lengths: Lengths, capacity: int) -> Callable[[], int]:
     return lambda: len(pack_parallel(shuffled, capacity, group_size=100_000, bin_size=200, num_processes=1))
 
 
-CONTENDERS = {"regrow": regrow, "TRL": trl, "TRL, all rows at once": trl_at_once, "Axolotl": axolotl}
+CONTENDERS = {"regrow": regrow, "TRL": trl, "Axolotl": axolotl}
 
 
 def child(name: str, path: str, capacity: int) -> None:
@@ -163,7 +155,7 @@ def main() -> None:
     if arguments.child:
         name, path, capacity = arguments.child
         return child(name, path, int(capacity))
-    contenders = dict.fromkeys(("regrow",) if arguments.large else tuple(CONTENDERS)[:3], sys.executable)
+    contenders = dict.fromkeys(("regrow",) if arguments.large else tuple(CONTENDERS)[:2], sys.executable)
     if arguments.axolotl and not arguments.large:
         contenders["Axolotl"] = arguments.axolotl
     cases = distributions()

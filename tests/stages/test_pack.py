@@ -150,6 +150,82 @@ def test_every_row_is_packed_or_counted(tmp_path: Path) -> None:
     ]
 
 
+ROWS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.sampled_from([0, 3, 30, 70]), st.booleans()),
+    min_size=1,
+    max_size=12,
+)
+"""Source, identity, tokens the assistant says, and whether it answers at all; source c is held out."""
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    told=ROWS,
+    weight=st.sampled_from([0.0, 1.0, 1.5]),
+    limit=st.none() | st.integers(1, 3),
+    deduplicate=st.booleans(),
+    fraction=st.sampled_from([0.0, 0.3]),
+)
+def test_each_row_has_the_fate_that_reading_the_rules_row_by_row_gives(
+    told: list[Any],
+    weight: float,
+    limit: int | None,
+    deduplicate: bool,
+    fraction: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("pack")
+    told = sorted(told, key=lambda each: each[0])
+    by_source: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "c": []}
+    fates: list[str] = []
+    made = [row(("user", 3), *[("assistant", size)] * answers, identity=str(who)) for _, who, size, answers in told]
+    held = [
+        source == "c" or int.from_bytes(each["identity"][:8], "big") < int(fraction * 2**64)
+        for (source, *_), each in zip(told, made, strict=True)
+    ]
+    secret = {each["identity"] for each, is_held in zip(made, held, strict=True) if is_held}
+    seen: set[bytes] = set()
+    for (source, _, _, answers), each, is_held in zip(told, made, held, strict=True):
+        by_source[source].append(each)
+        if len(each["ids"]) > 64:
+            fates.append("overlong")
+        elif not answers:
+            fates.append("nothing to train on")
+        elif not is_held and each["identity"] in secret:
+            fates.append("in held-out")
+        elif deduplicate and each["identity"] in seen:
+            fates.append("duplicate")
+        else:
+            seen.add(each["identity"])
+            fates.append("held out" if is_held else source)
+    for source, rows in by_source.items():
+        if rows:
+            shard(folder / "tokens", f"{source}/00000", rows, split="heldout" if source == "c" else "train")
+    counts = Counter(fates)
+    beyond = max(0, counts["a"] - (limit or len(told)))
+    config = {
+        "deduplicate": deduplicate,
+        "heldout_fraction": fraction,
+        "sources": {"a": {"limit": limit}, "b": {"weight": weight}},
+    }
+    training = counts["a"] - beyond + counts["b"] * (weight > 0)
+    if not training:
+        with pytest.raises(UserError, match="no row is left to train on"):
+            Packed(folder / "tokens", folder / "out", **config)
+        return
+    packed = Packed(folder / "tokens", folder / "out", **config)
+    expected = {reason: counts[reason] for reason in ("overlong", "nothing to train on", "in held-out", "duplicate")}
+    expected |= {"beyond the limit": beyond, "not sampled": counts["b"] * (weight == 0)}
+    assert packed.facts["dropped"] == {reason: count for reason, count in expected.items() if count}
+    assert packed.facts["heldout_rows"] == counts["held out"] == len(packed.rows(heldout=True))
+    assert counts["a"] - beyond + int(weight) * counts["b"] <= packed.facts["documents"]
+    assert packed.facts["documents"] <= counts["a"] - beyond + int(np.ceil(weight)) * counts["b"]
+    assert not packed.rows() & packed.rows(heldout=True)
+    read = [packed.bins[number] for number in range(len(packed.bins))]
+    assert sum(len(each.lengths) for each in read) == packed.facts["documents"]
+    assert all(each.lengths.sum() <= 64 and (each.labels != IGNORED).any() for each in read)
+
+
 def test_duplicates_stay_when_asked_but_held_out_rows_never_train(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     asked = ("user", 3), ("assistant", 4)

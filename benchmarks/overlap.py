@@ -1,0 +1,118 @@
+"""What looking for near-duplicates and contaminated rows costs.
+
+    python -m benchmarks.overlap [--rows 100000] [--datasketch 2000]
+
+Makes token tables of that many rows (log-normal lengths, mean 400 tokens; every tenth row is another with one token in
+fifty changed; 500 rows held out) and times pack's two searches over them: processor seconds, and the process's peak.
+`--datasketch N` does the same with datasketch's MinHash and LSH (as its documentation does it) on N rows, and scales.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stages.contamination import find_contamination
+from stages.near_duplicates import near_duplicates
+from stages.tables import BATCH_ROWS, ORIGIN_CONTENT, TRAIN_UNSET, kind_of, tokens_schema
+from stages.tokenized import find_shards, read_rows
+
+HELD_OUT = 500
+
+
+def rows(count: int) -> list[np.ndarray[Any, np.dtype[np.uint16]]]:
+    """Token ids; Zipf-like, so that runs repeat as in text."""
+    random = np.random.default_rng(0)
+    sizes = np.clip(random.lognormal(np.log(400) - 0.32, 0.8, count), 10, 4096).astype(np.int64)
+    made: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
+    for number, size in enumerate(sizes):
+        if number % 10 == 9:
+            ids = made[random.integers(number)].copy()
+            places = random.integers(0, len(ids), max(1, len(ids) // 50))
+            ids[places] = random.integers(0, 49_000, len(places))
+        else:
+            ids = np.minimum(random.zipf(1.3, size), 49_000).astype(np.uint16)
+        made.append(ids)
+    return made
+
+
+def write(folder: Path, split: str, ids: list[np.ndarray[Any, np.dtype[np.uint16]]]) -> None:
+    """One shard of rows with a question (the first half) and an answer."""
+    place = folder / split / "00000"
+    place.mkdir(parents=True)
+    schema = tokens_schema(49_152)
+    kinds = [kind_of(ORIGIN_CONTENT, role, TRAIN_UNSET) for role in ("user", "assistant")]
+    with pa.OSFile(str(place / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for low in range(0, len(ids), BATCH_ROWS):
+            some = ids[low : low + BATCH_ROWS]
+            spans = [
+                [{"end": len(each) // 2, "turn": 0, "kind": kinds[0]}, {"end": len(each), "turn": 1, "kind": kinds[1]}]
+                for each in some
+            ]
+            columns = {
+                "row": range(low, low + len(some)),
+                "part": [0] * len(some),
+                "ids": some,
+                "spans": spans,
+                "identity": [f"{split}{low + i}".encode().ljust(16) for i in range(len(some))],
+                "extra": [""] * len(some),
+            }
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+    (place / "counts.json").write_text(json.dumps({"rows": len(ids), "dropped": {}, "source": split, "split": split}))
+
+
+def datasketch(ids: list[np.ndarray[Any, np.dtype[np.uint16]]]) -> int:
+    """Rows that datasketch calls near-duplicates of an earlier one."""
+    from datasketch import MinHash, MinHashLSH
+
+    index, found = MinHashLSH(threshold=0.8, num_perm=128), 0
+    for number, each in enumerate(ids):
+        signature = MinHash(num_perm=128)
+        signature.update_batch([each[i : i + 5].tobytes() for i in range(len(each) - 4)])
+        if index.query(signature):
+            found += 1
+        else:
+            index.insert(number, signature)
+    return found
+
+
+def main() -> None:
+    """Print a line a search."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--datasketch", type=int, metavar="N")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = rows(arguments.rows)
+        write(folder, "train", made)
+        write(folder, "heldout", [each[::-1].copy() for each in made[:HELD_OUT]])
+        few = made[: arguments.datasketch or 0]
+        tokens = sum(map(len, made))
+        del made
+        shards = find_shards(folder)
+        read = read_rows(folder, shards, "assistant", 4096, lambda *_, **__: None)
+        heldout = np.array([shard.split == "heldout" for shard in shards])[read.shard]
+        print(f"{arguments.rows:,} rows, {tokens:,} tokens")
+        begin = time.process_time()
+        near = near_duplicates(folder, shards, read, np.arange(len(read)), 0.8)
+        print(f"near-duplicates: {time.process_time() - begin:.1f} s, {len(near):,} rows")
+        begin = time.process_time()
+        contaminated = find_contamination(folder, shards, read, heldout, ~heldout, 0.5)
+        print(f"contamination: {time.process_time() - begin:.1f} s, {len(contaminated.rows):,} rows")
+        print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+        if few:
+            begin = time.process_time()
+            found = datasketch(few)
+            seconds = (time.process_time() - begin) * arguments.rows / len(few)
+            print(f"datasketch: {seconds:.0f} s (scaled from {len(few):,} rows, of which {found:,})")
+
+
+if __name__ == "__main__":
+    main()
