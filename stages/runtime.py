@@ -51,6 +51,9 @@ class Runtime(BaseModel):
     """Packed sequences per forward pass (the global batch is recipe); auto: as many as help and fit into memory."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a fifth slower; auto: where memory asks for it."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the decoder layers before training: auto does on a GPU, when training is long enough to win back the
+    minute that it takes."""
     deterministic: bool = False
     """Only operations that repeat to the last bit; on a GPU slower, and an error where there is none."""
     save_seconds: float = Field(default=600.0, gt=0)

@@ -18,6 +18,10 @@ This file holds the recipe section and declares the stage; the work is in the fi
     trainer.py       transformers' Trainer over those steps
     state.py         what a checkpoint holds
     checkpoints.py   complete or invisible
+    adamw.py         AdamW over weights of 16 + 16 bits
+    lora_linear.py   a layer with its adapter as one operation; lora_mlp.py: two that go together
+    float8.py        products in 8 bits
+    speed.py         chooses among these, and compiles
     metrics.py       a step's figures
     policy.py        what happens when the loss jumps
     ranks.py         several processes, one training; sharding.py cuts the model over them
@@ -166,8 +170,9 @@ class TrainConfig(StageConfig):
     on_spike: Literal["note", "stop", "rollback"] = "note"
     """When a step's loss or gradient norm lies six standard deviations above the 128 steps before: note its rows in the
     record, stop, or go back to the last checkpoint and train on without it. What is no number is never only noted."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Arithmetic of the forward and backward pass; trained weights and optimizer are float32 in all of them."""
+    precision: Literal["bf16", "fp8", "fp16", "fp32"] = "bf16"
+    """Arithmetic of the forward and backward pass; trained weights and optimizer are float32 in all of them. fp8 is
+    bf16 but for the products of linear layers, on GPUs that have it."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the adapter's start, dropout, noise, and the order of steps after the first epoch."""
 
@@ -208,4 +213,4 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
     return {f"objective:{config.objective}": objectives.find(config.objective).version}
 
 
-STAGE = Stage(name="train", artifact="adapter", version=4, config=TrainConfig, run=run, plugins=_plugins)
+STAGE = Stage(name="train", artifact="adapter", version=5, config=TrainConfig, run=run, plugins=_plugins)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import UserError
-from stages.train import Lora, checks, folding, quantization
+from stages.train import Lora, adamw, checks, folding, quantization
 from stages.train.patterns import matches, nearest
 
 STARTS = {"kaiming": True, "loftq": True}
@@ -94,6 +94,7 @@ def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) 
 
 def save(model: PeftModel, folder: Path) -> None:
     """Write the adapter as PEFT loads it onto the model it came from, with the same bytes every time."""
+    adamw.widen(model)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     path = folder / "adapter_config.json"

@@ -80,6 +80,8 @@ def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
             near = difflib.get_close_matches(name, kind.options, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(kind.options) or 'none'}"
             yield f"`optimizer_options.{name}`: {config.optimizer} has no such option; {hint}"
+    if config.precision == "fp8" and not optimizers.can_split(config):
+        yield "`precision: fp8` needs adamw_torch_fused or adamw_16bit, and no ema, lisa, restarts or `keep: best`"
     if not kind.betas and config.betas is not None:
         yield f"`betas`: {config.optimizer} has none; take them out"
     if kind.low_rank and config.method == "lora":
@@ -110,6 +112,8 @@ def refuse_device(config: "TrainConfig", device: str) -> None:
     optimizers.require(config.optimizer)
     if config.precision == "fp16" and device == "cpu":
         raise UserError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if config.precision == "fp8" and (device == "cpu" or torch.cuda.get_device_capability() < (8, 9)):
+        raise UserError("train.precision fp8 needs a GPU of the generation Ada, Hopper or later: use bf16 here")
     if config.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bf16: set train.precision to fp16 or fp32")
     if device == "cpu" and (why := optimizers.find(config.optimizer).gpu):

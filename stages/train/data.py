@@ -62,9 +62,12 @@ class Steps(Dataset[Step]):
         rank: int = 0,
         ranks: int = 1,
         left_out: Collection[int] = (),
+        pad_to: int = 8,
     ) -> None:
+        """A micro-batch is padded to a multiple of `pad_to` tokens: compiled models want all equally long."""
         self.bins, self.order, self.micro_batch, self.objective = bins, order, micro_batch, objective
         self.seed, self.rank, self.ranks, self.left_out = seed, rank, ranks, frozenset(left_out)
+        self.pad_to = pad_to
 
     def __len__(self) -> int:
         return len(self.order)
@@ -88,7 +91,7 @@ class Steps(Dataset[Step]):
 
     def _pass(self, number: int, bins: Sequence[int], counts: bool) -> MicroBatch:
         drawn = np.random.SeedSequence((self.seed, number, *bins)).generate_state(1)
-        batch = self.objective.prepare(collate([self.bins[i] for i in bins]))
+        batch = self.objective.prepare(collate([self.bins[i] for i in bins], self.pad_to))
         return {"batch": batch, "seed": int(drawn[0]), "counts": counts}
 
     def numbers(self, number: int) -> range:

@@ -1,6 +1,7 @@
 """The model that is trained: loaded, made ready, and written at the end.
 
-What is trained is held in float32 and computed in the recipe's precision (16 bits through autocast). AdamW on bfloat16
+What is trained is held in float32, split into 16 + 16 bits where the optimizer knows to update that
+(`stages.train.adamw`), and computed in the recipe's precision (else 16 bits through autocast). AdamW on bfloat16
 weights loses every update smaller than about 1/256 of a weight, which at usual learning rates is most of them. What is
 frozen is held in the recipe's precision, or in 4 or 8 bits.
 """
@@ -17,29 +18,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packing.attention import implementation
 from stages.errors import UserError
-from stages.train import TrainConfig, adapters, freezing, neftune, quantization
+from stages.train import TrainConfig, adamw, adapters, freezing, neftune, quantization
 from stages.train.adapters import save as save_adapter
 
-__all__ = ["autocast", "in_float32", "load", "ready", "save_adapter", "save_weights", "trainable"]
+__all__ = ["in_float32", "load", "ready", "save_adapter", "save_weights", "trainable"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def autocast(device: str, precision: str) -> torch.autocast:
-    """The arithmetic of a precision, as a block."""
-    return torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def load(folder: Path, config: TrainConfig, device: str) -> PreTrainedModel:
-    """The model of a local folder, ready for packed batches, in the dtype it is trained in.
+def load(folder: Path, config: TrainConfig, device: str, split: bool = False) -> PreTrainedModel:
+    """The model of a local folder, ready for packed batches, in the dtype it is trained in; `split` if that will be
+    16 + 16 bits.
 
     Raises UserError when transformers cannot load it without running code from the folder, or its weights came
     quantized.
     """
     narrow = DTYPES[config.precision]
-    dtype = narrow if config.method == "lora" and config.lora.restart_every is None else torch.float32
     try:
         described = AutoConfig.from_pretrained(folder, local_files_only=True)
+        exact = described.dtype == torch.bfloat16 and split
+        frozen = config.method == "lora" and config.lora.restart_every is None
+        dtype = narrow if exact or frozen else torch.float32
         quantization.refuse_quantized(described)
         small = quantization.settings(config.quantize, device, narrow) if config.quantize else {}
         model = AutoModelForCausalLM.from_pretrained(
@@ -74,7 +73,7 @@ def ready(
     else:
         made = adapters.adapt(model, config.lora, folder).to(device)
         if config.lora.init == "eva":
-            with autocast(device, config.precision):
+            with torch.autocast(device, DTYPES[config.precision], enabled=config.precision != "fp32"):
                 adapters.start_from_activations(made, batches())
     if config.neftune_alpha is not None:
         neftune.add_noise(made, config.neftune_alpha)
@@ -84,6 +83,8 @@ def ready(
 def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Write all weights in the dtype of the model they came from, in `source`."""
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype
+    if dtype != torch.bfloat16:  # what that does not hold is not written
+        adamw.widen(model)
     model.to(dtype or torch.float32).save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
         if (source / name).exists():

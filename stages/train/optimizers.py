@@ -69,6 +69,7 @@ def _bnb(name: str, bits: int, options: Mapping[str, Value], gpu: str = "", beta
 OPTIMIZERS: Mapping[str, Kind] = {
     "adamw_torch_fused": Kind("torch.optim:AdamW", {"fused": True}, EPS),
     "adamw_torch": Kind("torch.optim:AdamW", {}, EPS),
+    "adamw_16bit": Kind("stages.train.adamw:SplitAdamW", {"moments": "bfloat16"}, EPS),
     "sgd": Kind("torch.optim:SGD", {}, {"momentum": 0.0, "nesterov": False}, betas=False),
     "adagrad": Kind("torch.optim:Adagrad", {}, {"lr_decay": 0.0, "eps": 1e-10}, betas=False),
     "rmsprop": Kind("torch.optim:RMSprop", {}, {"alpha": 0.99, "momentum": 0.0, "centered": False, **EPS}, betas=False),
@@ -119,6 +120,18 @@ OPTIMIZERS: Mapping[str, Kind] = {
 micro-batches can be added up nor gradients clipped; they are not offered."""
 
 
+SPLIT = Kind("stages.train.adamw:SplitAdamW", {}, EPS)
+"""What adamw_torch_fused is over weights of 16 + 16 bits."""
+
+
+def can_split(config: "TrainConfig") -> bool:
+    """Whether trained weights may be bfloat16 with their other 16 bits beside them (`stages.train.adamw`). What changes
+    weights between steps, or averages them, wants them in one piece."""
+    whole = config.ema is not None or config.keep == "best" or config.full.lisa is not None or config.lora.restart_every
+    known = config.optimizer in ("adamw_torch_fused", "adamw_16bit")
+    return config.precision in ("bf16", "fp8") and known and not whole
+
+
 def find(name: str) -> Kind:
     """The optimizer of that name. Raises UserError with the nearest name."""
     if name not in OPTIMIZERS:
@@ -140,6 +153,8 @@ def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     import torch
 
     kind = find(config.optimizer)
+    if config.optimizer == "adamw_torch_fused" and any(hasattr(p, "low_bits") for p in model.parameters()):
+        kind = SPLIT
     made = _class(config.optimizer, kind)
     given: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **kind.fixed}
     options = {**kind.options, **config.optimizer_options}

@@ -21,7 +21,18 @@ from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
 from stages.stage import Facts, Work
-from stages.train import TrainConfig, checkpoints, checks, memory, metrics, model, optimizers, quantization, state
+from stages.train import (
+    TrainConfig,
+    checkpoints,
+    checks,
+    memory,
+    metrics,
+    model,
+    optimizers,
+    quantization,
+    speed,
+    state,
+)
 from stages.train.between import heldout_look
 from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
 from stages.train.policy import Watch
@@ -90,15 +101,20 @@ def attempt(
         set_seed(config.seed)
         sharded = work.runtime.shard == "fsdp" and group.size > 1
         place = "cpu" if sharded else this.device
-        loaded = model.load(inputs["model"], config, place)
+        split = optimizers.can_split(config) and not sharded
+        loaded = model.load(inputs["model"], config, place, split)
         refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
         _refuse_too_big(loaded, place)
         trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: _first_batches(bins, place))
-        isolation = _prove_isolation(trained, place, config.precision)
-        with model.autocast(place, config.precision):
+        faster: dict[str, Any] = dict(speed.hold(trained, config, sharded))
+        isolation = _prove_isolation(trained, config, place)
+        with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
             loss = objective.loss(trained, options, to_device(_example(bins), place))
         plan = _plan(config, work, this, trained, bins, objective, loss, group, sharded)
+        tokens = this.total * bins.global_batch * bins.sequence_length // group.size
+        compiled = not sharded and speed.wants_compiling(work.runtime.compile, place, tokens)
+        faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
         steps = Steps(
             bins,
             step_order(bins.steps, this.total, config.seed),
@@ -108,6 +124,7 @@ def attempt(
             group.rank,
             group.size,
             {*this.left_out, *state.left_out(checkpoint)},
+            plan.micro_batch * bins.sequence_length if compiled else speed.PADDING,
         )
         counted, size = metrics.counted_weights(trained), model.trainable(trained)
         if checkpoint:
@@ -172,6 +189,7 @@ def attempt(
         **({"quantized_share": round(quantization.share(trained), 4)} if config.quantize else {}),
         **record,
         "isolation": dict(isolation),
+        "speed": faster,
         "device": this.device,
         "device_name": torch.cuda.get_device_name() if this.device == "cuda" else "cpu",
         "ranks": group.size,
@@ -225,7 +243,7 @@ def _plan(
     place = "cpu" if sharded else this.device
 
     def forward(tokens: int) -> torch.Tensor:
-        with model.autocast(place, config.precision):
+        with speed.autocast(trained, config, place):
             return loss(to_device(objective.prepare(_trial(bins, tokens)), place))["loss"]
 
     shards = group.size if sharded else 1
@@ -309,7 +327,7 @@ def _look(
         counted = int(bins.trained[number]) if objective.counts == "tokens" else len(packed.lengths) // 2
         return to_device(objective.prepare(collate([packed])), device), counted
 
-    return heldout_look(trained, batch, len(bins), loss, lambda: model.autocast(device, config.precision))
+    return heldout_look(trained, batch, len(bins), loss, lambda: speed.autocast(trained, config, device))
 
 
 def open_bins(inputs: Mapping[str, Path]) -> PackedBins:
@@ -328,7 +346,7 @@ def _refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
         )
 
 
-def _prove_isolation(trained: Any, device: str, precision: str) -> Mapping[str, float]:
+def _prove_isolation(trained: Any, config: TrainConfig, device: str) -> Mapping[str, float]:
     """Packed and unpacked documents compared: on a GPU as they train, because the attention kernel is another in
     float32; on a CPU, where it is not, in float32, which shows differences that bfloat16's own noise would hide.
     """
@@ -337,7 +355,7 @@ def _prove_isolation(trained: Any, device: str, precision: str) -> Mapping[str, 
             if device == "cpu":
                 with model.in_float32(trained):
                     return check_isolation(trained)
-            with model.autocast(device, precision):
+            with speed.autocast(trained, config, device):
                 return check_isolation(trained)
     except ValueError as error:
         raise UserError(f"train: {error}") from error

@@ -24,7 +24,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from stages.errors import UserError
 from stages.objectives import Batch, LossSums
 from stages.stage import Work
-from stages.train import TrainConfig, optimizers, schedules, state
+from stages.train import TrainConfig, optimizers, schedules, speed, state
+from stages.train.adamw import SplitAdamW, is_split
 from stages.train.between import Between
 from stages.train.between import make as make_between
 from stages.train.checkpoints import Saver
@@ -81,7 +82,7 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
         num_train_epochs=1,  # of `steps`, which hold all epochs
         per_device_train_batch_size=1,
         max_grad_norm=config.max_gradient_norm,
-        bf16=config.precision == "bf16",
+        bf16=config.precision in ("bf16", "fp8") and not is_split(model),
         fp16=config.precision == "fp16",
         seed=config.seed,
         use_cpu=training.device == "cpu",
@@ -162,7 +163,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         for each in inputs["batches"]:
             torch.manual_seed(each["seed"])
             with self.accelerator.autocast():
-                sums = self.training.loss(to_device(each["batch"], self.args.device))
+                sums = self.training.loss(speed.marked(to_device(each["batch"], self.args.device)))
                 loss = sums["loss"] * (each["counts"] / max(inputs["count"], 1))
             self.accelerator.backward(loss)
             total += loss.detach()
@@ -176,6 +177,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """The gradient's norm; split weights are clipped in the optimizer's kernel, which reads gradients anyway."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        if isinstance(optimizer, SplitAdamW):
+            return optimizer.clip(self.args.max_grad_norm)
+        norm: torch.Tensor = super()._clip_grad_norm(model)
+        return norm
 
     def floating_point_ops(self, inputs: Step) -> int:
         """Not counted: the Trainer's formula knows nothing of packing."""

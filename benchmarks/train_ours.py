@@ -1,0 +1,144 @@
+"""Speed of the train stage as a recipe starts it, on a random model: `python -m benchmarks.train_ours 8b lora`.
+
+    python -m benchmarks.train_ours 1b full --set train.optimizer=adamw_16bit micro_batch=2 --share 0.5
+
+Only the model's weights do not come from a file. Prints tokens a second between the ends of two steps (the first
+`--warm` are left out), peak memory, the share of `--ceiling` that the model's operations reach, and the stage's facts.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import train_input
+from stages.runtime import Runtime
+from stages.stage import Work
+
+PROFILE = 0
+"""The step after which one step is profiled."""
+
+
+class Watch:
+    """Remembers when each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, float] = {}
+        self.profiler: Any = None
+
+    def __call__(self, done: int, total: int, unit: str = "", **metrics: Any) -> None:
+        self.ends[done] = time.perf_counter()
+        if PROFILE and done in (PROFILE, PROFILE + 1):
+            import torch
+
+            torch.cuda.synchronize()
+            if done == PROFILE:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.__enter__()
+            else:
+                self.profiler.__exit__(None, None, None)
+                show(self.profiler)
+
+
+def show(profiler: Any) -> None:
+    """Kernels by the time they take in one step."""
+    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+    total = sum(e.self_device_time_total for e in events)
+    print(f"profile: kernels {total / 1000:.1f} ms a step")
+    for event in sorted(events, key=lambda e: -e.self_device_time_total)[:40]:
+        print(f"  {event.self_device_time_total / 1000:8.2f} ms {event.count:6d} x {event.key[:150]}", flush=True)
+
+
+def operations(shape: str, method: str, share: float) -> float:
+    """Floating-point operations a token in the matrix products, without attention and adapters."""
+    s = train_input.SHAPES[shape]
+    heads = s["head_dim"] * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
+    layers = s["num_hidden_layers"] * s["hidden_size"] * (heads + 3 * s["intermediate_size"])
+    return (6 if method == "full" else 4) * (layers + share * s["vocab_size"] * s["hidden_size"])
+
+
+def main() -> None:
+    global PROFILE
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shape")
+    parser.add_argument("method", choices=["full", "lora"])
+    parser.add_argument("--set", nargs="*", default=[], help="train.KEY=VALUE of the recipe, KEY=VALUE of the runtime")
+    parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--sequence", type=int, default=8192)
+    parser.add_argument("--global-batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm", type=int, default=4)
+    parser.add_argument("--learn", action="store_true", help="documents that can be learned")
+    parser.add_argument("--losses", action="store_true", help="print every step's")
+    parser.add_argument("--nf4", action="store_true", help="frozen weights in nf4")
+    parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--ceiling", type=float, default=780.0, help="TFLOP/s of a large matrix product")
+    given = parser.parse_args()
+    PROFILE = given.profile
+
+    import torch
+
+    from stages.train import TrainConfig, model
+    from stages.train.supervise import train
+
+    config: dict[str, Any] = {"method": given.method, "max_steps": given.steps}
+    runtime: dict[str, Any] = {"save_seconds": 1e9, "trackers": (), "compile": "always"}
+    for setting in given.set:
+        name, _, value = setting.partition("=")
+        target = config
+        if not name.startswith("train."):
+            target = runtime
+        target[name.removeprefix("train.")] = yaml.safe_load(value)
+
+    def load(folder: Path, config: TrainConfig, device: str, split: bool = False) -> Any:
+        from packing.attention import implementation
+
+        made = train_input.model(given.shape, device, attn_implementation=implementation(device))
+        if given.nf4:
+            train_input.to_nf4(made)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return made
+
+    model.load = load
+    model.save_weights = lambda *_: None  # 16 GB of random numbers
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokens = (given.steps + 1) * given.global_batch * given.sequence
+        inputs = train_input.plan(
+            folder, given.shape, tokens, given.sequence, given.global_batch, given.share, given.learn
+        )
+        watch = Watch()
+        work = Work(folder / "work", Runtime.model_validate(runtime), tell=watch)
+        (folder / "out").mkdir()
+        facts = train(TrainConfig.model_validate(config), {"model": folder, **inputs}, folder / "out", work)
+        lines = (
+            (folder / "out/metrics.jsonl").read_text().splitlines() if (folder / "out/metrics.jsonl").exists() else []
+        )
+    ends = watch.ends
+    per_step = [json.loads(line)["tokens"] for line in lines]
+    # Figures arrive some steps late, so what is timed is all steps between the warm ones and the last.
+    first = min(step for step in ends if step >= given.warm)
+    rate = sum(per_step[first:]) / (ends[given.steps] - ends[first])
+    share = rate * operations(given.shape, given.method, given.share) / (given.ceiling * 1e12)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
+    if given.losses:
+        print("LOSSES", json.dumps([round(json.loads(line)["loss"], 5) for line in lines]), flush=True)
+    settings = " ".join([*given.set, *(["nf4"] if given.nf4 else [])])
+    print(
+        f"OURS {given.shape} {given.method} {settings} share {given.share}: {rate:,.0f} tok/s, {100 * share:.1f} % of "
+        f"{given.ceiling:.0f} TFLOP/s, peak {facts['peak_memory_bytes'] / 2**30:.1f} GiB (reserved {reserved:.1f}), "
+        f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}, {facts['speed']}, "
+        f"first step after {ends[1] - ends[0] if 1 in ends and 0 in ends else 0:.0f} s, {where}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

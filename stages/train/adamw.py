@@ -1,0 +1,211 @@
+"""AdamW over bfloat16 weights that remember what bfloat16 cannot hold.
+
+A float32 weight is split into the bfloat16 number next to it, which the model computes with, and the remainder of its
+bits as an int16: together they are the float32 weight, bit for bit. So nothing is cast in a step, and nothing is lost:
+AdamW on bfloat16 weights alone drops every update smaller than about 1/256 of a weight.
+
+    split(model)                          # float32 and bfloat16 trained weights → 16 + 16 bits
+    optimizer = SplitAdamW(parameters, lr=2e-4)
+    whole(parameter)                      # the float32 weight
+
+On a GPU a step is one kernel over all weights, with the gradient's clipping in it (`factor`).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SplitAdamW", "is_split", "split", "whole", "widen"]
+
+SPREAD = 0x9E3779B9
+"""Of a step's number, so that neighbouring steps draw different random bits."""
+TABLES = 16
+"""Tables of addresses kept: one for each set of weights that was updated together."""
+
+
+def split(model: nn.Module, wide: Iterable[str] = ()) -> None:
+    """Hold every trained weight of `model` as bfloat16 with a remainder, `parameter.low_bits`. Those whose name has
+    one of `wide` in it stay as they are (what transformers keeps in float32 for a model's sake)."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or any(part in name for part in wide):
+            continue
+        if parameter.dtype == torch.float32:
+            parameter.data, remainder = _apart(parameter.data)
+        elif parameter.dtype == torch.bfloat16:
+            remainder = torch.zeros_like(parameter, dtype=torch.int16)
+        else:
+            continue
+        parameter.low_bits = remainder  # type: ignore[attr-defined]
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether any weight is split."""
+    return any(hasattr(parameter, "low_bits") for parameter in model.parameters())
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A trained weight in full precision."""
+    remainder = getattr(parameter, "low_bits", None)
+    return parameter.detach() if remainder is None else _together(parameter.detach(), remainder)
+
+
+def widen(model: nn.Module) -> None:
+    """Hold every split weight in float32 again, on the CPU: for writing it, after the last step."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "low_bits"):
+            parameter.grad = None
+            parameter.data = whole(parameter).cpu()
+            del parameter.low_bits
+
+
+def _apart(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bfloat16 (half away from zero) and what is to be added to its bits for the float32."""
+    bits = value.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def _together(high: Tensor, remainder: Tensor) -> Tensor:
+    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv:1711.05101): decoupled weight decay, bias-corrected averages, as `torch.optim.AdamW`.
+
+    Weights are split ones or float32. The averages are float32, or bfloat16 (`moments`), rounded up or down at random
+    so that small changes add up in the mean; the random bits follow from the step's number.
+    """
+
+    factor: Tensor | None = None
+    """What the next step's gradients are multiplied by (a float32 number on the weights' device): their clipping."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        moments: str = "float32",
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.moments: torch.dtype = getattr(torch, moments)
+        self._tables: dict[tuple[int, ...], Any] = {}
+
+    def clip(self, longest: float) -> Tensor:
+        """The Euclidean norm of all gradients, float32; the next step scales them down to `longest` if it is more."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        self.factor = (longest / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        with torch.no_grad():
+            for number, group in enumerate(self.param_groups):
+                by_step: dict[int, list[nn.Parameter]] = {}
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        by_step.setdefault(self._count(parameter), []).append(parameter)
+                for count, parameters in by_step.items():
+                    self._update(number, group, parameters, count)
+        self.factor = None
+
+    def _count(self, parameter: nn.Parameter) -> int:
+        """The number of this step for a weight, from 1."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
+            if hasattr(parameter, "low_bits"):
+                state["low_bits"] = parameter.low_bits
+        state["step"] += 1
+        return int(state["step"])
+
+    def _update(self, number: int, group: Mapping[str, Any], parameters: list[nn.Parameter], count: int) -> None:
+        beta1, beta2 = group["betas"]
+        rates = {
+            "learning_rate": float(group["lr"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "epsilon": group["eps"],
+            "decay": group["weight_decay"],
+            "step": count,
+            "seed": count * SPREAD % 2**31,
+        }
+        if parameters[0].is_cuda:
+            from stages.kernels.adamw import Weights
+
+            addresses = (number, *(parameter.data_ptr() for parameter in parameters))
+            if addresses not in self._tables:
+                while len(self._tables) >= TABLES:
+                    del self._tables[next(iter(self._tables))]
+                self._tables[addresses] = Weights([(p, self.state[p]) for p in parameters])
+            self._tables[addresses].update_([p.grad for p in parameters], self.factor, **rates)
+            return
+        for parameter in parameters:
+            assert parameter.grad is not None
+            update_(parameter, parameter.grad, self.state[parameter], self.factor, **rates)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As any optimizer, but every tensor keeps its own dtype; the remainders become those of the weights."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            saved = state_dict["state"].get(number, {})
+            for name, value in saved.items():
+                kept = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                self.state[parameter][name] = kept
+                if name == "low_bits":
+                    parameter.low_bits = kept
+        self._tables.clear()
+
+
+def update_(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Any],
+    factor: Tensor | None,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """One weight's step in torch, all written in place: the CPU's path, and what the kernel must equal."""
+    weight, first, second = whole_of(parameter, state), state["exp_avg"].float(), state["exp_avg_sq"].float()
+    gradient = gradient.float() if factor is None else gradient.float() * factor
+    first = first + (1 - beta1) * (gradient - first)
+    second = beta2 * second + (1 - beta2) * gradient * gradient
+    weight = weight * (1 - learning_rate * decay)
+    weight -= learning_rate / (1 - beta1**step) * first / ((second / (1 - beta2**step)).sqrt() + epsilon)
+    if "low_bits" in state:
+        high, remainder = _apart(weight)
+        parameter.copy_(high)
+        state["low_bits"].copy_(remainder)
+    else:
+        parameter.copy_(weight)
+    for average, value in ((state["exp_avg"], first), (state["exp_avg_sq"], second)):
+        average.copy_(_shaken(value, seed) if average.dtype == torch.bfloat16 else value)
+
+
+def whole_of(parameter: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """The float32 weight from an optimizer's state."""
+    return _together(parameter, state["low_bits"]) if "low_bits" in state else parameter
+
+
+def _shaken(value: Tensor, seed: int) -> Tensor:
+    """To bfloat16, up or down at random, with the probability that makes the mean exact."""
+    random = torch.Generator(value.device).manual_seed(seed)
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0x10000, bits.shape, generator=random, dtype=torch.int32, device=value.device)
+    return ((bits + noise) >> 16).to(torch.int16).view(torch.bfloat16)

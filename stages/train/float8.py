@@ -1,0 +1,97 @@
+"""Linear layers whose products are of 8-bit floats, on GPUs that have them (Hopper, Ada and later): precision fp8.
+
+Each operand is scaled by one number so that its largest value is the format's largest (arXiv:2209.05433): activations
+and weights to e4m3, gradients to e5m2. Weights and everything between the products stay as they are. The scaling is
+made of plain operations that torch.compile fuses with what stands before; without it fp8 is slower than bf16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Float8Linear", "convert", "float8_linear"]
+
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16
+"""The products take sizes that are multiples of this."""
+
+
+def scaled(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The value in 8 bits, and what to multiply it with to have it back."""
+    limit = torch.finfo(dtype).max
+    scale = limit / value.abs().amax().float().clamp(min=1e-12)
+    return (value.float() * scale).clamp(-limit, limit).to(dtype), scale.reciprocal()
+
+
+def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """a [m, k] in rows times b [k, n] in columns. `fast` adds up in fewer bits, which gradients do without."""
+    if not a.is_cuda:  # the oracle's path, and the CPU's
+        return ((a.float() * a_scale) @ (b.float() * b_scale)).to(dtype)
+    out: Tensor = torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
+    return out
+
+
+class _Trained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = scaled(x, FORWARD)
+        w8, w_scale = scaled(weight, FORWARD)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        return _product(x8, x_scale, w8.t(), w_scale, x.dtype, True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        (dy,) = gradients
+        dy8, dy_scale = scaled(dy, BACKWARD)
+        by_x = _product(dy8, dy_scale, w8.t().contiguous().t(), w_scale, dy.dtype, False)
+        by_weight = _product(dy8.t().contiguous(), dy_scale, x8.t().contiguous().t(), x_scale, dy.dtype, False)
+        return by_x, by_weight
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = scaled(x, FORWARD)
+        w8, w_scale = scaled(weight, FORWARD)
+        ctx.save_for_backward(weight)
+        return _product(x8, x_scale, w8.t(), w_scale, x.dtype, True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        (dy,) = gradients
+        dy8, dy_scale = scaled(dy, BACKWARD)
+        w8, w_scale = scaled(weight, FORWARD)
+        return _product(dy8, dy_scale, w8.t().contiguous().t(), w_scale, dy.dtype, False), None
+
+
+def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., out] from x [..., in] and weight [out, in], in the dtype of x."""
+    function = _Trained if weight.requires_grad else _Frozen
+    y: Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer computed in 8 bits, unless the number of its rows is no multiple of 16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., out] from [..., in]."""
+        if x.shape[:-1].numel() % MULTIPLE:
+            return super().forward(x)
+        return float8_linear(x, self.weight, self.bias)
+
+
+def convert(layers: nn.Module) -> int:
+    """Have the linear layers in some decoder layers compute in 8 bits, but for those of adapters and those whose sizes
+    do not allow it. Returns how many."""
+    found = 0
+    for name, module in layers.named_modules():
+        small = type(module) is nn.Linear and (module.in_features % MULTIPLE or module.out_features % MULTIPLE)
+        if type(module) is nn.Linear and not small and ".lora_" not in name:
+            module.__class__ = Float8Linear
+            found += 1
+    return found

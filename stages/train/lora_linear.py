@@ -1,0 +1,171 @@
+"""A linear layer with a LoRA adapter as one operation: y = x W' + scale (x A') B', and its three gradients.
+
+PEFT computes the same in separate steps, each of which reads and writes a whole activation, in float32 where adapters
+are. Here the adapter's products are added into the layer's (no pass of their own), x is kept once, and W may be nf4:
+it is then widened for each product and forgotten. An operation of torch's library, so torch.compile leaves it whole.
+
+    quicken(model)      # every layer that PEFT adapted and this computes exactly
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as AdaptedLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from stages.train.float8 import Float8Linear
+
+__all__ = ["Fast", "FastLinear", "lora_linear", "quicken", "wide"]
+
+BLOCK = 64
+"""Numbers of an nf4 weight that share a scale."""
+
+
+@torch.library.custom_op("regrow::lora_linear", mutates_args=())
+def lora_linear(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y [..., out] and scale x A' [rows, rank], for x [..., in], a [rank, in], b [out, rank], and `weight` [out, in],
+    or nf4 as bitsandbytes packs it, with `absmax` [blocks of 64] in float32. All others share one dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    reduced = rows @ (a * scale).T
+    y = nn.functional.linear(rows, wide(weight, absmax, a, b), bias)
+    y.addmm_(reduced, b.T)
+    return y.view(*x.shape[:-1], b.shape[0]), reduced
+
+
+@lora_linear.register_fake
+def _(x: Tensor, weight: Tensor, absmax: Any, bias: Any, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.shape[:-1].numel(), a.shape[0])
+
+
+@torch.library.custom_op("regrow::lora_linear_backward", mutates_args=())
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor, reduced: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by x, a and b."""
+    outs, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    by_reduced = outs @ (b * scale)
+    by_x = outs @ wide(weight, absmax, a, b)
+    by_x.addmm_(by_reduced, a)
+    return by_x.view(x.shape), by_reduced.T @ rows, outs.T @ reduced
+
+
+@_gradients.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, absmax: Any, a: Tensor, b: Tensor, reduced: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, absmax, _, a, b, scale = inputs
+    ctx.save_for_backward(x, weight, absmax, a, b, output[1])
+    ctx.scale = scale
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    by_x, by_a, by_b = _gradients(dy, *ctx.saved_tensors, ctx.scale)
+    return by_x, None, None, None, by_a, by_b, None
+
+
+lora_linear.register_autograd(_backward, setup_context=_keep)
+
+
+def wide(weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """The weight [out, in] in the adapter's dtype."""
+    if absmax is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit  # noqa: F401  (registers the operation)
+
+    shape = [b.shape[0], a.shape[1]]
+    wide: Tensor = torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, BLOCK, "nf4", shape, a.dtype)
+    return wide
+
+
+class Fast:
+    """The forward pass of PEFT's adapted layers, while they are nothing but W x + scale B A x."""
+
+    absmax: Tensor | None
+    base_layer: Any
+
+    def is_plain_now(self: Any, x: Tensor) -> bool:
+        """Whether the adapter is switched on and beside the weight, and of the input's dtype."""
+        (name,) = self.active_adapters
+        return not self.disable_adapters and not self.merged and x.dtype == self.lora_A[name].weight.dtype
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., out] from [..., in]."""
+        if args or kwargs or not self.is_plain_now(x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        (name,) = self.active_adapters
+        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        base = self.base_layer
+        if isinstance(base, Float8Linear):
+            y: Tensor = base(x)
+            rows: Tensor = torch.addmm(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ a.T, b.T, alpha=scale)
+            return rows.view(y.shape)
+        y = lora_linear(x, base.weight, self.absmax, base.bias, a, b, scale)[0]
+        return y
+
+
+class FastLinear(Fast, AdaptedLinear):  # type: ignore[misc]
+    """Over a linear layer."""
+
+
+def quicken(model: nn.Module) -> int:
+    """Have every adapted layer that is a plain LoRA without dropout over a linear layer, in the adapter's dtype or in
+    nf4, compute so. Returns how many."""
+    found = 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _is_plain(module):
+            fast, module.absmax = _fast_class(module)
+            if fast is not None:
+                module.__class__ = fast
+                found += 1
+    return found
+
+
+def _fast_class(module: Any) -> tuple[type | None, Tensor | None]:
+    """What an adapted layer becomes, and the scales of its weight if that is nf4."""
+    weight = module.base_layer.weight
+    if weight.requires_grad:
+        return None, None
+    if type(module) is AdaptedLinear and type(module.base_layer) is nn.Linear:
+        same = weight.dtype == module.lora_A[module.active_adapters[0]].weight.dtype
+        return (FastLinear if same else None), None
+    state = getattr(weight, "quant_state", None)
+    if state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
+        return None, None
+    return _over_4_bits(), _scales(state)
+
+
+def _over_4_bits() -> type:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    return type("FastLinear4bit", (Fast, Linear4bit), {})
+
+
+def _scales(state: Any) -> Tensor:
+    """[blocks] What each block of an nf4 weight is multiplied by, float32, when they are quantized themselves too."""
+    if not state.nested:
+        return state.absmax  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.float()
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether an adapted layer is W x + scale B A x and nothing else."""
+    names = module.active_adapters
+    return (
+        len(names) == 1
+        and list(module.lora_A) == names
+        and not module.lora_variant
+        and isinstance(module.lora_dropout[names[0]], nn.Identity)
+        and module.lora_B[names[0]].bias is None
+        and not module.merged
+    )

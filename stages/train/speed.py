@@ -1,0 +1,81 @@
+"""What makes a step faster and leaves its result alone, up to rounding: fused LoRA layers, fp8, torch.compile.
+
+hold(model, config)             # before the pre-flight check: the dtype that training computes in
+compile_layers(model)           # after it: one graph for all decoder layers of a kind
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stages.train import TrainConfig, adamw, float8, lora_linear, lora_mlp
+from stages.train.adamw import is_split
+from stages.train.optimizers import can_split
+
+__all__ = ["autocast", "compile_layers", "hold", "marked", "wants_compiling"]
+
+COMPILING_PAYS = 4_000_000
+"""Tokens a run must train on for compilation, about a minute, to pay."""
+PADDING = 16
+"""Tokens of a micro-batch are a multiple of this, which products in 8 bits need."""
+GRAPHS = 64
+"""Graphs of one piece of code: one for every kind of layer, and for static and changing numbers of documents."""
+
+
+def autocast(model: Any, config: TrainConfig, device: str) -> AbstractContextManager[Any]:
+    """The context of forward passes: casting float32 weights where they are not split."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=config.precision != "fp32" and not is_split(model))
+
+
+def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, int]:
+    """Bring the trained weights into the dtype that training holds them in, and have layers compute the fast way.
+    Returns what was done, for the record. Weights that will be sharded over ranks stay as they are."""
+    done: dict[str, int] = {}
+    if can_split(config) and not sharded:
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        wide = [
+            name
+            for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+            for name in getattr(base, kept, None) or ()
+        ]
+        adamw.split(model, wide)
+        if config.method == "lora":
+            done["fused_adapters"] = lora_linear.quicken(model)
+            if config.precision != "fp8":
+                done["fused_feed_forwards"] = lora_mlp.quicken(model)
+    if config.precision == "fp8" and not sharded:
+        done["float8_layers"] = sum(float8.convert(layer) for layer in _layers(model))
+    return done
+
+
+def wants_compiling(wanted: str, device: str, tokens: int) -> bool:
+    """Whether to compile, from the runtime's `compile`: auto is on a GPU, when there are tokens enough."""
+    if wanted == "auto":
+        return device == "cuda" and tokens >= COMPILING_PAYS
+    return wanted == "always"
+
+
+def compile_layers(model: Any) -> int:
+    """Compile every decoder layer, in place: equal ones share a graph. Batches should then all have the same number of
+    tokens; the number of documents may change. Returns how many."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    layers = _layers(model)
+    for layer in layers:
+        layer.compile()
+    return len(layers)
+
+
+def marked(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch; the compiler is told beforehand which of its sizes change."""
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in batch:
+            torch._dynamo.maybe_mark_dynamic(batch[name], 0)
+    return batch
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -1,0 +1,82 @@
+"""A LoRA layer as one operation is PEFT's LoRA layer: the same output, the same gradients."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from stages.train.lora_linear import FastLinear, lora_linear, quicken
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Net(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(24, 40, bias=bias)
+        self.second = nn.Linear(40, 8, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return out
+
+
+def adapted(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    bias = settings.pop("net_bias", True)
+    options = {"r": 4, "lora_alpha": 10, "target_modules": ["first", "second"], "init_lora_weights": False, **settings}
+    return get_peft_model(Net(bias), LoraConfig(**options))
+
+
+def outcome(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = model(x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    (y.float() ** 2).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in trained)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("net_bias", [True, False])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_output_and_gradients_are_pefts(device: str, net_bias: bool, compiled: bool) -> None:
+    theirs = adapted(net_bias=net_bias).to(device)
+    ours = copy.deepcopy(theirs)
+    assert quicken(ours) == 2
+    x = torch.randn(2, 5, 24, device=device)
+    run = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    for found, expected in zip(outcome(run, x), outcome(theirs, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(trained) == 4
+
+
+def test_the_operation_is_sound() -> None:
+    x, weight, a, b = (torch.randn(*shape, requires_grad=shape != (7, 6)) for shape in ((3, 6), (7, 6), (2, 6), (7, 2)))
+    torch.library.opcheck(lora_linear, (x, weight, None, None, a, b, 0.5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}],
+    ids=["a variant", "dropout", "a bias in the adapter"],
+)
+def test_what_is_more_than_lora_is_left_to_peft(settings: dict[str, Any]) -> None:
+    assert quicken(adapted(**settings)) == 0
+
+
+def test_switched_off_and_merged_adapters_are_pefts_affair() -> None:
+    model = adapted()
+    x = torch.randn(3, 24)
+    expected = model(x)
+    quicken(model)
+    assert any(isinstance(module, FastLinear) for module in model.modules())
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,98 @@
+"""A feed-forward layer with adapters as one operation is the layer as transformers and PEFT compute it."""
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+from stages.train import lora_linear, lora_mlp
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def adapted(kind: Any = LlamaMLP, config: Any = LlamaConfig, rank: int = 4, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    layer = kind(config(hidden_size=32, intermediate_size=144, **settings))
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(
+        nn.Sequential(layer), LoraConfig(r=rank, lora_alpha=10, target_modules=targets, init_lora_weights=False)
+    )
+
+
+def outcome(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y.float() ** 2).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rank", [4, 16])
+def test_output_and_gradients_are_those_of_the_parts(device: str, rank: int) -> None:
+    theirs = adapted(rank=rank).to(device)
+    ours = copy.deepcopy(theirs)
+    lora_linear.quicken(ours)
+    assert lora_mlp.quicken(ours) == 1
+    x = torch.randn(3, 7, 32, device=device)
+    tolerance = 1e-4 if device == "cpu" else 1e-2  # Triton's float32 product is tf32
+    for found, expected in zip(outcome(ours, x), outcome(theirs, x), strict=True):
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="no Triton")
+def test_the_kernels_are_the_plain_formula() -> None:
+    from stages.kernels import swiglu
+
+    gate, up, d_out = (torch.randn(70, 150) for _ in range(3))
+    reduced, b = (torch.randn(70, 4), torch.randn(70, 4)), (torch.randn(150, 4), torch.randn(150, 4))
+    g = (gate + reduced[0] @ b[0].T).requires_grad_()
+    u = (up + reduced[1] @ b[1].T).requires_grad_()
+    expected = nn.functional.silu(g) * u
+    torch.testing.assert_close(swiglu.forward(gate, up, reduced, b), expected.detach(), rtol=1e-4, atol=1e-4)
+    gradients = torch.autograd.grad(expected, (g, u), d_out)
+    for found, wanted in zip(swiglu.backward(d_out, gate, up, reduced, b), gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trial_leaves_the_adapters_as_they_were() -> None:
+    model = adapted(Qwen3MLP, Qwen3Config)
+    lora_linear.quicken(model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert lora_mlp.quicken(model) == 1
+    for now, then in zip(model.parameters(), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_another_activation_is_left_alone() -> None:
+    model = adapted(hidden_act="gelu")
+    lora_linear.quicken(model)
+    assert lora_mlp.quicken(model) == 0
+
+
+def test_a_layer_of_another_form_is_found_out() -> None:
+    class Other(LlamaMLP):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+            return out
+
+    model = adapted(Other)
+    lora_linear.quicken(model)
+    assert lora_mlp.quicken(model) == 0
+
+
+def test_switched_off_adapters_are_off() -> None:
+    model = adapted()
+    x = torch.randn(3, 32)
+    with model.disable_adapter():
+        expected = model(x)
+    lora_linear.quicken(model)
+    assert lora_mlp.quicken(model) == 1
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), expected)
