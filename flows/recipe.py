@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from flows.strict_yaml import Document, parse
-from stages import formats
+from stages import formats, objectives
 from stages.convert import ConvertConfig
 from stages.errors import UserError
 from stages.evaluate import EvaluateConfig
@@ -201,6 +201,16 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
             yield ("evaluate", "tasks", name, "source"), hint
     convert = recipe.convert
+    kinds = objectives.find(recipe.train.objective).kinds
+    for source in sources:
+        own = convert.of(source)
+        kind = formats.kind(own.format, own.options)
+        if kind is not None and kind not in kinds:
+            yield (
+                ("convert", "sources", source, "format") if source in convert.sources else ("convert", "format"),
+                f"`{source}` is read as {own.format}, whose rows are of kind {kind}; the objective "
+                f"{recipe.train.objective} trains on {' or '.join(kinds)}: choose another format, or `train.objective`",
+            )
     rendered = [s for s in sources if formats.templated(convert.of(s).format, convert.of(s).options)]
     for source in rendered[1:]:
         if convert.of(source).template != convert.of(rendered[0]).template:

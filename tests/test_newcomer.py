@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.flows.raised import free_port
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-TWO_STEPS = ("train.max_steps=2", "evaluate.tasks.reversal.limit=4", "publish.gate.require=nothing")
+TWO_STEPS = ("train.max_steps=2", "publish.gate.require=nothing")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Place:
     def settings(self, recipe: str) -> list[str]:
         """The overrides that make a recipe short."""
         to = f"publish.to={self.home / 'out' / Path(recipe).stem}"
-        return [word for setting in (*TWO_STEPS, to) for word in ("--set", setting)]
+        tasks = yaml.safe_load((ROOT / recipe).read_text()).get("evaluate", {}).get("tasks", {})
+        limits = [f"evaluate.tasks.{name}.limit=4" for name in tasks]
+        return [word for setting in (*TWO_STEPS, *limits, to) for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from stages.stage import StageConfig
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "LossSums", "Objective", "Sums", "find", "names", "options_of"]
+__all__ = ["Batch", "LossSums", "Objective", "Online", "Sums", "find", "names", "options_of"]
 
 Batch = Mapping[str, Any]
 """A collated micro-batch: tensors by name, as `packing.collate` makes them."""
@@ -35,14 +35,28 @@ class NoOptions(StageConfig):
 
 
 @dataclass(frozen=True)
+class Online:
+    """Training on what the model itself writes: prompts in, rewards for its completions, a trainer of TRL's."""
+
+    trainer: str
+    """TRL's class; its config is the class of the same name with `Config`."""
+    settings: Callable[[Any], Mapping[str, Any]]
+    """The config's arguments, from the objective's options."""
+
+
+def _not_packed(*_: Any) -> Any:
+    raise NotImplementedError("an online objective has no batches of its own")
+
+
+@dataclass(frozen=True)
 class Objective:
-    """What training minimises."""
+    """What training minimises, over packed batches or `online`."""
 
     version: int
     """Bumped when the same batches and weights would give another loss."""
-    prepare: Callable[[Batch], dict[str, Any]]
+    prepare: Callable[[Batch], dict[str, Any]] = _not_packed
     """Makes a collated batch ready on the CPU, before it moves to the device."""
-    loss: Callable[[Any, Any, Batch], LossSums]
+    loss: Callable[[Any, Any, Batch], LossSums] = _not_packed
     """`loss(model, options, batch)` returns the function from a prepared batch to its sums. `batch` is an example, with
     which the function may be tried out first."""
     options: type[StageConfig] = NoOptions
@@ -54,6 +68,8 @@ class Objective:
     reference: bool = False
     """Whether batches must hold `reference` [1, tokens]: the log-probability that the model before training gives each
     token."""
+    online: Online | None = None
+    """For objectives that train on the model's own completions: then there is nothing to prepare and no loss here."""
 
 
 def names() -> list[str]:

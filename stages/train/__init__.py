@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stages import objectives
+from stages import objectives, rewards
 from stages.stage import Facts, Stage, StageConfig, Work
 from stages.train import checks, optimizers
 
@@ -204,13 +204,22 @@ class TrainConfig(StageConfig):
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train. See `stages.train.run.attempt` for inputs, files and errors."""
+    if objectives.find(config.objective).online:
+        from stages.train import online
+
+        return online.train(config, inputs, output, work)
     from stages.train.supervise import train
 
     return train(config, inputs, output, work)
 
 
 def _plugins(config: TrainConfig) -> Mapping[str, int]:
-    return {f"objective:{config.objective}": objectives.find(config.objective).version}
+    chosen = config.objective_options.get("rewards", {}).values()
+    named = {choice["reward"] for choice in chosen} & set(rewards.names())
+    return {
+        f"objective:{config.objective}": objectives.find(config.objective).version,
+        **{f"reward:{name}": rewards.find(name).version for name in sorted(named)},
+    }
 
 
 STAGE = Stage(name="train", artifact="adapter", version=5, config=TrainConfig, run=run, plugins=_plugins)

@@ -41,7 +41,7 @@ from stages.train.sharding import shard
 from stages.train.trainer import PackedTrainer, Training, make_trainer, to_device
 
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
-"""What a line of metrics.jsonl holds: nothing that a clock decides."""
+"""What a line of metrics.jsonl holds before the objective's own measures: nothing that a clock decides."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,9 @@ def _write(
         model.save_adapter(trained, output / "adapter")
     else:
         model.save_weights(trained, source, output / "weights")
-    lines = [json.dumps({name: entry[name] for name in METRICS}) for entry in history]
+    lines = [
+        json.dumps({name: entry[name] for name in (*METRICS, *sorted({*entry} - {*METRICS}))}) for entry in history
+    ]
     (output / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (output / "train.json").write_text(
         json.dumps({"method": config.method, "objective": config.objective, "steps": len(lines), **record}, indent=2)

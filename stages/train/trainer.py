@@ -160,14 +160,21 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward of all micro-batches; returns the step's loss a trained token, on the device."""
         model.train()
         total = torch.zeros((), device=self.args.device)
+        self._measures: dict[str, torch.Tensor] = {}
         for each in inputs["batches"]:
             torch.manual_seed(each["seed"])
             with self.accelerator.autocast():
                 sums = self.training.loss(speed.marked(to_device(each["batch"], self.args.device)))
-                loss = sums["loss"] * (each["counts"] / max(inputs["count"], 1))
+                share = each["counts"] / max(inputs["count"], 1)
+                loss = sums["loss"] * share
             self.accelerator.backward(loss)
             total += loss.detach()
+            for name, measure in sums.items():
+                if name != "loss":
+                    self._measures[name] = self._measures.get(name, 0.0) + measure * share
         group = self.training.group
+        for measure in self._measures.values():
+            group.sum(measure)
         if self.training.work.runtime.shard == "none":
             if inputs["batches"]:
                 group.sum_gradients(model.parameters())
@@ -206,7 +213,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             entry = {"step": position + 1, "learning_rate": float(learning_rate)}
             entry |= {"tokens": steps.tokens(position), "trained_tokens": steps.trained(position)}
             norm = grad_norm if isinstance(grad_norm, torch.Tensor) else torch.tensor(float(grad_norm))
-            self.queue.put(entry, loss=loss, grad_norm=norm.to(loss.device))
+            self.queue.put(entry, loss=loss, grad_norm=norm.to(loss.device), **self._measures)
         ending = self.control.should_save or self.control.should_training_stop
         self.settle(wait=ending or self.state.global_step >= self.state.max_steps)
         if self.control.should_save:
@@ -269,7 +276,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if self.args.device.type == "cuda":
             self._speed["memory_bytes"] = torch.cuda.max_memory_allocated()
         self._told_at, self._told_step = now, step
-        figures = {name: entry[name] for name in ("loss", "learning_rate", "grad_norm")}
+        figures = {name: value for name, value in entry.items() if name not in ("step", "tokens", "trained_tokens")}
         self._tell_more(step, **figures, **self._speed)
 
     def _tell_more(self, step: int, **metrics: Any) -> None:

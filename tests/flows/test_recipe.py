@@ -48,6 +48,12 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
         ("pack:\n  seed: x", "r.yaml:9: `pack.seed`"),
         ("pack: {sequence_length: -5}", "r.yaml:8: `pack.sequence_length`"),
         ("convert:\n  sources:\n    chatz: {}", "r.yaml:10: there is no data source `chatz`"),
+        (
+            "convert:\n  format: preference",
+            "r.yaml:9: `chats` is read as preference, whose rows are of kind preference; the",
+        ),
+        ("  objective: dpo\nconvert:\n  format: messages", "the objective dpo trains on preference: choose another"),
+        ("  objective: dpo\n  objective_options: {bta: 1}", "dpo has no option 'bta': did you mean beta?"),
         ("evaluate:\n  tasks:\n    t: {source: chatz}", "r.yaml:10: there is no data source `chatz`"),
     ],
 )

@@ -103,6 +103,8 @@ def test_training_on_pairs_tells_them_apart(tmp_path: Path, objective: str) -> N
     TRAIN.run(TrainConfig.model_validate(config), inputs, tmp_path / "output", work)
     steps = measures(tmp_path / "output")
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert steps[-1]["accuracy"] > 0.8 >= steps[0]["accuracy"] >= 0.0
+    assert steps[-1]["margin"] > steps[0]["margin"]
     if objective == "dpo":
         assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-3), "the reference is the model itself"
 

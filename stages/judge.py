@@ -1,0 +1,187 @@
+"""Scoring completions with time limits, in processes of their own.
+
+    with Judge(choices, seconds=10, workers=2) as judge:
+        scores = judge.score([(completion, row), …])        # {name: [floats]}
+
+A reward may be anybody's code and may never come back, so each item is scored in a worker process that is killed when
+its time is up. What cannot be scored (an error, no finite number, no answer in time) is told with the reward, the row
+and the completion, or counts as `otherwise`, and is counted.
+"""
+
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from stages.errors import UserError
+from stages.identity import Json
+from stages.rewards import RewardChoice, load
+
+Item = tuple[str, Mapping[str, Json]]
+"""A completion and its prompt's row."""
+SHOWN = 200
+"""Characters of a row or completion in a message."""
+
+
+class _Job(NamedTuple):
+    name: str
+    place: int
+    item: Item
+
+
+class _Worker:
+    """A process that scores one item at a time, in lines of JSON. It ends when its input does."""
+
+    def __init__(self, choices: Mapping[str, RewardChoice]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "stages.judge"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._send({name: choice.model_dump(mode="json") for name, choice in choices.items()})
+        self.job: _Job | None = None
+        self.until = math.inf
+        self.gone = False
+        """Whether it answers no more."""
+
+    def ready(self) -> None:
+        """Wait until its rewards are loaded. Raises UserError when one of them does not load."""
+        refused = self.answer()
+        if refused:
+            raise UserError(f"the rewards do not load: {refused}" if self.gone else str(refused))
+
+    def give(self, job: _Job, seconds: float) -> None:
+        self.job, self.until = job, time.monotonic() + seconds
+        self._send([job.name, *job.item])
+
+    def answer(self) -> float | str:
+        """The score, or what went wrong."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        self.gone = not line
+        found: float | str = json.loads(line) if line else "its process died"
+        return found
+
+    def _send(self, value: Any) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died, which its answer will tell
+            self.process.stdin.write(json.dumps(value, default=str).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Judge:
+    """Rewards by name, ready to score. Use it as a context: its processes end with it.
+
+    `seconds` is an item's time limit; `otherwise` what an item counts that cannot be scored, or None to raise UserError
+    there. `unscored` counts those by the reward's name. Raises UserError when a reward does not load.
+    """
+
+    def __init__(
+        self, choices: Mapping[str, RewardChoice], *, seconds: float, workers: int = 1, otherwise: float | None = None
+    ) -> None:
+        self.choices, self.seconds, self.otherwise = choices, seconds, otherwise
+        self.unscored: Counter[str] = Counter()
+        self._workers = [_Worker(choices) for _ in range(max(1, workers))]
+        try:
+            for worker in self._workers:
+                worker.ready()
+        except BaseException:
+            self.end()
+            raise
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.end()
+
+    def score(self, items: Sequence[Item]) -> dict[str, list[float]]:
+        """Every reward's score of every item, in their order. Raises UserError as the policy says."""
+        scores = {name: [math.nan] * len(items) for name in self.choices}
+        jobs = deque(_Job(name, place, item) for name in self.choices for place, item in enumerate(items))
+        while True:
+            for worker in self._workers:
+                if worker.job is None and jobs:
+                    worker.give(jobs.popleft(), self.seconds)
+            busy = [worker for worker in self._workers if worker.job]
+            if not busy:
+                return scores
+            left = min(worker.until for worker in busy) - time.monotonic()
+            outputs = {worker.process.stdout.fileno(): worker for worker in busy if worker.process.stdout}
+            ready = [outputs[number] for number in select.select(outputs, [], [], max(0.0, left))[0]]
+            for worker in busy:
+                if worker in ready:
+                    answer = worker.answer()
+                elif time.monotonic() >= worker.until:
+                    answer, worker.gone = f"no score within {self.seconds:g} s", True
+                else:
+                    continue
+                assert worker.job is not None
+                job, worker.job = worker.job, None
+                if worker.gone:
+                    self._replace(worker)
+                scores[job.name][job.place] = self._judged(job, answer)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.end()
+        fresh = _Worker(self.choices)
+        self._workers[self._workers.index(worker)] = fresh
+        fresh.ready()
+
+    def _judged(self, job: _Job, answer: float | str) -> float:
+        if isinstance(answer, float) and math.isfinite(answer):
+            return answer
+        if self.otherwise is not None:
+            self.unscored[job.name] += 1
+            return self.otherwise
+        completion, row = job.item
+        wrong = answer if isinstance(answer, str) else f"it gave {answer}, expected a finite number"
+        raise UserError(
+            f"the reward {job.name}: {wrong}, for the completion {completion[:SHOWN]!r} to the row "
+            f"{json.dumps(dict(row), ensure_ascii=False, default=str)[:SHOWN]}. Mend the reward, or let such "
+            "completions count nothing: train.objective_options.on_error: zero"
+        )
+
+
+def _serve() -> None:
+    """A worker's life: load the rewards, then answer one item after another. What they print goes to the log."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: float | str) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        plain = json.loads(sys.stdin.readline())
+        rewards = {name: load(RewardChoice.model_validate(choice)) for name, choice in plain.items()}
+    except UserError as error:
+        answer(str(error))
+        return
+    answer("")
+    for line in sys.stdin:
+        name, completion, row = json.loads(line)
+        reward, options = rewards[name]
+        try:
+            answer(float(reward.score(completion, row, options)))
+        except Exception as error:  # whatever a reward's code raises
+            answer(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,104 @@
+"""Group relative policy optimization (arXiv:2402.03300), through TRL's trainer, and the losses that came after it.
+
+The model writes a group of completions to every prompt; a completion's advantage is its reward against its group's.
+Losses are named as TRL names them: `dapo` (arXiv:2503.14476), `dr_grpo` (arXiv:2503.20783), `cispo`
+(arXiv:2506.13585), `sapo` (arXiv:2511.20347) and so on; `importance: sequence` is GSPO (arXiv:2507.18071), and
+`normalize_each` is GDPO (each reward normalised in its group before they are added up).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stages.objectives import Objective, Online
+from stages.rewards import RewardChoice
+from stages.stage import StageConfig
+
+
+class OnlineOptions(StageConfig):
+    """What all objectives over the model's own completions have."""
+
+    rewards: dict[str, RewardChoice]
+    """What a completion is worth, by a name of yours; a completion's reward is their weighted sum."""
+    group_size: int = Field(default=8, ge=2)
+    """Completions to each prompt."""
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Prompts in an optimizer step, over all devices."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """The most tokens a completion may have."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Share of probability that is sampled from."""
+    iterations: int = Field(default=1, ge=1)
+    """How often each batch of completions is trained on."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """How far a token's probability ratio may move before it is clipped."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """The same upwards; `epsilon` when left out."""
+    mask_truncated: bool = False
+    """Leave completions out of the loss that were cut off at `max_new_tokens`."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """What to do with a completion that a reward cannot score: stop there, or count it as zero and go on."""
+    reward_seconds: float = Field(default=10.0, gt=0)
+    """Time limit of one reward for one completion, in seconds."""
+
+    @model_validator(mode="after")
+    def _some_reward(self) -> "OnlineOptions":
+        if not self.rewards:
+            raise ValueError("rewards: name at least one")
+        return self
+
+
+class GrpoOptions(OnlineOptions):
+    """Settings of group relative policy optimization."""
+
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the model before training; 0 needs no second model in memory."""
+    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """How a step's tokens are weighed."""
+    importance: Literal["token", "sequence"] = "token"
+    """Whether probability ratios are a token's or the whole completion's (GSPO)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
+    normalize_each: bool = False
+    """Normalise each reward by itself before they are added up (GDPO)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "GrpoOptions":
+        if self.loss == "luspo" and self.importance != "sequence":
+            raise ValueError("loss luspo works on whole completions: set importance: sequence")
+        if self.normalize_each and len(self.rewards) < 2:
+            raise ValueError("normalize_each is for several rewards: take it out, or name another reward")
+        return self
+
+
+def online_settings(options: OnlineOptions) -> dict[str, Any]:
+    """TRL's arguments that all online trainers share."""
+    return {
+        "num_generations": options.group_size,
+        "max_completion_length": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "num_iterations": options.iterations,
+        "epsilon": options.epsilon,
+        "epsilon_high": options.epsilon_high,
+        "mask_truncated_completions": options.mask_truncated,
+        "reward_weights": [choice.weight for choice in options.rewards.values()],
+    }
+
+
+def settings(options: GrpoOptions) -> Mapping[str, Any]:
+    """TRL's arguments."""
+    return {
+        **online_settings(options),
+        "beta": options.beta,
+        "loss_type": options.loss,
+        "importance_sampling_level": options.importance,
+        "scale_rewards": options.scale_rewards,
+        "multi_objective_aggregation": "normalize_then_sum" if options.normalize_each else "sum_then_normalize",
+    }
+
+
+OBJECTIVE = Objective(version=1, options=GrpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))

@@ -1,0 +1,28 @@
+"""REINFORCE with a leave-one-out baseline (arXiv:2402.14740), through TRL's trainer: a completion's advantage is its
+reward minus the mean reward of the other completions to its prompt."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from stages.objectives import Objective, Online
+from stages.objectives.grpo import OnlineOptions, online_settings
+
+
+class RlooOptions(OnlineOptions):
+    """Settings of REINFORCE leave-one-out."""
+
+    beta: float = Field(default=0.05, ge=0)
+    """Weight of the divergence from the model before training, which is taken off the reward."""
+    normalize_advantages: bool = False
+    """Bring a batch's advantages to mean 0 and standard deviation 1."""
+
+
+def settings(options: RlooOptions) -> Mapping[str, Any]:
+    """TRL's arguments."""
+    own = {"beta": options.beta, "normalize_advantages": options.normalize_advantages}
+    return {**online_settings(options), **own}
+
+
+OBJECTIVE = Objective(version=1, options=RlooOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))

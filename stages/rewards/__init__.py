@@ -1,0 +1,130 @@
+"""Rewards: what a completion is worth, one a file, named in a recipe by its file's name.
+
+    train:
+      objective: grpo
+      objective_options:
+        rewards:
+          right: {reward: exact_match, weight: 1.0}
+          short: {reward: length, weight: 0.1, options: {most: 200}}
+
+A file declares `REWARD = Reward(version, score)`. It is given a completion's text and the other columns of its prompt's
+row, and knows nothing of models. Scoring happens in processes of their own, with a time limit (`stages.judge`). A
+path, `reward: ./mine.py`, is a file of the user's own with `REWARD` in it, and needs `--allow-code`.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from stages.errors import UserError
+from stages.identity import Json
+from stages.stage import StageConfig
+
+__all__ = ["NoOptions", "Reward", "RewardChoice", "find", "load", "names"]
+
+Row = Mapping[str, Json]
+OWN = "own"
+
+
+class NoOptions(StageConfig):
+    """A reward without settings."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward."""
+
+    version: int
+    """Bumped when a completion would be worth something else."""
+    score: Callable[[str, Row, Any], float]
+    """`score(completion, row, options)`: any finite number. `row` holds the prompt's other columns."""
+    options: type[StageConfig] = NoOptions
+    needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
+    """The columns that a prompt's row must have."""
+
+
+class RewardChoice(StageConfig):
+    """One reward of a recipe."""
+
+    reward: str
+    """A file in `stages/rewards/`, or the path of one's own."""
+    weight: float = 1.0
+    """Its share in the sum of all rewards; negative for what is not wanted."""
+    options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """The reward's own settings."""
+    code: str = ""
+    """The text of one's own file, read when the recipe is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_own(cls, values: Any) -> Any:
+        """A path becomes the file's text, which enters the key in its place."""
+        named = values.get("reward") if isinstance(values, Mapping) else None
+        if isinstance(named, str) and named.endswith(".py") and not values.get("code"):
+            try:
+                return {**values, "reward": OWN, "code": Path(named).expanduser().read_text("utf-8")}
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"reward: cannot read {named}: {error} (looked from {Path.cwd()})") from None
+        return values
+
+    @field_validator("reward")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != OWN:
+            find(name)
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _fit(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("reward")
+        if name in (None, OWN):
+            return given
+        try:
+            return find(name).options.model_validate(given).model_dump(mode="json")
+        except ValidationError as error:
+            told = error.errors()[0]
+            place = ".".join(map(str, told["loc"]))
+            raise ValueError(f"{name}: {place}: {told['msg']}") from None
+
+
+def names() -> list[str]:
+    """The rewards there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> Reward:
+    """The reward of that name. Raises UserError listing the choices."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"there is no reward {name!r}: {hint}There are {', '.join(names())}, and paths of your own .py")
+    reward = importlib.import_module(f"{__name__}.{name}").REWARD
+    assert isinstance(reward, Reward)
+    return reward
+
+
+def load(choice: RewardChoice) -> tuple[Reward, StageConfig]:
+    """A recipe's reward with its options; a user's own file is run, which must have been allowed by then.
+
+    Raises UserError when that file fails or declares no REWARD.
+    """
+    if choice.reward != OWN:
+        reward = find(choice.reward)
+        return reward, reward.options.model_validate(choice.options)
+    module = ModuleType("own_reward")
+    try:
+        exec(compile(choice.code, "<your reward>", "exec"), module.__dict__)
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"your reward fails when it is loaded: {type(error).__name__}: {error}") from error
+    found = module.__dict__.get("REWARD")
+    if not isinstance(found, Reward):
+        raise UserError("your reward has no REWARD: expected `REWARD = Reward(1, score)` from stages.rewards")
+    return found, found.options.model_validate(choice.options)

@@ -1,0 +1,364 @@
+"""Online reinforcement learning: TRL's trainer over the plan's prompts, with rewards judged in processes of their own.
+
+Prompts come from the plan as token ids and go to TRL as text, so every prompt is first proven to give those ids again.
+Writes what packed training writes, and `rollouts.arrow`: every completion with its prompt, its step and its rewards.
+"""
+
+import importlib
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+
+from packing.collate import PackedBins
+from stages import objectives
+from stages.child import SUSPENDED
+from stages.errors import UserError
+from stages.identity import Json
+from stages.judge import Judge
+from stages.objectives.grpo import OnlineOptions
+from stages.stage import Facts, Work
+from stages.tables import read_table
+from stages.train import TrainConfig, adapters, checkpoints, checks, model, optimizers, schedules
+
+MEASURES = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "cut_off",
+    "frac_reward_zero_std": "equal_groups",
+    "clip_ratio/region_mean": "clip_fraction",
+    "entropy": "entropy",
+}
+"""TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
+learned from those. `cut_off` is the share of completions that reached the most tokens."""
+
+ROLLOUTS = pa.schema(
+    [
+        pa.field("step", pa.uint32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("rewards", pa.map_(pa.string(), pa.float64()), nullable=False),
+    ]
+)
+"""`rollouts.arrow`."""
+
+Row = dict[str, Any]
+
+
+def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Train `inputs["model"]` on completions of its own to the prompts in `inputs["plan"]`.
+
+    Writes `adapter/` or `weights/`, `metrics.jsonl`, `train.json` and `rollouts.arrow`. Goes on from the newest
+    checkpoint in `work.folder`. Raises UserError for what a user can mend, and SystemExit(75) after SIGTERM.
+    """
+    started = time.monotonic()
+    objective = objectives.find(config.objective)
+    assert objective.online is not None
+    options = objectives.options_of(config.objective, config.objective_options)
+    assert isinstance(options, OnlineOptions)
+    if any(choice.code for choice in options.rewards.values()) and not work.runtime.allow_code:
+        raise UserError(
+            "train.objective_options.rewards names a Python file: it runs with all your rights, so say that it may: "
+            "`--allow-code` or REGROW_ALLOW_CODE=1"
+        )
+    device = "cuda" if work.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device != "cuda" and work.runtime.device == "cuda":
+        raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
+    checks.refuse_device(config, device)
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"], local_files_only=True)
+    rows = _prompts(inputs, tokenizer, objective.kinds, options)
+    steps = -(-len(rows) // options.prompts_per_step)
+    total = config.max_steps or math.ceil(config.epochs * steps) * options.iterations
+    stop = threading.Event()
+    with _asked_by_sigterm(stop), _judge(options, work) as judge:
+        set_seed(config.seed)
+        trained = _load(config, inputs["model"], device)
+        recorder = Recorder(judge, work.folder / "rollouts")
+        trainer = _trainer(config, options, objective.online, trained, tokenizer, rows, total, device, work, recorder)
+        trainer.add_callback(_Saving(work.runtime.save_seconds, stop))
+        checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
+        resumed = int(checkpoint.name) if checkpoint else 0
+        recorder.forget_after(resumed)
+        work.tell(resumed, total, "steps")
+        ready = time.monotonic()
+        if not stop.is_set():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < total:
+            raise SystemExit(SUSPENDED)
+        done = time.monotonic()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        _write(config, trained, history, inputs["model"], output)
+        written = recorder.write(output / "rollouts.arrow")
+    return {
+        "steps": len(history),
+        "resumed_at_step": resumed,
+        "skipped_checkpoints": list(skipped),
+        "prompts": len(rows),
+        "completions": written,
+        "unscored": dict(judge.unscored),
+        "trained_weights": model.trainable(trained),
+        "first_loss": history[0]["loss"],
+        "last_loss": history[-1]["loss"],
+        "first_reward": history[0]["reward"],
+        "last_reward": history[-1]["reward"],
+        "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
+        "device": device,
+        "seconds_to_prepare": round(ready - started, 2),
+        "seconds_of_training": round(done - ready, 2),
+        "completions_per_second": round(written / (done - ready), 2),
+    }
+
+
+def _prompts(inputs: Mapping[str, Path], tokenizer: Any, kinds: Sequence[str], options: OnlineOptions) -> list[Row]:
+    """The plan's prompts in its order: their text and what rewards may look at. Raises UserError at one that does not
+    become the same tokens again, or lacks a column that a reward reads."""
+    bins = PackedBins(inputs["tokens"], inputs["plan"])
+    if bins.kind not in kinds:
+        raise UserError(
+            f"an online objective trains on rows of kind prompt, and the plan holds rows of kind {bins.kind}: read the "
+            "data with convert.format: prompt_only"
+        )
+    from stages import rewards
+
+    needed = {
+        column: name
+        for name, choice in options.rewards.items()
+        for reward, parsed in [rewards.load(choice)]
+        for column in reward.needs(parsed)
+    }
+    rows: list[Row] = []
+    for number in range(len(bins)):
+        packed = bins[number]
+        begin = 0
+        for length, document in zip(packed.lengths.tolist(), packed.documents.tolist(), strict=True):
+            ids = packed.ids[begin : begin + length].tolist()
+            begin += length
+            text, columns = tokenizer.decode(ids), bins.extra(document)
+            if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+                raise UserError(
+                    f"train: a prompt holds the text of a control token, which generation would take for one: "
+                    f"{text[:300]!r}. Take such rows out with a filter"
+                )
+            for column, name in needed.items():
+                if column not in columns:
+                    has = ", ".join(columns) or "none"
+                    raise UserError(
+                        f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
+                    )
+            rows.append({"prompt": text, "columns": json.dumps(columns)})
+    return rows
+
+
+def _judge(options: OnlineOptions, work: Work) -> Judge:
+    otherwise = 0.0 if options.on_error == "zero" else None
+    return Judge(options.rewards, seconds=options.reward_seconds, workers=work.runtime.workers, otherwise=otherwise)
+
+
+def _load(config: TrainConfig, folder: Path, device: str) -> Any:
+    """The model as it starts, with attention that can generate."""
+    from stages.generation import load_network
+
+    frozen = config.method == "lora" and config.precision == "bf16"
+    network = load_network(folder, "bf16" if frozen else "fp32", "cuda" if device == "cuda" else "cpu", packed=False)
+    network.train()
+    return adapters.adapt(network, config.lora, folder) if config.method == "lora" else network
+
+
+def _trainer(
+    config: TrainConfig,
+    options: OnlineOptions,
+    online: objectives.Online,
+    trained: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    total: int,
+    device: str,
+    work: Work,
+    recorder: "Recorder",
+) -> Any:
+    """TRL's trainer, with our optimizer, schedule, rewards and checkpoints."""
+    from datasets import Dataset
+
+    trl = importlib.import_module("trl")
+    aside = work.folder / "unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    wanted, recompute = work.runtime.micro_batch, work.runtime.activation_checkpointing
+    at_once = min(1 if wanted == "auto" else wanted, options.prompts_per_step)
+    while options.prompts_per_step % at_once:
+        at_once -= 1
+    arguments = getattr(trl, online.trainer.replace("Trainer", "Config"))(
+        **online.settings(options),
+        output_dir=str(aside),
+        max_steps=total,
+        shuffle_dataset=False,
+        per_device_train_batch_size=at_once * options.group_size,
+        gradient_accumulation_steps=options.prompts_per_step // at_once,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_gradient_norm,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        seed=config.seed,
+        use_cpu=device == "cpu",
+        gradient_checkpointing=recompute is True,
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    asked = -(-total // options.iterations) * options.prompts_per_step
+    optimizer = optimizers.make(trained, config)
+    schedule = LambdaLR(optimizer, schedules.multiplier(config, total))
+
+    class Trainer(getattr(trl, online.trainer)):  # type: ignore[misc]
+        """Its checkpoints are complete or invisible, and its figures have our names."""
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs, start_time)
+            entry = self.state.log_history[-1]
+            if "loss" not in entry:
+                return
+            for theirs, ours in MEASURES.items():
+                if theirs in entry:
+                    entry[ours] = entry[theirs]
+            step = self.state.global_step
+            shown = ("loss", "reward", "equal_groups", "completion_length")
+            told = {name: entry[name] for name in shown if name in entry}
+            work.tell(step, self.state.max_steps, "steps", learning_rate=entry["learning_rate"], **told)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            saved = checkpoints.publish(folder, work.folder / "checkpoints", step)
+            work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
+
+    trainer = Trainer(
+        model=trained,
+        reward_funcs=recorder.functions(lambda: trainer.state.global_step),
+        args=arguments,
+        train_dataset=Dataset.from_list([rows[i] for i in _order(len(rows), asked, config.seed)]),
+        processing_class=tokenizer,
+        optimizers=(optimizer, schedule),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def _asked_by_sigterm(stop: threading.Event) -> Iterator[None]:
+    """Turn SIGTERM into a wish to stop while the block runs. Outside the main thread there is nobody to signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Saving(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop."""
+
+    def __init__(self, seconds: float, stop: threading.Event) -> None:
+        self.seconds, self.stop, self.saved = seconds, stop, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        asked = self.stop.is_set()
+        if state.global_step < state.max_steps and (asked or time.monotonic() - self.saved >= self.seconds):
+            control.should_save, control.should_training_stop = True, asked
+            self.saved = time.monotonic()
+        return control
+
+
+def _order(rows: int, total: int, seed: int) -> list[int]:
+    """Which prompt is asked when: the plan's order, then permutations of it. Written out for all epochs, so that a step
+    number alone says what is asked: TRL's own shuffling would begin anew in a run that goes on."""
+    epochs = [np.arange(rows)]
+    epochs += [np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(1, -(-total // rows))]
+    return [int(row) for row in np.concatenate(epochs)[:total]]
+
+
+class Recorder:
+    """Judges completions once for all rewards, and keeps what was written: a file a batch, in `folder`."""
+
+    def __init__(self, judge: Judge, folder: Path) -> None:
+        self.judge, self.folder = judge, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._scores: dict[str, list[float]] = {}
+
+    def functions(self, step: Callable[[], int]) -> list[Callable[..., list[float]]]:
+        """One reward function a reward, as TRL calls them one after another on the same batch."""
+        names = list(self.judge.choices)
+
+        def function(name: str) -> Callable[..., list[float]]:
+            def score(prompts: list[str], completions: list[str], columns: list[str], **_: Any) -> list[float]:
+                if name == names[0]:
+                    rows: list[Mapping[str, Json]] = [json.loads(text) for text in columns]
+                    self._scores = self.judge.score(list(zip(completions, rows, strict=True)))
+                    self._keep(step(), prompts, completions)
+                return self._scores[name]
+
+            score.__name__ = name
+            return score
+
+        return [function(name) for name in names]
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was written after a checkpoint: it will be written again."""
+        for path in self._files():
+            if int(path.stem) >= step:
+                path.unlink()
+
+    def write(self, path: Path) -> int:
+        """All batches as one file; returns how many completions."""
+        count = 0
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
+            for part in self._files():
+                table = read_table(part)
+                writer.write_table(table)
+                count += len(table)
+        return count
+
+    def _files(self) -> Iterable[Path]:
+        return sorted(self.folder.glob("*.arrow"))
+
+    def _keep(self, step: int, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        rewards = [{name: scores[i] for name, scores in self._scores.items()} for i in range(len(prompts))]
+        rows = [
+            {"step": step + 1, "prompt": prompt, "completion": completion, "rewards": list(reward.items())}
+            for prompt, completion, reward in zip(prompts, completions, rewards, strict=True)
+        ]
+        path = self.folder / f"{step:08d}.arrow"
+        earlier = read_table(path).to_pylist() if path.exists() else []
+        with pa.OSFile(str(path) + ".new", "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
+            writer.write_table(pa.Table.from_pylist([*earlier, *rows], schema=ROLLOUTS))
+        Path(str(path) + ".new").rename(path)
+
+
+def _write(config: TrainConfig, trained: Any, history: Sequence[Mapping[str, Any]], source: Path, output: Path) -> None:
+    if config.method == "lora":
+        adapters.save(trained, output / "adapter")
+    else:
+        model.save_weights(trained, source, output / "weights")
+    named = ("step", "loss", "learning_rate", "grad_norm", *MEASURES.values())
+    lines = [json.dumps({name: entry[name] for name in named if entry.get(name) is not None}) for entry in history]
+    (output / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    told = {"method": config.method, "objective": config.objective, "steps": len(lines)}
+    (output / "train.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -1,0 +1,134 @@
+"""Rewards: what each is worth, found by themselves; and the judge, which nothing that a reward does can stop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stages import rewards
+from stages.errors import UserError
+from stages.judge import Judge
+from stages.rewards import RewardChoice
+
+GYM = {"answer": "4", "question": "2 + 2?", "metadata": {"source_dataset": "chain_sum", "source_index": 0}}
+CASES: dict[str, list[tuple[dict[str, Any], str, dict[str, Any], float]]] = {
+    "exact_match": [
+        ({}, " Paris \n", {"answer": "Paris"}, 1.0),
+        ({}, "paris", {"answer": "Paris"}, 0.0),
+        ({"ignore_case": True, "field": "city"}, "paris", {"city": "Paris"}, 1.0),
+        ({}, "4", {"answer": 4}, 1.0),
+        ({}, "The answer is Paris", {"answer": "Paris"}, 0.0),
+    ],
+    "regex": [
+        ({"pattern": r"<answer>.*</answer>"}, "so <answer>4\n</answer>.", {}, 1.0),
+        ({"pattern": r"\d+", "whole": True}, "4 apples", {}, 0.0),
+        ({"pattern": r"\d+", "whole": True}, "44", {}, 1.0),
+    ],
+    "length": [
+        ({"most": 10}, "x" * 10, {}, 1.0),
+        ({"most": 10}, "x" * 15, {}, 0.5),
+        ({"most": 10}, "x" * 30, {}, 0.0),
+        ({"most": 10, "least": 3}, " x ", {}, 0.0),
+    ],
+    "reasoning_gym": [({}, "4", GYM, 1.0), ({"strict": True}, "the answer is 4", GYM, 0.0), ({}, "5", GYM, 0.0)],
+    "math": [
+        ({}, r"so it is $\frac{1}{2}$", {"answer": "0.5"}, 1.0),
+        ({}, "$3$", {"answer": "$2$"}, 0.0),
+        ({"field": "gold"}, "The result is $x^2 + 2x + 1$", {"gold": "$(x+1)^2$"}, 1.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", rewards.names())
+def test_every_reward_gives_what_it_says(name: str) -> None:
+    if name == "math":
+        pytest.importorskip("math_verify")
+    assert CASES[name], "give each reward its cases"
+    for options, completion, row, expected in CASES[name]:
+        reward, parsed = rewards.load(RewardChoice(reward=name, options=options))
+        assert reward.score(completion, row, parsed) == pytest.approx(expected), (completion, row)
+        assert all(column in row for column in reward.needs(parsed))
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        ({"reward": "exact_mtch"}, "did you mean 'exact_match'"),
+        ({"reward": "length"}, "most"),
+        ({"reward": "length", "options": {"most": 0}}, "most: .*greater than or equal to 1"),
+        ({"reward": "regex", "options": {"pattern": "("}}, "no regular expression"),
+        ({"reward": "./nowhere.py"}, "cannot read ./nowhere.py"),
+    ],
+)
+def test_a_reward_that_does_not_fit_is_named(choice: dict[str, Any], told: str) -> None:
+    with pytest.raises((ValidationError, UserError), match=told):
+        RewardChoice.model_validate(choice)
+
+
+OWN = """
+import time
+from stages.rewards import Reward
+
+def score(completion, row, options):
+    if completion == "raise":
+        raise KeyError("no such thing")
+    if completion == "hang":
+        while True:
+            time.sleep(1)
+    if completion == "die":
+        import os
+        os._exit(3)
+    return {"nan": float("nan"), "words": "many"}.get(completion, len(completion))
+
+REWARD = Reward(1, score)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> RewardChoice:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return RewardChoice(reward=str(path))
+
+
+def test_scores_come_back_in_order_from_several_rewards_and_workers(own: RewardChoice) -> None:
+    items = [("x" * n, {"answer": "xxx"}) for n in range(20)]
+    choices = {"mine": own, "right": RewardChoice(reward="exact_match")}
+    with Judge(choices, seconds=30, workers=2) as judge:
+        found = judge.score(items)
+        assert found["mine"] == [float(n) for n in range(20)]
+        assert found["right"] == [float(n == 3) for n in range(20)]
+        assert judge.score([]) == {"mine": [], "right": []}
+
+
+def test_what_cannot_be_scored_counts_otherwise_and_the_rest_goes_on(own: RewardChoice) -> None:
+    completions = ["ab", "raise", "hang", "abc", "nan", "die", "words", "abcd"]
+    with Judge({"mine": own}, seconds=1.0, workers=2, otherwise=0.0) as judge:
+        found = judge.score([(text, {}) for text in completions])
+        assert found["mine"] == [2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 4.0]
+        assert judge.unscored == {"mine": 5}
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"),
+    [
+        ("raise", "KeyError: 'no such thing'"),
+        ("hang", "no score within 0.5 s"),
+        ("nan", "expected a finite number"),
+        ("die", "its process died"),
+        ("words", "ValueError"),
+    ],
+)
+def test_or_is_told_with_reward_completion_and_row(own: RewardChoice, completion: str, told: str) -> None:
+    with Judge({"mine": own}, seconds=0.5) as judge, pytest.raises(UserError) as caught:
+        judge.score([(completion, {"question": "why?"})])
+    for part in ("the reward mine", told, repr(completion), "why?", "on_error"):
+        assert part in str(caught.value)
+
+
+def test_a_file_that_fails_is_told_before_anything_is_scored(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("REWARD = 3")
+    with pytest.raises(UserError, match="has no REWARD"):
+        Judge({"mine": RewardChoice(reward=str(path))}, seconds=1)

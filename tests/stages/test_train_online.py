@@ -1,0 +1,162 @@
+"""Online objectives: rewards go up, rollouts are kept, a killed run goes on as it would have, mistakes are named."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.errors import UserError
+from stages.runtime import Runtime
+from stages.stage import Facts, Work
+from stages.tables import read_table, tokens_schema, write_table
+from stages.train import STAGE, TrainConfig
+from tests.stages.packed import Packed, turns
+
+OWN = """
+from stages.rewards import Reward
+
+def score(completion, row, options):
+    if row["answer"] == "refuse" and completion:
+        raise RuntimeError("cannot score this")
+    return sum(character.isalpha() for character in completion) / max(1, len(completion))
+
+REWARD = Reward(1, score)
+"""
+
+
+def prompts(folder: Path, model: Path, texts: list[str], **columns: Any) -> None:
+    """A shard of prompts, tokenized with the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [
+        {
+            "row": number,
+            "part": 0,
+            "ids": (ids := tokenizer(text, add_special_tokens=False)["input_ids"]),
+            "spans": turns(("user", len(ids) - 3)),
+            "identity": number.to_bytes(16, "big"),
+            "extra": json.dumps({"answer": "x", **columns}),
+        }
+        for number, text in enumerate(texts)
+    ]
+    write_table(folder / "asked/00000/tokens.arrow", tokens_schema(len(tokenizer)), rows)
+    counts = {"kind": "prompt", "rows": len(rows), "dropped": {}, "source": "asked", "split": "train"}
+    (folder / "asked/00000/counts.json").write_text(json.dumps(counts))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model: Path) -> dict[str, Path]:
+    prompts(tmp_path / "tokens", tiny_model, [f"say {word}\n" for word in ("one", "two", "three", "four")])
+    packed = Packed(tmp_path / "tokens", tmp_path / "plan")
+    return {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": packed.output}
+
+
+def train(folder: Path, inputs: dict[str, Path], config: dict[str, Any], **runtime: Any) -> tuple[Path, Facts]:
+    output = folder / "output"
+    output.mkdir(parents=True)
+    work = Work(folder / "work", Runtime.model_validate({"device": "cpu", "workers": 1, **runtime}))
+    return output, STAGE.run(TrainConfig.model_validate(config), inputs, output, work)
+
+
+def recipe(tmp_path: Path, objective: str = "grpo", steps: int = 12, **options: Any) -> dict[str, Any]:
+    path = tmp_path / "letters.py"
+    path.write_text(OWN)
+    settings = {"rewards": {"letters": {"reward": str(path)}}, "group_size": 8, "prompts_per_step": 2}
+    return {
+        "objective": objective,
+        "objective_options": {**settings, "max_new_tokens": 12, **options},
+        "learning_rate": 1e-2,
+        "precision": "fp32",
+        "max_steps": steps,
+        "method": "full",
+        "schedule": "constant",
+    }
+
+
+def figures(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_the_reward_goes_up_and_every_completion_is_kept(
+    tmp_path: Path, inputs: dict[str, Path], objective: str
+) -> None:
+    options = {"beta": 0.0, "normalize_advantages": True} if objective == "rloo" else {}
+    output, facts = train(tmp_path, inputs, recipe(tmp_path, objective, **options), allow_code=True)
+    rewards = [step["reward"] for step in figures(output)]
+    assert sum(rewards[-4:]) > 1.3 * sum(rewards[:4])
+    rollouts = read_table(output / "rollouts.arrow").to_pylist()
+    assert len(rollouts) == facts["completions"] == 12 * 2 * 8
+    assert [row["step"] for row in rollouts] == sorted(row["step"] for row in rollouts)
+    for row in rollouts:
+        letters = sum(character.isalpha() for character in row["completion"])
+        assert dict(row["rewards"])["letters"] == pytest.approx(letters / max(1, len(row["completion"])))
+        assert row["prompt"].startswith("say ")
+    assert (output / "weights" / "model.safetensors").exists()
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    config = recipe(tmp_path, steps=6)
+    whole, _ = train(tmp_path / "whole", inputs, config, allow_code=True)
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        if done == 3 and "loss" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "parts"
+    (folder / "output").mkdir(parents=True)
+    work = Work(folder / "work", Runtime(device="cpu", workers=1, allow_code=True), tell=tell)
+    with pytest.raises(SystemExit) as stopped:
+        STAGE.run(TrainConfig.model_validate(config), inputs, folder / "output", work)
+    assert stopped.value.code == 75
+    (folder / "output").rmdir()
+    parts, facts = train(folder, inputs, config, allow_code=True)
+    assert facts["resumed_at_step"] >= 3
+    assert figures(parts) == figures(whole)
+    assert read_table(parts / "rollouts.arrow").to_pylist() == read_table(whole / "rollouts.arrow").to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rewards": {}}, "name at least one"),
+        ({"rewards": {"a": {"reward": "nope"}}}, "there is no reward 'nope'"),
+        ({"loss": "luspo"}, "set importance: sequence"),
+        ({"normalize_each": True}, "several rewards"),
+        ({"group_size": 1}, "group_size"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        TrainConfig.model_validate(recipe(tmp_path, **change))
+
+
+def test_what_a_run_needs_is_asked_for_before_anything_is_loaded(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="--allow-code"):
+        train(tmp_path / "1", inputs, recipe(tmp_path))
+    missing = recipe(tmp_path, rewards={"right": {"reward": "exact_match", "options": {"field": "gold"}}})
+    with pytest.raises(UserError, match=r"the reward right reads the column 'gold'; a prompt has answer"):
+        train(tmp_path / "2", inputs, missing)
+
+
+def test_a_reward_that_fails_stops_the_run_or_counts_zero(tmp_path: Path, tiny_model: Path) -> None:
+    prompts(tmp_path / "tokens", tiny_model, ["say one\n", "say two\n"], answer="refuse")
+    inputs = {
+        "model": tiny_model,
+        "tokens": tmp_path / "tokens",
+        "plan": Packed(tmp_path / "tokens", tmp_path / "plan").output,
+    }
+    with pytest.raises(UserError, match=r"the reward letters: RuntimeError: cannot score this, for the completion"):
+        train(tmp_path / "stop", inputs, recipe(tmp_path, steps=1), allow_code=True)
+    output, facts = train(tmp_path / "zero", inputs, recipe(tmp_path, steps=1, on_error="zero"), allow_code=True)
+    assert facts["unscored"]["letters"] > 0
+    assert facts["equal_groups"] == 1.0, "all zero: nothing was learned, and that is said"
+    assert figures(output)[0]["reward"] == 0.0
