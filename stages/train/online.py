@@ -11,13 +11,12 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
@@ -26,12 +25,11 @@ from packing.collate import PackedBins
 from stages import objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
-from stages.identity import Json
 from stages.judge import Judge
 from stages.objectives.grpo import OnlineOptions
 from stages.stage import Facts, Work
-from stages.tables import read_table
 from stages.train import TrainConfig, adapters, checkpoints, checks, model, optimizers, schedules
+from stages.train.rollouts import Recorder
 
 MEASURES = {
     "reward": "reward",
@@ -45,16 +43,6 @@ MEASURES = {
 }
 """TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
 learned from those. `cut_off` is the share of completions that reached the most tokens."""
-
-ROLLOUTS = pa.schema(
-    [
-        pa.field("step", pa.uint32(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("completion", pa.string(), nullable=False),
-        pa.field("rewards", pa.map_(pa.string(), pa.float64()), nullable=False),
-    ]
-)
-"""`rollouts.arrow`."""
 
 Row = dict[str, Any]
 
@@ -188,7 +176,7 @@ def _trainer(
     total: int,
     device: str,
     work: Work,
-    recorder: "Recorder",
+    recorder: Recorder,
 ) -> Any:
     """TRL's trainer, with our optimizer, schedule, rewards and checkpoints."""
     from datasets import Dataset
@@ -293,63 +281,6 @@ def _order(rows: int, total: int, seed: int) -> list[int]:
     epochs = [np.arange(rows)]
     epochs += [np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(1, -(-total // rows))]
     return [int(row) for row in np.concatenate(epochs)[:total]]
-
-
-class Recorder:
-    """Judges completions once for all rewards, and keeps what was written: a file a batch, in `folder`."""
-
-    def __init__(self, judge: Judge, folder: Path) -> None:
-        self.judge, self.folder = judge, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._scores: dict[str, list[float]] = {}
-
-    def functions(self, step: Callable[[], int]) -> list[Callable[..., list[float]]]:
-        """One reward function a reward, as TRL calls them one after another on the same batch."""
-        names = list(self.judge.choices)
-
-        def function(name: str) -> Callable[..., list[float]]:
-            def score(prompts: list[str], completions: list[str], columns: list[str], **_: Any) -> list[float]:
-                if name == names[0]:
-                    rows: list[Mapping[str, Json]] = [json.loads(text) for text in columns]
-                    self._scores = self.judge.score(list(zip(completions, rows, strict=True)))
-                    self._keep(step(), prompts, completions)
-                return self._scores[name]
-
-            score.__name__ = name
-            return score
-
-        return [function(name) for name in names]
-
-    def forget_after(self, step: int) -> None:
-        """Drop what was written after a checkpoint: it will be written again."""
-        for path in self._files():
-            if int(path.stem) >= step:
-                path.unlink()
-
-    def write(self, path: Path) -> int:
-        """All batches as one file; returns how many completions."""
-        count = 0
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
-            for part in self._files():
-                table = read_table(part)
-                writer.write_table(table)
-                count += len(table)
-        return count
-
-    def _files(self) -> Iterable[Path]:
-        return sorted(self.folder.glob("*.arrow"))
-
-    def _keep(self, step: int, prompts: Sequence[str], completions: Sequence[str]) -> None:
-        rewards = [{name: scores[i] for name, scores in self._scores.items()} for i in range(len(prompts))]
-        rows = [
-            {"step": step + 1, "prompt": prompt, "completion": completion, "rewards": list(reward.items())}
-            for prompt, completion, reward in zip(prompts, completions, rewards, strict=True)
-        ]
-        path = self.folder / f"{step:08d}.arrow"
-        earlier = read_table(path).to_pylist() if path.exists() else []
-        with pa.OSFile(str(path) + ".new", "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
-            writer.write_table(pa.Table.from_pylist([*earlier, *rows], schema=ROLLOUTS))
-        Path(str(path) + ".new").rename(path)
 
 
 def _write(config: TrainConfig, trained: Any, history: Sequence[Mapping[str, Any]], source: Path, output: Path) -> None:

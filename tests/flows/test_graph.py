@@ -25,7 +25,7 @@ def test_every_stage_reaches_publish() -> None:
         (["+pack"], [], ["fetch", "convert", "tokenize", "pack"]),
         (["pack,train"], [], ["pack", "train"]),
         (["pack train"], [], ["pack", "train"]),
-        (["1+pack"], [], ["tokenize", "pack"]),
+        (["1+pack"], [], ["fetch", "tokenize", "pack"]),
         (["pack+1"], [], ["pack", "train", "evaluate", "publish"]),
         (["train+"], ["publish"], ["train", "merge", "evaluate"]),
         ([], ["evaluate+"], ["fetch", "convert", "tokenize", "pack", "score", "train", "merge"]),

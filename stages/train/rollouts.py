@@ -1,0 +1,79 @@
+"""What a model wrote while it trained, and what that was worth: judged once, kept a file a batch, joined at the end."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stages.identity import Json
+from stages.judge import Judge
+from stages.tables import read_table
+
+ROLLOUTS = pa.schema(
+    [
+        pa.field("step", pa.uint32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("completion", pa.string(), nullable=False),
+        pa.field("rewards", pa.map_(pa.string(), pa.float64()), nullable=False),
+    ]
+)
+"""`rollouts.arrow`."""
+
+
+class Recorder:
+    """Judges completions once for all rewards, and keeps what was written: a file a batch, in `folder`."""
+
+    def __init__(self, judge: Judge, folder: Path) -> None:
+        self.judge, self.folder = judge, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._scores: dict[str, list[float]] = {}
+
+    def functions(self, step: Callable[[], int]) -> list[Callable[..., list[float]]]:
+        """One reward function a reward, as TRL calls them one after another on the same batch."""
+        names = list(self.judge.choices)
+
+        def function(name: str) -> Callable[..., list[float]]:
+            def score(prompts: list[str], completions: list[str], columns: list[str], **_: Any) -> list[float]:
+                if name == names[0]:
+                    rows: list[Mapping[str, Json]] = [json.loads(text) for text in columns]
+                    self._scores = self.judge.score(list(zip(completions, rows, strict=True)))
+                    self._keep(step(), prompts, completions)
+                return self._scores[name]
+
+            score.__name__ = name
+            return score
+
+        return [function(name) for name in names]
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was written after a checkpoint: it will be written again."""
+        for path in self._files():
+            if int(path.stem) >= step:
+                path.unlink()
+
+    def write(self, path: Path) -> int:
+        """All batches as one file; returns how many completions."""
+        count = 0
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
+            for part in self._files():
+                table = read_table(part)
+                writer.write_table(table)
+                count += len(table)
+        return count
+
+    def _files(self) -> Iterable[Path]:
+        return sorted(self.folder.glob("*.arrow"))
+
+    def _keep(self, step: int, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        rewards = [{name: scores[i] for name, scores in self._scores.items()} for i in range(len(prompts))]
+        rows = [
+            {"step": step + 1, "prompt": prompt, "completion": completion, "rewards": list(reward.items())}
+            for prompt, completion, reward in zip(prompts, completions, rewards, strict=True)
+        ]
+        path = self.folder / f"{step:08d}.arrow"
+        earlier = read_table(path).to_pylist() if path.exists() else []
+        with pa.OSFile(str(path) + ".new", "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
+            writer.write_table(pa.Table.from_pylist([*earlier, *rows], schema=ROLLOUTS))
+        Path(str(path) + ".new").rename(path)
