@@ -269,23 +269,26 @@ def put(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 def heldout_look(
     model: nn.Module,
     batch: Callable[[int], tuple[Any, int]],
-    count: int,
+    numbers: range,
     loss: LossSums,
     arithmetic: Callable[[], Any],
+    over_ranks: Callable[[Tensor], Tensor],
 ) -> Callable[[], float]:
-    """A function that measures the mean loss over `count` prepared batches, each with the number of what its losses are
-    counted by (trained tokens, or pairs), in a block of some arithmetic."""
+    """A function that measures the mean loss over prepared batches, each with the number of what its losses are counted
+    by (trained tokens, or pairs), in a block of some arithmetic. `numbers` are this rank's; `over_ranks` adds up, so
+    that all ranks find the same."""
 
     def look() -> float:
         training, total, counted = model.training, 0.0, 0
         model.eval()
         try:
             with torch.no_grad(), arithmetic():
-                for number in range(count):
+                for number in numbers:
                     prepared, more = batch(number)
                     total, counted = total + float(loss(prepared)["loss"]), counted + more
         finally:
             model.train(training)
-        return total / counted
+        sums = over_ranks(torch.tensor([total, counted], dtype=torch.float64, device=next(model.parameters()).device))
+        return float(sums[0] / sums[1])
 
     return look

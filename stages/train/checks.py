@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from stages.train import TrainConfig
 
 
+ELEMENTWISE = ("adamw_torch_fused", "adamw_torch")
+"""Optimizers that may hold any part of a weight, whatever its shape."""
 FROM_WEIGHTS = ("olora", "pissa", "pissa_niter_16", "loftq")
 """Adapters that start as a part of the weights."""
 
@@ -103,6 +105,23 @@ def _of_steps(config: "TrainConfig") -> Iterator[str]:
         for name, wanted in (("patience", config.patience is not None), ("keep: best", config.keep == "best")):
             if wanted:
                 yield f"`{name}` needs `evaluate_every`: how often to look at the held-out loss"
+
+
+def refuse_shards(config: "TrainConfig") -> None:
+    """Raise UserError for what needs whole weights on every rank."""
+    wanted = {
+        "ema": config.ema is not None,
+        "keep: best": config.keep == "best",
+        "lora.restart_every": config.lora.restart_every is not None,
+        "full.lisa": config.full.lisa is not None,
+        "quantize": config.quantize is not None,
+        f"optimizer: {config.optimizer}": config.optimizer not in ELEMENTWISE,
+    }
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise UserError(
+                f"train.{name} needs whole weights on every rank: set the runtime's shard to none, or take it out"
+            )
 
 
 def refuse_device(config: "TrainConfig", device: str) -> None:

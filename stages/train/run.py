@@ -101,6 +101,8 @@ def attempt(
         set_seed(config.seed)
         sharded = work.runtime.shard == "fsdp" and group.size > 1
         place = "cpu" if sharded else this.device
+        if sharded:
+            checks.refuse_shards(config)
         split = optimizers.can_split(config) and not sharded
         loaded = model.load(inputs["model"], config, place, split)
         refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
@@ -136,7 +138,7 @@ def attempt(
                 config=config,
                 steps=steps,
                 loss=computed,
-                look=_look(config, objective, inputs, trained, computed, this.device),
+                look=_look(config, objective, inputs, trained, computed, this.device, group, sharded),
                 work=work,
                 device=this.device,
                 activation_checkpointing=plan.activation_checkpointing,
@@ -315,7 +317,14 @@ def _first_batches(bins: PackedBins, device: str, count: int = 16) -> list[dict[
 
 
 def _look(
-    config: TrainConfig, objective: Objective, inputs: Mapping[str, Path], trained: Any, loss: LossSums, device: str
+    config: TrainConfig,
+    objective: Objective,
+    inputs: Mapping[str, Path],
+    trained: Any,
+    loss: LossSums,
+    device: str,
+    group: Group,
+    sharded: bool,
 ) -> Callable[[], float] | None:
     """What measures the held-out loss, where the recipe asks for it. Raises UserError when no rows are held out."""
     if config.evaluate_every is None:
@@ -329,7 +338,9 @@ def _look(
         counted = int(bins.trained[number]) if objective.counts == "tokens" else len(packed.lengths) // 2
         return to_device(objective.prepare(collate([packed])), device), counted
 
-    return heldout_look(trained, batch, len(bins), loss, lambda: speed.autocast(trained, config, device))
+    # Ranks that hold parts of one model compute together, so each takes all batches.
+    numbers = range(len(bins)) if sharded else range(group.rank, len(bins), group.size)
+    return heldout_look(trained, batch, numbers, loss, lambda: speed.autocast(trained, config, device), group.sum)
 
 
 def open_bins(inputs: Mapping[str, Path]) -> PackedBins:

@@ -198,6 +198,15 @@ def test_a_model_that_came_quantized_is_refused(tmp_path: Path, inputs: dict[str
         train(tmp_path, {**inputs, "model": folder}, SMALL)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"quantize": "nf4"}, {"quantize": "int8"}], ids=str)
+def test_it_learns_and_merges_on_a_gpu(tmp_path: Path, inputs: dict[str, Path], changes: dict[str, Any]) -> None:
+    train(tmp_path, inputs, {**SMALL, "precision": "bf16", "max_steps": 8, **changes}, device="cuda")
+    assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
+    _, facts = merged(tmp_path, inputs)
+    assert facts["changed_tensors"]
+
+
 # ---- frozen parts ----
 
 
