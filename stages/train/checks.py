@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from stages.train import TrainConfig
 
 
-ELEMENTWISE = ("adamw_torch_fused", "adamw_torch")
+ELEMENTWISE = ("adamw_torch_fused", "adamw_16bit", "adamw_torch")
 """Optimizers that may hold any part of a weight, whatever its shape."""
 FROM_WEIGHTS = ("olora", "pissa", "pissa_niter_16", "loftq")
 """Adapters that start as a part of the weights."""

@@ -125,7 +125,7 @@ def forward(adapted: Any) -> torch.Tensor:
     ids = torch.tensor([ROWS[0]])
     boundaries = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
     known = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 32, "max_length_k": 32}
-    with model.autocast("cpu", "bf16"):
+    with torch.autocast("cpu", torch.bfloat16):
         loss: torch.Tensor = adapted(input_ids=ids, labels=ids, **known).loss
     return loss
 
