@@ -93,6 +93,8 @@ def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
             follower.note(run, stage, message)
 
     def on_event(event: Event) -> None:
+        if said := event.get("metrics", {}).get("note"):
+            note(said)
         for follower in _followers:
             follower.event(run, stage, event)
 

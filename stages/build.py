@@ -17,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -209,7 +209,8 @@ class _Maker:
                 for job in jobs
             ]
             by_name = {job.name: job for job in jobs}
-            mirror = _Mirror(self.store, jobs[0].action.key, folders[jobs[0].name]) if len(jobs) == 1 else None
+            alone = jobs[0] if len(jobs) == 1 else None
+            mirror = alone and _Mirror(self.store, alone.action.key, folders[alone.name], self.hooks.on_wait)
             if mirror:
                 mirror.restore()
 
@@ -228,16 +229,22 @@ class _Maker:
                     mirror.save(int(event["done"]), str(event["metrics"]["checkpoint"]))
                 self.hooks.on_event(event)
 
-            run_in_child(
-                self.stage.home,
-                tasks,
-                self.runtime.model_dump(mode="json"),
-                on_event,
-                self.hooks.on_line,
-                self.should_stop,
-            )
+            try:
+                run_in_child(
+                    self.stage.home,
+                    tasks,
+                    self.runtime.model_dump(mode="json"),
+                    on_event,
+                    self.hooks.on_line,
+                    self.should_stop,
+                    self.runtime.silence_seconds,
+                    self.runtime.grace_seconds,
+                )
+            finally:
+                if mirror:
+                    mirror.settle()
             if mirror:
-                mirror.finish()
+                mirror.drop()
         return [artifacts[job.name] for job in jobs]
 
 
@@ -258,13 +265,17 @@ def _portions(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
 
 
 class _Mirror:
-    """Copies a stage's local checkpoints to the store while it goes on working, and back before it starts."""
+    """Copies a stage's local checkpoints to the store while it goes on working, and back before it starts.
 
-    def __init__(self, store: Store, key: str, folder: Path) -> None:
-        self.store, self.key, self.folder = store, key, folder / "checkpoints"
+    A copy that fails costs that copy: the stage goes on, and its local checkpoint stays. Where saves come faster than
+    the store takes them, those in between are left out.
+    """
+
+    def __init__(self, store: Store, key: str, folder: Path, note: Callable[[str], None]) -> None:
+        self.store, self.key, self.folder, self.note = store, key, folder / "checkpoints", note
         self.attempt = uuid.uuid4().hex[:12]
         self.pool = ThreadPoolExecutor(1)
-        self.uploads: list[Future[Any]] = []
+        self.newest = -1
 
     def restore(self) -> None:
         """Fetch the store's newest complete checkpoint unless this machine has one at least as new."""
@@ -275,21 +286,25 @@ class _Mirror:
                 return
 
     def save(self, step: int, name: str) -> None:
-        """Upload one checkpoint folder in the background; a failed upload surfaces at the next save or at the end."""
-        self._raise_failed()
-        self.uploads.append(
-            self.pool.submit(save_checkpoint, self.store, self.key, self.attempt, step, self.folder / name)
-        )
+        """Have one checkpoint folder uploaded, in the background."""
+        self.newest = step
+        self.pool.submit(self._upload, step, self.folder / name)
 
-    def _raise_failed(self) -> None:
-        for upload in [u for u in self.uploads if u.done()]:
-            self.uploads.remove(upload)
-            upload.result()
+    def _upload(self, step: int, folder: Path) -> None:
+        if step < self.newest:
+            return
+        try:
+            save_checkpoint(self.store, self.key, self.attempt, step, folder)
+        except Exception as error:  # of whatever kind a store and its network raise
+            if step == self.newest:  # an older one may have been removed meanwhile
+                self.note(f"checkpoint {step} is on this machine only, it was not copied to the store: {error}")
 
-    def finish(self) -> None:
-        """The artifact is committed: its checkpoints have done their work."""
+    def settle(self) -> None:
+        """Return when nothing is being uploaded."""
         self.pool.shutdown(wait=True)
-        self._raise_failed()
+
+    def drop(self) -> None:
+        """The artifact is committed: its checkpoints have done their work."""
         drop_checkpoints(self.store, self.key)
 
 

@@ -22,7 +22,8 @@ This file holds the recipe section and declares the stage; the work is in the fi
     lora_linear.py   a layer with its adapter as one operation; lora_mlp.py: two that go together
     float8.py        products in 8 bits
     speed.py         chooses among these, and compiles
-    metrics.py       a step's figures
+    memory.py        the memory plan
+    metrics.py       a step's figures; trackers.py: where else they go
     policy.py        what happens when the loss jumps
     ranks.py         several processes, one training; sharding.py cuts the model over them
     run.py           one attempt: all of it in order

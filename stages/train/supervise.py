@@ -21,7 +21,7 @@ import torch
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import TrainConfig
+from stages.train import TrainConfig, trackers
 from stages.train.memory import smaller
 from stages.train.policy import MOST_LEFT_OUT, Upset
 from stages.train.ranks import Event, Group, Stopping, join, launch
@@ -30,19 +30,15 @@ from stages.train.run import Attempt, OutOfMemory, attempt, open_bins
 
 def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train, however many attempts and ranks it takes. See `stages.train.run.attempt` for inputs, files and errors."""
-    bins = open_bins(inputs)
-    device = _device(work.runtime.device)
+    bins, runtime = open_bins(inputs), work.runtime
+    device = _device(runtime.device)
     devices = _devices(device)
-    ranks = _ranks(work.runtime, devices, bins.global_batch)
-    if ranks > 1 and work.runtime.shard != "none":
+    ranks = _ranks(runtime, devices, bins.global_batch)
+    if ranks > 1 and runtime.shard != "none":
         _refuse_sharded(config)
-    runtime = work.runtime
-    this = Attempt(
-        device,
-        runtime.micro_batch,
-        runtime.activation_checkpointing,
-        total=config.max_steps or math.ceil(config.epochs * bins.steps),
-    )
+    total = config.max_steps or math.ceil(config.epochs * bins.steps)
+    reporting = trackers.chosen(runtime, work.folder.name)
+    this = Attempt(device, runtime.micro_batch, runtime.activation_checkpointing, total, trackers=reporting)
     with stop_on_sigterm() as stopping:
         while True:
             event = _attempt(config, inputs, output, work, this, ranks, devices, stopping)
@@ -50,7 +46,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
                 facts: Facts = event["facts"]
                 return facts
             this = _without(this, event) if event["event"] == "upset" else _smaller(this, event)
-            print(this.notes[-1], flush=True)  # noqa: T201  (a stage's prints are its log)
+            work.tell(0, this.total, "steps", note=this.notes[-1])
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()

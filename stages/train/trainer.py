@@ -256,7 +256,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _note(self, message: str) -> None:
         self.notes.append(message)
-        print(f"note: {message}", flush=True)  # noqa: T201  (a stage's prints are its log)
+        self._tell_more(self.state.global_step, note=message)
 
     def _told_figures(self, entry: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in entry.items() if name != "step"} | self._speed
