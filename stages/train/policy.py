@@ -9,11 +9,12 @@ left the step out from the beginning, whenever checkpoints were written.
 """
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 WINDOW = 128
 """Steps whose mean and deviation a step is compared with."""
@@ -72,7 +73,8 @@ class Watch:
         past = self.past[name]
         if len(past) < FEWEST:
             return None
-        mean, deviation = statistics.fmean(past), statistics.pstdev(past)
+        window = np.fromiter(past, np.float64)
+        mean, deviation = float(window.mean()), float(window.std())
         if value <= mean + SIGMAS * deviation:
             return None
         return Spike(

@@ -95,6 +95,20 @@ def test_a_stop_request_ends_the_whole_group(tmp_path: Path) -> None:
     assert wait_gone(grandchild[0]) or not alive(grandchild[0])
 
 
+def test_a_stage_that_hangs_is_ended_with_its_stacks_in_the_log(tmp_path: Path) -> None:
+    grandchild: list[int] = []
+    lines: list[str] = []
+
+    def on_event(event: Event) -> None:
+        grandchild.extend(filter(None, [event.get("metrics", {}).get("grandchild")]))
+
+    task = Task("one", {"does": "hang"}, {}, str(tmp_path), str(tmp_path))
+    with pytest.raises(ChildFailed, match="toy_stage gave no sign of life for 2 s"):
+        run_in_child("toy_stage", [task], {}, on_event, lines.append, silence=2.0)
+    assert any("toy_stage.py" in line and "in run" in line for line in lines), lines
+    assert wait_gone(grandchild[0]) or not alive(grandchild[0])
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_when_the_parent_dies_nothing_of_the_stage_survives(tmp_path: Path, how: signal.Signals) -> None:
     script = f"""

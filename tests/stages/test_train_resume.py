@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages.errors import UserError
 from stages.identity import tree_of
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
@@ -120,6 +123,40 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, unbroken:
     facts = run(tmp_path, inputs, "lora")
     assert facts["resumed_at_step"] == int(older.name)
     assert facts["skipped_checkpoints"] == [f"checkpoint {newest.name}: weights.safetensors missing or damaged"]
+    assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
+    inputs = prepare(tmp_path)
+    run(tmp_path, inputs, "lora", save_seconds=1e-9)
+    changed = TrainConfig.model_validate({**CONFIG, "method": "lora", "learning_rate": 2e-2})
+    work = Work(tmp_path / "work", Runtime(device="cpu"))
+    with pytest.raises(UserError, match=r"another recipe \(train.learning_rate 0.01 → 0.02\): remove that folder"):
+        STAGE.run(changed, inputs, tmp_path / "output", work)
+    plan = tiny.plan(tmp_path / "other", tiny.documents(seed=1))
+    with pytest.raises(UserError, match="another recipe .*another bins"):
+        run(tmp_path, {**inputs, **plan}, "lora")
+
+
+def test_a_full_disk_costs_the_checkpoint_and_is_told_and_training_goes_on(
+    tmp_path: Path, unbroken: dict[str, Path]
+) -> None:
+    inputs = prepare(tmp_path)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told: list[dict[str, Any]] = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        told.append(metrics)
+        full = "loss" in metrics and not any("note" in each for each in told)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if full else most, most))
+
+    try:
+        facts = run(tmp_path, inputs, "lora", tell, save_seconds=1e-9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert re.match(r"the checkpoint of step \d+ was not written to .*GB free\)", facts["notes"][0])
+    assert [each["note"] for each in told if "note" in each] == facts["notes"]
+    assert any("checkpoint" in each for each in told), "later ones are written"
     assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
 
 

@@ -1,0 +1,97 @@
+"""The memory plan: it fits, it prefers what is fast, and where nothing fits it names what would."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.errors import UserError
+from stages.runtime import Runtime
+from stages.stage import Work
+from stages.train import STAGE, TrainConfig
+from stages.train.memory import HEADROOM, Costs, choose, nearest, smaller
+from tests.stages import tiny
+
+GB = 10**9
+
+
+@settings(deadline=None)
+@given(
+    static=st.integers(0, 50),
+    token=st.integers(10**5, 10**7),
+    sequences=st.integers(1, 64),
+    length=st.sampled_from([512, 2048, 8192]),
+    room=st.integers(1, 200),
+)
+def test_a_plan_fits_and_none_that_is_faster_does(
+    static: int, token: int, sequences: int, length: int, room: int
+) -> None:
+    costs = Costs(static * GB, 0, 0, token, token / 8, 0)
+    try:
+        plan = choose(costs, room * GB, length, sequences, "auto", "auto", "cuda")
+    except UserError:
+        assert costs.total(length, True) > room * GB * HEADROOM
+        return
+    batch = plan.micro_batch * length
+    assert costs.total(batch, plan.activation_checkpointing) == plan.expected_bytes <= room * GB * HEADROOM
+    if plan.activation_checkpointing:
+        assert costs.total(length, False) > room * GB * HEADROOM
+    passes = -(-sequences // plan.micro_batch)
+    assert plan.micro_batch == -(-sequences // passes), "passes are as even as can be"
+    if passes > 1 and batch + length <= 32768:
+        larger = -(-sequences // (passes - 1))
+        assert larger * length > 32768 or costs.total(larger * length, plan.activation_checkpointing) > (
+            room * GB * HEADROOM
+        )
+
+
+def test_what_is_given_stays() -> None:
+    costs = Costs(GB, 0, 0, 10**5, 10**4, 0)
+    plan = choose(costs, 80 * GB, 2048, 16, 3, True, "cuda")
+    assert (plan.micro_batch, plan.activation_checkpointing) == (3, True)
+
+
+def test_an_impossible_plan_names_those_that_fit() -> None:
+    costs = Costs(32 * GB, 32 * GB, 64 * GB, 10**6, 10**5, GB)
+
+    def near() -> str:
+        return nearest(costs, 80 * GB, 8192, "full", 16 * GB, 1, "none", "cuda")
+
+    with pytest.raises(UserError) as told:
+        choose(costs, 80 * GB, 8192, 16, "auto", "auto", "cuda", near)
+    message = str(told.value)
+    assert "129.8 GB at least (weights 32.0, gradients 32.0, optimizer 64.0, loss 1.0)" in message
+    assert re.search(r"train.method lora \(about 17.8 GB\), or 2 ranks with the runtime's shard: fsdp$", message)
+
+
+def test_too_long_a_sequence_is_told_the_longest_that_fits() -> None:
+    costs = Costs(GB, 0, 0, 10**7, 10**6, 0)
+    told = nearest(costs, 10 * GB, 65536, "lora", GB, 1, "none", "cpu")
+    [length] = map(int, re.findall(r"sequence_length (\d+)", told))
+    assert costs.total(length, True) <= 10 * GB * HEADROOM < costs.total(length + 256, True)
+
+
+def test_after_running_out_of_memory_the_next_plan_is_smaller_until_none_is() -> None:
+    plans = [(6, False)]
+    while (found := smaller(*plans[-1])) is not None:
+        plans.append(found)
+    assert plans == [(6, False), (3, False), (1, False), (1, True)]
+
+
+def test_the_record_says_what_was_chosen_and_a_token_costs_what_it_does_however_many(tmp_path: Path) -> None:
+    inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, tiny.documents(8))}
+    told: list[str] = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        told.extend(filter(None, [metrics.get("memory_plan")]))
+
+    (tmp_path / "output").mkdir()
+    work = Work(tmp_path / "work", Runtime(device="cpu"), tell=tell)
+    facts = STAGE.run(TrainConfig.model_validate({"max_steps": 1}), inputs, tmp_path / "output", work)
+    assert told[0].startswith("memory plan: micro-batch 1, activations kept: about")
+    costs = facts["memory_plan"]["costs"]
+    assert costs["optimizer"] == 2 * costs["gradients"] == 8 * facts["trained_weights"]
+    assert costs["token_recomputed"] < costs["token"]
