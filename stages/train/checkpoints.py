@@ -88,7 +88,7 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
             write(aside)
             path = publish(aside, self.folder, step)
-        except (OSError, RuntimeError) as failure:  # torch tells of a full disk with a RuntimeError
+        except Exception as failure:  # a full disk: OSError, torch's RuntimeError or safetensors' own
             shutil.rmtree(aside, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
             error = (

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(tmp_path: P
     with pytest.raises(UserError, match=r"another recipe \(train.learning_rate 0.01 → 0.02\): remove that folder"):
         STAGE.run(changed, inputs, tmp_path / "output", work)
     plan = tiny.plan(tmp_path / "other", tiny.documents(seed=1))
-    with pytest.raises(UserError, match="another recipe .*another bins"):
+    with pytest.raises(UserError, match=r"another recipe .*another bins"):
         run(tmp_path, {**inputs, **plan}, "lora")
 
 
