@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flows.graph import stage_named
 from flows.run import Run
+from flows.throughput import last_facts, slower
 from stages.build import Built, Hooks, build
 from stages.child import ChildFailed, ChildRefused, Event
 from stages.errors import UserError
@@ -136,6 +137,8 @@ def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
         run.artifacts[stage] = built.artifact
         if not built.hit:
             run.made.add(stage)
+            if stage == "train" and (said := slower(last_facts(run.store, run.name), built.artifact.facts)):
+                note(said)
         return replace(built)
     raise StageFailed(f"{stage}: what it reads was damaged {ATTEMPTS} times in a row; run `regrow verify --deep`")
 

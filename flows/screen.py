@@ -175,6 +175,8 @@ def _trained(facts: Facts) -> Iterator[str]:
     yield f"{facts['steps']:,} steps"
     yield f"loss {facts['first_loss']:.3f} → {facts['last_loss']:.3f}"
     yield f"{facts['tokens_per_second']:,.0f} tokens/s"
+    if share := facts.get("model_flop_utilisation"):
+        yield f"{share:.0%} of the device's FLOPs"
     if facts["resumed_at_step"]:
         yield f"resumed at {facts['resumed_at_step']:,}"
 
