@@ -1,0 +1,62 @@
+"""What the figures of a step mean: FLOPs against torch's own count, a held-out loss against the training loss."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from stages.errors import UserError
+from stages.runtime import Runtime
+from stages.stage import Work
+from stages.train import STAGE, TrainConfig
+from stages.train import trackers as tracking
+from stages.train.metrics import counted_weights, model_flops
+from tests.stages import tiny
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_model_flops_are_what_torch_counts(tmp_path: Path, frozen: bool) -> None:
+    """Eager attention counts all pairs of tokens, the formula those that are seen: half of them."""
+    folder = tiny.llama(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model.get_input_embeddings().weight.requires_grad_(False)
+    if frozen:
+        model.requires_grad_(False)
+        model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    tokens = 48
+    ids = torch.arange(3, 3 + tokens)[None]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(ids, labels=ids).loss.backward()
+    weights, trained = counted_weights(model)
+    attention = model_flops(model.config, 0, 0, [tokens], 0)
+    ours = model_flops(model.config, weights, trained, [tokens], tokens) + attention
+    head = 2 * 64 * tiny.VOCABULARY * tokens  # the head's own gradient, which the formula leaves out
+    exact = ours if frozen else ours + head
+    # What stands before the first trained weight takes no gradient: a layer's norms and projections at most.
+    assert counter.get_total_flops() == pytest.approx(exact, rel=0.12 if frozen else 0.01)
+
+
+def test_the_loss_of_held_out_rows_is_the_training_loss_of_the_same_rows(tmp_path: Path) -> None:
+    rows = tiny.documents(24)
+    inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, rows, global_batch=len(rows))}
+    for name in ("documents", "bins"):
+        shutil.copyfile(inputs["plan"] / f"{name}.arrow", inputs["plan"] / f"heldout_{name}.arrow")
+    config = {"precision": "fp32", "learning_rate": 1e-9, "max_steps": 1, "evaluate_every": 1}
+    (tmp_path / "output").mkdir()
+    work = Work(tmp_path / "work", Runtime(device="cpu"))
+    facts = STAGE.run(TrainConfig.model_validate(config), inputs, tmp_path / "output", work)
+    line = json.loads((tmp_path / "output" / "metrics.jsonl").read_text())
+    assert facts["heldout"]["looks"][0]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tracker wandb, and it is not installed: pip install 'regrow\[wandb\]'"):
+        tracking.chosen(Runtime(trackers=("wandb",)), "0")
+    assert tracking.chosen(Runtime(), "0") == ()
+    assert Runtime.model_validate({"trackers": "mlflow, wandb"}).trackers == ("mlflow", "wandb")
