@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_ours 1b full --set train.optimizer=adamw_16bit micro_batch=2 --share 0.5
 
-Only the model's weights do not come from a file. Prints tokens a second between the ends of two steps (the first
-`--warm` are left out), peak memory, the share of `--ceiling` that the model's operations reach, and the stage's facts.
+Only the model's weights do not come from a file. Prints tokens a second from the start of step `--warm` to that of the
+last, by the device's own clock; peak memory; the share of `--ceiling` that the model's operations reach.
 """
 
 import argparse
@@ -29,6 +29,23 @@ class Watch:
     def __init__(self) -> None:
         self.ends: dict[int, float] = {}
         self.profiler: Any = None
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Called at the start of every step: its place on the device's own clock (figures of steps arrive late)."""
+        import torch
+
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self, first: int) -> float:
+        """From the start of step `first` (counted from 0) to that of the last."""
+        begin, end = self.marks[first], self.marks[-1]
+        return float(end - begin) if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
     def __call__(self, done: int, total: int, unit: str = "", **metrics: Any) -> None:
         self.ends[done] = time.perf_counter()
@@ -84,6 +101,7 @@ def main() -> None:
 
     from stages.train import TrainConfig, memory, model
     from stages.train.supervise import train
+    from stages.train.trainer import PackedTrainer
 
     config: dict[str, Any] = {"method": given.method, "max_steps": given.steps}
     runtime: dict[str, Any] = {
@@ -120,6 +138,13 @@ def main() -> None:
             folder, given.shape, tokens, given.sequence, given.global_batch, given.share, given.learn
         )
         watch = Watch()
+        step = PackedTrainer.training_step
+
+        def marked_step(*arguments: Any, **named: Any) -> Any:
+            watch.mark()
+            return step(*arguments, **named)
+
+        PackedTrainer.training_step = marked_step
         work = Work(folder / "work", Runtime.model_validate(runtime), tell=watch)
         (folder / "out").mkdir()
         facts = train(TrainConfig.model_validate(config), {"model": folder, **inputs}, folder / "out", work)
@@ -128,9 +153,7 @@ def main() -> None:
         )
     ends = watch.ends
     per_step = [json.loads(line)["tokens"] for line in lines]
-    # Figures arrive some steps late, so what is timed is all steps between the warm ones and the last.
-    first = min(step for step in ends if step >= given.warm)
-    rate = sum(per_step[first:]) / (ends[given.steps] - ends[first])
+    rate = sum(per_step[given.warm : -1]) / watch.seconds(given.warm)
     share = rate * operations(given.shape, given.method, given.share) / (given.ceiling * 1e12)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0

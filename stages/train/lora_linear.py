@@ -7,6 +7,7 @@ it is then widened for each product and forgotten. An operation of torch's libra
     quicken(model)      # every layer that PEFT adapted and this computes exactly
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ def _fast_class(module: Any) -> tuple[type | None, Tensor | None]:
     return _over_4_bits(), _scales(state)
 
 
+@cache  # one class for all layers, or torch.compile would compile each by itself
 def _over_4_bits() -> type:
     from peft.tuners.lora.bnb import Linear4bit
 

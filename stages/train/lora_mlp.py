@@ -5,6 +5,7 @@ added where silu reads them anyway, forward and backward, and both share one pro
 gradient. See `stages.train.lora_linear`.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,12 +126,17 @@ def quicken(model: nn.Module) -> int:
     found = 0
     for module in model.modules():
         if not isinstance(module, _FastMlp) and _fits(module):
-            before = type(module)
-            now = type(f"Fast{before.__name__}", (_FastMlp, before), {})
+            kind: Any = type(module)
+            now = _fast_class(kind)
             if _same(module, now):
                 module.__class__ = now
                 found += 1
     return found
+
+
+@cache  # one class for all layers of a kind, or torch.compile would compile each by itself
+def _fast_class(before: type) -> type:
+    return type(f"Fast{before.__name__}", (_FastMlp, before), {})
 
 
 def _fits(module: nn.Module) -> bool:

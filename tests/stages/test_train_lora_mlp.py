@@ -70,6 +70,16 @@ def test_the_trial_leaves_the_adapters_as_they_were() -> None:
         assert torch.equal(now, then)
 
 
+def test_layers_of_a_kind_share_a_class_so_that_they_share_a_compiled_graph() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64)
+    settings = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(nn.Sequential(LlamaMLP(config), LlamaMLP(config)), settings)
+    lora_linear.quicken(model)
+    assert lora_mlp.quicken(model) == 2
+    assert len({type(module) for module in model.modules() if hasattr(module, "gate_proj")}) == 1
+
+
 def test_another_activation_is_left_alone() -> None:
     model = adapted(hidden_act="gelu")
     lora_linear.quicken(model)
