@@ -19,6 +19,8 @@ from tests.flows.raised import free_port
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SLOW = {"qlora"}
+"""Recipes that take long on a CPU whatever the steps: 4-bit weights of a real model have no fast kernel there."""
 TWO_STEPS = ("train.max_steps=2", "publish.gate.require=nothing")
 
 
@@ -66,7 +68,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.regrow("down")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.full] if p.stem in SLOW else []) for p in CONFIGS]
+)
 def test_every_recipe_runs_for_two_steps_and_then_has_nothing_to_do(place: Place, path: Path) -> None:
     recipe = str(path.relative_to(ROOT))
     first = place.run(recipe)
