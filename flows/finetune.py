@@ -133,12 +133,14 @@ def work(
 
 
 def label(client: SyncPrefectClient, run: Run) -> None:
-    """Tag the flow run with its recipe, model and method, beside the tags it already has."""
+    """Name the flow run, and tag it with its recipe, model and method, beside the tags it already has."""
     recipe = run.loaded.recipe
     source = recipe.fetch.model
     model = source.hub or source.package or str(source.path or source.url).rstrip("/").rpartition("/")[2]
     found = [f"recipe:{recipe.name}", f"model:{model}", f"method:{recipe.train.method}"]
-    client.update_flow_run(flow_run.id, tags=sorted({*flow_run.tags, *found}))
+    stored = isinstance(flow_run.parameters["recipe"], str)  # named after its file until it was read
+    name = f"{recipe.name}-{run.id[-6:]}" if stored and "stage" not in flow_run.parameters else None
+    client.update_flow_run(flow_run.id, name=name, tags=sorted({*flow_run.tags, *found}))
 
 
 def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) -> Outcome | None:

@@ -210,11 +210,12 @@ class Store:
         return None if found is None else _parsed(found.data)
 
     def runs(self) -> Iterator[tuple[str, dict[str, Json]]]:
-        """(id, record) of every run, the one written last first. Records are read as they are asked for."""
-        for entry in sorted(self.objects.list("runs/"), key=lambda e: (e.modified, e.path), reverse=True):
-            found = self.objects.read(entry.path)
-            if found is not None:
-                yield entry.path.removeprefix("runs/").removesuffix(".json"), _parsed(found.data)
+        """(id, record) of every run, the one written last first. Records are read some at a time, as asked for."""
+        entries = sorted(self.objects.list("runs/"), key=lambda e: (e.modified, e.path), reverse=True)
+        for some in (entries[start : start + 32] for start in range(0, len(entries), 32)):
+            for entry, found in zip(some, self._spread(lambda e: self.objects.read(e.path), some, 16), strict=True):
+                if found is not None:
+                    yield entry.path.removeprefix("runs/").removesuffix(".json"), _parsed(found.data)
 
     def _found(self, stage: str, key: str) -> tuple[Artifact | None, str]:
         path = action_path(stage, key)

@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.keeper import read
 from flows.processes import Process
 
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds on a busy machine."""
 
 

@@ -5,6 +5,7 @@ The file `right` in a model's weights says how many of its 40 items it gets righ
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -43,7 +44,7 @@ class Rehearsal:
     url: str = ""
     name: str = "bot"
 
-    @property
+    @cached_property
     def store(self) -> Store:
         return open_store(self.url or str(self.folder / "store"), self.folder / "cache")
 
