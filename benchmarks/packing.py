@@ -4,11 +4,11 @@
     python -m benchmarks.packing --axolotl PYTHON       also Axolotl's, by a Python that has it installed
     python -m benchmarks.packing --large                only ours, for 1,000,000 and 100,000,000 rows (half a minute)
 
-Every contender runs in a process of its own, one after another: `cold` is its whole process in seconds, with imports
-and reading the lengths; `cpu` is the processor time of the packing call alone, the second time it is made, so that
-nothing is compiled in it (the first time from ten million rows on); `peak` is the process's largest resident size. TRL
-packs tokens, not an index, so it gets rows of that many token ids (one byte each), made before its clock starts.
-Axolotl packs the rows in a shuffled order, in groups of 100,000, with its default of at most 200 rows a sequence.
+Every contender runs in a process of its own, one after another. `cpu` is the processor time of the packing call alone,
+the second time it is made, so that nothing is compiled in it (the first time from ten million rows on); `peak` is the
+process's largest resident size so far. TRL packs tokens, not an index, so it gets rows of that many token ids (one byte
+each), made before its clock starts. Axolotl packs the rows in a shuffled order, in groups of 100,000, with its default
+of at most 200 rows a sequence.
 
 The program fails when our plan needs more sequences than a peer, or more than 0.02 % (or one) above the fewest possible
 on chat lengths.
@@ -97,52 +97,47 @@ def axolotl(lengths: Lengths, capacity: int) -> Callable[[], int]:
 CONTENDERS = {"regrow": regrow, "TRL": trl, "Axolotl": axolotl}
 
 
-def child(name: str, path: str, capacity: int) -> None:
-    """Run one contender twice and print its figures."""
-    work = CONTENDERS[name](np.load(path), capacity)
-    if len(np.load(path, mmap_mode="r")) < 10_000_000:
-        work()
-    begin = time.process_time(), time.perf_counter()
-    bins = work()
-    cpu, wall = time.process_time() - begin[0], time.perf_counter() - begin[1]
-    print(json.dumps([cpu, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, bins]))
+def child(name: str, cases: dict[str, tuple[int, str]]) -> None:
+    """Run one contender on every case and print its figures, a line a case."""
+    for title, (capacity, path) in cases.items():
+        lengths = np.load(path)
+        work = CONTENDERS[name](lengths, capacity)
+        if len(lengths) < 10_000_000:
+            work()
+        begin = time.process_time(), time.perf_counter()
+        bins = work()
+        cpu, wall = time.process_time() - begin[0], time.perf_counter() - begin[1]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        fewest = -(-int(lengths.sum(dtype=np.int64)) // capacity)
+        print(json.dumps([title, name, len(lengths), fewest, bins, cpu, wall, peak]), flush=True)
 
 
-def measure(python: str, name: str, path: Path, capacity: int) -> tuple[float, float, float, float, int]:
-    """Seconds of the whole process, processor and wall seconds of packing, peak in MB, and sequences."""
-    begin = time.perf_counter()
-    command = [python, "-m", "benchmarks.packing", "--child", name, str(path), str(capacity)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+def measure(python: str, name: str, cases: dict[str, tuple[int, str]]) -> dict[str, tuple[int, int]]:
+    """Print one contender's lines of the table; return the fewest possible and its own sequences by case."""
+    command = [python, "-m", "benchmarks.packing", "--child", name, json.dumps(cases)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     if run.returncode:
-        raise SystemExit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
-    cold = time.perf_counter() - begin
-    cpu, wall, peak, bins = json.loads(run.stdout.splitlines()[-1])
-    return cold, cpu, wall, peak, bins
-
-
-HEADER = """| lengths | | rows | sequences | above the fewest | cpu s | wall s | cold s | peak MB |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
-
-
-def compare(title: str, capacity: int, lengths: Lengths, contenders: dict[str, str], folder: Path) -> dict[str, int]:
-    """Print a line a contender; return the sequences of each."""
-    path = folder / "lengths.npy"
-    np.save(path, lengths)
-    fewest = -(-int(lengths.sum(dtype=np.int64)) // capacity)
+        raise SystemExit(f"{name} failed")
     found = {}
-    for name, python in contenders.items():
-        cold, cpu, wall, peak, bins = measure(python, name, path, capacity)
-        found[name] = bins
-        above = f"{bins / fewest - 1:.3%} ({bins - fewest:,})"
-        figures = f"{cpu:.3f} | {wall:.3f} | {cold:.1f} | {peak:,.0f}"
-        print(f"| {title} | {name} | {len(lengths):,} | {bins:,} | {above} | {figures} |", flush=True)
-    ours = found["regrow"]
-    if title.startswith(CHAT) and ours > max(fewest * (1 + ABOVE), fewest + 1):
-        raise SystemExit(f"{title}: {ours} sequences are more than {ABOVE:.2%} above {fewest}")
-    for name, bins in found.items():
-        if bins < ours:
-            raise SystemExit(f"{title}: {name} needs {bins} sequences, regrow {ours}")
+    for line in run.stdout.splitlines():
+        if line.startswith("["):
+            title, _, count, fewest, bins, cpu, wall, peak = json.loads(line)
+            found[title] = fewest, bins
+            above = f"{bins / fewest - 1:.3%} ({bins - fewest:,})"
+            print(
+                f"| {title} | {name} | {count:,} | {bins:,} | {above} | {cpu:.3f} | {wall:.3f} | {peak:,.0f} |",
+                flush=True,
+            )
     return found
+
+
+def judge(ours: dict[str, tuple[int, int]], name: str, theirs: dict[str, tuple[int, int]]) -> None:
+    """Stop when our plan is fuller nowhere near what it should be."""
+    for title, (fewest, bins) in ours.items():
+        if title.startswith(CHAT) and bins > max(fewest * (1 + ABOVE), fewest + 1):
+            raise SystemExit(f"{title}: {bins} sequences are more than {ABOVE:.2%} above {fewest}")
+        if theirs[title][1] < bins:
+            raise SystemExit(f"{title}: {name} needs {theirs[title][1]} sequences, regrow {bins}")
 
 
 def main() -> None:
@@ -150,21 +145,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--axolotl", metavar="PYTHON")
-    parser.add_argument("--child", nargs=3, metavar=("NAME", "LENGTHS", "CAPACITY"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("NAME", "CASES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        name, path, capacity = arguments.child
-        return child(name, path, int(capacity))
-    contenders = dict.fromkeys(("regrow",) if arguments.large else tuple(CONTENDERS)[:2], sys.executable)
+        return child(arguments.child[0], json.loads(arguments.child[1]))
+    contenders = dict.fromkeys(("regrow",) if arguments.large else ("regrow", "TRL"), sys.executable)
     if arguments.axolotl and not arguments.large:
         contenders["Axolotl"] = arguments.axolotl
-    cases = distributions()
+    made = distributions()
     if arguments.large:
-        cases = {f"chat 8192, {count:,}": (8192, lognormal(count, 8192, 721)) for count in (1_000_000, 100_000_000)}
-    print(HEADER)
+        made = {f"chat 8192, {n:,}": (8192, lognormal(n, 8192, 721)) for n in (1_000_000, 100_000_000)}
+    print("| lengths | | rows | sequences | above the fewest | cpu s | wall s | peak MB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for title, (capacity, lengths) in cases.items():
-            compare(title, capacity, lengths, contenders, Path(folder))
+        cases = {}
+        for number, (title, (capacity, lengths)) in enumerate(made.items()):
+            np.save(Path(folder) / f"{number}.npy", lengths)
+            cases[title] = capacity, str(Path(folder) / f"{number}.npy")
+        del made, lengths
+        ours = None
+        for name, python in contenders.items():
+            found = measure(python, name, cases)
+            ours = ours or found
+            judge(ours, name, found)
 
 
 if __name__ == "__main__":

@@ -70,12 +70,16 @@ def _pairs(
     runs, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     filter_ = None if known is None else _filter(known)
     for grams in read_grams(tokens, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES):
-        hashes, row = grams.hashes, np.repeat(grams.rows, grams.counts)
-        if known is not None and filter_ is not None:
-            likely = filter_[hashes >> np.uint64(64 - (len(filter_).bit_length() - 1))]
-            hashes, row = hashes[likely], row[likely]
+        places = (
+            np.arange(len(grams.hashes))
+            if filter_ is None
+            else np.flatnonzero(filter_[_address(grams.hashes, filter_)])
+        )
+        hashes = grams.hashes[places]
+        if known is not None:
             sure = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
-            hashes, row = hashes[sure], row[sure]
+            places, hashes = places[sure], hashes[sure]
+        row = grams.rows[np.searchsorted(np.cumsum(grams.counts), places, "right")]
         order = np.lexsort((hashes, row))
         hashes, row = hashes[order], row[order]
         new = np.append(True, (np.diff(row) != 0) | (hashes[1:] != hashes[:-1]))[: len(row)]
@@ -86,10 +90,13 @@ def _pairs(
 
 def _filter(known: Hashes) -> Flags:
     """Flags by the highest bits of a hash: false where no known one has them, which settles nearly every look-up."""
-    bits = min(28, max(10, (8 * len(known)).bit_length()))
-    flags = np.zeros(1 << bits, np.bool_)
-    flags[known >> np.uint64(64 - bits)] = True
+    flags = np.zeros(1 << min(28, max(10, (32 * len(known)).bit_length())), np.bool_)
+    flags[_address(known, flags)] = True
     return flags
+
+
+def _address(hashes: Hashes, flags: Flags) -> Hashes:
+    return hashes >> np.uint64(65 - len(flags).bit_length())
 
 
 def _wording(runs: Hashes, known: Hashes, rows: int) -> Flags:

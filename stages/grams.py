@@ -6,6 +6,7 @@ token ids of a record batch at a time: a few NumPy operations a token, and no te
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -67,19 +68,38 @@ def _of_batch(batch: pa.RecordBatch, row: Numbers, wanted: Flags, size: int, spe
 
 
 def hash_runs(ids: NDArray[np.integer], size: int) -> Hashes:
-    """[ids] A hash of the `size` ids from each place on; meaningless where fewer are left."""
-    with np.errstate(over="ignore"):
-        each = _mixed(ids.astype(np.uint64) + np.uint64(1))
-        found = each.copy()
-        for ahead in range(1, min(size, len(each))):
-            found *= _STEP
-            found[:-ahead] += each[ahead:]
-        return _mixed(found)
+    """[ids] A hash of the `size` ids from each place on; meaningless where fewer are left.
+
+    A polynomial in `_STEP` over random numbers for the ids, put together from runs of 1, 2, 4, ... ids:
+    hash(ab) = hash(a) * _STEP ** len(b) + hash(b).
+    """
+    if len(ids) == 0:
+        return np.empty(0, np.uint64)
+    block: Hashes = _numbers(int(ids.max()).bit_length())[ids]
+    found, covered, length = block, 0, 1
+    while True:
+        if size & length:
+            found = _behind(found, block, covered, length) if covered else block
+            covered += length
+        if covered == size:
+            return found
+        block = _behind(block, block, length, length)
+        length *= 2
 
 
-def _mixed(numbers: Hashes) -> Hashes:
-    """Numbers whose bits all depend on all bits of theirs: the finalizer of SplitMix64 (Steele et al. 2014)."""
+def _behind(one: Hashes, other: Hashes, places: int, length: int) -> Hashes:
+    """Hashes of runs that are one of `one` and, `places` further, one of `other`, which is `length` long."""
+    found = one * np.uint64(pow(int(_STEP), length, 1 << 64))
+    if places < len(found):
+        found[:-places] += other[places:]
+    return found
+
+
+@lru_cache(4)
+def _numbers(bits: int) -> Hashes:
+    """[2 ** bits] A random number for every id: the outputs of SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
+        numbers = np.arange(1, (1 << bits) + 1, dtype=np.uint64) * _STEP
         numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return numbers ^ (numbers >> np.uint64(31))

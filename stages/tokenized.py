@@ -267,16 +267,18 @@ def _speech(spans: Spans, may: Flags) -> dict[str, Any]:
     assistant = ROLES.index("assistant")
     role, origin, sizes = roles(spans.kinds), origins(spans.kinds), spans.ends - spans.starts
     of_turn = (origin != ORIGIN_TEMPLATE) & (spans.turns != NO_TURN)
-    content = of_turn & (origin == ORIGIN_CONTENT) & (sizes > 0)
+    content = of_turn & (origin == ORIGIN_CONTENT)
     talk = np.flatnonzero(of_turn & (role != ROLES.index("system")))
     new = np.append(True, np.diff(spans.sequence[talk]) > 0)[: len(talk)]
     last = np.append(new[1:], True)[: len(talk)]
-    turn = spans.sequence * (NO_TURN + 1) + spans.turns
-    ended = np.unique(turn[(origin == ORIGIN_END) & (role == assistant)])
+    written = np.flatnonzero(of_turn)
+    turn = spans.sequence[written] * (NO_TURN + 1) + spans.turns[written]
+    goes_on = turn[1:] == turn[:-1]
+    alone = written[~(np.append(False, goes_on) | np.append(goes_on, False))[: len(turn)]]
     return {
         "said": np.bincount(role[content], weights=sizes[content], minlength=len(ROLES)).astype(np.int64),
         "endings": int((may & (origin == ORIGIN_END)).sum()),
         "unanswered": int((role[talk[last]] == ROLES.index("user")).sum()),
         "opened": int((role[talk[new]] == assistant).sum()),
-        "empty": len(ended) - int(np.isin(ended, turn[content]).sum()),
+        "empty": int(((origin[alone] == ORIGIN_END) & (role[alone] == assistant)).sum()),
     }

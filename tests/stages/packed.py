@@ -41,7 +41,7 @@ def turns(*told: tuple[str, int] | tuple[str, int, int]) -> list[dict[str, Any]]
     at = 0
     for turn, (role, size, *flag) in enumerate(told):
         train = flag[0] if flag else TRAIN_UNSET
-        for length, origin in ((2, ORIGIN_TEMPLATE), (size, ORIGIN_CONTENT), (1, ORIGIN_END)):
+        for length, origin in ((2, ORIGIN_TEMPLATE), *[(size, ORIGIN_CONTENT)] * bool(size), (1, ORIGIN_END)):
             found.append((at, at + length, origin, turn, role, train))
             at += length
     return spans(*found)
