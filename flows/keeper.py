@@ -103,8 +103,6 @@ def environment(home: Path, settings: Settings, part: str) -> dict[str, str]:
     if part == "server":
         # By settings, not by flags: the dashboard's pages learn the port from the settings alone.
         found |= {"PREFECT_SERVER_API_HOST": settings.host, "PREFECT_SERVER_API_PORT": str(settings.port)}
-        # A writer of SQLite waits for the one before it; on a busy machine the usual 10 s end in "database is locked".
-        found |= {"PREFECT_SERVER_DATABASE_TIMEOUT": "60"}
         found |= {"PREFECT_SERVER_DATABASE_CONNECTION_URL": settings.database} if settings.database else {}
         return found
     found |= {"PREFECT_API_URL": settings.api, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
