@@ -115,6 +115,7 @@ def refuse_shards(config: "TrainConfig") -> None:
         "lora.restart_every": config.lora.restart_every is not None,
         "full.lisa": config.full.lisa is not None,
         "quantize": config.quantize is not None,
+        "precision: fp8": config.precision == "fp8",
         f"optimizer: {config.optimizer}": config.optimizer not in ELEMENTWISE,
     }
     for name, is_wanted in wanted.items():

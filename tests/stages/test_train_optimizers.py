@@ -163,6 +163,7 @@ def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: p
     ("config", "said"),
     [
         ({"ema": 0.9}, "train.ema needs whole weights on every rank"),
+        ({"precision": "fp8"}, "train.precision: fp8 needs whole weights"),
         ({"optimizer": "adafactor"}, "train.optimizer: adafactor needs whole weights"),
         ({"quantize": "nf4"}, "set the runtime's shard to none"),
     ],
