@@ -50,8 +50,10 @@ def template(source: str, today: datetime.date | None = None) -> Template:
     return load(Tokenizer(source, NAMES, CONTROL, CONTROL, "<s>"), "tokenizer", today)
 
 
-def transformers_text(source: str, turns: list[dict[str, Any]], tools: Any = None, **more: Any) -> str:
-    [text], _ = render_jinja_template([turns], tools, chat_template=source, **NAMES, **more)
+def transformers_text(
+    source: str, turns: list[dict[str, Any]], tools: Any = None, names: dict[str, str] = NAMES, **more: Any
+) -> str:
+    [text], _ = render_jinja_template([turns], tools, chat_template=source, **names, **more)
     assert isinstance(text, str)
     return text
 

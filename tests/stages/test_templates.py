@@ -6,6 +6,7 @@ be exactly what the second text has and the first has not, up to the end of the 
 """
 
 import json
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SCHEMA = [{"type": "function", "function": {"name": "weather", "description": "W <of> a city", "parameters": {}}}]
 
 
+@cache
 def loaded(name: str) -> Template:
     named = templates.find(name)
     control = tuple(NAMES.get(token, token) for token in named.tokens)
@@ -139,7 +141,7 @@ def test_training_and_inference_agree(name: str, data: st.DataObject) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", templates.names())
 @given(data=st.data())
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_training_and_inference_agree_at_length(name: str, data: st.DataObject) -> None:
     check(name, data.draw(chats(templates.find(name))))
 
