@@ -14,6 +14,7 @@ from stages.formats import BadRow, own
 from stages.rows import read_rows
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.tokenized import find_shards
 from tests.stages.chats import rows_of, run_convert, run_tokenize, smollm2, source
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -188,3 +189,12 @@ class TestOwnFormat:
     def test_a_file_that_is_no_format(self, code: str, says: str) -> None:
         with pytest.raises(UserError, match=says):
             own.load(code)
+
+
+def test_shards_of_one_source_in_two_formats_are_told_before_they_are_packed(tmp_path: Path) -> None:
+    for name, row in (("a", GOOD), ("b", {"instruction": "Add.", "output": "3"})):
+        shard, _ = run_convert(tmp_path / name, source(tmp_path / name / "rows", [row]), smollm2())
+        run_tokenize(tmp_path / "all" / name, shard, smollm2())
+    says = r"a/tokens was read as messages, b/tokens as alpaca: set convert.sources.mine.format"
+    with pytest.raises(UserError, match=says):
+        find_shards(tmp_path / "all")
