@@ -15,6 +15,7 @@ import yaml
 from stages import convert, formats, templates
 from stages.chat_template import load
 from stages.formats import Example, auto
+from stages.forms import Forms
 from stages.sequences import Sequencer, Written
 from stages.tables import TRAIN_NO, TRAIN_YES
 from stages.tokenizer_files import Tokenizer
@@ -50,7 +51,8 @@ def written(settings: convert.ConvertPart, rows: list[dict[str, Any]]) -> list[l
     reader = formats.reader(
         settings.format, settings.fields, settings.roles, settings.options, code=settings.code, rows=rows
     )
-    sequencer = Sequencer(reader, TOKENIZER, load(TOKENIZER, "qwen"), settings.reasoning)
+    template = load(TOKENIZER, "qwen")
+    sequencer = Sequencer(reader, TOKENIZER, template, Forms(template), settings.reasoning)
     return [sequencer.sequences(number, reader.convert(row)) for number, row in enumerate(rows)]
 
 
