@@ -114,8 +114,8 @@ def check(name: str, conversation: Conversation) -> None:
             for span in whole.spans:  # nobody but its speaker says it: what a user writes never trains as an answer
                 assert span.turn != number or span.role == turn.role
             continue
-        if not number:
-            continue  # nobody prompts for an answer to nothing
+        if not number or (named.reasoning and turns[number - 1].role == "assistant"):
+            continue  # an answer to nothing; or to an answer, which loses its thoughts only when another follows
         begun, asked = turns[: number + 1], as_messages(template, turns[:number])
         try:
             this = render(template, Conversation(begun, conversation.tools))
