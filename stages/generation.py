@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stages import arithmetic
 from stages.errors import UserError
 
 Precision = Literal["bf16", "fp32"]
@@ -73,7 +74,7 @@ def load_network(folder: Path, precision: Precision, device: Device, packed: boo
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arithmetic.fitting(precision, device)]
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         network = AutoModelForCausalLM.from_pretrained(

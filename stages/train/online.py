@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from packing.collate import PackedBins
-from stages import objectives
+from stages import arithmetic, objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.judge import Judge
@@ -67,6 +67,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     if device != "cuda" and work.runtime.device == "cuda":
         raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
     checks.refuse_device(config, device)
+    config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], local_files_only=True)
     rows = _prompts(inputs, tokenizer, objective.kinds, options)
     steps = -(-len(rows) // options.prompts_per_step)
@@ -105,6 +106,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "last_reward": history[-1]["reward"],
         "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
         "device": device,
+        "precision": config.precision,
         "seconds_to_prepare": round(ready - started, 2),
         "seconds_of_training": round(done - ready, 2),
         "completions_per_second": round(written / (done - ready), 2),

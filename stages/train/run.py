@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from packing.collate import IGNORED, Bin, PackedBins, collate
 from packing.isolation import check_isolation
-from stages import lm_head, objectives
+from stages import arithmetic, lm_head, objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
@@ -92,6 +92,7 @@ def attempt(
     objective = objectives.find(config.objective)
     _refuse_other_kinds(config.objective, objective.kinds, bins.kind)
     identity = state.identity(config, inputs)
+    config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, this.device)})
     checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints", this.below)
     if checkpoint:
         state.refuse_foreign(checkpoint, identity)
@@ -193,6 +194,7 @@ def attempt(
         "isolation": dict(isolation),
         "speed": faster,
         "device": this.device,
+        "precision": config.precision,
         "device_name": torch.cuda.get_device_name() if this.device == "cuda" else "cpu",
         "ranks": group.size,
         "shard": work.runtime.shard if group.size > 1 else "none",
