@@ -20,7 +20,7 @@ from tests.flows.raised import free_port
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SLOW = {"qlora"}
-"""Recipes that take long on a CPU whatever the steps: 4-bit weights of a real model have no fast kernel there."""
+"""Recipes that take minutes on a CPU whatever the steps."""
 TWO_STEPS = ("train.max_steps=2", "publish.gate.require=nothing")
 
 
