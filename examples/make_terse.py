@@ -27,6 +27,6 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    made = [json.dumps(row) for row in rows(300, seed=1)]
-    for name, lines in (("terse", made[:240]), ("terse-heldout", made[240:])):
+    made = [json.dumps(row) for row in rows(160, seed=1)]
+    for name, lines in (("terse", made[:128]), ("terse-heldout", made[128:])):
         Path(__file__).with_name(f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -109,7 +109,11 @@ def _scored(network: Any, head: Any, ids: NDArray[Any], lengths: NDArray[np.int6
     batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in picked.items()}
     found = np.zeros(len(ids), np.float32)
     with torch.inference_mode():
-        head = head or lm_head.find(network, lm_head.model_inputs(batch))
+        if head is None:
+            first = lengths[:1]
+            one = lm_head.model_inputs(collate([Bin(ids[: first[0]], labels[: first[0]], first)]))
+            example = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in one.items()}
+            head = lm_head.find(network, example)
         found[positions + 1] = -head.token_losses(batch).float().cpu().numpy()
     return found, head
 
