@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SLOW = {"qlora"}
 """Recipes that take minutes on a CPU whatever the steps."""
+ROWS = 16
+"""Of each source: enough for two steps."""
 TWO_STEPS = ("train.max_steps=2", "publish.gate.require=nothing")
 
 
@@ -56,8 +58,10 @@ class Place:
     def settings(self, recipe: str) -> list[str]:
         """The overrides that make a recipe short."""
         to = f"publish.to={self.home / 'out' / Path(recipe).stem}"
-        tasks = yaml.safe_load((ROOT / recipe).read_text()).get("evaluate", {}).get("tasks", {})
-        limits = [f"evaluate.tasks.{name}.limit=4" for name in tasks]
+        whole = yaml.safe_load((ROOT / recipe).read_text())
+        limits = [f"evaluate.tasks.{name}.limit=4" for name in whole.get("evaluate", {}).get("tasks", {})]
+        for name, source in whole["fetch"]["data"].items():
+            limits.append(f"fetch.data.{name}.{'size' if 'reasoning_gym' in source else 'first'}={ROWS}")
         return [word for setting in (*TWO_STEPS, *limits, to) for word in ("--set", setting)]
 
 
@@ -127,7 +131,7 @@ def test_a_changed_key_reruns_only_what_depends_on_it(place: Place) -> None:
 def test_a_failed_run_ends_with_the_command_that_goes_on(place: Place, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "wizard", "content": "x"}]}\n')
-    settings = ["--set", f"fetch.data.reversal={{files: {rows}}}", *place.settings("configs/quickstart.yaml")]
+    settings = [*place.settings("configs/quickstart.yaml"), "--set", f"fetch.data.reversal={{files: {rows}}}"]
     done = place.regrow("run", "configs/quickstart.yaml", *settings, expect=2)
     lines = done.stderr.strip().splitlines()
     assert lines[0].startswith("error: ") and "rows.jsonl" in lines[0] and "wizard" in lines[0]
