@@ -18,6 +18,9 @@ MARK = "REGROW_TEST_SESSION"
 PATIENCE = 15.0
 """Seconds that processes which have been told to end get for it."""
 
+KEPT = ("pytest-of-", "torchinductor_", "runner_storage")
+"""What tools keep: pytest its last runs' folders, torch what it has compiled, Prefect's workers what they ran in."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if sys.platform != "linux" or MARK in os.environ:  # an xdist worker: its controller looks
@@ -39,8 +42,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while (left := _processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    # pytest keeps its own folders of the last runs for people to look at; torch makes its cache on import.
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("pytest-of-", "torchinductor_")))
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith(KEPT))
     told = [f"process {number}: {command}" for number, command in left.items()] + [f"file {name}" for name in files]
     if told and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -397,13 +397,13 @@ def test_silent_decay_is_found_by_a_deep_look(
     assert any_store.missing(sick.tree) and not any_store.missing(whole.tree)
 
 
-def test_opening_and_finding_is_quick_to_import() -> None:
+def test_opening_and_finding_is_quick_to_import(tmp_path: Path) -> None:
     code = (
-        "import sys, tempfile, pathlib, stages.store, stages.lease, stages.checkpoints, stages.gc\n"
-        "folder = pathlib.Path(tempfile.mkdtemp())\n"
+        "import sys, pathlib, stages.store, stages.lease, stages.checkpoints, stages.gc\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
         "store = stages.store.open_store(str(folder / 'store'), folder / 'cache')\n"
         "assert store.find('pack', '0' * 64) is None\n"
         "heavy = {'s3fs', 'fsspec', 'botocore', 'aiobotocore', 'torch', 'pydantic', 'prefect', 'numpy'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
