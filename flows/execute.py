@@ -12,10 +12,11 @@ from pathlib import Path
 from flows.graph import stage_named
 from flows.run import Run
 from flows.throughput import last_facts, slower
-from stages.build import Built, Hooks, build
+from stages.build import Built, build
 from stages.child import ChildFailed, ChildRefused, Event
 from stages.errors import UserError
 from stages.identity import Tree
+from stages.jobs import Hooks
 from stages.stage import Part
 from stages.store import BadBlob
 

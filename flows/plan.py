@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from flows.graph import select, stage_named
 from flows.run import Run
-from stages.build import made_by
 from stages.errors import UserError
 from stages.identity import Json
+from stages.provenance import made_by
 from stages.store import Artifact, Store
 
 State = Literal["cached", "runs", "unknown", "skipped"]

@@ -13,13 +13,12 @@ from typing import Any
 from flows.graph import ORDER, WIRING, Take, stage_named, upstream
 from flows.recipe import Loaded
 from stages import objectives
-from stages.build import action_of
 from stages.errors import UserError
 from stages.formats import own
 from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
 from stages.runtime import Runtime
-from stages.stage import Part, StageConfig
+from stages.stage import Part, StageConfig, action_of
 from stages.store import Artifact, Store
 
 

@@ -17,10 +17,22 @@ from typing import Any, Generic, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from stages.errors import UserError
-from stages.identity import Json, Tree
+from stages.identity import Action, Json, Tree
 from stages.runtime import Runtime
 
-__all__ = ["Facts", "Part", "Stage", "StageConfig", "Tell", "UserError", "Work", "merge_facts"]
+__all__ = [
+    "Facts",
+    "Part",
+    "Stage",
+    "StageConfig",
+    "Tell",
+    "UserError",
+    "Work",
+    "action_of",
+    "merge_facts",
+    "part_action",
+    "version_of",
+]
 
 Facts = dict[str, Json]
 
@@ -143,3 +155,34 @@ def _merged(a: Json, b: Json) -> Json:
     if isinstance(a, list) and isinstance(b, list):
         return [*a, *b]
     return a
+
+
+def version_of(stage: Stage[Any], config: StageConfig) -> dict[str, int]:
+    """The versions that enter the key: the stage's own, and one a plug-in the config uses."""
+    return {stage.name: stage.version, **(stage.plugins(config) if stage.plugins else {})}
+
+
+def action_of(
+    stage: Stage[Any],
+    config: StageConfig,
+    inputs: Mapping[str, Tree],
+    parts: Sequence[Part] = (),
+    where: Mapping[str, Json] | None = None,
+) -> Action:
+    """The action of a whole stage. `parts` are needed only where the stage resolves: they are its identity; `where`
+    only for the names in `Stage.named`."""
+    document = {p.name: dict(p.config) for p in parts} if stage.resolves else stage.identity(config)
+    document |= {name: (where or {}).get(name) for name in sorted(stage.named)}
+    return Action(stage.name, version_of(stage, config), document, {n: t.digest for n, t in inputs.items()})
+
+
+def part_action(stage: Stage[Any], part: Part) -> Action:
+    """The action of one part of a mapped stage."""
+    assert stage.part is not None
+    config = stage.part.model_validate(part.config)
+    return Action(
+        stage.name,
+        version_of(stage, config),
+        config.model_dump(mode="json"),
+        {n: t.digest for n, t in part.inputs.items()},
+    )

@@ -18,9 +18,9 @@ from flows.recipe import Loaded, Recipe
 from flows.run import Run, start
 from flows.settle import Outcome, settle
 from stages import evaluate
-from stages.build import part_action
 from stages.identity import Json
 from stages.runtime import Runtime
+from stages.stage import part_action
 from stages.store import Store, open_store
 
 ITEMS = 40

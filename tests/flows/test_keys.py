@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from flows.graph import ORDER, WIRING, stage_named
 from flows.recipe import Recipe
-from stages.build import action_of
 from stages.identity import File, Tree
+from stages.stage import action_of
 
 RECIPE: dict[str, Any] = {
     "name": "keys",

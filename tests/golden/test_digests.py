@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from flows.graph import WIRING, stage_named
-from stages.build import Built, build, version_of
+from stages.build import Built, build
 from stages.identity import Tree
 from stages.runtime import Runtime
+from stages.stage import version_of
 from stages.store import open_store
 
 GOLDEN = Path(__file__).parent / "digests.json"

@@ -79,7 +79,7 @@ def test_new_data_costs_only_itself(store: Store, runtime: Runtime, tmp_path: Pa
 def test_more_parts_than_files_that_may_be_open(
     store: Store, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.build.PORTION_PARTS", 12)
+    monkeypatch.setattr("stages.jobs.PORTION_PARTS", 12)
     tree = rows(store, tmp_path, **{f"r{n}": f"text {n}" for n in range(60)})
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 64

@@ -14,12 +14,13 @@ import pytest
 from pydantic import ValidationError
 
 from stages import evaluate, generation, harness
-from stages.build import Built, Hooks, build
+from stages.build import Built, build
 from stages.compare import compare
 from stages.errors import UserError
 from stages.evals import Example, Options
 from stages.evaluate import EvaluateConfig, Measure, Task
 from stages.identity import Action, Json, Tree, tree_of
+from stages.jobs import Hooks
 from stages.runtime import Runtime
 from stages.stage import Work
 from stages.store import Store

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from stages.build import Built, Hooks, build
+from stages.build import Built, build
 from stages.identity import Action, Tree, tree_of
+from stages.jobs import Hooks
 from stages.runtime import Runtime
 from stages.store import Store, open_store
 from stages.train import STAGE, TrainConfig

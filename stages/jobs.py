@@ -1,0 +1,191 @@
+"""Makes artifacts of one stage: a job is one of them, a child process works through several, each committed at once."""
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.child import Event, Task, run_in_child
+from stages.identity import Action, Json, Tree
+from stages.mirror import Mirror
+from stages.provenance import provenance_of
+from stages.runtime import Runtime
+from stages.stage import Facts, Part, Stage, part_action
+from stages.store import Artifact, Store
+from stages.views import spread
+
+LOOKUPS = 16
+"""Parts looked up at once: a look-up on S3 is mostly waiting."""
+
+PORTION_PARTS = 256
+PORTION_BYTES = 4 << 30
+"""Parts, and bytes of their inputs, that one child works through: views and locks of these are held at once."""
+
+WHOLE = ""
+"""The task name of a stage that is not mapped."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How the outside follows a build."""
+
+    on_event: Callable[[Event], None] = lambda event: None
+    on_line: Callable[[str], None] = lambda line: None
+    on_wait: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make."""
+
+    name: str
+    action: Action
+    config: Mapping[str, Json]
+    inputs: Mapping[str, Tree]
+    replace: bool
+    where: Mapping[str, Json] | None = None
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Runs jobs of one stage in child processes and commits each as it finishes."""
+
+    stage: Stage[Any]
+    store: Store
+    runtime: Runtime
+    where: Mapping[str, Json]
+    run: str
+    hooks: Hooks
+    should_stop: Callable[[], bool]
+
+    def make_parts(self, parts: Sequence[Part], *, force: bool) -> dict[str, Artifact]:
+        """The parts' artifacts by name, in order: found ones as they are, the others made."""
+        assert self.stage.part is not None
+        made: dict[str, Artifact] = {}
+        jobs: list[Job] = []
+        actions = [part_action(self.stage, part) for part in parts]
+        for part, action, found in zip(parts, actions, spread(self._whole, actions, LOOKUPS), strict=True):
+            if found and not force:
+                made[part.name] = found
+            else:
+                jobs.append(Job(part.name, action, dict(part.config), part.inputs, force, part.where))
+        # Two parts may be one action, for two shards with the same rows: it is done once.
+        twins, jobs = jobs, list({job.action.key: job for job in jobs}.values())
+        workers = 1 if self.stage.exclusive else self.runtime.workers
+        shares = [jobs[n::workers] for n in range(min(workers, len(jobs)))]
+        groups = shares if self.stage.exclusive else [group for share in shares for group in _portions(share)]
+        if workers > 1 and len(groups) > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                results = [a for group in pool.map(self.make, groups) for a in group]
+        else:
+            results = [a for group in groups for a in self.make(group)]
+        by_key = {artifact.key: artifact for artifact in results}
+        made.update({job.name: by_key[job.action.key] for job in twins})
+        return {part.name: made[part.name] for part in parts}
+
+    def _whole(self, action: Action) -> Artifact | None:
+        """A part's artifact, unless one of its blobs is gone."""
+        found = self.store.find(self.stage.name, action.key)
+        return None if found is None or self.store.missing(found.tree) else found
+
+    def make(self, jobs: Sequence[Job]) -> list[Artifact]:
+        """Run jobs one after another in one child; return their artifacts in order."""
+        artifacts: dict[str, Artifact] = {}
+        started = time.monotonic()
+        with _workplaces(self.runtime.cache, self.stage.name, jobs) as folders:
+            tasks = [
+                Task(
+                    job.name,
+                    dict(job.config),
+                    {name: str(self.store.view(tree)) for name, tree in job.inputs.items()},
+                    str(folders[job.name] / "output"),
+                    str(folders[job.name]),
+                    {**self.where, **(job.where or {})},
+                )
+                for job in jobs
+            ]
+            by_name = {job.name: job for job in jobs}
+            alone = jobs[0] if len(jobs) == 1 else None
+            mirror = alone and Mirror(self.store, alone.action.key, folders[alone.name], self.hooks.on_wait)
+            if mirror:
+                mirror.restore()
+
+            def on_event(event: Event) -> None:
+                nonlocal started
+                if event["event"] == "task":
+                    job = by_name[event["name"]]
+                    config = (self.stage.part or self.stage.config).model_validate(job.config)
+                    provenance = provenance_of(self.stage, config, self.run, started)
+                    output = folders[job.name] / "output"
+                    facts: Facts = event["facts"]
+                    artifact = self.store.commit(job.action, output, facts, provenance, replace=job.replace)
+                    artifacts[job.name] = artifact
+                    started = time.monotonic()
+                elif event["event"] == "tell" and mirror and "checkpoint" in event["metrics"]:
+                    mirror.save(int(event["done"]), str(event["metrics"]["checkpoint"]))
+                self.hooks.on_event(event)
+
+            try:
+                run_in_child(
+                    self.stage.home,
+                    tasks,
+                    self.runtime.model_dump(mode="json"),
+                    on_event,
+                    self.hooks.on_line,
+                    self.should_stop,
+                    self.runtime.silence_seconds,
+                    self.runtime.grace_seconds,
+                )
+            finally:
+                if mirror:
+                    mirror.settle()
+            if mirror:
+                mirror.drop()
+        return [artifacts[job.name] for job in jobs]
+
+
+def _portions(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs for one child after another: what is open and on the local disk at once does not grow with the data."""
+    portion: list[Job] = []
+    held: dict[str, int] = {}
+    for job in jobs:
+        own = {tree.digest: tree.size for tree in job.inputs.values() if tree.digest not in held}
+        if portion and (len(portion) == PORTION_PARTS or sum((held | own).values()) > PORTION_BYTES):
+            yield portion
+            portion, held = [], {}
+            own = {tree.digest: tree.size for tree in job.inputs.values()}
+        portion.append(job)
+        held |= own
+    if portion:
+        yield portion
+
+
+@contextmanager
+def _workplaces(cache_folder: Path, stage: str, jobs: Sequence[Job]) -> Iterator[dict[str, Path]]:
+    """A folder a job that outlives failed attempts, with an empty `output`, removed when all went well.
+
+    A file lock per folder keeps two processes of this machine apart even when a lease was lost.
+    """
+    folders: dict[str, Path] = {}
+    locks = []
+    try:
+        for job in jobs:
+            folder = cache_folder / "work" / stage / job.action.key
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+            locks.append(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shutil.rmtree(folder / "output", ignore_errors=True)
+            (folder / "output").mkdir()
+            folders[job.name] = folder
+        yield folders
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for lock in locks:
+            lock.close()

@@ -1,0 +1,92 @@
+"""What made an artifact: code, libraries, machine, times. Recorded beside it, never part of its key."""
+
+import hashlib
+import importlib.metadata
+import platform
+import re
+import time
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from stages.identity import Json
+from stages.stage import Stage, StageConfig
+
+
+def provenance_of(stage: Stage[Any], config: StageConfig, run: str, started: float) -> dict[str, Json]:
+    """The record of an artifact that was begun at `started` (`time.monotonic`) and is ready now."""
+    return {
+        "run": run,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "seconds": round(time.monotonic() - started, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **made_by(stage, config),
+    }
+
+
+def made_by(stage: Stage[Any], config: StageConfig) -> dict[str, Json]:
+    """The code and libraries that would make this stage now: `plan` compares them with what made the artifact."""
+    modules = [stage.home, *(plugin_module(p) for p in (stage.plugins(config) if stage.plugins else {}))]
+    return {
+        "code": _code_digest(tuple(modules)),
+        "libraries": {name: _library_version(name) for name in stage.libraries},
+    }
+
+
+def plugin_module(plugin: str) -> str:
+    """`format:alpaca` is the module `stages.formats.alpaca`."""
+    kind, _, name = plugin.partition(":")
+    return f"stages.{kind}s.{name}"
+
+
+@cache
+def _code_digest(modules: tuple[str, ...]) -> str:
+    """Of the files of `modules` and of what they import of ours, as far as their import lines tell."""
+    found: dict[str, bytes] = {}
+    for module in modules:
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None, module
+        origin = Path(spec.origin)
+        root = origin.parents[module.count(".") + (origin.name == "__init__.py")]
+        own = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+        _follow([path.relative_to(root) for path in own], root, found)
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(name.encode() + b"\0" + found[name])
+    return digest.hexdigest()[:16]
+
+
+_IMPORT = re.compile(rb"^ *from ((?:stages|packing)[\w.]*) import \(?([^()\n]*)", re.M)
+
+_FOUNDATION = frozenset(
+    f"stages/{name}.py"
+    for name in (
+        *("build", "checkpoints", "child", "errors", "gc", "identity", "jobs", "lease", "manifest", "mirror"),
+        *("provenance", "runtime", "stage", "store", "views"),
+    )
+)
+"""What every stage stands on and what cannot change an artifact's bytes."""
+
+
+def _follow(paths: Sequence[Path], root: Path, found: dict[str, bytes]) -> None:
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop()
+        if path.as_posix() in found or path.as_posix() in _FOUNDATION or not (root / path).is_file():
+            continue
+        found[path.as_posix()] = text = (root / path).read_bytes()
+        for base, names in _IMPORT.findall(text):
+            folder = Path(*base.decode().split("."))
+            waiting += [folder.with_suffix(".py"), folder / "__init__.py"]
+            waiting += [folder / f"{name.split()[0]}.py" for name in names.decode().split(",") if name.strip()]
+
+
+@cache
+def _library_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
