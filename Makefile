@@ -38,8 +38,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 test: setup-dev  ## the tests that must always pass: under 20 minutes on two cores
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 
-test-full: setup-dev  ## the long proofs too; the log is kept in benchmarks/
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=20 -m "not gpu" 2>&1 | tee benchmarks/test-full.log
+test-full: setup-dev  ## the long proofs too; writes docs/reliability.md, the log is kept in benchmarks/
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=20 -m "not gpu" --write-reliability 2>&1 | tee benchmarks/test-full.log
 
 lint: setup-dev  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .

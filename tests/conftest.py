@@ -20,6 +20,8 @@ import pytest
 
 from tests.leftovers import pytest_configure, pytest_sessionfinish  # noqa: F401
 
+pytest_plugins = ["tests.reliability"]
+
 ADMIN = ("admin-key", "admin-secret-admin-secret")
 READER = ("reader-key", "reader-secret-reader-secret")
 IDENTITIES = [

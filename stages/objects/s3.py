@@ -8,6 +8,7 @@ others' objects never and deleted ones for ever.
 import base64
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -221,7 +222,7 @@ class S3Objects:
                         "the endpoint (storage_options endpoint_url or AWS_ENDPOINT_URL)"
                     ) from error
                 _log.warning("%s: %s; trying again in %.1f s", self.url, type(error).__name__, wait)
-            time.sleep(wait)
+            time.sleep(wait * random.uniform(0.5, 1.0))  # or all who met the outage come back at once
             wait = min(2 * wait, 10.0)
 
     def _told(self, error: Exception) -> UserError | None:
@@ -257,12 +258,14 @@ def _code(error: BaseException) -> str:
 
 
 def _is_outage(error: Exception) -> bool:
+    from aiohttp import ClientConnectionError, ClientPayloadError
     from botocore.exceptions import ConnectionError as BotoConnectionError
     from botocore.exceptions import HTTPClientError, SSLError
 
     if isinstance(error, SSLError):
         return False
-    outages = (BotoConnectionError, HTTPClientError, ConnectionError, TimeoutError)
+    cut = (ClientConnectionError, ClientPayloadError)  # while an answer's body was read: botocore does not see these
+    outages = (BotoConnectionError, HTTPClientError, ConnectionError, TimeoutError, *cut)
     return isinstance(error, outages) or _code(error) in (
         "500",
         "502",

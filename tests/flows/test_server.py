@@ -88,6 +88,10 @@ def test_two_runs_at_once_show_nothing_of_prefect_and_leave_their_states(home: P
     assert [states(home, name) for name in ("one", "two")] == [[("COMPLETED", "COMPLETED")]] * 2
 
 
+@pytest.mark.failure(
+    what="Ctrl-C",
+    outcome="the run is marked *Crashed* before its server ends",
+)
 def test_ctrl_c_ends_the_server_after_the_run_was_recorded(home: Path) -> None:
     process = start(home, 300, "interrupted")
     assert process.stdout is not None
@@ -100,6 +104,10 @@ def test_ctrl_c_ends_the_server_after_the_run_was_recorded(home: Path) -> None:
     assert states(home, "interrupted") == [("CRASHED", "CRASHED")]
 
 
+@pytest.mark.failure(
+    what="`regrow run` without `regrow up` is killed",
+    outcome="its own server ends with it",
+)
 def test_a_killed_run_takes_its_server_along(home: Path) -> None:
     process = start(home, 300, "killed")
     assert process.stdout is not None

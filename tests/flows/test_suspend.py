@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 SCRIPT = """
@@ -23,6 +24,10 @@ with following(Follower(event=warn)):
 """
 
 
+@pytest.mark.failure(
+    what="SIGTERM while training (a spot machine's warning)",
+    outcome="exit code 75 with the state saved; the same command goes on",
+)
 def test_sigterm_in_training_suspends_and_the_same_command_goes_on(make_tiny: Callable[[], Any]) -> None:
     tiny = make_tiny()
     recipe = tiny.folder / "recipe.yaml"

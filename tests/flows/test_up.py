@@ -101,6 +101,10 @@ def test_status_and_memory(raised: Raised) -> None:
         assert 0 < told["parts"][name]["bytes"] < 400 * 2**20
 
 
+@pytest.mark.failure(
+    what="the server and a worker of `regrow up` are killed",
+    outcome="the keeper starts them again over the same database",
+)
 def test_what_is_killed_comes_back(raised: Raised) -> None:
     was = {name: raised.kill(name) for name in ("server", "worker-cpu")}
 
@@ -113,6 +117,10 @@ def test_what_is_killed_comes_back(raised: Raised) -> None:
     assert deployments(raised), "the database is as it was"
 
 
+@pytest.mark.failure(
+    what="the keeper is killed",
+    outcome="server and workers live on; the next `regrow up` takes them over",
+)
 def test_a_killed_keeper_is_replaced_and_takes_the_others_over(raised: Raised) -> None:
     eventually(lambda: running(raised.home), bool)
     parts = {name: raised.part(name) for name in ("server", "worker-gpu-0")}

@@ -95,6 +95,10 @@ def test_a_stop_request_ends_the_whole_group(tmp_path: Path) -> None:
     assert wait_gone(grandchild[0]) or not alive(grandchild[0])
 
 
+@pytest.mark.failure(
+    what="a stage hangs",
+    outcome="it is ended after its time, with where it stood in the log",
+)
 def test_a_stage_that_hangs_is_ended_with_its_stacks_in_the_log(tmp_path: Path) -> None:
     grandchild: list[int] = []
     lines: list[str] = []
@@ -109,6 +113,10 @@ def test_a_stage_that_hangs_is_ended_with_its_stacks_in_the_log(tmp_path: Path) 
     assert wait_gone(grandchild[0]) or not alive(grandchild[0])
 
 
+@pytest.mark.failure(
+    what="the process that runs a stage is killed",
+    outcome="the kernel ends all processes of the stage",
+)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_when_the_parent_dies_nothing_of_the_stage_survives(tmp_path: Path, how: signal.Signals) -> None:
     script = f"""

@@ -75,6 +75,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.failure(
+    what="the trainer is killed before, in and after writing a checkpoint",
+    outcome="the next run goes on from the newest whole one and gives the same bytes",
+)
 @pytest.mark.parametrize(
     ("when", "method", "resumed"),
     [
@@ -114,6 +118,10 @@ def test_sigterm_saves_and_the_next_call_goes_on(tmp_path: Path, unbroken: dict[
     assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
 
 
+@pytest.mark.failure(
+    what="a checkpoint is damaged",
+    outcome="it is passed over and named; the one before is used",
+)
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, unbroken: dict[str, Path]) -> None:
     inputs = prepare(tmp_path)
     run(tmp_path, inputs, "lora", save_seconds=1e-9)
@@ -138,6 +146,10 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(tmp_path: P
         run(tmp_path, {**inputs, **plan}, "lora")
 
 
+@pytest.mark.failure(
+    what="the disk is full when a checkpoint is written (a limit on file sizes stands in)",
+    outcome="training goes on without it and says so",
+)
 def test_a_full_disk_costs_the_checkpoint_and_is_told_and_training_goes_on(
     tmp_path: Path, unbroken: dict[str, Path]
 ) -> None:
