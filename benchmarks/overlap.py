@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from stages.contamination import find_contamination
+from stages.marks import ORIGIN_CONTENT, TRAIN_UNSET, kind_of
 from stages.near_duplicates import near_duplicates
-from stages.tables import BATCH_ROWS, ORIGIN_CONTENT, TRAIN_UNSET, kind_of, tokens_schema
+from stages.tables import BATCH_ROWS, tokens_schema
 from stages.tokenized import find_shards, read_rows
 
 HELD_OUT = 500

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.data_report import Source, added, joined
+from stages.marks import ROLES
 from stages.selection import REASONS, Taken
-from stages.tables import ROLES
 from stages.tokenized import Flags, Rows, Shard
 
 PLACES = 10

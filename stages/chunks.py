@@ -9,7 +9,7 @@ import jinja2
 from stages import sandbox, traced
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Runs, Turn
-from stages.tables import NO_TURN
+from stages.marks import NO_TURN
 from stages.traced import TEMPLATE, Traced, Untraceable
 
 

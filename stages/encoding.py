@@ -20,7 +20,7 @@ import numpy.typing as npt
 from stages import fast_encoding
 from stages.errors import UserError
 from stages.fast_encoding import Fast, Ids, Positions
-from stages.tables import ORIGIN_CONTENT
+from stages.marks import ORIGIN_CONTENT
 
 _SAMPLES = ("Hello world", " lead", "\n\n x", "a  b", "12 345", "é漢字🙂")
 

@@ -25,7 +25,6 @@ from stages.evals import Options
 from stages.formats import BadRow
 from stages.generation import Precision, generate, load
 from stages.harness import Sample
-from stages.heldout import heldout_loss
 from stages.identity import Json, Tree
 from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
@@ -198,6 +197,8 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
 
 
 def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    from stages.heldout import heldout_loss
+
     loss = heldout_loss(
         inputs["weights"],
         inputs["tokens"],

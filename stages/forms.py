@@ -13,9 +13,9 @@ from stages import rendering
 from stages.chat_template import Template
 from stages.copying import Copying
 from stages.formats import Conversation
+from stages.marks import ORIGIN_CONTENT, kind_of
 from stages.rendering import Rendered, Span
 from stages.sandbox import LARGEST
-from stages.tables import ORIGIN_CONTENT, kind_of
 
 MOST = 4096
 """Shapes that are remembered."""

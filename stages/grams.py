@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from stages.tables import ORIGIN_CONTENT, ROLES, origins, read_batches, roles
+from stages.marks import ORIGIN_CONTENT, ROLES
+from stages.tables import origins, read_batches, roles
 from stages.tokenized import Flags, Numbers, Rows, Shard, consecutive, read_spans
 
 Hashes = NDArray[np.uint64]

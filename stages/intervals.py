@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import NormalDist
 
-import numpy as np
-
 from stages.identity import Json
 
 Z = NormalDist().inv_cdf(0.975)
@@ -111,6 +109,8 @@ def bootstrap(amounts: Sequence[float], weights: Sequence[float]) -> Interval:
     """
     if len(amounts) != len(weights) or not amounts:
         raise ValueError(f"{len(amounts)} amounts and {len(weights)} weights: expected as many, and at least one")
+    import numpy as np  # here, as `regrow plan` reads this module too
+
     a, w = np.asarray(amounts, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(0)
     ratios = np.empty(RESAMPLES)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.grams import Grams, Hashes, read_grams
-from stages.tables import ROLES
+from stages.marks import ROLES
 from stages.tokenized import Flags, Numbers, Rows, Shard
 
 RUN = 5

@@ -9,23 +9,13 @@ token, which has nothing before it to be predicted from. A row of the data count
 held out, or dropped for the first reason that applies, in the order of `REASONS`.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
-from packing.plan import Plan
-from stages import accounts, data_report, plan_files, selection
-from stages.contamination import find_contamination
-from stages.near_duplicates import near_duplicates
-from stages.samples import samples
-from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
-from stages.stage import Facts, Stage, StageConfig, UserError, Work
-from stages.tokenized import Numbers, Rows, Shard, find_shards, read_rows
-from stages.tokenizer_files import backend
+from stages.stage import Facts, Stage, StageConfig, Work
 
 Speaker = Literal["system", "user", "assistant", "tool"]
 
@@ -82,153 +72,9 @@ class PackConfig(StageConfig):
 
 def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Plan all rows. Raises UserError when there is nothing to train on, or at an overlong row if it is an error."""
-    shards = find_shards(inputs["tokens"])
-    rows = read_rows(inputs["tokens"], shards, config.train_on, config.sequence_length, work.tell)
-    if len(rows) == 0:
-        raise UserError(
-            "there are no rows to pack: every source is empty, or every row was dropped before. See convert"
-        )
-    if config.overlong == "error":
-        _refuse_overlong(rows, shards, config.sequence_length)
-    if config.max_documents and config.max_documents < rows.sequences:
-        raise UserError(f"pack.max_documents is {config.max_documents}: a row here is {rows.sequences} documents")
-    taken = _take(config, inputs["tokens"], rows, shards)
-    chosen = np.repeat(np.arange(len(rows)), taken.copies)
-    if len(chosen) == 0:
-        raise UserError(_nothing_left(taken, config))
+    from stages.planning import plan
 
-    settings = config.model_dump(include={"sequence_length", "global_batch", "max_documents", "seed"})
-    tokens_of_shard = np.bincount(
-        rows.shard[chosen], weights=rows.used[chosen].sum(axis=1), minlength=len(shards)
-    ).astype(np.int64)
-    window = selection.windows(shards, tokens_of_shard, config.window, config.seed)
-    plan = plan_files.write(
-        output, "", rows, chosen, shards=len(shards), windows=window[rows.shard[chosen]], **settings
-    )
-    holding = np.flatnonzero(taken.heldout & taken.kept)
-    heldout_plan = plan_files.write(output, "heldout_", rows, holding, shards=len(shards), **settings)
-    description = _describe(config, shards, rows, chosen, holding, plan, heldout_plan, window)
-    (output / "plan.json").write_text(json.dumps(description, indent=1) + "\n")
-    tokenizer = backend(inputs["tokenizer"], work.runtime.cache / "tokenizers")
-    report = data_report.compile_report(
-        description,
-        accounts.sources(shards, rows, taken),
-        rows.length.sum(axis=1),
-        samples(inputs["tokens"], tokenizer, shards, rows, taken, config.seed),
-        too_short=taken.too_short,
-    )
-    data_report.write(report, output)
-    return {
-        **{name: report[name] for name in ("rows", "documents", "tokens", "trained_tokens", "bins", "steps")},
-        "fill": round(description["fill"], 4),
-        "dropped": report["dropped"],
-        "truncated": description["truncated"],
-        "heldout_rows": len(holding),
-    }
-
-
-def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard]) -> Taken:
-    own = [config.of(shard.source) for shard in shards]
-    fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
-    heldout = selection.held_out(rows, shards, fractions)
-    reasons = selection.drop_reasons(
-        rows,
-        heldout,
-        None if config.overlong == "truncate" else config.sequence_length,
-        config.deduplicate,
-        must_train=shards[0].kind != "prompt",
-    )
-    like: dict[int, tuple[int, float]] = {}
-    if config.near_duplicates is not None:
-        kept = reasons == KEPT
-        order = np.concatenate([np.flatnonzero(kept & heldout), np.flatnonzero(kept & ~heldout)])
-        like = near_duplicates(tokens, shards, rows, order, config.near_duplicates)
-        reasons[list(like)] = NEAR_DUPLICATE
-    too_short = 0
-    if config.decontaminate and heldout.any():
-        kept = reasons == KEPT
-        found = find_contamination(tokens, shards, rows, heldout, kept & ~heldout, config.decontaminate)
-        like, too_short = {**like, **found.rows}, found.too_short
-        reasons[list(found.rows)] = CONTAMINATED
-    training = (reasons == KEPT) & ~heldout
-    sources, limits = [shard.source for shard in shards], [s.limit for s in own]
-    reasons[selection.beyond_limit(rows, training, sources, limits, config.seed)] = LIMITED
-    training &= reasons == KEPT
-    copies = np.where(training, selection.copies(rows, [s.weight for s in own], config.seed), 0)
-    reasons[training & (copies == 0)] = UNSAMPLED
-    return Taken(heldout, reasons, copies, like, too_short)
-
-
-def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
-    lengths = rows.length.sum(axis=1)
-    overlong = np.flatnonzero(lengths > limit)
-    if len(overlong) == 0:
-        return
-    first = overlong[0]
-    raise UserError(
-        f"{shards[rows.shard[first]].place(rows.number[first])}: {lengths[first]} tokens do not fit into "
-        f"pack.sequence_length {limit} ({len(overlong)} such rows, the longest with {lengths.max()}). Raise it, or set "
-        "pack.overlong to drop or truncate"
-    )
-
-
-def _nothing_left(taken: Taken, config: PackConfig) -> str:
-    """Why no row trains, and how to mend it."""
-    counts = {reason: int((taken.reasons == code).sum()) for code, reason in enumerate(REASONS, 1)}
-    told = [f"{count} {reason}" for reason, count in counts.items() if count]
-    if kept_aside := int((taken.kept & taken.heldout).sum()):
-        told.append(f"{kept_aside} held out")
-    mends = {
-        "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
-        "nothing to train on": f"look at pack.train_on ({config.train_on}) and at the rows' own train flags",
-        "in held-out": "give other rows to the sources with split: heldout",
-        "not sampled": "raise the weights in pack.sources",
-    }
-    most = max(counts, key=lambda reason: counts[reason])
-    mend = mends.get(most, "") if counts[most] else ""
-    mend = mend or "give a source without split: heldout, or lower pack.heldout_fraction"
-    return f"no row is left to train on: of {len(taken.reasons)}, {', '.join(told)}. To mend it, {mend}"
-
-
-def _describe(
-    config: PackConfig,
-    shards: Sequence[Shard],
-    rows: Rows,
-    chosen: Numbers,
-    holding: Numbers,
-    plan: Plan,
-    heldout_plan: Plan,
-    window: Numbers,
-) -> dict[str, Any]:
-    """What stands in `plan.json`."""
-    tokens = int(rows.used[chosen].sum())
-    cut = rows.length.sum(axis=1) > config.sequence_length
-    return {
-        "kind": shards[0].kind,
-        "sequence_length": config.sequence_length,
-        "global_batch": config.global_batch,
-        "seed": config.seed,
-        "shards": [
-            {"path": shard.path, "source": shard.source, "split": shard.split, "window": int(number)}
-            for shard, number in zip(shards, window, strict=True)
-        ],
-        "windows": plan.windows.tolist(),
-        "bins": len(plan),
-        "steps": -(-len(plan) // config.global_batch),
-        "max_documents": max(_most_documents(plan), _most_documents(heldout_plan)),
-        "documents": len(plan.documents),
-        "tokens": tokens,
-        "trained_tokens": int(rows.trained[chosen].sum()),
-        "truncated": int(cut[np.unique(chosen)].sum() + cut[holding].sum()),
-        "fill": tokens / (len(plan) * config.sequence_length),
-        "heldout_documents": len(heldout_plan.documents),
-        "heldout_tokens": int(rows.used[holding].sum()),
-        "heldout_trained_tokens": int(rows.trained[holding].sum()),
-    }
-
-
-def _most_documents(plan: Plan) -> int:
-    return int(np.diff(plan.offsets).max()) if len(plan) else 0
+    return plan(config, inputs, output, work)
 
 
 STAGE = Stage(name="pack", artifact="plan", version=4, config=PackConfig, run=run, libraries=("rensa",))

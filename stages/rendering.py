@@ -12,7 +12,7 @@ from typing import NamedTuple
 from stages.chat_template import Template
 from stages.chunks import CALLS, CONTENT, NAMES, REASONING, TOOLS, Chunk, render_chunks
 from stages.formats import BadRow, Conversation, Turn
-from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
 
 
 class Span(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from stages.formats import BadRow, Options, Row, Turn, sharegpt
 from stages.formats import messages as openai
+from stages.marks import TRAIN_NO, TRAIN_UNSET
 from stages.row_fields import kind_of, listed
 from stages.stage import StageConfig
-from stages.tables import TRAIN_NO, TRAIN_UNSET
 
 
 class Wording(StageConfig):

@@ -30,7 +30,7 @@ def cores() -> int:
 class Runtime(BaseModel):
     """Where a run happens and how it uses the machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     store: str = Field(default_factory=lambda: str(default_home() / "store"))
     """The artifact store: a folder, or any fsspec URL such as `s3://bucket/prefix`."""

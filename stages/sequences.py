@@ -3,17 +3,15 @@
 import hashlib
 import json
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from stages import rendering
 from stages.chat_template import Template
-from stages.formats import BadRow, Conversation, Example, Reader, Turn
+from stages.formats import BadRow, Conversation, Example, Reader, Reasoning, Turn
 from stages.forms import Formed, Forms, plain
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 from stages.rendering import Piece, Rendered, Span
-from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 from stages.tokenizer_files import Tokenizer
-
-Reasoning = Literal["keep", "drop", "last"]
 
 LONGEST = 1 << 28
 """Characters that a sequence may have."""

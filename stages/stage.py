@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 
+from stages.described import Described
 from stages.errors import UserError
 from stages.identity import Action, Json, Tree
 from stages.runtime import Runtime
@@ -37,10 +38,10 @@ __all__ = [
 Facts = dict[str, Json]
 
 
-class StageConfig(BaseModel):
+class StageConfig(Described):
     """A recipe section (or a part of one): frozen, strict about names, and null means "the default"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod

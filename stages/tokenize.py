@@ -4,37 +4,14 @@ Ids are what Hugging Face's tokenizer gives for the same text, with one exceptio
 the chat template wrote. `<|im_end|>` in a user's message is encoded as ordinary text.
 
 One shard in, `tokens.arrow` (see `stages.tables.tokens_schema`) and `counts.json` out. The work is in
-`stages.encoding`; here are the Arrow tables around it, streamed a batch at a time.
+`stages.tokenizing`.
 """
 
-import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cache, lru_cache
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
-from stages.fast_encoding import Positions, agrees
 from stages.identity import Tree
-from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
-from stages.tables import SPAN, origins, read_batches, starts, tokens_schema
-from stages.tokenizer_files import backend
-
-_log = logging.getLogger(__name__)
-
-CHUNK_BYTES = 4 << 20
-"""Text encoded at once: enough to keep all cores busy, little enough to keep memory flat."""
-
-
-SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 64, 2000
-"""What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
+from stages.stage import Facts, Part, Stage, StageConfig, Work
 
 
 class TokenizeConfig(StageConfig):
@@ -53,133 +30,9 @@ def parts(config: TokenizeConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
 
 def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Tokenize one shard: `tokens.arrow` and `counts.json`."""
-    source = inputs["conversations"] / "conversations.arrow"
-    with pa.memory_map(str(source)) as file:
-        reader = pa.ipc.open_file(file)
-        metadata = reader.schema.metadata or {}
-        tokenized = _passed if "ids" in reader.schema.names else _tokenized
-    control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
-    encoder = _encoder(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), tuple(control), trusted)
-    if tokenized is _tokenized:
-        encoder = _agreed(encoder, source)
-    schema = tokens_schema(len(encoder.control))
-    counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
-    rows = tokens = exact = 0
-    total = counts["rows"] - sum(counts["dropped"].values())
-    with pa.OSFile(str(output / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in read_batches(source):
-            try:
-                table, slow = tokenized(encoder, batch, schema)
-            except Unwritable as error:
-                row = batch.column("row")[error.row].as_py()
-                raise UserError(f"{counts['source']}, row {row + 1}: {error}; take the row out") from error
-            writer.write_batch(table)
-            rows, tokens, exact = rows + len(table), tokens + len(table.column("ids").flatten()), exact + slow
-            work.tell(rows, total, "rows", tokens=tokens)
-    document = {**counts, "tokens": tokens}
-    (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    facts: Facts = {"rows": rows, "tokens": tokens, "rows_by_offsets": exact}
-    if tokenized is _tokenized:
-        facts["rows_by_backend"] = {"fastokens" if encoder.fast else "tokenizers": rows}
-    return facts
+    from stages.tokenizing import tokenize
 
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer_json: str, control: tuple[str, ...], trusted: bool) -> Encoder:
-    """One for all shards of a process: reading a tokenizer takes longer than a small shard."""
-    return load(tokenizer_json, control, trusted=trusted)
-
-
-def _agreed(encoder: Encoder, source: Path) -> Encoder:
-    """The encoder, without its fast backend where that gives other ids for a sample of the shard's texts."""
-    if encoder.fast is None or agrees(encoder.fast, encoder.matching, list(_sample(source))):
-        return encoder
-    _warn_once()
-    return replace(encoder, fast=None)
-
-
-@cache
-def _warn_once() -> None:
-    _log.warning("fastokens gives other ids than tokenizers on a sample of these texts: going on without it, slower")
-
-
-def _sample(source: Path) -> Iterator[str]:
-    """The beginnings of some rows from all over a shard."""
-    with pa.memory_map(str(source)) as file:
-        reader = pa.ipc.open_file(file)
-        batches = range(reader.num_record_batches)
-        for number in batches[:: max(1, len(batches) // SAMPLE_BATCHES)][:SAMPLE_BATCHES]:
-            texts = reader.get_batch(number).column("text")
-            for row in range(0, len(texts), max(1, len(texts) * SAMPLE_BATCHES // SAMPLE_ROWS)):
-                yield texts[row].as_py()[:SAMPLE_CHARACTERS]
-
-
-def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:
-    """One record batch of conversations as one of tokens, and how many of its rows did not take the fast path."""
-    spans = batch.column("spans")
-    ends, turns, kinds = spans.flatten().flatten()
-    counts = spans.value_lengths().to_numpy().astype(np.int64)
-    first_bytes, origin = starts(ends.to_numpy(), counts).astype(np.int64), origins(kinds.to_numpy())
-    first_span = np.concatenate(([0], np.cumsum(counts)))
-    sizes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
-    encoded, begins, stops = [], [], []
-    for low, high in _chunks(sizes):
-        here = slice(first_span[low], first_span[high])
-        some = Spans(first_bytes[here], origin[here], counts[low:high])
-        try:
-            encoded.append(encode(encoder, batch.column("text")[low:high].to_pylist(), sizes[low:high], some))
-        except Unwritable as error:
-            raise Unwritable(low + error.row, str(error)) from error
-        begin, end = carry(some, sizes[low:high], encoded[-1])
-        begins.append(begin)
-        stops.append(end)
-    begin, end = np.concatenate(begins), np.concatenate(stops)
-    kept = pa.array(begin < end)
-    columns = [pa.array(end, pa.uint32()), turns, kinds]
-    kept_counts = np.add.reduceat(np.append(begin < end, False), first_span[:-1]) * (counts > 0)
-    return pa.RecordBatch.from_arrays(
-        [
-            batch.column("row"),
-            batch.column("part"),
-            _lists(
-                np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded]), schema, "ids"
-            ),
-            _lists(
-                pa.StructArray.from_arrays([c.filter(kept) for c in columns], fields=list(SPAN)),
-                kept_counts,
-                schema,
-                "spans",
-            ),
-            batch.column("identity"),
-            batch.column("extra"),
-        ],
-        schema=schema,
-    ), sum(e.exact for e in encoded)
-
-
-def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:
-    """One record batch of rows that came as ids. Raises Unwritable for an id that the vocabulary does not have."""
-    ids, lengths = batch.column("ids").flatten().to_numpy(), batch.column("ids").value_lengths().to_numpy()
-    wrong = np.flatnonzero(ids >= len(encoder.control))
-    if len(wrong):
-        row = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
-        raise Unwritable(row, f"it holds the token {ids[wrong[0]]}: the vocabulary has {len(encoder.control)}")
-    columns = [_lists(ids, lengths, schema, "ids") if name == "ids" else batch.column(name) for name in schema.names]
-    return pa.RecordBatch.from_arrays(columns, schema=schema), 0
-
-
-def _chunks(sizes: Positions) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `CHUNK_BYTES` each."""
-    group = (np.cumsum(sizes) - sizes) // CHUNK_BYTES
-    cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(sizes)]
-    return pairwise(cuts)
-
-
-def _lists(values: Any, counts: Positions, schema: pa.Schema, name: str) -> pa.ListArray:
-    kind = schema.field(name).type
-    offsets = pa.array(np.concatenate(([0], np.cumsum(counts))), pa.int32())
-    values = values if isinstance(values, pa.Array) else pa.array(values, kind.value_type)
-    return pa.ListArray.from_arrays(offsets, values, type=kind)
+    return tokenize(config, inputs, output, work)
 
 
 STAGE = Stage(

@@ -16,21 +16,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from stages.errors import UserError
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, ROLES, TRAIN_UNSET, TRAIN_YES
 from stages.stage import Tell
-from stages.tables import (
-    NO_TURN,
-    ORIGIN_CONTENT,
-    ORIGIN_END,
-    ORIGIN_TEMPLATE,
-    ROLES,
-    TRAIN_UNSET,
-    TRAIN_YES,
-    origins,
-    read_table,
-    roles,
-    starts,
-    trains,
-)
+from stages.tables import origins, read_table, roles, starts, trains
 
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from stages.errors import UserError
+from stages.marks import TRAIN_UNSET
 from stages.stage import StageConfig
-from stages.tables import TRAIN_UNSET
 
 Row = Mapping[str, Any]
 """One row as it stands in the file: JSON values by column."""
@@ -63,6 +63,9 @@ class BadRow(UserError):
         """
         detail = str(self)
         return BadRow(self.reason, f"{place}{'' if detail.startswith(('[', ' ')) else '.'}{detail}")
+
+
+Reasoning = Literal["keep", "drop", "last"]
 
 
 @dataclass(slots=True)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
+from stages.marks import TRAIN_NO, TRAIN_YES
 from stages.row_fields import kind_of, text_at
 from stages.stage import StageConfig
-from stages.tables import TRAIN_NO, TRAIN_YES
 
 
 class AlpacaOptions(StageConfig):

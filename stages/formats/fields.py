@@ -25,9 +25,9 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import offered
+from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 from stages.row_fields import listed
 from stages.stage import StageConfig
-from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
 Path = tuple[str | int, ...]
 Pieces = tuple[tuple[str, Path | None], ...]

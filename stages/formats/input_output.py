@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import flag
+from stages.marks import TRAIN_UNSET
 from stages.row_fields import list_at, object_at, text_at
-from stages.tables import TRAIN_UNSET
 
 
 def convert(row: Row, options: Options) -> Conversation:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from stages.formats import ROLES, BadRow, Conversation, Format, Options, Row, Runs, Turn
+from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 from stages.row_fields import json_at, kind_of, list_at, object_at, shown, text_at
-from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
 MEDIA = frozenset({"images", "videos", "audios"})
 """Columns that hold what this is not for."""

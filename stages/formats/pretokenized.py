@@ -13,8 +13,8 @@ from typing import Any
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import runs
+from stages.marks import TRAIN_NO, TRAIN_YES
 from stages.row_fields import list_at, shown
-from stages.tables import TRAIN_NO, TRAIN_YES
 
 IGNORED = -100
 """The label that does not train, in PyTorch's cross-entropy and everywhere since."""

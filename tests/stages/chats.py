@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from stages import convert, tokenize
 from stages.formats import Conversation, Turn
 from stages.identity import tree_of
+from stages.marks import ROLES, TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.tables import ROLES, TRAIN_NO, TRAIN_UNSET, TRAIN_YES, read_table
+from stages.tables import read_table
 
 MARKERS = (
     "<|im_end|>",

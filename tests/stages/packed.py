@@ -9,19 +9,11 @@ from typing import Any
 import numpy as np
 
 from packing.collate import IGNORED, PackedBins
+from stages.marks import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET, kind_of
 from stages.pack import STAGE, PackConfig
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.tables import (
-    ORIGIN_CONTENT,
-    ORIGIN_END,
-    ORIGIN_TEMPLATE,
-    TRAIN_UNSET,
-    kind_of,
-    read_table,
-    tokens_schema,
-    write_table,
-)
+from stages.tables import read_table, tokens_schema, write_table
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "model"
 

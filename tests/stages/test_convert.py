@@ -14,8 +14,9 @@ from stages import convert, formats
 from stages.errors import UserError
 from stages.formats import Conversation, Turn
 from stages.identity import File, Tree, canonical_json
+from stages.marks import NO_TURN, TRAIN_NO, TRAIN_UNSET
 from stages.sequences import identity
-from stages.tables import CONVERSATIONS, NO_TURN, TRAIN_NO, TRAIN_UNSET, read_table
+from stages.tables import CONVERSATIONS, read_table
 from tests.stages.chats import digest, rows_of, run_convert, smollm2, source
 
 CHAT = {"messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là.", "weight": 0}]}

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from flows.inspect import show_samples
 from flows.pages import report_page
 from packing.collate import IGNORED
+from stages.marks import ORIGIN_CONTENT, TRAIN_UNSET
 from stages.samples import PIECE, PIECES, SAMPLES
-from stages.tables import ORIGIN_CONTENT, TRAIN_UNSET, read_table
+from stages.tables import read_table
 from tests.stages.packed import TOKENIZER, Packed, row, shard, spans
 
 Turns = list[tuple[str, int]]

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
-from stages import fast_encoding, tokenize
+from stages import fast_encoding, tokenizing
 from stages.encoding import load
 from stages.fast_encoding import HARD, Fast, agrees
 from tests.stages.chats import MARKERS, digest, run_convert, run_tokenize, smollm2, source
@@ -100,10 +100,10 @@ class TestStage:
 
     def test_the_same_bytes_without_it(self, tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fast, facts = run_tokenize(tmp_path / "fast", shard, smollm2())
-        tokenize._encoder.cache_clear()
+        tokenizing._encoder.cache_clear()
         monkeypatch.setattr(fast_encoding, "load", lambda *_: None)
         exact, other = run_tokenize(tmp_path / "exact", shard, smollm2())
-        tokenize._encoder.cache_clear()
+        tokenizing._encoder.cache_clear()
         assert list(facts["rows_by_backend"]) == ["fastokens"] and list(other["rows_by_backend"]) == ["tokenizers"]
         assert digest(fast) == digest(exact)
 
@@ -118,7 +118,7 @@ class TestStage:
             return ids + np.uint32(1), counts
 
         monkeypatch.setattr(Fast, "encode", off_by_one)
-        tokenize._warn_once.cache_clear()
+        tokenizing._warn_once.cache_clear()
         with caplog.at_level(logging.WARNING):
             first, facts = run_tokenize(tmp_path / "first", shard, smollm2())
             second, _ = run_tokenize(tmp_path / "second", shard, smollm2())

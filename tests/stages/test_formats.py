@@ -11,7 +11,7 @@ import stages.formats
 from stages import formats
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Example, Format, Options, Turn, find
-from stages.tables import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
+from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 3}}}
 

@@ -16,8 +16,8 @@ from stages import convert, formats, templates
 from stages.chat_template import load
 from stages.formats import Example, auto
 from stages.forms import Forms
+from stages.marks import TRAIN_NO, TRAIN_YES
 from stages.sequences import Sequencer, Written
-from stages.tables import TRAIN_NO, TRAIN_YES
 from stages.tokenizer_files import Tokenizer
 
 GUIDE = Path(__file__).parents[2] / "docs" / "formats.md"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import chat_template, convert, rendering, templates
+from stages import chat_template, converting, rendering, templates
 from stages.copying import Copying
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Turn
@@ -142,7 +142,7 @@ def test_what_is_written_does_not_depend_on_forms(tmp_path: Path, monkeypatch: p
     ]
     rows = [{"messages": messages(chat)} for chat in chats]
     once, _ = run_convert(tmp_path / "a", source(tmp_path / "rows", rows), smollm2(), {"format": "messages"})
-    monkeypatch.setattr(convert, "Forms", _Off)
+    monkeypatch.setattr(converting, "Forms", _Off)
     again, _ = run_convert(tmp_path / "b", source(tmp_path / "more", rows), smollm2(), {"format": "messages"})
     assert digest(once) == digest(again)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from stages.contamination import find_contamination
 from stages.grams import hash_runs
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.near_duplicates import band_height, near_duplicates
-from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.tokenized import Rows, Shard, find_shards, read_rows
 from tests.stages.packed import Packed, row, shard, spans
 

@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 
 from packing.collate import IGNORED
 from stages.identity import tree_of
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 from stages.pack import PackConfig
 from stages.stage import UserError
-from stages.tables import (
-    NO_TURN,
-    ORIGIN_CONTENT,
-    ORIGIN_END,
-    ORIGIN_TEMPLATE,
-    TRAIN_NO,
-    TRAIN_UNSET,
-    TRAIN_YES,
-    read_table,
-    tokens_schema,
-)
+from stages.tables import read_table, tokens_schema
 from stages.tokenized import may_train, read_spans, trained_ranges
 from tests.stages.packed import Packed, labels, row, shard, spans
 

@@ -18,10 +18,10 @@ import tokenizers
 from stages import convert, tokenize
 from stages.chat_template import load
 from stages.formats import Conversation, Turn
+from stages.marks import ROLES
 from stages.rendering import render
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.tables import ROLES
 from stages.tokenizer_files import read_tokenizer
 from tests.stages.chats import rows_of, smollm2, source
 from tests.stages.test_rendering import transformers_text

@@ -16,8 +16,8 @@ from stages import templates
 from stages.chat_template import Template, load
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Options, Turn, find
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.rendering import Rendered, Span, render
-from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.tokenizer_files import Tokenizer, read_tokenizer
 from tests.stages.chats import conversations, messages, smollm2
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from stages import templates
 from stages.chat_template import Template, load
 from stages.formats import BadRow, Conversation, Turn
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.rendering import Rendered, render
-from stages.tables import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.templates import Named
 from stages.tokenizer_files import Tokenizer
 from tests.stages.chats import texts

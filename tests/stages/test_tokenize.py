@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from stages import tokenize
+from stages import tokenize, tokenizing
 from stages.chat_template import Template, load
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode
 from stages.encoding import load as load_encoder
 from stages.errors import UserError
 from stages.formats import Conversation, Turn
 from stages.identity import tree_of
+from stages.marks import NO_TURN, ORIGIN_CONTENT
 from stages.rendering import Rendered, render, spans
-from stages.tables import NO_TURN, ORIGIN_CONTENT, read_table
+from stages.tables import read_table
 from stages.tokenizer_files import backend, read_tokenizer
 from tests.stages.chats import conversations, digest, rows_of, run_convert, run_tokenize, smollm2, source
 
@@ -279,7 +280,7 @@ class TestStage:
         self, tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         once, _ = run_tokenize(tmp_path / "a", shard, smollm2())
-        monkeypatch.setattr(tokenize, "CHUNK_BYTES", 1000)
+        monkeypatch.setattr(tokenizing, "CHUNK_BYTES", 1000)
         again, _ = run_tokenize(tmp_path / "b", shard, smollm2())
         assert digest(once) == digest(again)
 

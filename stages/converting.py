@@ -1,0 +1,185 @@
+"""The work of convert: the rows of one shard become rendered conversations in an Arrow table.
+
+Apart from `stages.convert`, so that `regrow plan` loads neither Arrow nor Jinja.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stages import chat_template, filters, formats
+from stages.convert import ConvertPart
+from stages.filters import LeftOut
+from stages.formats import BadRow, Reader, auto, own
+from stages.forms import Formed, Forms
+from stages.marks import kind_of
+from stages.rows import Place, Row, read_rows
+from stages.sequences import Sequencer, Written
+from stages.stage import Facts, UserError, Work
+from stages.tables import BATCH_ROWS, CONVERSATIONS, CONVERSATIONS_OF_IDS, SPAN
+from stages.tokenizer_files import read_tokenizer
+
+PLACES = 10
+"""Bad rows listed by place, for each reason."""
+BATCH_CHARACTERS = 1 << 26
+"""Text in one record batch, after which it ends before it has `BATCH_ROWS` rows."""
+
+
+def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
+    """Convert one shard. Raises UserError naming file and row at the first bad one, or drops and counts them."""
+    if config.format == "own" and not work.runtime.allow_code:
+        raise UserError(own.NOT_ALLOWED)
+    source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
+    name = "/".join(part for part in (work.where.get("name") or source["source"], source.get("member")) if part)
+    first = source.get("first", 1)
+    (path,) = inputs["rows"].glob("rows.*")
+    rows = filters.filtered(read_rows(path, name, first), config.filter)
+    seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
+    reader = _reader(config, name, seen)
+    tokenizer = read_tokenizer(inputs["tokenizer"])
+    template = chat_template.load(tokenizer, config.template, config.date) if reader.templated else None
+    counts = _Counts(name, config.bad_rows)
+    schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
+        {
+            "control": json.dumps(list(template.control if template else tokenizer.special), ensure_ascii=False),
+            "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
+        }
+    )
+    sequencer = Sequencer(reader, tokenizer, template, Forms(template) if template else None, config.reasoning)
+    with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        batch: list[Written] = []
+        size = 0
+        for converted in _converted(chain(seen, rows), sequencer, counts):
+            batch += converted
+            size += sum(len(one.rendered.text) for one in converted)
+            if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
+                writer.write_batch(_batch(batch, schema))
+                batch, size = [], 0
+                work.tell(counts.rows, unit="rows")
+        if batch:
+            writer.write_batch(_batch(batch, schema))
+    if not counts.rows:
+        raise UserError(f"{name}: there are no rows in it")
+    document = {
+        "source": source["source"],
+        "split": source["split"],
+        "kind": reader.kind,
+        "format": reader.format,
+        "fields": dict(reader.fields),
+        "first": first - 1,
+        **counts.document(),
+    }
+    if template:  # what the trained model must be asked through: merge puts it into the model's folder
+        (output / "chat_template.jinja").write_text(template.source, "utf-8")
+    (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    work.tell(counts.rows, counts.rows, "rows")
+    facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
+    return {**facts, "formats": {reader.format: 1}}
+
+
+def _reader(config: ConvertPart, name: str, seen: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> Reader:
+    """The format that reads a shard. Raises UserError when it is not recognised in the rows `seen`."""
+    rows = [row for _, row in seen if isinstance(row, dict)] or [r.row for _, r in seen if isinstance(r, LeftOut)]
+    for place, row in seen:
+        if not rows and isinstance(row, BadRow):
+            raise UserError(f"{name}, {place}: {row}")
+    try:
+        return formats.reader(config.format, config.fields, config.roles, config.options, code=config.code, rows=rows)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+class _Counts:
+    """What happened to the rows of one shard."""
+
+    def __init__(self, name: str, bad_rows: str) -> None:
+        self.name = name
+        self.bad_rows = bad_rows
+        self.rows = 0
+        self.turns_without_end = 0
+        self.dropped: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+        self.unwritten: Counter[str] = Counter()
+
+    def bad(self, place: str, error: BadRow, hint: str) -> None:
+        """Count a bad row, or stop there."""
+        if self.bad_rows == "error":
+            raise UserError(f"{self.name}, {place}: {error}{hint} (or set convert.bad_rows: drop)") from error
+        self.dropped[error.reason] += 1
+        places = self.places.setdefault(error.reason, [])
+        if len(places) < PLACES:
+            places.append(f"{self.name}, {place}")
+
+    def document(self) -> dict[str, Any]:
+        """The counts as they stand in `counts.json`."""
+        return {
+            "rows": self.rows,
+            "dropped": dict(self.dropped),
+            "places": self.places,
+            "unwritten": dict(self.unwritten),
+            "turns_without_end": self.turns_without_end,
+        }
+
+
+def _converted(
+    rows: Iterable[tuple[Place, Row | BadRow | LeftOut]], sequencer: Sequencer, counts: _Counts
+) -> Iterator[list[Written]]:
+    """The sequences of each row that can be converted."""
+    convert, form = sequencer.reader.convert, sequencer.reader.format
+    for number, (place, row) in enumerate(rows):
+        counts.rows += 1
+        if isinstance(row, LeftOut):
+            counts.dropped["filtered"] += 1
+            continue
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            found = sequencer.sequences(number, convert(row))
+        except BadRow as error:
+            counts.bad(place, error, "" if isinstance(row, BadRow) else formats.hint(row, form))
+            continue
+        for one in found:
+            if one.rendered.unwritten:
+                counts.unwritten.update(one.rendered.unwritten)
+        counts.turns_without_end += sum(sequencer.without_end(one.rendered) for one in found)
+        yield found
+
+
+def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
+    """Columns built whole: an Arrow struct a span at a time would cost more than the render."""
+    ends: list[int] = []
+    turns: list[int] = []
+    kinds: list[int] = []
+    offsets = [0]
+    for one in rows:
+        rendered = one.rendered
+        if isinstance(rendered, Formed):
+            ends += rendered.ends()
+            turns += rendered.form.turns
+            kinds += rendered.form.kinds
+        else:
+            ends += [span.end for span in rendered.spans]
+            turns += [span.turn for span in rendered.spans]
+            kinds += [kind_of(span.origin, span.role, span.train) for span in rendered.spans]
+        offsets.append(len(ends))
+    structs = pa.StructArray.from_arrays(
+        [pa.array(column, field.type) for column, field in zip((ends, turns, kinds), SPAN, strict=True)],
+        fields=list(SPAN),
+    )
+    said = [one.rendered.text if one.ids is None else one.ids for one in rows]
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array([one.row for one in rows], pa.uint32()),
+            pa.array([one.part for one in rows], pa.uint8()),
+            pa.array(said, schema.field(2).type),
+            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, type=schema.field("spans").type),
+            pa.array([one.identity for one in rows], pa.binary(16)),
+            pa.array([one.extra for one in rows], pa.string()),
+        ],
+        schema=schema,
+    )
