@@ -7,26 +7,28 @@ checkpoint and computes the losses it would have computed.
 This file holds the recipe section and declares the stage; the work is in the files beside it:
 
     checks.py        settings that do not fit together
-    data.py          optimizer steps as lists of micro-batches
+    data.py          optimizer steps as lists of micro-batches; samples.py: single batches, to try the model on
     model.py         the model that is trained, and what is written at the end
     quantization.py  frozen weights in 4 or 8 bits
     freezing.py      which weights train, for the method full; patterns.py: their names
     adapters.py      LoRA and its kin; folding.py: adapters that start as a part of the weights
     neftune.py       noise on the embeddings
     optimizers.py    optimizers by name; schedules.py: the learning rate
-    between.py       what happens between steps: restarts, layer sampling, averages, held-out loss
-    trainer.py       transformers' Trainer over those steps
+    between.py       what happens between steps: restarts, layer sampling; weights.py: averages; heldout.py: its loss
+    trainer.py       transformers' Trainer over those steps; training.py: one attempt's circumstances
+    progress.py      figures told while it runs
+    saving.py        when it saves, and when it stops
     state.py         what a checkpoint holds
     checkpoints.py   complete or invisible
     adamw.py         AdamW over weights of 16 + 16 bits
     lora_linear.py   a layer with its adapter as one operation; lora_mlp.py: two that go together
     float8.py        products in 8 bits
     speed.py         chooses among these, and compiles
-    memory.py        the memory plan
+    memory.py        the memory plan; planning.py: for one attempt
     metrics.py       a step's figures; trackers.py: where else they go
     policy.py        what happens when the loss jumps
     ranks.py         several processes, one training; sharding.py cuts the model over them
-    run.py           one attempt: all of it in order
+    run.py           one attempt: all of it in order; results.py: what it leaves
     supervise.py     the stage function: attempts, until one comes to its end
 """
 

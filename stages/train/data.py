@@ -5,18 +5,19 @@ permutation of whole steps; so a step number alone says which bins it reads, and
 seeds what a micro-batch draws (dropout, noise): a position is all the random state there is, on any number of ranks.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from torch.utils.data import Dataset
 
 from packing.collate import PackedBins, collate
 from packing.plan import deal
 from stages.errors import UserError
-from stages.objectives import Objective
+from stages.objectives import Batch, Objective
 from stages.tables import read_table
 
 
@@ -46,6 +47,28 @@ def step_order(steps: int, total: int, seed: int) -> list[int]:
     for epoch in range(1, -(-total // steps)):
         epochs.append(np.random.default_rng((seed, epoch)).permutation(steps))
     return [int(step) for step in np.concatenate(epochs)[:total]]
+
+
+def open_bins(inputs: Mapping[str, Path]) -> PackedBins:
+    """The plan's training bins. Raises UserError when there is nothing to train on."""
+    bins = PackedBins(inputs["tokens"], inputs["plan"], reference=inputs.get("reference"))
+    if not len(bins) or not bins.trained.sum():
+        raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
+    return bins
+
+
+def refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
+    """Raise UserError when an objective does not train on the plan's kind of rows."""
+    if kind not in kinds:
+        raise UserError(
+            f"train.objective {name} trains on rows of kind {' or '.join(kinds)}, and the plan holds rows of kind "
+            f"{kind}: choose another objective, or read the data in another convert.format"
+        )
+
+
+def to_device(batch: Batch, device: "str | torch.device") -> dict[str, Any]:
+    """A batch with its tensors on a device; from pinned memory without waiting."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 class Steps(Dataset[Step]):

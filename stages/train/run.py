@@ -2,24 +2,21 @@
 
 import json
 import os
-import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import set_seed
 
-from packing.collate import IGNORED, Bin, PackedBins, collate
+from packing.collate import PackedBins
 from packing.isolation import check_isolation
-from stages import arithmetic, lm_head, objectives
+from stages import arithmetic, objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
-from stages.objectives import LossSums, Objective
 from stages.stage import Facts, Work
 from stages.train import (
     TrainConfig,
@@ -30,18 +27,27 @@ from stages.train import (
     model,
     optimizers,
     quantization,
+    results,
     speed,
     state,
 )
-from stages.train.between import heldout_look
-from stages.train.data import Steps, name_rows, refuse_unknown_tokens, step_order
+from stages.train.data import (
+    Steps,
+    name_rows,
+    open_bins,
+    refuse_other_kinds,
+    refuse_unknown_tokens,
+    step_order,
+    to_device,
+)
+from stages.train.heldout import look_of
+from stages.train.planning import plan_memory, refuse_too_big
 from stages.train.policy import Watch
 from stages.train.ranks import Group, Stopping
+from stages.train.samples import first_batches, one_document
 from stages.train.sharding import shard
-from stages.train.trainer import PackedTrainer, Training, make_trainer, to_device
-
-METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
-"""What a line of metrics.jsonl holds before the objective's own measures: nothing that a clock decides."""
+from stages.train.trainer import PackedTrainer, make_trainer
+from stages.train.training import Training
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def attempt(
     bins = open_bins(inputs)
     shards = [shard["path"] for shard in json.loads((inputs["plan"] / "plan.json").read_text())["shards"]]
     objective = objectives.find(config.objective)
-    _refuse_other_kinds(config.objective, objective.kinds, bins.kind)
+    refuse_other_kinds(config.objective, objective.kinds, bins.kind)
     identity = state.identity(config, inputs)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, this.device)})
     checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints", this.below)
@@ -107,14 +113,25 @@ def attempt(
         split = optimizers.can_split(config) and not sharded
         loaded = model.load(inputs["model"], config, place, split)
         refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
-        _refuse_too_big(loaded, place)
-        trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: _first_batches(bins, place))
+        refuse_too_big(loaded, place)
+        trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: first_batches(bins, place))
         faster: dict[str, Any] = dict(speed.hold(trained, config, sharded))
         isolation = _prove_isolation(trained, config, place)
         with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
-            loss = objective.loss(trained, options, to_device(_example(bins), place))
-        plan = _plan(config, work, this, trained, bins, objective, loss, group, sharded)
+            loss = objective.loss(trained, options, to_device(one_document(bins), place))
+        plan = plan_memory(
+            config,
+            trained,
+            bins,
+            objective,
+            loss,
+            group,
+            this.device,
+            work.runtime.shard,
+            this.micro_batch,
+            this.activation_checkpointing,
+        )
         tokens = this.total * bins.global_batch * bins.sequence_length // group.size
         compiled = not sharded and speed.wants_compiling(work.runtime.compile, place, tokens)
         faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
@@ -139,7 +156,7 @@ def attempt(
                 config=config,
                 steps=steps,
                 loss=computed,
-                look=_look(config, objective, inputs, trained, computed, this.device, group, sharded),
+                look=look_of(config, objective, inputs, trained, computed, this.device, group, sharded),
                 work=work,
                 device=this.device,
                 activation_checkpointing=plan.activation_checkpointing,
@@ -168,27 +185,19 @@ def attempt(
         return {}
     if weights is not None:
         loaded = model.load(inputs["model"], config, "cpu")
-        trained = model.ready(loaded, config, inputs["model"], "cpu", lambda: _first_batches(bins, "cpu"))
+        trained = model.ready(loaded, config, inputs["model"], "cpu", lambda: first_batches(bins, "cpu"))
         state.put_weights(trained, weights)
-    history = trainer.state.log_history
-    record = trainer.between.record
-    _write(config, trained, history, record, inputs["model"], output)
-    here = [entry for entry in history if entry["step"] > resumed]
-    seconds = done - ready
-    flops = sum(trainer.training.flops(entry["step"] - 1) for entry in here) / seconds / group.size
+    history, record = trainer.state.log_history, trainer.between.record
+    results.write(config, trained, history, record, inputs["model"], output)
     return {
-        "steps": len(history),
+        **results.figures(trainer, resumed, done - ready, this.device),
         "resumed_at_step": resumed,
         "skipped_checkpoints": list(skipped),
         "left_out_steps": [
             {"step": p + 1, "rows": trainer.training.name_rows(steps.numbers(p))} for p in sorted(steps.left_out)
         ],
         "notes": [*this.notes, *trainer.notes],
-        "tokens": sum(entry["tokens"] for entry in history),
-        "trained_tokens": sum(entry["trained_tokens"] for entry in history),
         "trained_weights": size,
-        "first_loss": history[0]["loss"],
-        "last_loss": history[-1]["loss"],
         **({"quantized_share": round(quantization.share(trained), 4)} if config.quantize else {}),
         **record,
         "isolation": dict(isolation),
@@ -200,11 +209,6 @@ def attempt(
         "shard": work.runtime.shard if group.size > 1 else "none",
         "memory_plan": plan.record(),
         "seconds_to_prepare": round(ready - started, 2),
-        "seconds_of_training": round(seconds, 2),
-        "tokens_per_second": round(sum(entry["tokens"] for entry in here) / seconds, 1),
-        "model_flops_per_second": round(flops),
-        **({"model_flop_utilisation": round(flops / peak, 4)} if (peak := trainer.training.peak) else {}),
-        "peak_memory_bytes": _peak_memory(this.device),
     }
 
 
@@ -222,66 +226,6 @@ def _train(trainer: PackedTrainer, checkpoint: Path | None, stopping: Stopping) 
     trainer.settle(wait=True)
 
 
-def _refuse_too_big(trained: Any, device: str) -> None:
-    """Raise UserError for weights that do not even fit where they are to be trained."""
-    size, room = sum(p.numel() * p.element_size() for p in trained.parameters()), memory.room(device)
-    if device == "cuda" and size > room:
-        raise UserError(
-            f"the model's weights take {size / 1e9:.1f} GB, and the device has {room / 1e9:.1f} GB free: train a "
-            "smaller model, or several ranks with the runtime's shard: fsdp"
-        )
-
-
-def _plan(
-    config: TrainConfig,
-    work: Work,
-    this: Attempt,
-    trained: Any,
-    bins: PackedBins,
-    objective: Objective,
-    loss: LossSums,
-    group: Group,
-    sharded: bool,
-) -> memory.Plan:
-    """The memory plan, rank 0's on every rank. Raises UserError when nothing fits."""
-    place = "cpu" if sharded else this.device
-
-    def forward(tokens: int) -> torch.Tensor:
-        with speed.autocast(trained, config, place):
-            return loss(to_device(objective.prepare(_trial(bins, tokens)), place))["loss"]
-
-    shards = group.size if sharded else 1
-    costs = memory.measure(trained, forward, config.optimizer, config.precision, shards)
-    room, length = memory.room(this.device), bins.sequence_length
-    frozen = sum(p.numel() for p in trained.parameters()) * (4 if config.precision == "fp32" else 2)
-    plan = memory.choose(
-        costs,
-        room,
-        length,
-        -(-bins.global_batch // group.size),
-        this.micro_batch,
-        this.activation_checkpointing,
-        this.device,
-        lambda: memory.nearest(costs, room, length, config.method, frozen, group.size, work.runtime.shard, this.device),
-    )
-    agreed = group.agree(plan.micro_batch), bool(group.agree(int(plan.activation_checkpointing)))
-    plan = replace(plan, micro_batch=agreed[0], activation_checkpointing=agreed[1])
-    if group.rank == 0:
-        print(plan, flush=True)  # noqa: T201  (a stage's prints are its log)
-    return plan
-
-
-def _trial(bins: PackedBins, tokens: int) -> dict[str, Any]:
-    """A batch to measure on: two documents with so many tokens in all, and all of them train."""
-    packed = bins[0]
-    ids = np.resize(packed.ids, tokens)
-    labels = ids.astype(np.int64)
-    labels[[0, tokens // 2]] = IGNORED
-    reference = None if packed.reference is None else np.zeros(tokens, np.float32)
-    lengths = np.array([tokens // 2, tokens - tokens // 2])
-    return collate([Bin(ids, labels, lengths, reference=reference)])
-
-
 def _flops(config: Any, counted: tuple[int, int], bins: PackedBins, numbers: range) -> float:
     lengths = [length for number in numbers for length in bins.document_lengths(number)]
     return metrics.model_flops(config, *counted, lengths, int(bins.trained[numbers].sum()))
@@ -292,73 +236,6 @@ def _deterministic(stack: ExitStack) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
     torch.use_deterministic_algorithms(True)
-
-
-def _write(
-    config: TrainConfig, trained: Any, history: list[dict[str, Any]], record: Facts, source: Path, output: Path
-) -> None:
-    if config.lora.restart_every is not None:  # a sum of adapters has no low rank
-        model.save_weights(trained.merge_and_unload(), source, output / "weights")
-    elif config.method == "lora":
-        model.save_adapter(trained, output / "adapter")
-    else:
-        model.save_weights(trained, source, output / "weights")
-    lines = [
-        json.dumps({name: entry[name] for name in (*METRICS, *sorted({*entry} - {*METRICS}))}) for entry in history
-    ]
-    (output / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    (output / "train.json").write_text(
-        json.dumps({"method": config.method, "objective": config.objective, "steps": len(lines), **record}, indent=2)
-        + "\n"
-    )
-
-
-def _first_batches(bins: PackedBins, device: str, count: int = 16) -> list[dict[str, Any]]:
-    """The first packed sequences, as the model takes them."""
-    return [to_device(lm_head.model_inputs(collate([bins[i]])), device) for i in range(min(count, len(bins)))]
-
-
-def _look(
-    config: TrainConfig,
-    objective: Objective,
-    inputs: Mapping[str, Path],
-    trained: Any,
-    loss: LossSums,
-    device: str,
-    group: Group,
-    sharded: bool,
-) -> Callable[[], float] | None:
-    """What measures the held-out loss, where the recipe asks for it. Raises UserError when no rows are held out."""
-    if config.evaluate_every is None:
-        return None
-    bins = PackedBins(inputs["tokens"], inputs["plan"], heldout=True, reference=inputs.get("reference"))
-    if not bins.trained.sum():
-        raise UserError("train.evaluate_every: the plan holds no rows out: set pack.heldout, or a source's split")
-
-    def batch(number: int) -> tuple[Any, int]:
-        packed = bins[number]
-        counted = int(bins.trained[number]) if objective.counts == "tokens" else len(packed.lengths) // 2
-        return to_device(objective.prepare(collate([packed])), device), counted
-
-    # Ranks that hold parts of one model compute together, so each takes all batches.
-    numbers = range(len(bins)) if sharded else range(group.rank, len(bins), group.size)
-    return heldout_look(trained, batch, numbers, loss, lambda: speed.autocast(trained, config, device), group.sum)
-
-
-def open_bins(inputs: Mapping[str, Path]) -> PackedBins:
-    """The plan's training bins. Raises UserError when there is nothing to train on."""
-    bins = PackedBins(inputs["tokens"], inputs["plan"], reference=inputs.get("reference"))
-    if not len(bins) or not bins.trained.sum():
-        raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
-    return bins
-
-
-def _refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
-    if kind not in kinds:
-        raise UserError(
-            f"train.objective {name} trains on rows of kind {' or '.join(kinds)}, and the plan holds rows of kind "
-            f"{kind}: choose another objective, or read the data in another convert.format"
-        )
 
 
 def _prove_isolation(trained: Any, config: TrainConfig, device: str) -> Mapping[str, float]:
@@ -374,17 +251,3 @@ def _prove_isolation(trained: Any, config: TrainConfig, device: str) -> Mapping[
                 return check_isolation(trained)
     except ValueError as error:
         raise UserError(f"train: {error}") from error
-
-
-def _example(bins: PackedBins) -> dict[str, Any]:
-    """The first document as a model takes it."""
-    packed = bins[0]
-    length = packed.lengths[0]
-    return lm_head.model_inputs(collate([Bin(packed.ids[:length], packed.labels[:length], packed.lengths[:1])]))
-
-
-def _peak_memory(device: str) -> int:
-    """Of the GPU's memory, or of this process's."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

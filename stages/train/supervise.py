@@ -22,10 +22,11 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import TrainConfig, trackers
+from stages.train.data import open_bins
 from stages.train.memory import smaller
 from stages.train.policy import MOST_LEFT_OUT, Upset
 from stages.train.ranks import Event, Group, Stopping, join, launch
-from stages.train.run import Attempt, OutOfMemory, attempt, open_bins
+from stages.train.run import Attempt, OutOfMemory, attempt
 
 
 def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:

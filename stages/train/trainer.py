@@ -9,9 +9,7 @@ optimizer, schedule, clipping, the loop.
 import copy
 import json
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -19,50 +17,20 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from stages.errors import UserError
-from stages.objectives import Batch, LossSums
-from stages.stage import Work
-from stages.train import TrainConfig, optimizers, schedules, speed, state
+from stages.train import optimizers, schedules, speed, state
 from stages.train.adamw import SplitAdamW, is_split
 from stages.train.between import Between
 from stages.train.between import make as make_between
 from stages.train.checkpoints import Saver
-from stages.train.data import Step, Steps
+from stages.train.data import Step, to_device
 from stages.train.metrics import Queue
 from stages.train.policy import Spike, Upset, Watch
-from stages.train.ranks import Group, Stopping
-
-TELL_SECONDS = 0.2
-"""Progress is told at most this often."""
-GO_ON, SAVE, SAVE_AND_STOP, STOP = range(4)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a trainer needs besides the model: one attempt's circumstances."""
-
-    config: TrainConfig
-    steps: Steps
-    loss: LossSums
-    work: Work
-    device: str
-    activation_checkpointing: bool
-    trackers: tuple[str, ...]
-    """By transformers' names."""
-    group: Group
-    stopping: Stopping
-    identity: dict[str, Any]
-    """Whose training it is, for the checkpoints."""
-    name_rows: Callable[[range], str]
-    """Names the source rows in some bins."""
-    flops: Callable[[int], float]
-    """Floating-point operations of a step."""
-    peak: float | None
-    """The device's FLOP/s."""
-    look: Callable[[], float] | None
-    """Measures the held-out loss."""
+from stages.train.progress import Progress
+from stages.train.saving import Saving
+from stages.train.training import Training
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -109,13 +77,8 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
     trainer.begin(training, between)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(between)
-    trainer.add_callback(_Deciding(training, trainer.saver))
+    trainer.add_callback(Saving(training, trainer.saver))
     return trainer
-
-
-def to_device(batch: Batch, device: "str | torch.device") -> dict[str, Any]:
-    """A batch with its tensors on a device; from pinned memory without waiting."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
@@ -137,9 +100,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """More that checkpoints hold, by name: each has `state_dict` and `load_state_dict`."""
         self.notes: list[str] = []
         """What a reader of the record should know: spikes that were let pass, checkpoints that failed."""
-        self.started = self._told_at = time.monotonic()
-        self._told_step = self._last_position = -1
-        self._speed: dict[str, Any] = {}
+        self.progress = Progress(training)
+        self._last_position = -1
 
     # ---- the step ----
 
@@ -234,13 +196,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             self.state.log_history.append(entry)
             seen = copy.copy(self.state)
             seen.global_step = entry["step"]
-            self.control = self.callback_handler.on_log(self.args, seen, self.control, self._told_figures(entry))
-            self._tell(entry)
+            figures = {name: value for name, value in entry.items() if name != "step"} | self.progress.speed
+            self.control = self.callback_handler.on_log(self.args, seen, self.control, figures)
+            self.progress.tell_figures(entry)
         for saved in self.saver.finished():
             if saved.path is None:
                 self._note(saved.error)
             else:
-                self._tell_more(saved.step, checkpoint=saved.path.name, save_seconds=round(saved.seconds, 2))
+                self.progress.tell(saved.step, checkpoint=saved.path.name, save_seconds=round(saved.seconds, 2))
 
     def _react(self, step: int, found: Spike) -> None:
         rows = self.training.name_rows(self.training.steps.numbers(step - 1))
@@ -256,31 +219,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _note(self, message: str) -> None:
         self.notes.append(message)
-        self._tell_more(self.state.global_step, note=message)
-
-    def _told_figures(self, entry: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in entry.items() if name != "step"} | self._speed
-
-    def _tell(self, entry: dict[str, Any]) -> None:
-        now, step = time.monotonic(), entry["step"]
-        if now - self._told_at < TELL_SECONDS and step < self.state.max_steps and self._told_step >= 0:
-            return
-        first = self._told_step if self._told_step >= 0 else step - 1
-        seconds = max(now - self._told_at, 1e-9)
-        done = range(first, step)
-        tokens = sum(self.training.steps.tokens(i) for i in done)
-        self._speed = {"tokens_per_second": round(tokens / seconds, 1)}
-        if self.training.peak:
-            flops = sum(map(self.training.flops, done)) / seconds / self.training.group.size
-            self._speed["model_flop_utilisation"] = round(flops / self.training.peak, 4)
-        if self.args.device.type == "cuda":
-            self._speed["memory_bytes"] = torch.cuda.max_memory_allocated()
-        self._told_at, self._told_step = now, step
-        figures = {name: value for name, value in entry.items() if name not in ("step", "tokens", "trained_tokens")}
-        self._tell_more(step, **figures, **self._speed)
-
-    def _tell_more(self, step: int, **metrics: Any) -> None:
-        self.training.work.tell(step, self.state.max_steps, "steps", **metrics)
+        self.progress.tell(self.state.global_step, note=message)
 
     # ---- checkpoints ----
 
@@ -322,29 +261,3 @@ def _plain(found: TrainerState) -> dict[str, Any]:
     """The Trainer's state as far as a later one reads it."""
     names = ("global_step", "max_steps", "epoch", "log_history", "train_batch_size", "logging_steps", "save_steps")
     return {name: getattr(found, name) for name in names}
-
-
-class _Deciding(TrainerCallback):  # type: ignore[misc]
-    """Decides after every step, on rank 0 for all ranks, whether to save and whether to stop."""
-
-    def __init__(self, training: Training, saver: Saver) -> None:
-        self.training, self.saver, self.saved = training, saver, time.monotonic()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        decision = self.training.group.agree(self._decide(state.global_step >= state.max_steps))
-        if decision in (SAVE, SAVE_AND_STOP):
-            control.should_save = True
-            self.saved = time.monotonic()
-        control.should_training_stop |= decision in (SAVE_AND_STOP, STOP)
-        return control
-
-    def _decide(self, last: bool) -> int:
-        runtime = self.training.work.runtime
-        if last:
-            return GO_ON
-        if self.training.stopping.asked:
-            # A checkpoint that cannot be written before the end would only cost the time to hand back the machine.
-            return SAVE_AND_STOP if self.saver.seconds < runtime.grace_seconds else STOP
-        return SAVE if time.monotonic() - self.saved >= runtime.save_seconds else GO_ON

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
-from stages.train import Full, Lisa, between, freezing, neftune
+from stages.train import Full, Lisa, freezing, heldout, neftune
 from tests.stages import tiny
 
 
@@ -109,7 +109,7 @@ def test_patience_counts_looks_since_the_best(losses: list[float], patience: int
     config = TrainConfig.model_validate({"evaluate_every": 1, "patience": patience, "keep": "best"})
     layer = torch.nn.Linear(1, 1, bias=False)
     given = iter(losses)
-    looks = between.Looks(layer, config, None, 1, len(losses), lambda: next(given), None, lambda step, loss: None)
+    looks = heldout.Looks(layer, config, None, 1, len(losses), lambda: next(given), None, lambda step, loss: None)
     done = 0
     for step in range(1, len(losses) + 1):
         torch.nn.init.constant_(layer.weight, step)

@@ -1,0 +1,150 @@
+"""The loss of the rows that the plan held out, while training: early stopping, and the best weights kept."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packing.collate import PackedBins, collate
+from stages.errors import UserError
+from stages.objectives import LossSums, Objective
+from stages.train import TrainConfig, optimizers, speed
+from stages.train.data import to_device
+from stages.train.ranks import Group
+from stages.train.weights import Average, put, trained
+
+
+class Looks:
+    """The held-out loss while training, on the weights that would be written now; early stopping, and the best weights
+    kept."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        optimizer: Any,
+        every: int,
+        total: int,
+        look: Callable[[], float],
+        average: Average | None,
+        tell: Callable[[int, float], None],
+    ) -> None:
+        self.weights, self.optimizer, self.look, self.average, self.tell = (
+            trained(model),
+            optimizer,
+            look,
+            average,
+            tell,
+        )
+        self.every, self.total, self.patience, self.keeps = every, total, config.patience, config.keep == "best"
+        self.found: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.stop = False
+
+    def after(self, step: int) -> None:
+        """Look, if it is time."""
+        if step % self.every and step < self.total:
+            return
+        with optimizers.judging(self.optimizer):
+            if self.average is not None:
+                with self.average.in_place():
+                    self._look(step)
+            else:
+                self._look(step)
+
+    def _look(self, step: int) -> None:
+        loss = self.look()
+        self.tell(step, loss)
+        better = not self.found or loss < min(loss for _, loss in self.found)
+        self.found.append((step, loss))
+        if better and self.keeps:
+            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
+        self.stop = self.patience is not None and len(self.found) - 1 - self._best() >= self.patience
+
+    def _best(self) -> int:
+        """Place of the best look, the first of equals."""
+        return min(range(len(self.found)), key=lambda place: self.found[place][1])
+
+    def finish(self) -> None:
+        """Put the best weights into the model, if they are to be kept."""
+        if self.best:
+            put(self.weights, self.best)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Every look, and which step's weights are written."""
+        if not self.found:
+            return {"looks": []}
+        best = self.found[self._best()]
+        return {
+            "looks": [{"step": step, "loss": loss} for step, loss in self.found],
+            "best_step": best[0],
+            "written_step": best[0] if self.keeps else self.found[-1][0],
+            "stopped_early": self.stop,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Looks and best weights."""
+        return {"found": self.found, "best": self.best, "stop": self.stop}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on looking."""
+        self.found = [(step, loss) for step, loss in state["found"]]
+        self.best, self.stop = dict(state["best"]), state["stop"]
+
+
+def look_of(
+    config: TrainConfig,
+    objective: Objective,
+    inputs: Mapping[str, Path],
+    model: Any,
+    loss: LossSums,
+    device: str,
+    group: Group,
+    sharded: bool,
+) -> Callable[[], float] | None:
+    """What measures the held-out loss, where the recipe asks for it. Raises UserError when no rows are held out."""
+    if config.evaluate_every is None:
+        return None
+    bins = PackedBins(inputs["tokens"], inputs["plan"], heldout=True, reference=inputs.get("reference"))
+    if not bins.trained.sum():
+        raise UserError("train.evaluate_every: the plan holds no rows out: set pack.heldout, or a source's split")
+
+    def batch(number: int) -> tuple[Any, int]:
+        packed = bins[number]
+        counted = int(bins.trained[number]) if objective.counts == "tokens" else len(packed.lengths) // 2
+        return to_device(objective.prepare(collate([packed])), device), counted
+
+    # Ranks that hold parts of one model compute together, so each takes all batches.
+    numbers = range(len(bins)) if sharded else range(group.rank, len(bins), group.size)
+    return _measuring(model, batch, numbers, loss, lambda: speed.autocast(model, config, device), group.sum)
+
+
+def _measuring(
+    model: nn.Module,
+    batch: Callable[[int], tuple[Any, int]],
+    numbers: range,
+    loss: LossSums,
+    arithmetic: Callable[[], Any],
+    over_ranks: Callable[[Tensor], Tensor],
+) -> Callable[[], float]:
+    """A function that measures the mean loss over prepared batches, each with the number of what its losses are counted
+    by (trained tokens, or pairs), in a block of some arithmetic. `numbers` are this rank's; `over_ranks` adds up, so
+    that all ranks find the same."""
+
+    def look() -> float:
+        training, total, counted = model.training, 0.0, 0
+        model.eval()
+        try:
+            with torch.no_grad(), arithmetic():
+                for number in numbers:
+                    prepared, more = batch(number)
+                    total, counted = total + float(loss(prepared)["loss"]), counted + more
+        finally:
+            model.train(training)
+        sums = over_ranks(torch.tensor([total, counted], dtype=torch.float64, device=next(model.parameters()).device))
+        return float(sums[0] / sums[1])
+
+    return look

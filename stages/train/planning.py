@@ -1,0 +1,65 @@
+"""The memory plan of one attempt: `stages.train.memory` asked about the loaded model, this device and this batch."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from packing.collate import PackedBins
+from stages.errors import UserError
+from stages.objectives import LossSums, Objective
+from stages.train import TrainConfig, memory, speed
+from stages.train.data import to_device
+from stages.train.ranks import Group
+from stages.train.samples import two_documents
+
+
+def refuse_too_big(trained: Any, device: str) -> None:
+    """Raise UserError for weights that do not even fit where they are to be trained."""
+    size, room = sum(p.numel() * p.element_size() for p in trained.parameters()), memory.room(device)
+    if device == "cuda" and size > room:
+        raise UserError(
+            f"the model's weights take {size / 1e9:.1f} GB, and the device has {room / 1e9:.1f} GB free: train a "
+            "smaller model, or several ranks with the runtime's shard: fsdp"
+        )
+
+
+def plan_memory(
+    config: TrainConfig,
+    trained: Any,
+    bins: PackedBins,
+    objective: Objective,
+    loss: LossSums,
+    group: Group,
+    device: str,
+    shard: str,
+    micro_batch: int | Literal["auto"],
+    recompute: bool | Literal["auto"],
+) -> memory.Plan:
+    """The memory plan, rank 0's on every rank. Raises UserError when nothing fits."""
+    sharded = shard != "none" and group.size > 1
+    place = "cpu" if sharded else device
+
+    def forward(tokens: int) -> torch.Tensor:
+        with speed.autocast(trained, config, place):
+            return loss(to_device(objective.prepare(two_documents(bins, tokens)), place))["loss"]
+
+    shards = group.size if sharded else 1
+    costs = memory.measure(trained, forward, config.optimizer, config.precision, shards)
+    room, length = memory.room(device), bins.sequence_length
+    frozen = sum(p.numel() for p in trained.parameters()) * (4 if config.precision == "fp32" else 2)
+    plan = memory.choose(
+        costs,
+        room,
+        length,
+        -(-bins.global_batch // group.size),
+        micro_batch,
+        recompute,
+        device,
+        lambda: memory.nearest(costs, room, length, config.method, frozen, group.size, shard, device),
+    )
+    agreed = group.agree(plan.micro_batch), bool(group.agree(int(plan.activation_checkpointing)))
+    plan = replace(plan, micro_batch=agreed[0], activation_checkpointing=agreed[1])
+    if group.rank == 0:
+        print(plan, flush=True)  # noqa: T201  (a stage's prints are its log)
+    return plan

@@ -1,0 +1,37 @@
+"""When a training saves, and when it stops: decided after every step, on rank 0 for all ranks."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stages.train.checkpoints import Saver
+from stages.train.training import Training
+
+GO_ON, SAVE, SAVE_AND_STOP, STOP = range(4)
+
+
+class Saving(TrainerCallback):  # type: ignore[misc]
+    """Saves by the clock, and when somebody asked for a stop."""
+
+    def __init__(self, training: Training, saver: Saver) -> None:
+        self.training, self.saver, self.saved = training, saver, time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        decision = self.training.group.agree(self._decide(state.global_step >= state.max_steps))
+        if decision in (SAVE, SAVE_AND_STOP):
+            control.should_save = True
+            self.saved = time.monotonic()
+        control.should_training_stop |= decision in (SAVE_AND_STOP, STOP)
+        return control
+
+    def _decide(self, last: bool) -> int:
+        runtime = self.training.work.runtime
+        if last:
+            return GO_ON
+        if self.training.stopping.asked:
+            # A checkpoint that cannot be written before the end would only cost the time to hand back the machine.
+            return SAVE_AND_STOP if self.saver.seconds < runtime.grace_seconds else STOP
+        return SAVE if time.monotonic() - self.saved >= runtime.save_seconds else GO_ON

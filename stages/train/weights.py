@@ -1,0 +1,58 @@
+"""The weights that train, by name: taken, averaged over the steps, and put back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def put(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Write values into weights of the same names."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(values[name])
+
+
+class Average:
+    """An exponential moving average of the trained weights: e ← decay e + (1 - decay) w after every step, from their
+    start."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = trained(model)
+        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    def after(self, step: int) -> None:
+        """Take the step's weights in."""
+        torch._foreach_lerp_(
+            list(self.averages.values()), [weight.detach() for weight in self.weights.values()], 1 - self.decay
+        )
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """A block in which the model holds the averages."""
+        kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.finish()
+        try:
+            yield
+        finally:
+            put(self.weights, kept)
+
+    def finish(self) -> None:
+        """Put the averages into the model."""
+        put(self.weights, self.averages)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages."""
+        return self.averages
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put the averages back."""
+        for name, average in self.averages.items():
+            average.copy_(state[name])
