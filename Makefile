@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
 # Workers of the test run: one a core, as the tests pin their own threads.
 JOBS ?= 2
+# A file's tests stay together, as they share what its first one set up; the longest file comes first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
 
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
@@ -36,10 +38,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: setup-dev  ## the tests that must always pass: under 20 minutes on two cores
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
+	@$(PYTEST)
 
 test-full: setup-dev  ## the long proofs too; writes docs/reliability.md, the log is kept in benchmarks/
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=20 -m "not gpu" --write-reliability 2>&1 | tee benchmarks/test-full.log
+	@$(PYTEST) --durations=20 -m "not gpu" --write-reliability 2>&1 | tee benchmarks/test-full.log
 
 lint: setup-dev  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .
