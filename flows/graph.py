@@ -72,7 +72,7 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
     "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
     "pack": {"tokens": Take("tokenize"), "tokenizer": Take("fetch", _tokenizer_without_template)},
-    "score": {"model": Take("fetch", _model), "tokens": Take("tokenize", lambda tree: tree.select("*/tokens.arrow"))},
+    "score": {"model": Take("fetch", _model), "tokens": Take("tokenize")},
     "train": {
         "model": Take("fetch", _model),
         "tokens": Take("tokenize"),

@@ -9,7 +9,7 @@ A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +45,15 @@ class Bin:
     """[documents] Their numbers in the plan, for `PackedBins.extra`."""
     reference: NDArray[np.float32] | None = None
     """[tokens] What the model before training gives each token, where the bins were opened with it."""
+    extra: Sequence[Mapping[str, Any]] = ()
+    """[documents] What the data says of each besides its text (see `PackedBins.extra`), where the kind of data has any
+    use for it in a loss."""
+    mismatched: "Bin | None" = None
+    """As many documents: each one's prompt with another one's answer, where the reference brings them."""
+
+
+JUDGED = ("preference", "unpaired_preference", "stepwise")
+"""Kinds of data whose `extra` a loss may need."""
 
 
 class PackedBins:
@@ -79,6 +88,8 @@ class PackedBins:
         paths = [shard["path"] for shard in description["shards"]]
         self._shards = [_Table(tokens / path / "tokens.arrow") for path in paths]
         self._references = [_Table(reference / path / "log_probs.arrow") for path in paths] if reference else None
+        crossed = reference is not None and self.kind == "unpaired_preference"
+        self._mismatched = [_Table(reference / path / "mismatched.arrow") for path in paths] if crossed else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -119,7 +130,9 @@ class PackedBins:
             labels.append(document_labels)
         lengths = np.array([len(part) for part in ids], np.int64)
         reference = np.concatenate([self._log_probs(d) for d in documents.tolist()]) if self._references else None
-        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents, reference)
+        extra = [self.extra(document) for document in documents.tolist()] if self.kind in JUDGED else ()
+        mismatched = self._read_mismatched(documents.tolist()) if self._mismatched else None
+        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents, reference, extra, mismatched)
 
     def documents_in(self, numbers: Iterable[int]) -> int:
         """How many documents some bins hold."""
@@ -141,6 +154,22 @@ class PackedBins:
         scored, scored_place = self._references[shard].locate(row)
         return np.asarray(scored.lists["log_probs"].row(scored_place)[:length], np.float32)
 
+    def _read_mismatched(self, documents: Sequence[int]) -> Bin:
+        """The other answers to these documents' prompts, all of whose tokens count."""
+        assert self._mismatched is not None
+        ids: list[NDArray[Any]] = []
+        labels: list[NDArray[np.int64]] = []
+        log_probs: list[NDArray[Any]] = []
+        for document in documents:
+            batch, place = self._documents.locate(document)
+            crossed, row = self._mismatched[int(batch.numbers["shard"][place])].locate(int(batch.numbers["row"][place]))
+            ids.append(crossed.lists["ids"].row(row))
+            log_probs.append(crossed.lists["log_probs"].row(row))
+            labels.append(ids[-1].astype(np.int64))
+            labels[-1][: crossed.numbers["answer"][row]] = IGNORED
+        lengths = np.array([len(part) for part in ids], np.int64)
+        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, reference=np.concatenate(log_probs))
+
     def _read(self, document: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         batch, place = self._documents.locate(document)
         shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
@@ -159,7 +188,8 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
     Returns what a transformers model takes: `input_ids`, `labels` and `position_ids` (int64 `[1, T]`; positions start
     at 0 in every document), `cu_seq_lens_q` = `cu_seq_lens_k` (int32 `[boundaries]` on the CPU, where each document
     begins and the last ends), and `max_length_q` = `max_length_k` (the longest document, rounded up to a power of two).
-    Bins that were opened with a reference also give `reference` (float32 `[1, T]`), which no model takes.
+    Bins that were opened with a reference also give `reference` (float32 `[1, T]`), judged ones `extra` (a list, the
+    documents' without padding), and those that have other answers `mismatched`, a batch of these. No model takes them.
 
     Compiled models need T fixed: pass `pad_to_multiple = bins * sequence_length`. They take changing boundaries as they
     come (two graphs in all). Only CUDA graphs also need their number fixed: `documents` makes it `documents + 2`.
@@ -183,8 +213,13 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
     longest = 1 << (int(lengths.max()) - 1).bit_length()
     references = [each.reference for each in bins if each.reference is not None]
     reference = np.concatenate([*references, np.zeros(padding, np.float32)])[None] if references else None
+    more: dict[str, Any] = {} if reference is None else {"reference": torch.from_numpy(reference)}
+    if extra := [each for one in bins for each in one.extra]:
+        more["extra"] = extra
+    if mismatched := [one.mismatched for one in bins if one.mismatched is not None]:
+        more["mismatched"] = collate(mismatched, pad_to_multiple)
     return {
-        **({} if reference is None else {"reference": torch.from_numpy(reference)}),
+        **more,
         "input_ids": _flat([each.ids for each in bins], padding, 0),
         "labels": _flat([each.labels for each in bins], padding, IGNORED),
         "position_ids": torch.from_numpy(positions)[None],

@@ -1,8 +1,9 @@
-"""Log-probabilities of whole answers in a packed batch: what objectives over preference pairs are made of.
+"""Log-probabilities of whole answers in a packed batch: what objectives over judged answers are made of.
 
     batch = pick(collate(bins))                          # on the CPU
     policy = answers(head, batch)                        # Pairs of [pairs] tensors
     policy.chosen, policy.rejected, policy.chosen_mean   # sums over the answer's tokens, and means
+    sums(-head.token_losses(batch), batch)               # [documents], for answers that do not come in pairs
 
 A row of preference data is two documents side by side, the chosen one before the rejected one (see `packing.collate`).
 Nothing is padded, and each document is attended to by itself, so a pair costs the tokens it has.
@@ -53,13 +54,12 @@ def pick(batch: Batch) -> dict[str, Any]:
     """As `lm_head.pick`, and `document` [trained], the number of each token's document; `answer_tokens` [documents]
     says how many each has. `reference` [1, tokens], if there, becomes `reference` [trained].
 
-    Every document of a pair has a trained token (pack drops rows that have not), and padding stands last.
+    Every document has a trained token (pack drops rows that have not), and padding stands last.
     """
     picked = lm_head.pick(batch)
     positions = picked["positions"]
     picked["document"] = torch.searchsorted(batch["cu_seq_lens_q"], positions, right=True) - 1
     picked["answer_tokens"] = torch.bincount(picked["document"])
-    assert len(picked["answer_tokens"]) % 2 == 0, "documents of a preference plan come in pairs"
     if "reference" in batch:
         picked["reference"] = batch["reference"][0, 1:][positions]
     return picked
@@ -75,10 +75,15 @@ def reference(batch: Batch) -> Pairs:
     return _paired(batch["reference"], batch)
 
 
+def sums(values: Tensor, batch: Batch) -> Tensor:
+    """[documents] The sums over each document's trained tokens of `values` [trained]."""
+    return values.new_zeros(len(batch["answer_tokens"])).index_add(0, batch["document"], values)
+
+
 def _paired(log_probs: Tensor, batch: Batch) -> Pairs:
-    tokens = batch["answer_tokens"]
-    sums = log_probs.new_zeros(len(tokens)).index_add(0, batch["document"], log_probs)
-    return Pairs(sums[0::2], sums[1::2], tokens[0::2], tokens[1::2])
+    tokens, found = batch["answer_tokens"], sums(log_probs, batch)
+    assert len(tokens) % 2 == 0, "documents of a preference plan come in pairs"
+    return Pairs(found[0::2], found[1::2], tokens[0::2], tokens[1::2])
 
 
 def measures(chosen_reward: Tensor, rejected_reward: Tensor) -> dict[str, Tensor]:

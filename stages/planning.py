@@ -4,11 +4,13 @@ Apart from `stages.pack`, so that `regrow plan` loads neither Arrow nor NumPy.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from packing.plan import Plan
 from stages import accounts, data_report, plan_files, selection
@@ -18,6 +20,7 @@ from stages.pack import PackConfig
 from stages.samples import samples
 from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, UserError, Work
+from stages.tables import read_table
 from stages.tokenized import Numbers, Rows, Shard, find_shards, read_rows
 from stages.tokenizer_files import backend
 
@@ -38,6 +41,13 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     chosen = np.repeat(np.arange(len(rows)), taken.copies)
     if len(chosen) == 0:
         raise UserError(_nothing_left(taken, config))
+    labels = _labels(inputs["tokens"], shards, rows, chosen)
+    if len(labels) == 1:
+        (label,) = labels
+        raise UserError(
+            f"all {len(np.unique(chosen))} rows that train are labelled {label}: there is nothing to tell apart. Add "
+            f"some that are labelled {'false' if label == 'true' else 'true'}, or train on these with objective: sft"
+        )
 
     settings = config.model_dump(include={"sequence_length", "global_batch", "max_documents", "seed"})
     tokens_of_shard = np.bincount(
@@ -66,6 +76,7 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         "dropped": report["dropped"],
         "truncated": description["truncated"],
         "heldout_rows": len(holding),
+        **({"labels": labels} if labels else {}),
     }
 
 
@@ -99,6 +110,17 @@ def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard])
     copies = np.where(training, selection.copies(rows, [s.weight for s in own], config.seed), 0)
     reasons[training & (copies == 0)] = UNSAMPLED
     return Taken(heldout, reasons, copies, like, too_short)
+
+
+def _labels(tokens: Path, shards: Sequence[Shard], rows: Rows, chosen: Numbers) -> dict[str, int]:
+    """How often each label trains, where rows are single answers with labels."""
+    found: Counter[str] = Counter()
+    for number, shard in enumerate(shards if shards[0].kind == "unpaired_preference" else ()):
+        column = read_table(tokens / shard.path / "tokens.arrow")["extra"]
+        extras = column.take(rows.place[chosen[rows.shard[chosen] == number]])
+        for each in pc.value_counts(extras).to_pylist():
+            found[json.dumps(json.loads(each["values"])["label"])] += each["counts"]
+    return dict(sorted(found.items()))
 
 
 def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:

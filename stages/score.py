@@ -4,8 +4,9 @@ What preference objectives compare with, computed once: the artifact's key is th
 sweep that shares them finds it, and training needs no reference model in memory. It is made only for an objective that
 asks for it.
 
-One shard of tokens in, `log_probs.arrow` (see `stages.tables.LOG_PROBS`) out. Rows are laid side by side, unpadded, as
-in training, after the same check that this model keeps them apart.
+One shard of tokens in, `log_probs.arrow` (see `stages.tables.LOG_PROBS`) out; where answers are judged one by one, also
+`mismatched.arrow` (see `stages.mismatched`). Rows are laid side by side, unpadded, as in training, after the same check
+that this model keeps them apart.
 """
 
 from collections.abc import Mapping, Sequence

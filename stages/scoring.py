@@ -3,8 +3,10 @@
 Apart from `stages.score`, so that `regrow plan` loads neither Arrow nor NumPy.
 """
 
+import json
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from contextlib import contextmanager
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
-from stages.tables import BATCH_ROWS, LOG_PROBS, read_batches
+from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, read_batches, read_table
 
 TOKENS = 8192
 """Tokens in one forward pass, about."""
@@ -22,32 +25,58 @@ TOKENS = 8192
 
 def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Score one shard. Raises UserError when the model does not load, or does not keep packed rows apart."""
-    network = _load(inputs["model"], config, work)
-    head: Any = None
+    head = _load(inputs["model"], config, work)
+    source = inputs["tokens"] / "tokens.arrow"
     rows = tokens = 0
-    with pa.OSFile(str(output / "log_probs.arrow"), "wb") as sink, pa.ipc.new_file(sink, LOG_PROBS) as writer:
-        for batch in read_batches(inputs["tokens"] / "tokens.arrow"):
+    with _writing(output / "log_probs.arrow", LOG_PROBS) as writer:
+        for batch in read_batches(source):
             column = batch.column("ids")
-            lengths = column.value_lengths().to_numpy().astype(np.int64)
-            ids = column.flatten().to_numpy()
-            scored = []
-            for low, high in _ranges(lengths):
-                begin, end = int(lengths[:low].sum()), int(lengths[:high].sum())
-                found, head = _scored(network, head, ids[begin:end], lengths[low:high])
-                scored.append(found)
-                work.tell(rows + high, unit="rows")
-            values = pa.array(np.concatenate(scored) if scored else np.empty(0, np.float32))
-            offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
-            lists = pa.ListArray.from_arrays(offsets, values, type=LOG_PROBS.field("log_probs").type)
+            ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
+            lists = _lists(_all_scored(head, ids, lengths), lengths, LOG_PROBS, "log_probs")
             writer.write_batch(pa.RecordBatch.from_arrays([lists], schema=LOG_PROBS))
             rows, tokens = rows + len(batch), tokens + len(ids)
+            work.tell(rows, unit="rows")
             assert len(batch) <= BATCH_ROWS
+    if json.loads((inputs["tokens"] / "counts.json").read_text())["kind"] == "unpaired_preference":
+        tokens += _write_mismatched(head, source, output / "mismatched.arrow", work)
     return {"rows": rows, "tokens": tokens}
 
 
+def _write_mismatched(head: Any, source: Path, target: Path, work: Work) -> int:
+    """Score every prompt with another row's answer; returns how many tokens they are."""
+    context = getattr(head.causal.config.get_text_config(), "max_position_embeddings", None)
+    crossed = mismatched(read_table(source), context)
+    rows = tokens = 0
+    with _writing(target, MISMATCHED) as writer:
+        while some := list(islice(crossed, BATCH_ROWS)):
+            ids, lengths = np.concatenate([each for each, _ in some]), np.array([len(each) for each, _ in some])
+            columns = [
+                _lists(ids, lengths, MISMATCHED, "ids"),
+                pa.array([begin for _, begin in some], pa.uint32()),
+                _lists(_all_scored(head, ids, lengths), lengths, MISMATCHED, "log_probs"),
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=MISMATCHED))
+            rows, tokens = rows + len(some), tokens + len(ids)
+            work.tell(rows, unit="mismatched rows")
+    return tokens
+
+
+@contextmanager
+def _writing(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        yield writer
+
+
+def _lists(values: NDArray[Any], lengths: NDArray[np.int64], schema: pa.Schema, name: str) -> pa.ListArray:
+    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values), type=schema.field(name).type)
+
+
 def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
-    """The model, proven to keep packed rows apart. The last one is kept, as a stage's shards follow one another."""
+    """The model's head (`stages.lm_head`), the model proven to keep packed rows apart. The last one is kept, as a
+    stage's shards follow one another."""
     from packing.isolation import check_isolation
+    from stages import lm_head
     from stages.generation import load_network
 
     if folder not in _kept:
@@ -57,11 +86,24 @@ def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
             check_isolation(network)
         except ValueError as error:
             raise UserError(f"score: {error}") from error
-        _kept[folder] = network
+        _kept[folder] = lm_head.find(network, _batch(np.arange(8), np.array([8]), network.device))
     return _kept[folder]
 
 
 _kept: dict[Path, Any] = {}
+
+
+def _batch(ids: NDArray[Any], lengths: NDArray[np.int64], device: Any) -> dict[str, Any]:
+    """Rows side by side, of which all tokens count but each one's first."""
+    import torch
+
+    from packing.collate import IGNORED, Bin, collate
+    from stages import lm_head
+
+    labels = ids.astype(np.int64)
+    labels[np.cumsum(lengths) - lengths] = IGNORED
+    picked = lm_head.pick(collate([Bin(ids, labels, lengths)]))
+    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in picked.items()}
 
 
 def _ranges(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -71,25 +113,19 @@ def _ranges(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     return pairwise(cuts)
 
 
-def _scored(network: Any, head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> tuple[NDArray[np.float32], Any]:
-    """[tokens] Log-probabilities (nats), zero for the first token of each row; and the model's head, for the next."""
+def _scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[tokens] Log-probabilities (nats), zero for the first token of each row."""
     import torch
 
-    from packing.collate import IGNORED, Bin, collate
-    from stages import lm_head
-
-    labels = ids.astype(np.int64)
-    labels[np.cumsum(lengths) - lengths] = IGNORED
-    device = network.device
-    picked = lm_head.pick(collate([Bin(ids, labels, lengths)]))
-    positions = picked["positions"].numpy()
-    batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in picked.items()}
+    batch = _batch(ids, lengths, head.causal.device)
     found = np.zeros(len(ids), np.float32)
     with torch.inference_mode():
-        if head is None:
-            first = lengths[:1]
-            one = lm_head.model_inputs(collate([Bin(ids[: first[0]], labels[: first[0]], first)]))
-            example = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in one.items()}
-            head = lm_head.find(network, example)
-        found[positions + 1] = -head.token_losses(batch).float().cpu().numpy()
-    return found, head
+        found[batch["positions"].cpu().numpy() + 1] = -head.token_losses(batch).float().cpu().numpy()
+    return found
+
+
+def _all_scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The same for rows of any number of tokens."""
+    cuts = [(low, high, int(lengths[:low].sum()), int(lengths[:high].sum())) for low, high in _ranges(lengths)]
+    found = [_scored(head, ids[begin:end], lengths[low:high]) for low, high, begin, end in cuts]
+    return np.concatenate(found) if found else np.empty(0, np.float32)

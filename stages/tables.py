@@ -107,6 +107,16 @@ def tokens_schema(vocabulary: int) -> pa.Schema:
 LOG_PROBS = pa.schema([pa.field("log_probs", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False)])
 """`log_probs.arrow`: what score writes for one shard of tokens, row by row: nats a token, zero for the first."""
 
+MISMATCHED = pa.schema(
+    [
+        pa.field("ids", pa.list_(pa.field("item", pa.uint32(), nullable=False)), nullable=False),
+        pa.field("answer", pa.uint32(), nullable=False),  # where the answer starts; it goes on to the end
+        LOG_PROBS.field("log_probs"),
+    ]
+)
+"""`mismatched.arrow`: what score also writes for rows of kind `unpaired_preference`, one for each: its prompt with the
+answer of another row, for objectives that estimate how far the model has moved from where it started."""
+
 
 def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
     """`documents.arrow` and `heldout_documents.arrow`: the sequences that pack kept, as an index; no token is copied.

@@ -63,13 +63,20 @@ class Objective:
     """Its settings in the recipe, `train.objective_options`."""
     kinds: tuple[str, ...] = ("conversation",)
     """The kinds of data it trains on; see `stages.formats`."""
-    counts: Literal["tokens", "pairs"] = "tokens"
-    """What the loss is a mean of: trained tokens, or pairs of documents that stand side by side."""
+    baseline: Callable[[Any, Any, Batch], LossSums] | None = None
+    """Like `loss`, for what a batch's losses are compared with: its sums are found without gradient over the whole step
+    first, and their means stand in `batch["baseline"]`, so that a loss does not depend on the micro-batch it is in."""
+    counts: Literal["tokens", "documents", "pairs"] = "tokens"
+    """What the loss is a mean of: trained tokens, documents, or pairs of documents that stand side by side."""
     reference: bool = False
     """Whether batches must hold `reference` [1, tokens]: the log-probability that the model before training gives each
     token."""
     online: Online | None = None
     """For objectives that train on the model's own completions: then there is nothing to prepare and no loss here."""
+
+    def count(self, trained: int, documents: int) -> int:
+        """What the losses of so many trained tokens in so many documents are divided by."""
+        return {"tokens": trained, "documents": documents, "pairs": documents // 2}[self.counts]
 
 
 def names() -> list[str]:

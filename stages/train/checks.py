@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from stages import objectives
 from stages.errors import UserError
 from stages.train import optimizers
 
@@ -115,6 +116,7 @@ def refuse_shards(config: "TrainConfig") -> None:
         "lora.restart_every": config.lora.restart_every is not None,
         "full.lisa": config.full.lisa is not None,
         "quantize": config.quantize is not None,
+        f"objective: {config.objective}": objectives.find(config.objective).baseline is not None,
         "precision: fp8": config.precision == "fp8",
         f"optimizer: {config.optimizer}": config.optimizer not in ELEMENTWISE,
     }

@@ -38,7 +38,7 @@ class Step(TypedDict):
     batches: list[MicroBatch]
     """As many on every rank; none when the step is left out."""
     count: int
-    """What the step's losses on all ranks are divided by: the trained tokens in it, or the pairs."""
+    """What the step's losses on all ranks are divided by: the trained tokens in it, the documents or the pairs."""
 
 
 def step_order(steps: int, total: int, seed: int) -> list[int]:
@@ -68,7 +68,13 @@ def refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
 
 def to_device(batch: Batch, device: "str | torch.device") -> dict[str, Any]:
     """A batch with its tensors on a device; from pinned memory without waiting."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        return to_device(value, device) if isinstance(value, dict) else value
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 class Steps(Dataset[Step]):
@@ -127,9 +133,8 @@ class Steps(Dataset[Step]):
 
     def count(self, number: int) -> int:
         """What the objective counts in a training step."""
-        if self.objective.counts == "pairs":
-            return self.bins.documents_in(self.numbers(number)) // 2
-        return self.trained(number)
+        documents = 0 if self.objective.counts == "tokens" else self.bins.documents_in(self.numbers(number))
+        return self.objective.count(self.trained(number), documents)
 
     def trained(self, number: int) -> int:
         """Trained tokens in a training step."""

@@ -1,6 +1,7 @@
 """The loss of the rows that the plan held out, while training: early stopping, and the best weights kept."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def look_of(
     inputs: Mapping[str, Path],
     model: Any,
     loss: LossSums,
+    baseline: LossSums | None,
     device: str,
     group: Group,
     sharded: bool,
@@ -114,12 +116,13 @@ def look_of(
 
     def batch(number: int) -> tuple[Any, int]:
         packed = bins[number]
-        counted = int(bins.trained[number]) if objective.counts == "tokens" else len(packed.lengths) // 2
+        counted = objective.count(int(bins.trained[number]), len(packed.lengths))
         return to_device(objective.prepare(collate([packed])), device), counted
 
     # Ranks that hold parts of one model compute together, so each takes all batches.
     numbers = range(len(bins)) if sharded else range(group.rank, len(bins), group.size)
-    return _measuring(model, batch, numbers, loss, lambda: speed.autocast(model, config, device), group.sum)
+    arithmetic = partial(speed.autocast, model, config, device)
+    return _measuring(model, batch, numbers, loss, baseline, arithmetic, group.sum)
 
 
 def _measuring(
@@ -127,24 +130,34 @@ def _measuring(
     batch: Callable[[int], tuple[Any, int]],
     numbers: range,
     loss: LossSums,
+    baseline: LossSums | None,
     arithmetic: Callable[[], Any],
     over_ranks: Callable[[Tensor], Tensor],
 ) -> Callable[[], float]:
     """A function that measures the mean loss over prepared batches, each with the number of what its losses are counted
-    by (trained tokens, or pairs), in a block of some arithmetic. `numbers` are this rank's; `over_ranks` adds up, so
-    that all ranks find the same."""
+    by (trained tokens, documents or pairs), in a block of some arithmetic; against a `baseline` over all of them, where
+    the objective has one. `numbers` are this rank's; `over_ranks` adds up, so that all ranks find the same."""
+
+    def means(sums: LossSums, more: dict[str, Any]) -> dict[str, Tensor]:
+        total: dict[str, float] = {}
+        counted = 0
+        for number in numbers or range(1):  # a rank without any must know the names, too
+            prepared, count = batch(number)
+            counted += count if numbers else 0
+            for name, found in sums(prepared | more).items():
+                total[name] = total.get(name, 0.0) + (float(found) if numbers else 0.0)
+        values = [*total.values(), counted]
+        *found, counted = over_ranks(torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device))
+        return {name: (value / counted).float() for name, value in zip(total, found, strict=True)}
 
     def look() -> float:
-        training, total, counted = model.training, 0.0, 0
+        training = model.training
         model.eval()
         try:
             with torch.no_grad(), arithmetic():
-                for number in numbers:
-                    prepared, more = batch(number)
-                    total, counted = total + float(loss(prepared)["loss"]), counted + more
+                known = {"baseline": means(baseline, {})} if baseline is not None else {}
+                return float(means(loss, known)["loss"])
         finally:
             model.train(training)
-        sums = over_ranks(torch.tensor([total, counted], dtype=torch.float64, device=next(model.parameters()).device))
-        return float(sums[0] / sums[1])
 
     return look

@@ -119,7 +119,9 @@ def attempt(
         isolation = _prove_isolation(trained, config, place)
         with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
-            loss = objective.loss(trained, options, to_device(one_document(bins), place))
+            example = to_device(one_document(bins), place)
+            loss = objective.loss(trained, options, example)
+            baseline = objective.baseline and objective.baseline(trained, options, example)
         plan = plan_memory(
             config,
             trained,
@@ -156,7 +158,8 @@ def attempt(
                 config=config,
                 steps=steps,
                 loss=computed,
-                look=look_of(config, objective, inputs, trained, computed, this.device, group, sharded),
+                baseline=baseline,
+                look=look_of(config, objective, inputs, trained, computed, baseline, this.device, group, sharded),
                 work=work,
                 device=this.device,
                 activation_checkpointing=plan.activation_checkpointing,

@@ -29,4 +29,4 @@ def two_documents(bins: PackedBins, tokens: int) -> dict[str, Any]:
     labels[[0, tokens // 2]] = IGNORED
     reference = None if packed.reference is None else np.zeros(tokens, np.float32)
     lengths = np.array([tokens // 2, tokens - tokens // 2])
-    return collate([Bin(ids, labels, lengths, reference=reference)])
+    return collate([Bin(ids, labels, lengths, reference=reference, extra=[*packed.extra[:1]] * 2)])

@@ -123,10 +123,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         model.train()
         total = torch.zeros((), device=self.args.device)
         self._measures: dict[str, torch.Tensor] = {}
+        baseline = self._baseline(inputs)
         for each in inputs["batches"]:
             torch.manual_seed(each["seed"])
             with self.accelerator.autocast():
-                sums = self.training.loss(speed.marked(to_device(each["batch"], self.args.device)))
+                sums = self.training.loss(speed.marked(to_device(each["batch"], self.args.device)) | baseline)
                 share = each["counts"] / max(inputs["count"], 1)
                 loss = sums["loss"] * share
             self.accelerator.backward(loss)
@@ -142,6 +143,19 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 group.sum_gradients(model.parameters())
             return group.sum(total)
         return group.sum(total) / group.size
+
+    def _baseline(self, inputs: Step) -> dict[str, dict[str, torch.Tensor]]:
+        """What the objective wants to know of a whole step before its losses, as their batches take it."""
+        if self.training.baseline is None:
+            return {}
+        means: dict[str, torch.Tensor] = {}
+        for each in inputs["batches"]:
+            torch.manual_seed(each["seed"])
+            with torch.no_grad(), self.accelerator.autocast():
+                sums = self.training.baseline(speed.marked(to_device(each["batch"], self.args.device)))
+            for name, found in sums.items():
+                means[name] = means.get(name, 0.0) + found * (each["counts"] / max(inputs["count"], 1))
+        return {"baseline": {name: self.training.group.sum(mean) for name, mean in means.items()}}
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -18,6 +18,8 @@ class Training:
     config: TrainConfig
     steps: Steps
     loss: LossSums
+    baseline: LossSums | None
+    """What the losses of a step are compared with; see `stages.objectives.Objective`."""
     work: Work
     device: str
     activation_checkpointing: bool

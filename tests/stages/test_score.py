@@ -44,6 +44,7 @@ def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeyp
             for i, ids in enumerate(rows())
         ),
     )
+    (tmp_path / "counts.json").write_text('{"kind": "conversation"}')
     monkeypatch.setattr("stages.scoring.TOKENS", 50)
     found = score(folder, tmp_path, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
