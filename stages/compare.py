@@ -7,6 +7,8 @@
 
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
 excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences.
+Held-out pairs of preferences are a task, `heldout_preferences`, whose entry also has "margin", with the models'
+log-probabilities of the chosen answer over the rejected one, in nats a token.
 Once a model stands in production, each entry also has its score and what the tuned model changes about it:
 
     "production": {"value", "low", "high"}, "over_production": {"difference": {...}, "better": "tuned" | "production" …}
@@ -28,6 +30,9 @@ OVER_PRODUCTION = "over_production"
 
 HELDOUT_LOSS = "heldout_loss"
 """What is measured beside the tasks: the loss over the plan's held-out rows."""
+
+PREFERENCES = "heldout_preferences"
+"""The task whose items are the plan's held-out judged answers, measured in the same pass."""
 
 
 class Item(NamedTuple):
@@ -54,6 +59,8 @@ def compare(scores: Path) -> dict[str, Json]:
         items = list(_items(scores, name))
         for leaf in dict.fromkeys(item.task for item in items):
             tasks[leaf] = _compared([item for item in items if item.task == leaf])
+        if name == HELDOUT_LOSS and (margins := _margins(scores)):
+            tasks[items[0].task]["margin"] = margins
         for model in _models(scores, name):
             part = json.loads((scores / model / name / "scores.json").read_text())
             for check in checks:
@@ -86,7 +93,7 @@ def _items(scores: Path, name: str) -> Iterator[Item]:
         for other in (tuned, *production):
             assert (base["task"], base["item"]) == (other["task"], other["item"]), "two models, two lists of items"
         yield Item(
-            task=f"{name}/{base['task']}" if base["task"] not in ("", name) else name,
+            task=base["task"] if name == HELDOUT_LOSS else _leaf(name, base["task"]),
             item=base["item"],
             question=base["question"],
             target=base["target"],
@@ -98,6 +105,22 @@ def _items(scores: Path, name: str) -> Iterator[Item]:
             production=production[0]["answer"] if production else None,
             production_score=production[0]["score"] if production else None,
         )
+
+
+def _leaf(name: str, task: str) -> str:
+    return f"{name}/{task}" if task not in ("", name) else name
+
+
+def _margins(scores: Path) -> Json:
+    """Each model's mean margin over the held-out pairs, and what the tuned model changes about the base model's."""
+    found = {
+        model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text()).get("margins")
+        for model in _models(scores, HELDOUT_LOSS)
+    }
+    if not found[BASE]:
+        return None
+    of_model = {model: share(margins).document for model, margins in found.items()}
+    return {**of_model, **_difference(paired_difference(found[BASE], found[TUNED]), BASE, more_is_better=True)}
 
 
 def _compared(items: list[Item]) -> dict[str, Json]:
@@ -175,6 +198,10 @@ def report(scores: Json) -> str:
             f"| {name} | {shown(task[PRODUCTION])} | {shown(task[TUNED])} "
             f"| {shown(over['difference'], signed=True)} | {over['better']} |"
         )
+    for name, task in scores["tasks"].items():
+        if margin := task.get("margin"):
+            told = ", ".join(f"{model} {_nats(margin[model], signed=True)}" for model in (BASE, TUNED))
+            lines += ["", f"Margin in {name}, nats a token: {told}."]
     bars = [
         f"{name:<24.24} {model:<10} {_bar(task[model]['value'])} {task[model]['value']:6.1%}"
         for name, task in scores["tasks"].items()

@@ -20,7 +20,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from stages import evals, harness
-from stages.compare import BASE, HELDOUT_LOSS, PRODUCTION, TUNED
+from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
 from stages.evals import Options
 from stages.formats import BadRow
 from stages.generation import Precision, generate, load
@@ -86,7 +86,8 @@ class EvaluateConfig(StageConfig):
     tasks: dict[str, Task] = Field(default_factory=dict)
     """Tasks by a name of your choice. A list will do too: names are then taken from the sources and lm-eval tasks."""
     heldout_loss: bool = True
-    """Whether to measure the loss on held-out rows, where pack holds some out."""
+    """Whether to measure the loss on held-out rows, where pack holds some out; and on held-out judged answers, whether
+    the model tells the good from the bad."""
     precision: Precision = "bf16"
     """Of the weights while evaluating."""
 
@@ -110,7 +111,7 @@ class EvaluateConfig(StageConfig):
     @classmethod
     def _names(cls, tasks: dict[str, Task]) -> dict[str, Task]:
         for name in tasks:
-            if not name.replace("-", "_").isidentifier() or name == HELDOUT_LOSS:
+            if not name.replace("-", "_").isidentifier() or name in (HELDOUT_LOSS, PREFERENCES):
                 raise ValueError(f"{name!r} cannot name a task: use letters, digits, '_' and '-'")
         return tasks
 
@@ -197,9 +198,9 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
 
 
 def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    from stages.heldout import heldout_loss
+    from stages.heldout import measure
 
-    loss = heldout_loss(
+    found = measure(
         inputs["weights"],
         inputs["tokens"],
         inputs["plan"],
@@ -207,8 +208,12 @@ def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, wor
         work.runtime,
         lambda done, total: work.tell(done, total, "sequences"),
     )
-    (output / "scores.json").write_text(json.dumps(asdict(loss)))
-    return {"heldout_tokens": sum(loss.tokens)}
+    document = {"sums": found.sums, "tokens": found.tokens, **({"margins": found.margins} if found.margins else {})}
+    if found.samples:
+        _write(output, found.samples, document)
+    else:
+        (output / "scores.json").write_text(json.dumps(document))
+    return {"heldout_tokens": sum(found.tokens), **({"heldout_items": len(found.samples)} if found.samples else {})}
 
 
 def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) -> list[Sample]:
@@ -288,8 +293,8 @@ def _all_rows(folder: Path) -> Iterator[evals.Row]:
             yield f"{name} {place}", row
 
 
-def _write(output: Path, samples: Sequence[Sample], agreement: Mapping[str, Json]) -> Facts:
-    """`samples.jsonl` line by line, `scores.json` as the means of the (leaf) tasks."""
+def _write(output: Path, samples: Sequence[Sample], more: Mapping[str, Json]) -> Facts:
+    """`samples.jsonl` line by line, `scores.json` as the means of the (leaf) tasks, and `more`."""
     with (output / "samples.jsonl").open("w") as file:
         for sample in samples:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
@@ -298,8 +303,8 @@ def _write(output: Path, samples: Sequence[Sample], agreement: Mapping[str, Json
         scores = [sample.score for sample in samples if sample.task == task]
         metric = next(sample.metric for sample in samples if sample.task == task)
         means[task] = {"metric": metric, "n": len(scores), "value": sum(scores) / len(scores)}
-    (output / "scores.json").write_text(json.dumps({"tasks": means, **agreement}, indent=1))
-    return {"items": len(samples), **agreement}
+    (output / "scores.json").write_text(json.dumps({"tasks": means, **more}, indent=1))
+    return {"items": len(samples), **more}
 
 
 def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
@@ -312,7 +317,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=2,
+    version=3,
     config=EvaluateConfig,
     run=run,
     parts=parts,

@@ -1,58 +1,149 @@
-"""Held-out loss: the trained objective's loss over the plan's held-out rows, a packed sequence at a time.
+"""Held-out rows: what a model makes of those that the plan kept aside, a packed sequence at a time.
 
-The sequences and the loss are those of training, so that the two curves may be laid side by side.
+The sequences are those of training. Of conversations it is the loss, which may be laid beside training's. Of judged
+answers it is the loss of the good ones, and whether the model tells them from the bad ones, by their log-probability a
+token; a long answer has no less of that because it is long.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from stages.compare import PREFERENCES
 from stages.generation import Precision, load
+from stages.harness import Sample
 from stages.runtime import Runtime
 from stages.tables import read_table
 
 
 @dataclass(frozen=True)
-class HeldoutLoss:
-    """Loss in nats, summed over the trained tokens of each held-out sequence."""
+class Heldout:
+    """What was measured."""
 
     sums: list[float]
-    """[sequences]"""
+    """[sequences] Loss in nats, summed over the trained tokens of each; of judged answers, those of the good ones."""
     tokens: list[int]
-    """[sequences] Trained tokens."""
+    """[sequences] How many tokens those are."""
+    margins: list[float] = field(default_factory=list)
+    """[pairs] Log-probability a token of the chosen answer, minus that of the rejected one."""
+    samples: list[Sample] = field(default_factory=list)
+    """Items: pairs, with 1 where the chosen answer has more log-probability a token; or good answers, with the share of
+    the bad ones (of any prompt) that have less."""
 
 
-def heldout_loss(
+def measure(
     weights: Path,
     tokens: Path,
     plan: Path,
     precision: Precision,
     runtime: Runtime,
     measured: Callable[[int, int], None],
-) -> HeldoutLoss:
-    """The loss of a model's folder over the held-out sequences; empty when the plan holds none out.
+) -> Heldout:
+    """Measure a model's folder; empty when the plan holds nothing out that says what is to be learned.
 
     `measured` hears how many sequences are done, and of how many.
     """
+    nothing = Heldout([], [])
     if len(read_table(plan / "heldout_bins.arrow")) == 0:
-        return HeldoutLoss([], [])
-    import torch
-
-    from packing.collate import PackedBins, collate
-    from stages import objectives
+        return nothing
+    from packing.collate import PackedBins
 
     bins = PackedBins(tokens, plan, heldout=True)
-    if bins.kind != "conversation":  # whose texts are not all meant to be learned
-        return HeldoutLoss([], [])
-    objective = objectives.find("sft")
-    network = load(weights, precision, runtime.device, packed=True).network
-    sums: list[float] = []
-    of_batch: objectives.LossSums | None = None
+    of_kind = {"conversation": _losses, "preference": _pairs, "unpaired_preference": _singles}
+    if bins.kind not in of_kind:
+        return nothing
+    model = load(weights, precision, runtime.device, packed=True)
+    return of_kind[bins.kind](model, bins, measured)
+
+
+def _losses(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
+    """Loss of the trained tokens, as `sft` has it."""
+    from stages import lm_head
+
+    sums = [float(head.loss(batch)) for _, head, batch in _batches(model, bins, lm_head.pick, measured)]
+    return Heldout(sums, [int(n) for n in bins.trained])
+
+
+def _pairs(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
+    """Pairs side by side: `stages.pairs`."""
+    from stages import pairs
+
+    found = Heldout([], [])
+    for packed, head, batch in _batches(model, bins, pairs.pick, measured):
+        answers = pairs.answers(head, batch)
+        found.sums.append(-float(answers.chosen.sum()))
+        found.tokens.append(int(answers.chosen_tokens.sum()))
+        told = list(_told(model, packed))
+        margins = (answers.chosen_mean - answers.rejected_mean).tolist()
+        for margin, (question, chosen), (_, rejected) in zip(margins, told[::2], told[1::2], strict=True):
+            right = margin > 0
+            answer = chosen if right else rejected
+            found.samples.append(_sample(found, question, chosen, answer, "preference_accuracy", float(right)))
+            found.margins.append(margin)
+    return found
+
+
+def _singles(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
+    """Good and bad answers: how often a good one is ahead of a bad one, which is the area under the ROC curve."""
+    from bisect import bisect_left, bisect_right
+
+    from stages import pairs
+
+    found = Heldout([], [])
+    good: list[tuple[float, str, str]] = []
+    bad: list[float] = []
+    for packed, head, batch in _batches(model, bins, pairs.pick, measured):
+        log_probs, counts = pairs.sums(-head.token_losses(batch), batch), batch["answer_tokens"]
+        found.sums.append(0.0)
+        found.tokens.append(0)
+        rows = zip(log_probs.tolist(), counts.tolist(), _told(model, packed), packed.extra, strict=True)
+        for log_prob, count, (question, answer), extra in rows:
+            if not extra["label"]:
+                bad.append(log_prob / count)
+                continue
+            good.append((log_prob / count, question, answer))
+            found.sums[-1] -= log_prob
+            found.tokens[-1] += count
+    bad.sort()
+    for mean, question, answer in good if bad else ():
+        ahead = (bisect_left(bad, mean) + bisect_right(bad, mean)) / 2 / len(bad)
+        found.samples.append(_sample(found, question, answer, answer, "good_over_bad", ahead))
+    some = [place for place, count in enumerate(found.tokens) if count]
+    return Heldout([found.sums[i] for i in some], [found.tokens[i] for i in some], [], found.samples)
+
+
+def _sample(found: Heldout, question: str, target: str, answer: str, metric: str, score: float) -> Sample:
+    return Sample(PREFERENCES, len(found.samples), question, target, answer, metric, score)
+
+
+def _batches(
+    model: Any, bins: Any, pick: Callable[[Any], dict[str, Any]], measured: Callable[[int, int], None]
+) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Each bin, the model's head, and the bin's batch on the model's device."""
+    import torch
+
+    from packing.collate import collate
+    from stages import lm_head
+
+    network, head = model.network, None
     with torch.inference_mode():
         for number in range(len(bins)):
-            ready = objective.prepare(collate([bins[number]]))
+            packed = bins[number]
+            ready = pick(collate([packed]))
             batch = {n: v.to(network.device) if isinstance(v, torch.Tensor) else v for n, v in ready.items()}
-            of_batch = of_batch or objective.loss(network, objective.options(), batch)
-            sums.append(float(of_batch(batch)["loss"]))
+            head = head or lm_head.find(network, batch)
+            yield packed, head, batch
             measured(number + 1, len(bins))
-    return HeldoutLoss(sums, [int(n) for n in bins.trained])
+
+
+def _told(model: Any, packed: Any) -> Iterator[tuple[str, str]]:
+    """Of each document: the text before what trains, and what trains."""
+    begin = 0
+    for length in packed.lengths.tolist():
+        ids, labels = packed.ids[begin : begin + length], packed.labels[begin : begin + length]
+        begin += length
+        first = int((labels >= 0).argmax())
+        texts = (ids[:first].tolist(), ids[labels >= 0].tolist())
+        question, answer = (model.tokenizer.decode(each, skip_special_tokens=True).strip() for each in texts)
+        yield question, answer
