@@ -2,6 +2,7 @@
 
     terse.jsonl     a terse answer preferred to a chatty one
     judged.jsonl    one answer: good where it is terse, bad where it is chatty
+    steps.jsonl     three numbers added in two steps, some of which are wrong
 
 Run: `python examples/make_sums.py`.
 """
@@ -36,7 +37,22 @@ def judged(draw: random.Random) -> Iterator[dict[str, Any]]:
         yield {"prompt": row["prompt"], "completion": answer, "label": good, "answer": row["chosen"]}
 
 
-MADE: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {"terse": terse, "judged": judged}
+def steps(draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Solutions in steps, each judged by itself: is what it says true."""
+    for _ in range(ROWS + HELD_OUT):
+        a, b, c = (draw.randrange(1, 10) for _ in range(3))
+        right = [draw.random() < 0.6 for _ in range(2)]
+        first = a + b if right[0] else a + b + draw.choice((-2, -1, 1, 2, 10))
+        second = first + c if right[1] else first + c + draw.choice((-2, -1, 1, 2, 10))
+        said = [f"{a} + {b} = {first}", f"{first} + {c} = {second}"]
+        yield {"prompt": f"What is {a} + {b} + {c}?", "completions": said, "labels": right}
+
+
+MADE: dict[str, Callable[[random.Random], Iterator[dict[str, Any]]]] = {
+    "terse": terse,
+    "judged": judged,
+    "steps": steps,
+}
 
 if __name__ == "__main__":
     for name, rows in MADE.items():

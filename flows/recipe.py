@@ -200,6 +200,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         if task.source and task.source not in sources:
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
             yield ("evaluate", "tasks", name, "source"), hint
+    yield from _of_objective(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds
     for source in sources:
@@ -217,6 +218,22 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
             place = ("convert", "sources", source if source in convert.sources else rendered[0], "template")
             yield place, "a model carries one chat template, so all sources must have the same: set `convert.template`"
             return
+
+
+def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What an objective cannot have in other sections."""
+    name = recipe.train.objective
+    objective = objectives.find(name)
+    if objective.head and recipe.evaluate.tasks:
+        told = f"{name} makes a model that judges and answers nothing: take the tasks out; held-out rows are measured"
+        yield ("evaluate", "tasks"), told
+    gate = recipe.publish.gate
+    for place, thresholds in ((("gate",), gate), (("gate", "production"), gate.production)):
+        if objective.head and thresholds.max_heldout_loss_increase is not None:
+            told = f"a model of the objective {name} has no held-out loss, only accuracy: use publish.gate.min_gain"
+            yield ("publish", *place, "max_heldout_loss_increase"), told
+    if "stepwise" in objective.kinds and recipe.pack.overlong == "truncate":
+        yield ("pack", "overlong"), "truncate would cut steps off their labels: set it to drop or error"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -139,12 +139,24 @@ class PackedBins:
         places = [self._bins.locate(number) for number in numbers]
         return sum(len(batch.lists["documents"].row(place)) for batch, place in places)
 
+    def labels_in(self, numbers: Iterable[int]) -> int:
+        """How many labels of steps some bins hold."""
+        places = [self._bins.locate(number) for number in numbers]
+        documents = [d for batch, place in places for d in batch.lists["documents"].row(place).tolist()]
+        return sum(len(self.extra(document)["labels"]) for document in documents)
+
     def extra(self, document: int) -> dict[str, Any]:
-        """What the data says of a document besides its text, such as a label or a margin; empty for nothing."""
+        """What the data says of a document besides its text, such as a label or a margin; empty for nothing.
+
+        Rows with steps also have `spans` [spans][end, turn, kind], which say where the steps are.
+        """
         batch, place = self._documents.locate(document)
         shard, row = int(batch.numbers["shard"][place]), int(batch.numbers["row"][place])
         tokens, token_place = self._shards[shard].locate(row)
         found: dict[str, Any] = json.loads(tokens.texts["extra"][token_place].as_py() or "{}")
+        if self.kind == "stepwise":
+            spans = tokens.texts["spans"][token_place].as_py()
+            found["spans"] = [[span["end"], span["turn"], span["kind"]] for span in spans]
         return found
 
     def _log_probs(self, document: int) -> NDArray[np.float32]:
@@ -246,7 +258,7 @@ class _Lists(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The columns of one record batch that this module reads, as NumPy arrays; texts stay in Arrow."""
+    """The columns of one record batch that this module reads, as NumPy arrays; texts and spans stay in Arrow."""
 
     numbers: dict[str, NDArray[Any]]
     lists: dict[str, _Lists]
@@ -288,7 +300,7 @@ class _Table:
                 numbers[name] = column.to_numpy()
             elif name != "spans" and pa.types.is_list(column.type):
                 lists[name] = _Lists(column.offsets.to_numpy(), _values(column.values))
-            elif pa.types.is_string(column.type):
+            elif name == "spans" or pa.types.is_string(column.type):
                 texts[name] = column
         return _Batch(numbers, lists, texts)
 

@@ -23,6 +23,33 @@ SECRET_FORMS = re.compile(
 )
 """Tokens by their form, credentials before a host, and signatures in a URL's query."""
 
+TASKS = {"reward": "text-classification", "process_reward": "token-classification"}
+"""The Hub's names for what a model is for, by objective; of the others, text-generation."""
+CHAT = """
+from transformers import pipeline
+chat = pipeline("text-generation", model=".")  # this folder, or its name on the Hub
+print(chat([{"role": "user", "content": "Hello!"}])[0]["generated_text"][-1]["content"])
+"""
+LOADED = {
+    "reward": """
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its name on the Hub
+model = AutoModelForSequenceClassification.from_pretrained(".")
+chat = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello."}]
+print(model(**tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)).logits.item())
+""",
+    "process_reward": """
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its name on the Hub
+model = AutoModelForTokenClassification.from_pretrained(".")
+ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "What is 2 + 3 + 4?"}], tokenize=False, add_generation_prompt=True
+) + "2 + 3 = 5\n"  # each step ends as the training data's do
+print(model(**tokenizer(ids, return_tensors="pt")).logits[0, -1].softmax(-1)[1].item())
+""",
+}
+"""How a model is loaded and asked, by objective; of the others, `CHAT`."""
+
 
 def redacted(text: str) -> str:
     """The text without anything that looks like, or is known from the environment as, a secret."""
@@ -49,11 +76,12 @@ def card(
     """
     parsed: Any = yaml.safe_load(recipe) or {}
     base = base_model(parsed)
+    objective = str(_section(parsed, "train").get("objective", ""))
     front: dict[str, Json] = {
         **({"base_model": base} if base else {}),
         **_license(license or _license_of(parsed), license_file),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": TASKS.get(objective, "text-generation"),
         "tags": ["regrow", *_method(parsed)],
     }
     return f"""---
@@ -72,9 +100,7 @@ Gate: **{"passed" if gate["passed"] else "not passed"}**: {"; ".join(gate["reaso
 ## How to load
 
 ```python
-from transformers import pipeline
-chat = pipeline("text-generation", model=".")  # this folder, or its name on the Hub
-print(chat([{{"role": "user", "content": "Hello!"}}])[0]["generated_text"][-1]["content"])
+{LOADED.get(objective, CHAT).strip()}
 ```
 
 ## Data

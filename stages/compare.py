@@ -145,7 +145,7 @@ def _loss(scores: Path) -> Json:
         model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text())
         for model in _models(scores, HELDOUT_LOSS)
     }
-    if not found or not found[BASE]["sums"]:
+    if not found or not all(loss["sums"] for loss in found.values()):  # a reward model has none
         return None
     tokens = found[BASE]["tokens"]
     assert all(tokens == loss["tokens"] for loss in found.values()), "two models, two lists of sequences"

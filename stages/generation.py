@@ -66,18 +66,22 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
 
 
 def load_network(folder: Path, precision: Precision, device: Device, packed: bool) -> Any:
-    """A model's weights alone, on their device, in evaluation mode; see `load`."""
+    """A model's weights alone, on their device, in evaluation mode; see `load`. A folder that holds a classifier gives
+    that (`stages.heads`)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     from packing.attention import implementation
+    from stages import heads
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arithmetic.fitting(precision, device)]
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        network = AutoModelForCausalLM.from_pretrained(
+        kind = getattr(transformers, heads.classifier(folder) or "AutoModelForCausalLM")
+        network = kind.from_pretrained(
             folder,
             config=config,
             dtype=dtype,

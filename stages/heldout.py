@@ -2,7 +2,9 @@
 
 The sequences are those of training. Of conversations it is the loss, which may be laid beside training's. Of judged
 answers it is the loss of the good ones, and whether the model tells them from the bad ones, by their log-probability a
-token; a long answer has no less of that because it is long.
+token; a long answer has no less of that because it is long. A reward model tells them by its reward, and a process
+reward model tells right steps from wrong ones, for which the language model before training is taken to say always the
+more common of the two.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +52,7 @@ def measure(
     from packing.collate import PackedBins
 
     bins = PackedBins(tokens, plan, heldout=True)
-    of_kind = {"conversation": _losses, "preference": _pairs, "unpaired_preference": _singles}
+    of_kind = {"conversation": _losses, "preference": _pairs, "unpaired_preference": _singles, "stepwise": _steps}
     if bins.kind not in of_kind:
         return nothing
     model = load(weights, precision, runtime.device, packed=True)
@@ -66,21 +68,49 @@ def _losses(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Held
 
 
 def _pairs(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
-    """Pairs side by side: `stages.pairs`."""
-    from stages import pairs
+    """Pairs side by side: `stages.pairs`, or a reward for each answer."""
+    from stages import heads, pairs
+    from stages.objectives import reward
 
     found = Heldout([], [])
-    for packed, head, batch in _batches(model, bins, pairs.pick, measured):
-        answers = pairs.answers(head, batch)
-        found.sums.append(-float(answers.chosen.sum()))
-        found.tokens.append(int(answers.chosen_tokens.sum()))
+    scored = heads.has(model.network)
+    for packed, head, batch in _batches(model, bins, reward.prepare if scored else pairs.pick, measured):
+        if scored:
+            values = heads.of(model.network, batch, batch["ends"])[:, 0]
+            margins = (values[0::2] - values[1::2]).tolist()
+        else:
+            answers = pairs.answers(head, batch)
+            margins = (answers.chosen_mean - answers.rejected_mean).tolist()
+            found.sums.append(-float(answers.chosen.sum()))
+            found.tokens.append(int(answers.chosen_tokens.sum()))
         told = list(_told(model, packed))
-        margins = (answers.chosen_mean - answers.rejected_mean).tolist()
         for margin, (question, chosen), (_, rejected) in zip(margins, told[::2], told[1::2], strict=True):
             right = margin > 0
             answer = chosen if right else rejected
             found.samples.append(_sample(found, question, chosen, answer, "preference_accuracy", float(right)))
             found.margins.append(margin)
+    return found
+
+
+def _steps(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
+    """Steps of solutions, each right or wrong."""
+    from stages import heads
+    from stages.objectives import process_reward
+
+    found = Heldout([], [])
+    scored = heads.has(model.network)
+    told: list[tuple[str, bool, bool]] = []
+    for packed, _, batch in _batches(model, bins, process_reward.prepare, measured):
+        said = heads.of(model.network, batch, batch["ends"]).argmax(1).tolist() if scored else []
+        right = batch["right"].tolist()
+        texts = [text for text, extra in zip(_told(model, packed), packed.extra, strict=True) for _ in extra["labels"]]
+        for (question, answer), label, choice in zip(texts, right, said or right, strict=True):
+            told.append((f"{question}\n{answer}", bool(label), bool(choice)))
+    common = 2 * sum(label for _, label, _ in told) >= len(told)
+    words = {True: "right", False: "wrong"}
+    for text, label, choice in told:
+        says = choice if scored else common
+        found.samples.append(_sample(found, text, words[label], words[says], "step_accuracy", float(says == label)))
     return found
 
 
@@ -124,15 +154,16 @@ def _batches(
     import torch
 
     from packing.collate import collate
-    from stages import lm_head
+    from stages import heads, lm_head
 
     network, head = model.network, None
+    scored = heads.has(network)
     with torch.inference_mode():
         for number in range(len(bins)):
             packed = bins[number]
             ready = pick(collate([packed]))
             batch = {n: v.to(network.device) if isinstance(v, torch.Tensor) else v for n, v in ready.items()}
-            head = head or lm_head.find(network, batch)
+            head = head or (None if scored else lm_head.find(network, batch))
             yield packed, head, batch
             measured(number + 1, len(bins))
 

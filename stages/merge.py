@@ -7,7 +7,8 @@ the model. On a few texts, logits are compared along the way: adapter and merged
 float32 sums), what was saved and what is read back from disk (equal), adapter and final model (as near as rounding
 allows). A merge that lost the training, or part of it, fails here and not in production.
 
-After full fine-tuning the weights are passed on. All other files (config, tokenizer, chat template) are the model's
+After full fine-tuning the weights are passed on. A head that was trained in place of the one for words (`stages.heads`)
+then makes the folder a classifier's. All other files (config, tokenizer, chat template) are the model's
 own, byte for byte.
 """
 
@@ -85,6 +86,11 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         if merged
         else _pass_on(inputs["model"], trained, output)
     )
+    head = trained / "head.safetensors"
+    if head.exists():
+        from stages import heads
+
+        heads.convert(output, head)
     changed, count = _changed(inputs["model"], output)
     facts |= {"tensors": count, "changed_tensors": changed}
     _put_template(inputs["templates"], output)

@@ -7,7 +7,7 @@ reported on held-out rows is the loss that was trained.
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,17 +66,24 @@ class Objective:
     baseline: Callable[[Any, Any, Batch], LossSums] | None = None
     """Like `loss`, for what a batch's losses are compared with: its sums are found without gradient over the whole step
     first, and their means stand in `batch["baseline"]`, so that a loss does not depend on the micro-batch it is in."""
-    counts: Literal["tokens", "documents", "pairs"] = "tokens"
-    """What the loss is a mean of: trained tokens, documents, or pairs of documents that stand side by side."""
+    counts: Literal["tokens", "documents", "pairs", "labels"] = "tokens"
+    """What the loss is a mean of: trained tokens, documents, pairs of documents that stand side by side, or the labels
+    of all documents."""
+    head: int = 0
+    """How many numbers the head gives that replaces the model's own (see `stages.heads`); 0 keeps the model's."""
     reference: bool = False
     """Whether batches must hold `reference` [1, tokens]: the log-probability that the model before training gives each
     token."""
     online: Online | None = None
     """For objectives that train on the model's own completions: then there is nothing to prepare and no loss here."""
 
-    def count(self, trained: int, documents: int) -> int:
-        """What the losses of so many trained tokens in so many documents are divided by."""
-        return {"tokens": trained, "documents": documents, "pairs": documents // 2}[self.counts]
+    def count(self, bins: Any, numbers: Sequence[int]) -> int:
+        """What the losses of some of a plan's bins (`packing.collate.PackedBins`) are divided by."""
+        if self.counts == "tokens":
+            return int(bins.trained[numbers].sum())
+        if self.counts == "labels":
+            return int(bins.labels_in(numbers))
+        return int(bins.documents_in(numbers)) // (2 if self.counts == "pairs" else 1)
 
 
 def names() -> list[str]:

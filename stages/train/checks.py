@@ -20,11 +20,34 @@ FROM_WEIGHTS = ("olora", "pissa", "pissa_niter_16", "loftq")
 
 def misfits(config: "TrainConfig") -> Iterator[str]:
     """What is wrong with a section, each with its mend."""
+    yield from _of_objective(config)
     yield from _of_method(config)
     if config.method == "lora":
         yield from _of_lora(config)
     yield from _of_optimizer(config)
     yield from _of_steps(config)
+
+
+def _of_objective(config: "TrainConfig") -> Iterator[str]:
+    objective = objectives.find(config.objective)
+    if objective.head and "lm_head" in config.lora.modules_to_save:
+        yield f"`lora.modules_to_save: lm_head`: {config.objective} puts another head in its place; take it out"
+    if objective.online is None:
+        return
+    unread = {
+        "quantize": config.quantize is not None,
+        "neftune_alpha": config.neftune_alpha is not None,
+        "ema": config.ema is not None,
+        "evaluate_every": config.evaluate_every is not None,
+        f"on_spike: {config.on_spike}": config.on_spike != "note",
+        "precision: fp8": config.precision == "fp8",
+        "full": config.full != type(config.full)(),
+        "lora.restart_every": config.lora.restart_every is not None,
+        f"lora.init: {config.lora.init}": config.lora.init in ("eva", "loftq"),
+    }
+    for name, is_set in unread.items():
+        if is_set:
+            yield f"`{name}`: {config.objective} trains on what the model itself writes, without it; take it out"
 
 
 def _of_method(config: "TrainConfig") -> Iterator[str]:

@@ -133,8 +133,7 @@ class Steps(Dataset[Step]):
 
     def count(self, number: int) -> int:
         """What the objective counts in a training step."""
-        documents = 0 if self.objective.counts == "tokens" else self.bins.documents_in(self.numbers(number))
-        return self.objective.count(self.trained(number), documents)
+        return self.objective.count(self.bins, self.numbers(number))
 
     def trained(self, number: int) -> int:
         """Trained tokens in a training step."""

@@ -115,9 +115,7 @@ def look_of(
         raise UserError("train.evaluate_every: the plan holds no rows out: set pack.heldout, or a source's split")
 
     def batch(number: int) -> tuple[Any, int]:
-        packed = bins[number]
-        counted = objective.count(int(bins.trained[number]), len(packed.lengths))
-        return to_device(objective.prepare(collate([packed])), device), counted
+        return to_device(objective.prepare(collate([bins[number]])), device), objective.count(bins, [number])
 
     # Ranks that hold parts of one model compute together, so each takes all batches.
     numbers = range(len(bins)) if sharded else range(group.rank, len(bins), group.size)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packing.attention import implementation
+from stages import heads, objectives
 from stages.errors import UserError
 from stages.train import TrainConfig, adamw, adapters, freezing, neftune, quantization
 from stages.train.adapters import save as save_adapter
@@ -60,7 +61,7 @@ def ready(
     device: str,
     batches: Callable[[], Sequence[dict[str, Any]]],
 ) -> Any:
-    """The loaded model of `folder` on its device, with its adapter or its frozen weights.
+    """The loaded model of `folder` on its device, with its adapter or its frozen weights, and the objective's own head.
 
     `batches` gives a few batches as the model takes them, for an adapter that starts from activations. Raises UserError
     for names that match nothing and adapters that the model does not take.
@@ -75,6 +76,8 @@ def ready(
         if config.lora.init == "eva":
             with torch.autocast(device, DTYPES[config.precision], enabled=config.precision != "fp32"):
                 adapters.start_from_activations(made, batches())
+    if outputs := objectives.find(config.objective).head:
+        heads.attach(made, outputs)
     if config.neftune_alpha is not None:
         neftune.add_noise(made, config.neftune_alpha)
     return made

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from stages import heads
 from stages.stage import Facts
-from stages.train import TrainConfig, model
+from stages.train import TrainConfig, adamw, model
 from stages.train.trainer import PackedTrainer
 
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
@@ -18,7 +19,9 @@ METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_toke
 def write(
     config: TrainConfig, trained: Any, history: list[dict[str, Any]], record: Facts, source: Path, output: Path
 ) -> None:
-    """Write `adapter/` or `weights/`, `metrics.jsonl` and `train.json` to `output`."""
+    """Write `adapter/` or `weights/`, the objective's own head if it has one, `metrics.jsonl` and `train.json`."""
+    if heads.has(trained):
+        heads.save({name: adamw.whole(p) for name, p in heads.take(trained).named_parameters()}, output)
     if config.lora.restart_every is not None:  # a sum of adapters has no low rank
         model.save_weights(trained.merge_and_unload(), source, output / "weights")
     elif config.method == "lora":

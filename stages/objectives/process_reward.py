@@ -1,0 +1,62 @@
+"""A process reward model: whether each step of a solution is right (arXiv:2211.14275, arXiv:2305.20050).
+
+The model reads a solution and chooses between wrong and right at the last token of every step; the loss is the
+cross-entropy of that choice, the mean over the steps. The words' head of the model is replaced by one of two numbers,
+and what is published is a token classifier: what it says at other tokens means nothing.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+from pydantic import Field
+
+from stages.objectives import Batch, LossSums, Objective, Sums
+from stages.stage import StageConfig
+
+
+class ProcessRewardOptions(StageConfig):
+    """Settings of process reward modelling."""
+
+    wrong_weight: float = Field(default=1.0, gt=0)
+    """Weight of wrong steps, above 1 where they are rare."""
+
+
+def prepare(batch: Batch) -> dict[str, Any]:
+    """`labels` and `extra` become `ends` [steps], the last token of each, and `right` [steps], 0 or 1."""
+    import torch
+
+    from stages.steps import ends_of
+
+    bounds = pairwise(batch["cu_seq_lens_q"].tolist())
+    rest = {name: value for name, value in batch.items() if name not in ("labels", "extra")}
+    found = zip(bounds, batch["extra"], strict=False)  # padding has no labels
+    ends = [min(begin + end, stop) - 1 for (begin, stop), extra in found for end in ends_of(extra)]
+    right = [int(label) for extra in batch["extra"] for label in extra["labels"]]
+    return {**rest, "ends": torch.tensor(ends), "right": torch.tensor(right)}
+
+
+def loss(model: Any, options: ProcessRewardOptions, batch: Batch) -> LossSums:
+    """The summed loss of a prepared batch's steps as a function."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from stages import heads
+
+    def sums(batch: Batch) -> Sums:
+        choice, right = heads.of(model, batch, batch["ends"]), batch["right"]
+        weight = torch.tensor([options.wrong_weight, 1.0], device=choice.device)
+        total = cross_entropy(choice, right, weight=weight, reduction="sum")
+        return {"loss": total, "accuracy": (choice.detach().argmax(1) == right).float().sum()}
+
+    return sums
+
+
+OBJECTIVE = Objective(
+    version=1,
+    prepare=prepare,
+    loss=loss,
+    options=ProcessRewardOptions,
+    kinds=("stepwise",),
+    counts="labels",
+    head=2,
+)
