@@ -19,7 +19,7 @@ from stages.stage import Stage
 
 ORDER = ("fetch", "convert", "tokenize", "pack", "score", "train", "merge", "evaluate", "publish")
 """All stages. Which of them a recipe has is said by `Run.stages`: score is there only for an objective that compares
-with the model before training."""
+with the model before training, or learns from a teacher."""
 
 TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -42,6 +42,10 @@ class Take:
 
 def _model(tree: Tree) -> Tree:
     return tree.folder("model")
+
+
+def _teacher(tree: Tree) -> Tree:
+    return tree.folder("teacher")
 
 
 def _tokenizer(tree: Tree) -> Tree:
@@ -72,7 +76,7 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
     "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
     "pack": {"tokens": Take("tokenize"), "tokenizer": Take("fetch", _tokenizer_without_template)},
-    "score": {"model": Take("fetch", _model), "tokens": Take("tokenize")},
+    "score": {"model": Take("fetch", _model), "teacher": Take("fetch", _teacher), "tokens": Take("tokenize")},
     "train": {
         "model": Take("fetch", _model),
         "tokens": Take("tokenize"),

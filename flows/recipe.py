@@ -232,6 +232,15 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         if objective.head and thresholds.max_heldout_loss_increase is not None:
             told = f"a model of the objective {name} has no held-out loss, only accuracy: use publish.gate.min_gain"
             yield ("publish", *place, "max_heldout_loss_increase"), told
+    if objective.teacher and recipe.score.top_k is None:
+        yield (
+            ("score", "top_k"),
+            f"{name} learns from a teacher's likeliest tokens: say how many, e.g. `score.top_k: 32`",
+        )
+    if not objective.teacher:
+        for path, is_set in (("fetch", "teacher"), recipe.fetch.teacher), (("score", "top_k"), recipe.score.top_k):
+            if is_set is not None:
+                yield path, f"{name} learns from no teacher: take it out, or set `train.objective: distillation`"
     if "stepwise" in objective.kinds and recipe.pack.overlong == "truncate":
         yield ("pack", "overlong"), "truncate would cut steps off their labels: set it to drop or error"
 

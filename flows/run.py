@@ -46,7 +46,8 @@ class Run:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe, in order."""
-        scored = objectives.find(self.loaded.recipe.train.objective).reference
+        objective = objectives.find(self.loaded.recipe.train.objective)
+        scored = objective.reference or objective.teacher
         return tuple(stage for stage in ORDER if stage != "score" or scored)
 
     def takes(self, stage: str) -> dict[str, Take]:

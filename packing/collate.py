@@ -45,6 +45,8 @@ class Bin:
     """[documents] Their numbers in the plan, for `PackedBins.extra`."""
     reference: NDArray[np.float32] | None = None
     """[tokens] What the model before training gives each token, where the bins were opened with it."""
+    top: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+    """[tokens, k] each: a teacher's likeliest tokens in the place of each token, and their log-probabilities."""
     extra: Sequence[Mapping[str, Any]] = ()
     """[documents] What the data says of each besides its text (see `PackedBins.extra`), where the kind of data has any
     use for it in a loss."""
@@ -87,9 +89,12 @@ class PackedBins:
         """[shards] The window that reads each."""
         paths = [shard["path"] for shard in description["shards"]]
         self._shards = [_Table(tokens / path / "tokens.arrow") for path in paths]
-        self._references = [_Table(reference / path / "log_probs.arrow") for path in paths] if reference else None
+        scored = [reference / path for path in paths] if reference else []
+        taught = bool(scored) and (scored[0] / "top.arrow").exists()
+        self._tops = [_Table(place / "top.arrow") for place in scored] if taught else None
+        self._references = [_Table(place / "log_probs.arrow") for place in scored] if scored and not taught else None
         crossed = reference is not None and self.kind == "unpaired_preference"
-        self._mismatched = [_Table(reference / path / "mismatched.arrow") for path in paths] if crossed else None
+        self._mismatched = [_Table(place / "mismatched.arrow") for place in scored] if crossed else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -132,7 +137,9 @@ class PackedBins:
         reference = np.concatenate([self._log_probs(d) for d in documents.tolist()]) if self._references else None
         extra = [self.extra(document) for document in documents.tolist()] if self.kind in JUDGED else ()
         mismatched = self._read_mismatched(documents.tolist()) if self._mismatched else None
-        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents, reference, extra, mismatched)
+        tops = [self._top(document) for document in documents.tolist()] if self._tops else []
+        top = (np.concatenate([i for i, _ in tops]), np.concatenate([p for _, p in tops])) if tops else None
+        return Bin(np.concatenate(ids), np.concatenate(labels), lengths, documents, reference, top, extra, mismatched)
 
     def documents_in(self, numbers: Iterable[int]) -> int:
         """How many documents some bins hold."""
@@ -165,6 +172,15 @@ class PackedBins:
         shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
         scored, scored_place = self._references[shard].locate(row)
         return np.asarray(scored.lists["log_probs"].row(scored_place)[:length], np.float32)
+
+    def _top(self, document: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        assert self._tops is not None
+        batch, place = self._documents.locate(document)
+        shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
+        scored, scored_place = self._tops[shard].locate(row)
+        k = int(scored.numbers["k"][scored_place])
+        ids, log_probs = (scored.lists[name].row(scored_place).reshape(-1, k)[:length] for name in ("ids", "log_probs"))
+        return ids.astype(np.int64), log_probs.astype(np.float32)
 
     def _read_mismatched(self, documents: Sequence[int]) -> Bin:
         """The other answers to these documents' prompts, all of whose tokens count."""
@@ -200,7 +216,8 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
     Returns what a transformers model takes: `input_ids`, `labels` and `position_ids` (int64 `[1, T]`; positions start
     at 0 in every document), `cu_seq_lens_q` = `cu_seq_lens_k` (int32 `[boundaries]` on the CPU, where each document
     begins and the last ends), and `max_length_q` = `max_length_k` (the longest document, rounded up to a power of two).
-    Bins that were opened with a reference also give `reference` (float32 `[1, T]`), judged ones `extra` (a list, the
+    Bins that were opened with a reference also give `reference` (float32 `[1, T]`), or a teacher's `top_ids` and
+    `top_log_probs` (`[1, T, k]`), judged ones `extra` (a list, the
     documents' without padding), and those that have other answers `mismatched`, a batch of these. No model takes them.
 
     Compiled models need T fixed: pass `pad_to_multiple = bins * sequence_length`. They take changing boundaries as they
@@ -226,6 +243,10 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
     references = [each.reference for each in bins if each.reference is not None]
     reference = np.concatenate([*references, np.zeros(padding, np.float32)])[None] if references else None
     more: dict[str, Any] = {} if reference is None else {"reference": torch.from_numpy(reference)}
+    if tops := [each.top for each in bins if each.top is not None]:
+        for name, parts in zip(("top_ids", "top_log_probs"), zip(*tops, strict=True), strict=True):
+            joined = np.concatenate(parts)
+            more[name] = torch.from_numpy(np.pad(joined, ((0, padding), (0, 0))))[None]
     if extra := [each for one in bins for each in one.extra]:
         more["extra"] = extra
     if mismatched := [one.mismatched for one in bins if one.mismatched is not None]:

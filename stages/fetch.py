@@ -119,6 +119,8 @@ class FetchConfig(StageConfig):
 
     model: ModelSource
     """The base model."""
+    teacher: ModelSource | None = None
+    """For distillation: the model whose distributions are learned; the base model when left out."""
     data: dict[SourceName, DataSource] = Field(min_length=1)
     """Data sources; convert and pack use their names."""
 
@@ -138,10 +140,9 @@ class FetchPart(StageConfig):
 
 def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     """Resolve every source. Raises UserError for the first that cannot be."""
-    kind, found = _resolve_model(config.model)
-    added = {"new_tokens": list(config.model.new_tokens)} if config.model.new_tokens else {}
-    of_model = {"kind": kind, "found": {**found.identity, **added}, "source": "", "split": ""}
-    resolved = [Part("model", of_model, where=found.where)]
+    resolved = [_model_part("model", config.model)]
+    if config.teacher is not None:
+        resolved.append(_model_part("teacher", config.teacher))
     for name, source in config.data.items():
         kind, shards = _resolve_data(source, f"fetch.data.{name}")
         for number, found in enumerate(shards):
@@ -155,15 +156,23 @@ def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     return resolved
 
 
-def _resolve_model(model: ModelSource) -> tuple[str, Found]:
+def _model_part(name: str, model: ModelSource) -> Part:
+    kind, found = _resolve_model(model, f"fetch.{name}")
+    added = {"new_tokens": list(model.new_tokens)} if model.new_tokens else {}
+    return Part(
+        name, {"kind": kind, "found": {**found.identity, **added}, "source": "", "split": ""}, where=found.where
+    )
+
+
+def _resolve_model(model: ModelSource, place: str) -> tuple[str, Found]:
     if model.package is not None:
-        return "package", package.resolve(model.package, model.dtype or "bfloat16", "fetch.model.package")
+        return "package", package.resolve(model.package, model.dtype or "bfloat16", f"{place}.package")
     if model.path is not None:
-        return "folder", folder.resolve(model.path, "fetch.model.path")
+        return "folder", folder.resolve(model.path, f"{place}.path")
     if model.hub is not None:
-        return "hub_model", hub.resolve_model(model.hub, model.revision or "main", "fetch.model.hub")
+        return "hub_model", hub.resolve_model(model.hub, model.revision or "main", f"{place}.hub")
     assert model.url is not None
-    return "url", folder.resolve_url(model.url, model.storage_options or {}, "fetch.model.url")
+    return "url", folder.resolve_url(model.url, model.storage_options or {}, f"{place}.url")
 
 
 def _resolve_data(source: DataSource, place: str) -> tuple[str, list[Found]]:

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from stages import loss_head
 
 Batch = Mapping[str, Any]
+Project = Callable[[Tensor], Tensor]
+"""From rows to their logits."""
 
 TRIED = 32
 """Positions on which the head is compared with the model's own logits."""
@@ -61,6 +63,21 @@ class Head:
             return loss_head.linear_token_losses(*self._linear(batch))
         return self._in_chunks(batch, "none")
 
+    def log_probs(self, batch: Batch, ids: Tensor) -> Tensor:
+        """[trained, k] The log-probabilities (float32) of the tokens `ids` [trained, k] after each trained position."""
+
+        def part(project: Project, rows: Tensor, ids: Tensor) -> Tensor:
+            logits = project(rows).float()
+            return logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
+
+        return self._by_chunks(batch, part, ids)
+
+    def top(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """[trained, k] The likeliest tokens after each trained position, and their log-probabilities (float32)."""
+        rows, project = self._rows(batch)
+        found = [project(some).float().log_softmax(1).topk(k) for some in torch.split(rows, loss_head.CHUNK // 8)]
+        return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
+
     def _linear(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._hidden(batch), self.causal.get_output_embeddings().weight, batch["positions"], batch["targets"]
 
@@ -69,23 +86,29 @@ class Head:
         return hidden
 
     def _in_chunks(self, batch: Batch, reduction: str) -> Tensor:
-        """Losses of `loss_head.CHUNK` rows at a time; several chunks compute their logits anew in the backward pass."""
-        project: Callable[[Tensor], Tensor]
-        if self.known:
-            rows, project = self._hidden(batch)[batch["positions"]], self._logits
-        else:
-            kept = {"logits_to_keep": batch["positions"]}
-            rows, project = self.model(**model_inputs(batch), use_cache=False, **kept).logits[0], _as_they_are
+        """Losses of `loss_head.CHUNK` rows at a time."""
 
-        def part(rows: Tensor, targets: Tensor) -> Tensor:
+        def part(project: Project, rows: Tensor, targets: Tensor) -> Tensor:
             return nn.functional.cross_entropy(project(rows).float(), targets, reduction=reduction).reshape(-1)
 
-        targets = batch["targets"]
-        if len(targets) <= loss_head.CHUNK:
-            return part(rows, targets)
-        chunks = zip(torch.split(rows, loss_head.CHUNK), torch.split(targets, loss_head.CHUNK), strict=True)
-        found: list[Tensor] = [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
+        return self._by_chunks(batch, part, batch["targets"])
+
+    def _by_chunks(self, batch: Batch, part: Callable[[Project, Tensor, Tensor], Tensor], wanted: Tensor) -> Tensor:
+        """What `part` gives of the trained positions, `loss_head.CHUNK` of them at a time; several chunks compute their
+        logits anew in the backward pass."""
+        rows, project = self._rows(batch)
+        if len(wanted) <= loss_head.CHUNK:
+            return part(project, rows, wanted)
+        chunks = zip(torch.split(rows, loss_head.CHUNK), torch.split(wanted, loss_head.CHUNK), strict=True)
+        found: list[Tensor] = [checkpoint(part, project, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(found)
+
+    def _rows(self, batch: Batch) -> tuple[Tensor, Project]:
+        """What stands at the trained positions, and what makes logits of it."""
+        if self.known:
+            return self._hidden(batch)[batch["positions"]], self._logits
+        kept = {"logits_to_keep": batch["positions"]}
+        return self.model(**model_inputs(batch), use_cache=False, **kept).logits[0], _as_they_are
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocabulary] of hidden states [rows, width], as the model's config describes its head."""

@@ -5,8 +5,8 @@ sweep that shares them finds it, and training needs no reference model in memory
 asks for it.
 
 One shard of tokens in, `log_probs.arrow` (see `stages.tables.LOG_PROBS`) out; where answers are judged one by one, also
-`mismatched.arrow` (see `stages.mismatched`). Rows are laid side by side, unpadded, as in training, after the same check
-that this model keeps them apart.
+`mismatched.arrow` (see `stages.mismatched`); with `top_k` a teacher's likeliest tokens instead, `top.arrow`. Rows are
+laid side by side, unpadded, as in training, after the same check that this model keeps them apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,19 @@ class ScoreConfig(StageConfig):
 
     precision: Literal["bf16", "fp32"] = Field(default="bf16")
     """Arithmetic of the forward pass: the one that training uses, so that both err alike."""
+    top_k: int | None = Field(default=None, ge=1, le=1024)
+    """For distillation: how many of the teacher's likeliest tokens are kept for every token, 6 bytes each; 32 is usual.
+    The teacher is `fetch.teacher`, or the model before training."""
 
 
 def parts(config: ScoreConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     """One part a shard of `tokens`."""
     shards = sorted({file.path.rpartition("/")[0] for file in inputs["tokens"].files})
     folders = inputs["tokens"].folders()
-    return [
-        Part(shard, config.model_dump(mode="json"), {"tokens": folders[shard], "model": inputs["model"]})
-        for shard in shards
-    ]
+    model = {"model": inputs["model"]}
+    if config.top_k is not None and inputs["teacher"].files:  # whatever model learns from it
+        model = {"model": inputs["teacher"], "tokenizer": inputs["model"].select("tokenizer.json")}
+    return [Part(shard, config.model_dump(mode="json"), {"tokens": folders[shard], **model}) for shard in shards]
 
 
 def run(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:

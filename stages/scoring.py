@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
-from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, read_batches, read_table
+from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, TOP, read_batches, read_table
 
 TOKENS = 8192
 """Tokens in one forward pass, about."""
@@ -25,7 +25,11 @@ TOKENS = 8192
 
 def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Score one shard. Raises UserError when the model does not load, or does not keep packed rows apart."""
+    if "tokenizer" in inputs:
+        _refuse_other_words(inputs["model"], inputs["tokenizer"])
     head = _load(inputs["model"], config, work)
+    if config.top_k is not None:
+        return _write_top(head, config.top_k, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
     source = inputs["tokens"] / "tokens.arrow"
     rows = tokens = 0
     with _writing(output / "log_probs.arrow", LOG_PROBS) as writer:
@@ -40,6 +44,52 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
     if json.loads((inputs["tokens"] / "counts.json").read_text())["kind"] == "unpaired_preference":
         tokens += _write_mismatched(head, source, output / "mismatched.arrow", work)
     return {"rows": rows, "tokens": tokens}
+
+
+def _refuse_other_words(teacher: Path, student: Path) -> None:
+    """Raise UserError when the two have other tokens."""
+
+    def words(folder: Path) -> dict[str, int]:
+        document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        known = document["model"]["vocab"]
+        known = dict(known) if isinstance(known, dict) else {word: place for place, (word, *_) in enumerate(known)}
+        return known | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
+
+    theirs, ours = words(teacher), words(student)
+    odd = next((word for word in sorted({*theirs, *ours}) if theirs.get(word) != ours.get(word)), None)
+    if odd is not None:
+        raise UserError(
+            f"fetch.teacher has another tokenizer than fetch.model: {odd!r} is token {theirs.get(odd)} there and "
+            f"{ours.get(odd)} here. Distil from a teacher with the same one"
+        )
+
+
+def _write_top(head: Any, k: int, source: Path, target: Path, work: Work) -> Facts:
+    """The k likeliest tokens in the place of every token."""
+    import torch
+
+    rows = tokens = 0
+    with _writing(target, TOP) as writer:
+        for batch in read_batches(source):
+            column = batch.column("ids")
+            ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
+            likely, log_probs = np.zeros((len(ids), k), np.uint32), np.zeros((len(ids), k), np.float16)
+            for low, high in _ranges(lengths):
+                begin, end = int(lengths[:low].sum()), int(lengths[:high].sum())
+                packed = _batch(ids[begin:end], lengths[low:high], head.causal.device)
+                with torch.inference_mode():
+                    found, values = head.top(packed, k)
+                places = begin + packed["positions"].cpu().numpy() + 1
+                likely[places], log_probs[places] = found.cpu().numpy(), values.float().cpu().numpy()
+            columns = [pa.array(np.full(len(batch), k), pa.uint32())]
+            columns += [
+                _lists(likely.ravel(), lengths * k, TOP, "ids"),
+                _lists(log_probs.ravel(), lengths * k, TOP, "log_probs"),
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=TOP))
+            rows, tokens = rows + len(batch), tokens + len(ids)
+            work.tell(rows, unit="rows")
+    return {"rows": rows, "tokens": tokens, "top_k": k}
 
 
 def _write_mismatched(head: Any, source: Path, target: Path, work: Work) -> int:

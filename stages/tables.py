@@ -107,6 +107,17 @@ def tokens_schema(vocabulary: int) -> pa.Schema:
 LOG_PROBS = pa.schema([pa.field("log_probs", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False)])
 """`log_probs.arrow`: what score writes for one shard of tokens, row by row: nats a token, zero for the first."""
 
+TOP = pa.schema(
+    [
+        pa.field("k", pa.uint32(), nullable=False),
+        pa.field("ids", pa.list_(pa.field("item", pa.uint32(), nullable=False)), nullable=False),
+        pa.field("log_probs", pa.list_(pa.field("item", pa.float16(), nullable=False)), nullable=False),
+    ]
+)
+"""`top.arrow`: what score writes instead with `top_k`, row by row: in the place of each token the k that a teacher
+finds likeliest there, the likeliest first, and their log-probabilities in nats; token by token, k of each, and for a
+row's first token anything."""
+
 MISMATCHED = pa.schema(
     [
         pa.field("ids", pa.list_(pa.field("item", pa.uint32(), nullable=False)), nullable=False),

@@ -74,6 +74,9 @@ class Objective:
     reference: bool = False
     """Whether batches must hold `reference` [1, tokens]: the log-probability that the model before training gives each
     token."""
+    teacher: bool = False
+    """Whether batches must hold `top_ids` and `top_log_probs` [1, tokens, k]: each token's likeliest ones by a teacher,
+    and their log-probabilities."""
     online: Online | None = None
     """For objectives that train on the model's own completions: then there is nothing to prepare and no loss here."""
 

@@ -28,5 +28,6 @@ def two_documents(bins: PackedBins, tokens: int) -> dict[str, Any]:
     labels = ids.astype(np.int64)
     labels[[0, tokens // 2]] = IGNORED
     reference = None if packed.reference is None else np.zeros(tokens, np.float32)
+    top = packed.top and tuple(np.resize(each, (tokens, each.shape[1])) for each in packed.top)
     lengths = np.array([tokens // 2, tokens - tokens // 2])
-    return collate([Bin(ids, labels, lengths, reference=reference, extra=[*packed.extra[:1]] * 2)])
+    return collate([Bin(ids, labels, lengths, reference=reference, top=top, extra=[*packed.extra[:1]] * 2)])
