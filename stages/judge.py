@@ -170,6 +170,8 @@ def _serve() -> None:
     try:
         plain = json.loads(sys.stdin.readline())
         rewards = {name: load(RewardChoice.model_validate(choice)) for name, choice in plain.items()}
+        for reward, options in rewards.values():
+            reward.ready(options)
     except UserError as error:
         answer(str(error))
         return

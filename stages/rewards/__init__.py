@@ -8,8 +8,9 @@
           short: {reward: length, weight: 0.1, options: {most: 200}}
 
 A file declares `REWARD = Reward(version, score)`. It is given a completion's text and the other columns of its prompt's
-row, and knows nothing of models. Scoring happens in processes of their own, with a time limit (`stages.judge`). A
-path, `reward: ./mine.py`, is a file of the user's own with `REWARD` in it, and needs `--allow-code`.
+row, and knows nothing of the model that trains. Scoring happens in processes of their own, with a time limit
+(`stages.judge`). A path, `reward: ./mine.py`, is a file of the user's own with `REWARD` in it, and needs
+`--allow-code`.
 """
 
 import difflib
@@ -44,10 +45,13 @@ class Reward:
     version: int
     """Bumped when a completion would be worth something else."""
     score: Callable[[str, Row, Any], float]
-    """`score(completion, row, options)`: any finite number. `row` holds the prompt's other columns."""
+    """`score(completion, row, options)`: any finite number. `row` holds the prompt's other columns, and under
+    `rendered_prompt` the prompt as the model reads it."""
     options: type[StageConfig] = NoOptions
     needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
     """The columns that a prompt's row must have."""
+    ready: Callable[[Any], None] = lambda options: None
+    """Called once in every process that scores, before the first completion: `ready(options)`."""
 
 
 class RewardChoice(StageConfig):

@@ -37,7 +37,10 @@ class Recorder:
         def function(name: str) -> Callable[..., list[float]]:
             def score(prompts: list[str], completions: list[str], columns: list[str], **_: Any) -> list[float]:
                 if name == names[0]:
-                    rows: list[Mapping[str, Json]] = [json.loads(text) for text in columns]
+                    rows: list[Mapping[str, Json]] = [
+                        {**json.loads(text), "rendered_prompt": prompt}
+                        for text, prompt in zip(columns, prompts, strict=True)
+                    ]
                     self._scores = self.judge.score(list(zip(completions, rows, strict=True)))
                     self._keep(step(), prompts, completions)
                 return self._scores[name]
