@@ -117,7 +117,7 @@ def _margins(scores: Path) -> Json:
         model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text()).get("margins")
         for model in _models(scores, HELDOUT_LOSS)
     }
-    if not found[BASE]:
+    if not all(found.values()):
         return None
     of_model = {model: share(margins).document for model, margins in found.items()}
     return {**of_model, **_difference(paired_difference(found[BASE], found[TUNED]), BASE, more_is_better=True)}

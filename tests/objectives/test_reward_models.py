@@ -29,24 +29,25 @@ from tests.stages.packed import Packed, spans, turns
 VOCABULARY = 258
 
 
-def put(tokens: Path, kind: str, made: list[dict[str, Any]], rows: int) -> None:
+def put(tokens: Path, kind: str, made: list[dict[str, Any]]) -> None:
     """As shards of what trains and what is held out; every fifth row is."""
     for name, split in (("judged", "train"), ("kept", "heldout")):
         place = tokens / name / "00000"
         some = [row for row in made if (row["row"] % 5 == 0) == (split == "heldout")]
         write_table(place / "tokens.arrow", tokens_schema(VOCABULARY), some)
+        rows = len({row["row"] for row in some})
         counts = {"kind": kind, "rows": rows, "dropped": {}, "source": name, "split": split}
         (place / "counts.json").write_text(json.dumps(counts))
 
 
 def pairs(tokens: Path) -> None:
-    """Chosen answers count up, rejected ones down."""
+    """Chosen answers are of lower tokens than rejected ones."""
     random = np.random.default_rng(1)
     made = []
     for number in range(120):
         start = int(random.integers(60, 200))
-        for part, step in enumerate((1, -1)):
-            answer = [start + step * i for i in range(int(random.integers(3, 9)))]
+        for part, lowest in enumerate((60, 130)):
+            answer = random.integers(lowest, lowest + 70, int(random.integers(3, 9))).tolist()
             made.append(
                 {
                     "row": number,
@@ -57,20 +58,19 @@ def pairs(tokens: Path) -> None:
                     "extra": json.dumps({"margin": 0.5}) if number % 2 else "",
                 }
             )
-    put(tokens, "preference", made, 120)
+    put(tokens, "preference", made)
 
 
 def solutions(tokens: Path) -> None:
-    """Steps of three letters, right where the third is the first."""
+    """Steps of three tokens, right where the third is a low one."""
     random = np.random.default_rng(2)
     made = []
     for number in range(160):
         ids, told, labels = [30, 31, 32], [(0, 3, 1, 0, "user", TRAIN_NO)], []
         for turn in range(1, 1 + int(random.integers(1, 4))):
-            first, second, wrong = random.integers(60, 70, 3).tolist()
-            right = bool(random.random() < 0.5) or wrong == first
-            begin = len(ids)
-            ids += [first, second, first if right else wrong, 36]
+            right = bool(random.random() < 0.5)
+            begin, lowest = len(ids), 60 if right else 130
+            ids += [*random.integers(60, 200, 2).tolist(), int(random.integers(lowest, lowest + 70)), 36]
             told += [(begin, begin + 3, 1, turn, "text", 0), (begin + 3, begin + 4, 2, turn, "text", 0)]
             labels.append(right)
         made.append(
@@ -83,7 +83,7 @@ def solutions(tokens: Path) -> None:
                 "extra": json.dumps({"labels": labels}),
             }
         )
-    put(tokens, "stepwise", made, 160)
+    put(tokens, "stepwise", made)
 
 
 MADE = {"reward": pairs, "process_reward": solutions}
@@ -186,10 +186,8 @@ def test_the_process_reward_loss_is_cross_entropy_at_the_ends_of_steps(inputs: d
 @pytest.mark.parametrize(
     ("inputs", "method"), [("reward", "lora"), ("reward", "full"), ("process_reward", "lora")], indirect=["inputs"]
 )
-def test_it_learns_and_is_transformers_own_classifier(
-    tmp_path: Path, inputs: dict[str, Path], method: str, request: pytest.FixtureRequest
-) -> None:
-    objective = "process_reward" if (inputs["tokens"] / "judged").exists() and _stepwise(inputs) else "reward"
+def test_it_learns_and_is_transformers_own_classifier(tmp_path: Path, inputs: dict[str, Path], method: str) -> None:
+    objective = _objective(inputs)
     trained = train(inputs, tmp_path / "train", objective=objective, method=method)
     steps = measures(trained)
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
@@ -205,19 +203,19 @@ def test_it_learns_and_is_transformers_own_classifier(
     logits = model(torch.tensor([first])).logits[0]
     batch = objectives.find(objective).prepare(collate([bins[0]]))
     ours = heads.of(load_network(weights, "fp32", "cpu", packed=True), batch, batch["ends"])[0]
-    torch.testing.assert_close(logits[-1] if objective == "process_reward" and len(bins[0].extra[0]["labels"]) == 1
-                               else (logits if objective == "reward" else logits[int(batch["ends"][0])]), ours,
-                               rtol=1e-3, atol=1e-4)  # fmt: skip
+    theirs = logits if objective == "reward" else logits[int(batch["ends"][0])]
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
     assert [path.name for path in weights.glob("*.bin")] == []
 
 
-def _stepwise(inputs: dict[str, Path]) -> bool:
-    return bool(json.loads((inputs["plan"] / "plan.json").read_text())["kind"] == "stepwise")
+def _objective(inputs: dict[str, Path]) -> str:
+    kind = json.loads((inputs["plan"] / "plan.json").read_text())["kind"]
+    return "process_reward" if kind == "stepwise" else "reward"
 
 
 @pytest.mark.parametrize("inputs", ["reward", "process_reward"], indirect=True)
 def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    objective = "process_reward" if _stepwise(inputs) else "reward"
+    objective = _objective(inputs)
     whole = train(inputs, tmp_path / "whole", objective=objective, max_steps=6)
 
     def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
