@@ -144,9 +144,9 @@ def _measuring(
             counted += count if numbers else 0
             for name, found in sums(prepared | more).items():
                 total[name] = total.get(name, 0.0) + (float(found) if numbers else 0.0)
-        values = [*total.values(), counted]
-        *found, counted = over_ranks(torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device))
-        return {name: (value / counted).float() for name, value in zip(total, found, strict=True)}
+        here = [*total.values(), float(counted)]
+        added = over_ranks(torch.tensor(here, dtype=torch.float64, device=next(model.parameters()).device))
+        return {name: (value / added[-1]).float() for name, value in zip(total, added[:-1], strict=True)}
 
     def look() -> float:
         training = model.training

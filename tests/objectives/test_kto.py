@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from packing.collate import PackedBins, collate
 from stages.errors import UserError
+from stages.marks import TRAIN_NO
 from stages.mismatched import mismatched
 from stages.objectives import kto
 from stages.runtime import Runtime
 from stages.score import STAGE as SCORE
 from stages.score import ScoreConfig
 from stages.stage import Work
-from stages.tables import TRAIN_NO, read_table
+from stages.tables import read_table
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages import tiny

@@ -12,9 +12,10 @@ from stages import evaluate
 from stages.compare import PREFERENCES, compare, report
 from stages.gate import Gate, decide
 from stages.identity import Json
+from stages.marks import TRAIN_NO
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.tables import TRAIN_NO, tokens_schema, write_table
+from stages.tables import tokens_schema, write_table
 from tests.stages.packed import Packed, turns
 
 PROMPT = [40, 41, 42, 43, 44]
