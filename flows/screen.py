@@ -191,7 +191,10 @@ def _merged(facts: Facts) -> Iterator[str]:
 
 
 def _evaluated(facts: Facts) -> Iterator[str]:
-    yield f"{facts['items']:,} answers scored"
+    if items := facts.get("items", 0):
+        yield f"{items:,} answers scored"
+    if held := facts.get("heldout_items", 0):
+        yield f"{held:,} held-out judgements"
 
 
 def _published(facts: Facts) -> Iterator[str]:

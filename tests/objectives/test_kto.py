@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,13 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def train(inputs: dict[str, Path], folder: Path, *, micro_batch: int = 1, **config: Any) -> list[dict[str, float]]:
+def train(
+    inputs: dict[str, Path], folder: Path, *, micro_batch: int = 1, tell: Any = None, **config: Any
+) -> list[dict[str, float]]:
     settings = {"objective": "kto", "learning_rate": 1e-2, "precision": "fp32", "max_steps": 12, "lora": {"rank": 4}}
-    (folder / "output").mkdir(parents=True)
-    work = Work(folder / "work", Runtime.model_validate({"device": "cpu", "micro_batch": micro_batch}))
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    runtime = Runtime.model_validate({"device": "cpu", "micro_batch": micro_batch})
+    work = Work(folder / "work", runtime, **({"tell": tell} if tell else {}))
     TRAIN.run(TrainConfig.model_validate({**settings, **config}), inputs, folder / "output", work)
     return [json.loads(line) for line in (folder / "output/metrics.jsonl").read_text().splitlines()]
 
@@ -146,6 +151,19 @@ def test_training_tells_good_from_bad_whatever_the_micro_batch(
     for one, other in zip(steps, others, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-2, abs=1e-4)
+
+
+def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    whole = train(inputs, tmp_path / "whole", max_steps=5)
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        if done >= 1 and "loss" in metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        train(inputs, tmp_path / "parts", tell=tell, max_steps=5)
+    assert stopped.value.code == 75
+    assert train(inputs, tmp_path / "parts", max_steps=5) == whole
 
 
 def test_labels_of_one_class_only_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
