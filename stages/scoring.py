@@ -24,7 +24,14 @@ TOKENS = 8192
 
 
 def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    """Score one shard. Raises UserError when the model does not load, or does not keep packed rows apart."""
+    """Score one shard. Raises UserError for rows that nothing compares, when the model does not load, or does not keep
+    packed rows apart, and when a teacher has other tokens."""
+    kind = json.loads((inputs["tokens"] / "counts.json").read_text())["kind"]
+    if config.top_k is None and kind not in ("preference", "unpaired_preference"):
+        raise UserError(
+            f"score: the rows are of kind {kind}, and only judged answers are compared with the model before training: "
+            "read them with convert.format preference or unpaired_preference, or choose another train.objective"
+        )
     if "tokenizer" in inputs:
         _refuse_other_words(inputs["model"], inputs["tokenizer"])
     head = _load(inputs["model"], config, work)
@@ -41,7 +48,7 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
             rows, tokens = rows + len(batch), tokens + len(ids)
             work.tell(rows, unit="rows")
             assert len(batch) <= BATCH_ROWS
-    if json.loads((inputs["tokens"] / "counts.json").read_text())["kind"] == "unpaired_preference":
+    if kind == "unpaired_preference":
         tokens += _write_mismatched(head, source, output / "mismatched.arrow", work)
     return {"rows": rows, "tokens": tokens}
 

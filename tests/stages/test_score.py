@@ -44,7 +44,7 @@ def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeyp
             for i, ids in enumerate(rows())
         ),
     )
-    (tmp_path / "counts.json").write_text('{"kind": "conversation"}')
+    (tmp_path / "counts.json").write_text('{"kind": "preference"}')
     monkeypatch.setattr("stages.scoring.TOKENS", 50)
     found = score(folder, tmp_path, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
@@ -54,9 +54,16 @@ def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeyp
         assert log_probs == pytest.approx(expected, abs=1e-4)
 
 
+def test_rows_that_nothing_compares_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "counts.json").write_text('{"kind": "conversation"}')
+    with pytest.raises(UserError, match=r"kind conversation.*convert.format preference or unpaired_preference"):
+        score(tmp_path / "no model", tmp_path, tmp_path / "out")
+
+
 def test_a_model_that_leaks_is_refused(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "MambaConfig", state_size=8)
     tiny.plan(tmp_path, [[4, 5, 6]])
+    (tmp_path / "tokens/chat/00000/counts.json").write_text('{"kind": "preference"}')
     with pytest.raises(UserError, match=r"score: mamba"):
         score(folder, tmp_path / "tokens/chat/00000", tmp_path / "out")
 

@@ -139,6 +139,24 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         TrainConfig.model_validate(recipe(tmp_path, **change))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantize": "nf4", "method": "lora"},
+        {"ema": 0.9},
+        {"evaluate_every": 0.5},
+        {"neftune_alpha": 5.0},
+        {"on_spike": "stop"},
+        {"full": {"only": ["mlp"]}},
+        {"method": "lora", "lora": {"restart_every": 5}},
+        {"method": "lora", "lora": {"init": "eva"}},
+    ],
+)
+def test_what_an_online_objective_would_not_read_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"grpo trains on what the model itself writes, without it; take it out"):
+        TrainConfig.model_validate({**recipe(tmp_path), **change})
+
+
 def test_what_a_run_needs_is_asked_for_before_anything_is_loaded(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="--allow-code"):
         train(tmp_path / "1", inputs, recipe(tmp_path))
