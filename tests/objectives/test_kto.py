@@ -144,7 +144,7 @@ def test_training_tells_good_from_bad_whatever_the_micro_batch(
     assert steps[-1]["accuracy"] > 0.7 > steps[0]["accuracy"]
     assert steps[-1]["margin"] > 0.2
     if held:
-        looks = json.loads((tmp_path / "one/output/train.json").read_text())["looks"]
+        looks = json.loads((tmp_path / "one/output/train.json").read_text())["heldout"]["looks"]
         assert looks[-1]["loss"] < looks[0]["loss"] < 0.5
         return
     others = train(inputs, tmp_path / "four", micro_batch=4)
