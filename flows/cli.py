@@ -1,4 +1,5 @@
-"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `inspect`, `show`, `schema`, `gc`, `verify`; `flows.operate`.
+"""The command line: `regrow run RECIPE [SELECT]`, `plan`, `inspect`, `show`, `schema`, `gc`, `verify`; `flows.operate`,
+`flows.talk`.
 
 Importing this module pulls in neither torch nor Prefect; only `run` starts Prefect, and only when something runs.
 """
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows import operate, screen
+from flows import operate, screen, talk
 from flows.execute import StageFailed
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, opened, runtime_of
 from flows.plan import make_plan
@@ -40,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(operate.app)
+app.add_typer(talk.app)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
 Selectors = Annotated[

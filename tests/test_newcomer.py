@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.flows.raised import free_port
+from tests.flows.served import serving
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,6 +46,7 @@ class Place:
             [sys.executable, "-m", "flows.cli", *arguments],
             cwd=ROOT,
             env=environment,
+            input="Hello",  # what a chat is asked; nothing else reads it
             capture_output=True,
             text=True,
             timeout=560,
@@ -176,6 +178,12 @@ def test_every_documented_command_runs(place: Place, command: str) -> None:
         words += place.settings(words[1])
     if words[0] == "up":
         words += ["--port", str(free_port())]
+    if words[0] == "chat":
+        words += ["--max-new-tokens", "4"]
+    if words[0] == "serve":
+        with serving(words, place.home) as port:
+            assert port
+        return
     done = place.regrow(*words, expect=None)
     # 3 is `plan --check` saying that something would run: an answer, not a mistake.
     answers = done.returncode in (0, 3)

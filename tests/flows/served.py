@@ -1,0 +1,45 @@
+"""A model that is served by the real command, for as long as a block runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.flows.raised import free_port
+
+
+@contextmanager
+def serving(words: Sequence[str], home: Path) -> Iterator[int]:
+    """`regrow WORDS` with a port that is free, answering; what it prints is in `home`/served.log."""
+    port, log = free_port(), home / "served.log"
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "REGROW_"))}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *words, "--port", str(port)],
+            env={**clean, "XDG_DATA_HOME": str(home), "REGROW_DEVICE": "cpu", "HF_HOME": str(home / "hub")},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 400
+    try:
+        while not _answers(port):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) in (0, -signal.SIGTERM), "it ends as its server does"
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False

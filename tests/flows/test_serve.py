@@ -1,0 +1,81 @@
+"""`regrow serve`: OpenAI's own client talks with the model, and hears what `regrow chat` would say."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from flows.chat import Sampling, load
+from flows.serve import prepare
+from stages.errors import UserError
+from tests.flows.raised import free_port
+from tests.flows.served import serving
+
+TURNS = [{"role": "user", "content": "say abcd"}]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[tuple[openai.OpenAI, str, int]]:
+    home = tmp_path_factory.mktemp("serving")
+    with serving(["serve", str(tiny_model), "--engine", "transformers"], home) as port:
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none"), tiny_model.name, port
+    told = (home / "served.log").read_text()
+    assert f"model     {tiny_model.name}" in told and f"http://127.0.0.1:{port}/v1" in told
+
+
+def test_openais_client_hears_what_chat_says(endpoint: tuple[openai.OpenAI, str, int], tiny_model: Path) -> None:
+    client, name, _ = endpoint
+    ours = "".join(load(tiny_model, None, "cpu", Sampling(max_new_tokens=8)).answer("tuned", "say abcd"))
+    asked = {"model": name, "messages": TURNS, "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    assert whole.choices[0].message.content == ours
+    stream = client.chat.completions.create(**asked, stream=True)  # type: ignore[call-overload]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == ours
+
+
+def test_a_request_cannot_have_another_model(endpoint: tuple[openai.OpenAI, str, int]) -> None:
+    client, _, _ = endpoint
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="someone/else", messages=TURNS)  # type: ignore[arg-type]
+
+
+def test_it_listens_on_the_loopback_alone(endpoint: tuple[openai.OpenAI, str, int]) -> None:
+    _, _, port = endpoint
+    listening = [
+        line.split()[1].rpartition(":")
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and int(line.split()[1].rpartition(":")[2], 16) == port
+    ]
+    assert [address for address, _, _ in listening] == ["0100007F"]
+
+
+def test_a_taken_port_is_told_before_anything_loads(tiny_model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 cannot be listened on .*--port"):
+            prepare(tiny_model, "tiny", "transformers", "127.0.0.1", port, "cpu", tmp_path)
+
+
+def test_vllm_gets_the_folder_and_the_name(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="vLLM is not installed here"):
+        prepare(tiny_model, "tiny", "vllm", "127.0.0.1", free_port(), "cpu", tmp_path)
+    (tmp_path / "vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    served = prepare(tiny_model, "tiny", "auto", "127.0.0.1", 8123, "cpu", tmp_path / "places")
+    expected = [
+        "vllm",
+        "serve",
+        str(tiny_model),
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "8123",
+    ]
+    assert served.command == expected
