@@ -61,7 +61,7 @@ def test_a_question_is_asked_in_the_tokens_of_the_training(finished: Finished, p
     [table] = [
         finished.store.view(tree) / f.path for f in tree.files if "echo" in f.path and f.path.endswith("tokens.arrow")
     ]
-    trained = pa.ipc.open_file(table).read_all()["tokens"][0].as_py()
+    trained = pa.ipc.open_file(table).read_all()["ids"][0].as_py()
     asked = pair.prompt("tuned", f"say {word}")
     assert trained[: len(asked)] == asked
     assert pair.prompt("base", f"say {word}") == asked
