@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reor
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help quickstart setup setup-dev test test-full lint types bench bench-data bench-data-peers schema clean
+.PHONY: help quickstart setup setup-dev test test-full lint types audit bench bench-data bench-data-peers schema clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,11 @@ lint: setup-dev  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+audit: setup-dev  ## look the pinned versions up among known vulnerabilities (needs a network)
+	@$(BIN)/python -m venv build/audit
+	@build/audit/bin/pip -q --disable-pip-version-check install pip-audit
+	@build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 bench: setup-dev  ## the timings in benchmarks/ that need no GPU
 	@$(BIN)/python -m benchmarks.packing
