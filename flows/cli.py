@@ -16,12 +16,13 @@ from rich.markup import escape
 
 from flows import operate, screen, talk
 from flows.execute import StageFailed
-from flows.options import AsJson, RuntimeFile, StoreUrl, console, opened, runtime_of
-from flows.plan import make_plan
+from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
+from flows.plan import make_plan, require_writable
 from flows.recipe import Recipe, load
 from flows.run import Run, start
 from stages.child import Suspended
 from stages.errors import UserError
+from stages.store import store_of
 
 EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE = 1, 2, 3, 4
 EXIT_SUSPENDED, EXIT_INTERRUPTED = 75, 130
@@ -85,6 +86,7 @@ def run(
         print(screen.plan_json(plan))
     if dry_run:
         return
+    require_writable(this, plan)
     selection = Selection(selectors or (), exclude or (), force or (), strict)
     if on == "up":
         from flows.remote import run_there
@@ -136,7 +138,7 @@ def show(
     """Show a run or an artifact: facts, inputs, files, lineage. Without a name: the latest runs."""
     from flows.show import show_what
 
-    show_what(opened(runtime_of(store, runtime)), what, console, as_json)
+    show_what(store_of(runtime_of(store, runtime)), what, console, as_json)
 
 
 @app.command()
@@ -180,7 +182,7 @@ def gc(
     """Find (and with --delete remove) artifacts that nothing names any more."""
     from flows.show import show_gc
 
-    show_gc(opened(runtime_of(store, runtime)), delete, days, console, as_json)
+    show_gc(store_of(runtime_of(store, runtime)), delete, days, console, as_json)
 
 
 @app.command()
@@ -193,7 +195,7 @@ def verify(
     """Check that the store holds what its manifests say."""
     from flows.show import show_verify
 
-    raise typer.Exit(show_verify(opened(runtime_of(store, runtime)), deep, console, as_json))
+    raise typer.Exit(show_verify(store_of(runtime_of(store, runtime)), deep, console, as_json))
 
 
 def _start(
@@ -205,7 +207,7 @@ def _start(
 ) -> Run:
     loaded = load(recipe, settings or ())
     runtime = runtime_of(store, runtime_file, allow_code)
-    return start(loaded, runtime, opened(runtime))
+    return start(loaded, runtime, store_of(runtime))
 
 
 def main() -> None:

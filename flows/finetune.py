@@ -23,7 +23,7 @@ from flows.approval import asked
 from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
-from flows.plan import Plan, make_plan
+from flows.plan import Plan, make_plan, require_writable
 from flows.recipe import Recipe, loads
 from flows.run import Run, start
 from flows.screen import headline, seconds
@@ -34,7 +34,7 @@ from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
 from stages.runtime import Runtime, from_environment
-from stages.store import open_store
+from stages.store import store_of
 
 
 class Reference(TypedDict):
@@ -92,7 +92,7 @@ def opened(
 ) -> tuple[Run, bool]:
     """A new run with its sources resolved now, or an earlier one with the sources as they were: the one called `run`,
     or what this flow run began before it was suspended or retried. Whether it is an earlier one comes second."""
-    store = open_store(runtime.store, runtime.cache, runtime.storage_options)
+    store = store_of(runtime)
     wanted = run or own_id(client)
     record = store.read_run(wanted)
     if run and record is None:
@@ -119,6 +119,7 @@ def work(
 ) -> State[Any]:
     """Plan and drive a run, ask a person where the recipe wants it, and say how it ended."""
     plan = make_plan(run, select, exclude, force, strict)
+    require_writable(run, plan)
     again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
     label(client, run)
     dashboard = Dashboard(client)

@@ -79,7 +79,7 @@ def finish(run: Run, selection: Selection, dashboard: str, console: Console, as_
     """Look at the destination and refs, print the summary, return the exit code."""
     plan = make_plan(run, selection.selectors, selection.exclude)
     publishes = plan.step("publish").state == "cached"
-    outcome = settle(run) if publishes else None
+    outcome = settle(run) if publishes and not run.runtime.read_only else None
     if as_json:
         console.print_json(json.dumps(_summary(run, plan, outcome, dashboard)))
     else:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from flows.options import AsJson, RuntimeFile, StoreUrl, console, opened, runtime_of
+from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from stages.production import Move
+from stages.store import store_of
 
 Name = Annotated[str, typer.Argument(help="The recipe's name.")]
 
@@ -31,7 +32,7 @@ def promote(
     from flows.promotion import promote as moved
 
     settings = runtime_of(store, runtime)
-    _show(name, moved(opened(settings), settings, name, what, anyway), as_json)
+    _show(name, moved(store_of(settings), settings, name, what, anyway), as_json)
 
 
 @app.command()
@@ -40,7 +41,7 @@ def rollback(name: Name, store: StoreUrl = None, runtime: RuntimeFile = None, as
     from flows.promotion import rollback as moved
 
     settings = runtime_of(store, runtime)
-    _show(name, moved(opened(settings), settings, name), as_json)
+    _show(name, moved(store_of(settings), settings, name), as_json)
 
 
 @app.command()
@@ -48,7 +49,7 @@ def history(name: Name, store: StoreUrl = None, runtime: RuntimeFile = None, as_
     """Show which models stood in production, why, and what the other runs came to."""
     from flows.history import show_history
 
-    show_history(opened(runtime_of(store, runtime)), name, console, as_json)
+    show_history(store_of(runtime_of(store, runtime)), name, console, as_json)
 
 
 def _show(name: str, move: Move, as_json: bool) -> None:

@@ -10,18 +10,12 @@ from rich.console import Console
 
 from stages.errors import UserError
 from stages.runtime import Runtime, from_environment
-from stages.store import Store, open_store
 
 StoreUrl = Annotated[str | None, typer.Option("--store", help="The artifact store: a folder or an fsspec URL.")]
 RuntimeFile = Annotated[Path | None, typer.Option("--runtime", help="A YAML file with runtime settings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 console = Console(highlight=False)
-
-
-def opened(runtime: Runtime) -> Store:
-    """The runtime's store."""
-    return open_store(runtime.store, runtime.cache, runtime.storage_options)
 
 
 def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -> Runtime:

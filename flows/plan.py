@@ -71,6 +71,15 @@ def make_plan(
     return Plan(run.name, run.id, [steps[s] for s in run.stages])
 
 
+def require_writable(run: Run, plan: Plan) -> None:
+    """Raise UserError when something would have to be made, and the store is only to be read."""
+    if run.runtime.read_only and plan.to_run:
+        step = plan.step(plan.to_run[0])
+        raise UserError(
+            f"{step.stage} would have to run ({step.reason}), and {run.store.url} is used read-only (REGROW_READ_ONLY)"
+        )
+
+
 def _chosen(run: Run, selectors: Sequence[str], exclude: Sequence[str]) -> list[str]:
     selected = select(selectors, exclude)
     chosen = [stage for stage in selected if stage in run.stages]

@@ -33,14 +33,13 @@ def run_there(run: Run, selection: Selection, console: Console) -> int:
     from prefect.exceptions import ObjectNotFound
 
     run.record("started")
-    runtime = run.runtime.model_dump(mode="json", exclude={"storage_options"})
     parameters = {
         "recipe": run.loaded.recipe.model_dump(mode="json", exclude_unset=True),
         "select": list(selection.selectors),
         "exclude": list(selection.exclude),
         "force": list(selection.force),
         "strict": selection.strict,
-        "runtime": {**runtime, "storage_options": run.runtime.storage_options} if _plain(run) else runtime,
+        "runtime": run.runtime.model_dump(mode="json"),
         "run": run.id,
     }
     with get_client(sync_client=True) as client:
@@ -53,11 +52,6 @@ def run_there(run: Run, selection: Selection, console: Console) -> int:
         )
         console.print(f"[dim]sent to {escape(Api(url, None).page(sent.id))}[/]", soft_wrap=True)
         return _follow(client, sent.id, console)
-
-
-def _plain(run: Run) -> bool:
-    """Whether the storage options may be sent: parameters are shown to everybody who sees the dashboard."""
-    return not {"key", "secret", "token", "password"} & run.runtime.storage_options.keys()
 
 
 def _follow(client, flow_run: UUID, console: Console) -> int:  # type: ignore[no-untyped-def]

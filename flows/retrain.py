@@ -27,7 +27,7 @@ from stages.child import Suspended
 from stages.errors import UserError
 from stages.lease import lease
 from stages.runtime import Runtime, from_environment
-from stages.store import open_store
+from stages.store import store_of
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)
@@ -44,7 +44,7 @@ def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: Runtime | 
     where = runtime or from_environment()
     try:
         with get_client(sync_client=True) as client:
-            store = open_store(where.store, where.cache, where.storage_options)
+            store = store_of(where)
             name = recipe_of(recipe, settings, store).recipe.name
             owner = f"retraining {name}, flow run {flow_run.name}"
             log = get_run_logger()

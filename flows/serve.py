@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from stages.arithmetic import fitting
+from stages.cache import for_good
 from stages.errors import UserError
 
 Engine = Literal["auto", "transformers", "vllm"]
@@ -59,8 +60,9 @@ def prepare(
     return Served(command, {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "DO_NOT_TRACK": "1"}, places)
 
 
-def become(served: Served) -> NoReturn:
-    """Turn this process into the server."""
+def become(served: Served, cache: Path) -> NoReturn:
+    """Turn this process into the server. What is in use in the local `cache` stays so."""
+    for_good(cache).outlive_exec()
     os.chdir(served.folder)
     os.execvpe(served.command[0], served.command, {**os.environ, **served.environment})
 

@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.options import AsJson, RuntimeFile, StoreUrl, console, opened, runtime_of
+from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from stages.errors import UserError
+from stages.store import store_of
 
 What = Annotated[
     str,
@@ -48,7 +49,7 @@ def chat(
     if as_json and question is None:
         raise UserError("--json: give --prompt, or pipe the question in")
     place = runtime_of(store, runtime)
-    artifacts = opened(place)
+    artifacts = store_of(place)
     chosen = choose(what, settings or (), artifacts, place)
     base = chosen.base_folder(artifacts) if beside_base else None
     sampling = talking.Sampling(max_new_tokens, temperature, seed)
@@ -79,7 +80,7 @@ def serve(
     from flows.serve import become, prepare
 
     place = runtime_of(store, runtime)
-    artifacts = opened(place)
+    artifacts = store_of(place)
     chosen = choose(what, settings or (), artifacts, place)
     served = prepare(
         chosen.folder(artifacts), chosen.name, engine, host, port, place.device, place.cache.absolute() / "serving"
@@ -89,4 +90,4 @@ def serve(
     if host not in ("127.0.0.1", "::1", "localhost"):
         console.print("[yellow]it asks for no password: whoever reaches this address can use it[/]")
     console.file.flush()
-    become(served)
+    become(served, artifacts.cache)

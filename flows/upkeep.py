@@ -16,12 +16,7 @@ from stages import gc as garbage
 from stages.errors import UserError
 from stages.production import Move
 from stages.runtime import Runtime, from_environment
-from stages.store import Store, open_store
-
-
-def opened(runtime: Runtime) -> Store:
-    """The runtime's store."""
-    return open_store(runtime.store, runtime.cache, runtime.storage_options)
+from stages.store import Store, store_of
 
 
 @flow(name="promote", flow_run_name="promote {name}", persist_result=False)
@@ -36,10 +31,10 @@ def promote(name: Name, what: str = "", anyway: bool = False, runtime: Runtime |
     """
     where = runtime or from_environment()
     try:
-        move = promotion.promote(opened(where), where, name, what or None, anyway)
+        move = promotion.promote(store_of(where), where, name, what or None, anyway)
     except UserError as error:
         return failed(error)
-    return moved("regrow.model.published", opened(where), name, move)
+    return moved("regrow.model.published", store_of(where), name, move)
 
 
 @flow(name="rollback", flow_run_name="rollback {name}", persist_result=False)
@@ -52,10 +47,10 @@ def rollback(name: Name, runtime: Runtime | None = None) -> State[Any]:
     """
     where = runtime or from_environment()
     try:
-        move = promotion.rollback(opened(where), where, name)
+        move = promotion.rollback(store_of(where), where, name)
     except UserError as error:
         return failed(error)
-    return moved("regrow.model.rolled-back", opened(where), name, move)
+    return moved("regrow.model.rolled-back", store_of(where), name, move)
 
 
 def moved(event: str, store: Store, name: str, move: Move) -> State[Any]:
@@ -76,7 +71,7 @@ def gc(delete: bool = False, days: Days = 30.0, runtime: Runtime | None = None) 
         runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
     """
     try:
-        report = garbage.collect(opened(runtime or from_environment()), delete=delete, run_days=days)
+        report = garbage.collect(store_of(runtime or from_environment()), delete=delete, run_days=days)
     except UserError as error:
         return failed(error)
     count = sum(tally.count for tally in report.freed.values())

@@ -97,12 +97,12 @@ class Maker:
         """Run jobs one after another in one child; return their artifacts in order."""
         artifacts: dict[str, Artifact] = {}
         started = time.monotonic()
-        with _workplaces(self.runtime.cache, self.stage.name, jobs) as folders:
+        with _workplaces(self.runtime.cache, self.stage.name, jobs) as folders, self.store.hold() as hold:
             tasks = [
                 Task(
                     job.name,
                     dict(job.config),
-                    {name: str(self.store.view(tree)) for name, tree in job.inputs.items()},
+                    {name: str(self.store.view(tree, hold)) for name, tree in job.inputs.items()},
                     str(folders[job.name] / "output"),
                     str(folders[job.name]),
                     {**self.where, **(job.where or {})},

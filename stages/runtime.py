@@ -5,12 +5,15 @@ variables (`REGROW_STORE=s3://bucket/prefix`), by a YAML file named with `--runt
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+
+from stages.sources.credentials import check_options
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"]
 
@@ -35,9 +38,15 @@ class Runtime(BaseModel):
     store: str = Field(default_factory=lambda: str(default_home() / "store"))
     """The artifact store: a folder, or any fsspec URL such as `s3://bucket/prefix`."""
     storage_options: dict[str, str] = Field(default_factory=dict)
-    """Extra options for the store's file system, e.g. `endpoint_url`. Credentials belong in the environment."""
+    """Extra options for the store's file system, e.g. `endpoint_url`. Credentials belong in the environment; here a
+    variable may be named: `secret: env:NAME`."""
     cache: Path = Field(default_factory=lambda: default_home() / "cache")
     """Local folder for views of artifacts, digests of local files, and scratch that outlives attempts."""
+    cache_limit: ByteSize | Literal["auto"] = "auto"
+    """Bytes (or `200GB`) of copies in the cache of what a store elsewhere holds; the least recently used go first, and
+    what a run is using never. Auto: half of the disk."""
+    read_only: bool = False
+    """Write nothing into the store: what it holds is used, and what would have to be made is an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where training, merging and evaluating compute."""
     workers: int = Field(default_factory=cores, ge=1)
@@ -76,6 +85,21 @@ class Runtime(BaseModel):
     """Whether a recipe may bring Python of its own, such as a dataset format: it runs with your rights."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much regrow itself logs."""
+
+    @field_validator("storage_options")
+    @classmethod
+    def _by_reference(cls, value: dict[str, str]) -> dict[str, str]:
+        # Whoever sees a dashboard sees the parameters of its runs, and these are among them.
+        check_options(value)
+        return value
+
+    @property
+    def cache_bytes(self) -> int:
+        """The cache's limit in bytes."""
+        if self.cache_limit != "auto":
+            return int(self.cache_limit)
+        there = next(place for place in (self.cache.absolute(), *self.cache.absolute().parents) if place.exists())
+        return shutil.disk_usage(there).total // 2
 
     @field_validator("trackers", mode="before")
     @classmethod

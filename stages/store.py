@@ -20,19 +20,22 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from stages import views
+from stages.cache import Hold, for_good
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree, join, tree_of
 from stages.manifest import Artifact, BadManifest, action_path, check_paths, decode, encode, whole_parts
-from stages.objects import Entry, Objects, blob_path, open_objects
+from stages.objects import Entry, MayNotDelete, Objects, blob_path, open_objects
+from stages.runtime import Runtime
 from stages.views import BadBlob, spread
 
-__all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store"]
+__all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store", "store_of"]
 
 FORMAT = 1
 """Version of the layout."""
@@ -49,14 +52,30 @@ class Ref(NamedTuple):
     version: str
 
 
-def open_store(url: str, cache: Path, storage_options: Mapping[str, str] | None = None) -> "Store":
-    """The store at a folder or URL, founded there if there is none yet; `cache` is a local folder for views.
+def store_of(runtime: Runtime) -> "Store":
+    """The store that the runtime names; see `open_store`."""
+    options, limit = runtime.storage_options, runtime.cache_bytes
+    return open_store(runtime.store, runtime.cache, options, cache_limit=limit, read_only=runtime.read_only)
+
+
+def open_store(
+    url: str,
+    cache: Path,
+    storage_options: Mapping[str, str] | None = None,
+    *,
+    cache_limit: float = math.inf,
+    read_only: bool = False,
+) -> "Store":
+    """The store at a folder or URL, founded there if there is none yet; `cache` is a local folder for views, in which
+    copies of what the store holds may have `cache_limit` bytes (see `stages.cache`).
 
     `storage_options` are for S3 (see `stages.objects.open_objects`). Raises UserError when the place cannot be
-    reached, read or founded, or when its server ignores conditional writes.
+    reached, read or founded, when its server ignores conditional writes, and, if `read_only`, when there is no store.
     """
-    objects = open_objects(url, storage_options or {})
+    objects = open_objects(url, storage_options or {}, read_only)
     marker = objects.read("format.json")
+    if marker is None and read_only:
+        raise UserError(f"{objects.url}: there is no store here, and read-only none is founded (REGROW_READ_ONLY)")
     if marker is None:
         _check_conditions(objects)
         objects.create("format.json", json.dumps({"format": FORMAT}).encode())
@@ -64,7 +83,7 @@ def open_store(url: str, cache: Path, storage_options: Mapping[str, str] | None 
         raise UserError(
             f"{objects.url}: this store was made by another version of regrow (format.json); upgrade regrow"
         )
-    return Store(objects, cache.expanduser().absolute())
+    return Store(objects, cache.expanduser().absolute(), cache_limit)
 
 
 def _check_conditions(objects: Objects) -> None:
@@ -72,7 +91,8 @@ def _check_conditions(objects: Objects) -> None:
     probe = f"locks/probe-{uuid4().hex}.json"
     objects.create(probe, b"1")
     refused = objects.create(probe, b"2") is None and objects.swap(probe, b"3", '"no such version"') is None
-    objects.delete(probe)
+    with suppress(MayNotDelete):  # gc takes it
+        objects.delete(probe)
     if not refused:
         raise UserError(
             f"{objects.url}: this server ignores conditional writes (If-None-Match, If-Match), so two runs could "
@@ -86,6 +106,8 @@ class Store:
 
     objects: Objects
     cache: Path
+    cache_limit: float = math.inf
+    """Bytes that local copies of what it holds may have."""
     warn: Callable[[str], None] = _log.warning
     """Told in one line why a manifest was not trusted."""
 
@@ -141,7 +163,7 @@ class Store:
             self._settle(sources)  # somebody may have deleted a blob just before the manifest stood
             if self.objects.local("") is None:
                 for file, source in sources.values():
-                    views.keep(self.cache, source, file)
+                    views.keep(self.cache, source, file, self.cache_limit)
         return artifact
 
     def commit_whole(
@@ -170,10 +192,15 @@ class Store:
             f"{file.path}: blob {file.sha256[:12]}… {bad[file.sha256]}" for file in tree.files if file.sha256 in bad
         ]
 
-    def view(self, tree: Tree) -> Path:
+    def view(self, tree: Tree, hold: Hold | None = None) -> Path:
         """A read-only local folder of the tree, every blob's sha256 verified. Raises BadBlob after moving what is bad
-        to quarantine/. The folder is shared and stays: never write to it, never delete it."""
-        return views.view(self.objects, self.cache, tree)
+        to quarantine/. The folder is shared: never write to it, never delete it. It stays until `hold` is closed, or
+        without one until this process ends."""
+        return views.view(self.objects, self.cache, tree, hold or for_good(self.cache, self.cache_limit))
+
+    def hold(self) -> Hold:
+        """For views that are needed no longer than a block runs."""
+        return Hold(self.cache, self.cache_limit)
 
     def manifests(self) -> Iterator[tuple[str, str, Entry]]:
         """(stage, key, entry) of every manifest, by listing: for gc and reports."""

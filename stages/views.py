@@ -5,7 +5,8 @@ Layout of the local cache, which may be deleted whenever nothing runs::
     blobs/ab/abcd…      copies of blobs whose store is not a folder on the same disk
     views/<digest>/     one folder a tree, hard-linked from the store or from `blobs/`; `views/.…` is being made
     verified/           which inode was found to hold which blob, so that a model is not hashed at every stage
-    tmp/                downloads under way
+    held/ lock size     which views are in use, and how much there is: see `stages.cache`
+    tmp/                copies under way
 
 A file counts as verified while its inode, size and modification time stay what they were when it was hashed; silent
 decay of the disk is what `verify --deep` is for.
@@ -13,15 +14,17 @@ decay of the disk is what `verify --deep` is for.
 
 import errno
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
+from stages.cache import PART, Hold, drop_views, idle_views, make_room, remove_folder, used
 from stages.identity import File, Tree, sha256_file
 from stages.manifest import check_paths
 from stages.objects import Objects, blob_path, clear_errors
@@ -44,33 +47,37 @@ class BadBlob(Exception):
         self.blobs = frozenset(reasons)
 
 
-def view(objects: Objects, cache: Path, tree: Tree) -> Path:
-    """A read-only folder holding the tree's files. Raises BadBlob, and UserError when the cache cannot be written."""
+def view(objects: Objects, cache: Path, tree: Tree, hold: Hold) -> Path:
+    """A read-only folder holding the tree's files, there as long as `hold` is, which makes room for what is downloaded.
+    Raises BadBlob, and UserError when the cache cannot be written."""
     check_paths(tree)
     folder = cache / "views" / tree.digest
     with clear_errors(cache):
+        hold.add(folder.name)
         while not _shows(cache, folder, tree):
             aside = folder.with_name(f".{uuid4().hex}")  # beside it: a read-only folder cannot change its parent
+            hold.add(aside.name)
             try:
-                _build(aside, tree, _gather(objects, cache, tree))
+                _build(objects, cache, aside, tree, hold)
                 if not _moved(aside, folder) and not _shows(cache, folder, tree):  # damaged, not just made by another
                     _moved(folder, aside.with_suffix(".damaged"))
             finally:
+                hold.came(aside.name, 0)
                 remove_folder(aside)
                 remove_folder(aside.with_suffix(".damaged"))
         os.utime(folder)
     return folder
 
 
-def keep(cache: Path, source: Path, file: File) -> None:
-    """Put a local file that was just hashed into the cache, so that it is not downloaded again. It becomes
-    read-only unless it has to be copied."""
+def keep(cache: Path, source: Path, file: File, limit: float = inf) -> None:
+    """Put a local file that was just hashed into the cache, so that it is not downloaded again, if there is room below
+    `limit` bytes. It becomes read-only unless it has to be copied."""
     target = _cached(cache, file.sha256)
-    if target.exists():
-        return
-    aside = _aside(cache)
     found = source.stat()
     with clear_errors(cache):
+        if target.exists() or not make_room(cache, file.size, limit):
+            return
+        aside = _aside(cache)
         try:
             if found.st_nlink == 1:
                 os.link(source, aside)
@@ -110,24 +117,16 @@ def quarantine(objects: Objects, sha256: str) -> None:
 
 def sweep(cache: Path, before: float, delete: bool) -> tuple[int, int]:
     """Views that nobody asked for since `before`, and what only they use: how many things and bytes go."""
-    folders = [folder for folder in (cache / "views").glob("*") if folder.stat().st_mtime < before]
+    folders = idle_views(cache, before)
     links = Counter(path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file())
     files = [path for kind in ("blobs", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()]
     stats = {path: path.stat() for path in files}
     going = {p: s for p, s in stats.items() if s.st_mtime < before and s.st_nlink == 1 + links[s.st_ino]}
     if delete:
-        for folder in folders:
-            remove_folder(folder)
+        drop_views(cache, before)
         for path in going:
             path.unlink(missing_ok=True)
     return len(folders) + len(going), sum(found.st_size for found in going.values())
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder of views, read-only folders included."""
-    for place, _, _ in os.walk(folder):
-        Path(place).chmod(0o755)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def spread(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
@@ -140,40 +139,73 @@ def _shows(cache: Path, folder: Path, tree: Tree) -> bool:
     return folder.is_dir() and all(intact(cache, folder / file.path, file) for file in tree.files)
 
 
-def _gather(objects: Objects, cache: Path, tree: Tree) -> dict[str, Path]:
-    """Local, verified files by sha256."""
-    files = {file.sha256: file for file in tree.files}
-    found = dict(zip(files, spread(lambda f: _local_blob(objects, cache, f), files.values(), 4), strict=True))
-    bad = {sha256: reason for sha256, reason in found.items() if isinstance(reason, str)}
-    if bad:
+def _build(objects: Objects, cache: Path, aside: Path, tree: Tree, hold: Hold) -> None:
+    """Make a folder that shows the tree: what is on this disk first, which holds it there; then downloads."""
+    aside.mkdir(parents=True)
+    files = {file.sha256: file for file in reversed(tree.files)}  # a blob that two files share comes once
+    for file in tree.files:
+        (aside / file.path).parent.mkdir(parents=True, exist_ok=True)
+    here = dict(zip(files, spread(lambda f: _linked(objects, cache, aside, f), files.values(), 4), strict=True))
+    absent = [file for file in files.values() if here[file.sha256] is None]
+    left = sum(file.size for file in absent)
+    if absent:
+        hold.reserve(aside.name, left)
+    for file, wrong in zip(absent, spread(lambda f: _brought(objects, cache, aside, f), absent, 4), strict=True):
+        left -= file.size
+        hold.came(aside.name, left)
+        here[file.sha256] = wrong
+    if bad := {sha256: wrong for sha256, wrong in here.items() if wrong}:
         raise BadBlob(bad)
-    return {sha256: path for sha256, path in found.items() if isinstance(path, Path)}
+    for file in tree.files:
+        if not (aside / file.path).exists():
+            _link(aside / files[file.sha256].path, aside / file.path)
+    for place, _, _ in os.walk(aside):
+        Path(place).chmod(0o555)
 
 
-def _local_blob(objects: Objects, cache: Path, file: File) -> Path | str:
-    """A local file that holds the blob, or what is wrong with it."""
-    stored = objects.local(blob_path(file.sha256))
-    if stored is not None and _same_disk(stored, cache):
-        if intact(cache, stored, file):
-            return stored
-        return _refused(objects, file) if stored.exists() else "is missing"
-    copy = _cached(cache, file.sha256)
-    if intact(cache, copy, file):
-        return copy
+def _linked(objects: Objects, cache: Path, aside: Path, file: File) -> str | None:
+    """Show a file that is on this disk: the empty string when that was done, what is wrong with it, or None when it has
+    to be brought."""
+    stored, copy = objects.local(blob_path(file.sha256)), _cached(cache, file.sha256)
+    own = stored is not None and _same_disk(stored, cache)
+    source = stored if stored is not None and own else copy
+    try:
+        if intact(cache, source, file):
+            _link(source, aside / file.path)
+            used(source)
+            return ""
+        wrong = _refused(objects, file) if own and source.exists() else "is missing"
+    except FileNotFoundError:  # removed at this moment
+        wrong = "is missing"
+    return wrong if own else None
+
+
+def _brought(objects: Objects, cache: Path, aside: Path, file: File) -> str:
+    """Download a file into the view, and keep it in the cache; or what is wrong with it."""
+    target = aside / file.path
+    part = target.with_name(f"{target.name}{PART}")
     for _ in range(2):  # a download may be damaged on its way
-        aside = _aside(cache)
         try:
-            objects.download(blob_path(file.sha256), aside)
-            if intact(cache, aside, file):
-                aside.chmod(0o444)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                aside.replace(copy)
-                return copy
+            objects.download(blob_path(file.sha256), part)
+            if intact(cache, part, file):
+                part.chmod(0o444)
+                _cache(part, _cached(cache, file.sha256))
+                part.rename(target)
+                return ""
         except FileNotFoundError:
             return "is missing"
         finally:
-            aside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
     return _refused(objects, file)
+
+
+def _cache(part: Path, copy: Path) -> None:
+    """Give a verified file its name among the cached blobs, whatever stands there."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    beside = copy.with_name(f"{copy.name}.{uuid4().hex}")
+    with suppress(OSError):  # no hard links there: then the view alone has it
+        os.link(part, beside)
+        beside.replace(copy)
 
 
 def _refused(objects: Objects, file: File) -> str:
@@ -193,18 +225,15 @@ def _moved(source: Path, target: Path) -> bool:
     return True
 
 
-def _build(aside: Path, tree: Tree, blobs: dict[str, Path]) -> None:
-    aside.mkdir(parents=True)
-    for file in tree.files:
-        target = aside / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(blobs[file.sha256], target)
-        except OSError:  # another disk, another owner, or too many links
-            copy_file(blobs[file.sha256], target)
-            target.chmod(0o444)
-    for place, _, _ in os.walk(aside):
-        Path(place).chmod(0o555)
+def _link(source: Path, target: Path) -> None:
+    """Give a blob another name. Raises FileNotFoundError."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, another owner, or too many links
+        copy_file(source, target)
+        target.chmod(0o444)
 
 
 def _cached(cache: Path, sha256: str) -> Path:

@@ -24,9 +24,15 @@ pytest_plugins = ["tests.reliability"]
 
 ADMIN = ("admin-key", "admin-secret-admin-secret")
 READER = ("reader-key", "reader-secret-reader-secret")
+WORKER = ("worker-key", "worker-secret-worker-secret")
+RIGHTS = {
+    ADMIN: ["Admin", "Read", "List", "Tagging", "Write"],
+    READER: ["Read", "List"],
+    WORKER: ["Read", "List", "Write"],
+}
 IDENTITIES = [
-    {"name": pair[0], "credentials": [{"accessKey": pair[0], "secretKey": pair[1]}], "actions": actions}
-    for pair, actions in ((ADMIN, ["Admin", "Read", "List", "Tagging", "Write"]), (READER, ["Read", "List"]))
+    {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+    for (key, secret), actions in RIGHTS.items()
 ]
 
 
@@ -42,6 +48,12 @@ class S3:
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}/store"
+
+    def forbid_deleting(self) -> None:
+        """For everybody, as a bucket's policy says it."""
+        denied = {"Effect": "Deny", "Principal": "*", "Action": ["s3:DeleteObject", "s3:DeleteObjectVersion"]}
+        policy = {"Version": "2012-10-17", "Statement": [{**denied, "Resource": f"arn:aws:s3:::{self.bucket}/*"}]}
+        _client(self.endpoint).call_s3("put_bucket_policy", Bucket=self.bucket, Policy=json.dumps(policy))
 
 
 @dataclass

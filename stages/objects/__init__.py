@@ -19,7 +19,11 @@ from typing import NamedTuple, Protocol
 
 from stages.errors import UserError
 
-__all__ = ["Entry", "Objects", "Versioned", "blob_path", "clear_errors", "open_objects"]
+__all__ = ["Entry", "MayNotDelete", "Objects", "Versioned", "blob_path", "clear_errors", "open_objects"]
+
+
+class MayNotDelete(UserError):
+    """The credentials may write but not delete. What only tidies up goes on without, and leaves it to `regrow gc`."""
 
 
 class Entry(NamedTuple):
@@ -74,7 +78,7 @@ class Objects(Protocol):
 
     def delete(self, path: str, before: float = inf) -> bool:
         """Remove an object that was last written before that time. Return whether it went. (On S3 an object written
-        between the look and the removal goes too.)"""
+        between the look and the removal goes too.) Raises MayNotDelete."""
 
     def move(self, path: str, target: str) -> None:
         """Give an object another path, if it is there."""
@@ -91,19 +95,29 @@ def blob_path(sha256: str) -> str:
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
-def open_objects(url: str, options: Mapping[str, str]) -> Objects:
-    """The objects at a URL: a folder (plain path or `file://`), `s3://bucket/prefix` or `memory://name`.
+def open_objects(url: str, options: Mapping[str, str], read_only: bool = False) -> Objects:
+    """The objects at a URL: a folder (plain path or `file://`), `s3://bucket/prefix` or `memory://name`. If `read_only`
+    whatever would write there raises UserError.
 
     `options` are for S3: endpoint_url, region_name, profile, anon, key, secret, token. Raises UserError for a scheme
     that is not served, and for a folder that cannot be made or written.
     """
+    if read_only:
+        from stages.objects.read_only import ReadOnly
+
+        return ReadOnly(_open(url, options, made=False))
+    return _open(url, options, made=True)
+
+
+def _open(url: str, options: Mapping[str, str], made: bool) -> Objects:
     scheme, separator, rest = url.partition("://")
     if not url or (separator and not rest and scheme in ("file", "s3")):
         raise UserError(f"store {url!r}: names no place; use a folder, s3://bucket/prefix or memory://name")
     if not separator or scheme == "file":
-        from stages.objects.folder import open_folder
+        from stages.objects.folder import FolderObjects, open_folder
 
-        return open_folder(Path(rest if separator else url))
+        folder = Path(rest if separator else url)
+        return open_folder(folder) if made else FolderObjects(folder.expanduser().absolute())
     if scheme == "memory":
         from stages.objects.memory import MemoryObjects
 

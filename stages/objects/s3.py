@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from stages.errors import UserError
-from stages.objects import Entry, Versioned
+from stages.objects import Entry, MayNotDelete, Versioned
+from stages.sources.credentials import opened
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,6 +33,8 @@ PATIENCE = 300.0
 """Seconds for which a store that was once reached is retried before an operation fails."""
 FIRST_ANSWER = 6.0
 """Seconds for which a store that was never reached may keep silent."""
+_WRITES = ("Put", "Copy", "Create", "Upload", "Complete", "Abort")
+"""How the names of operations begin that need the right to write."""
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 
 
@@ -48,7 +51,7 @@ def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
         import s3fs
     except ImportError as error:
         raise UserError(f"store s3://{bucket}: needs s3fs; pip install 'regrow[s3]'") from error
-    given = dict(options)
+    given = {name: str(value) for name, value in opened(options, "runtime").items()}
     region = given.pop("region_name", None)
     fs = s3fs.S3FileSystem(
         **given | {"anon": given.get("anon", "").lower() in ("1", "true", "yes")},
@@ -231,6 +234,17 @@ class S3Objects:
         code = _code(error)
         if code == "NoSuchBucket":
             return UserError(f"{self.url}: there is no bucket {self.bucket!r}{self._at()}; create it or mend the URL")
+        asked = str(getattr(error.__cause__ or error, "operation_name", ""))
+        if code == "AccessDenied" and asked.startswith("Delete"):
+            return MayNotDelete(
+                f"{self.url}: these credentials may not delete there ({asked}){self._at()}; `regrow gc --delete` and "
+                "mending what is damaged need the rights of an operator (docs/object-storage.md)"
+            )
+        if code == "AccessDenied" and asked.startswith(_WRITES):
+            return UserError(
+                f"{self.url}: these credentials may not write there ({asked}){self._at()}; a run needs the rights of a "
+                "worker (docs/object-storage.md), or set REGROW_READ_ONLY=1 to use what is there"
+            )
         if isinstance(error, PermissionError) or code in ("AccessDenied", "InvalidToken", "ExpiredToken"):
             return UserError(
                 f"{self.url}: the server refused these credentials ({code or 'AccessDenied'}){self._at()}; check "

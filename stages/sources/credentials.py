@@ -1,7 +1,8 @@
-"""Credentials by reference: a recipe says `secret: env:MY_SECRET`, never the secret itself.
+"""Credentials by reference: a recipe or a runtime says `secret: env:MY_SECRET`, never the secret itself.
 
-What a recipe holds is kept in run records and published with the model, so a literal secret is refused when the recipe
-is read, and a reference is looked up only where a file system is opened.
+What a recipe holds is kept in run records and published with the model, and a runtime is among the parameters that a
+dashboard shows, so a literal secret is refused when they are read, and a reference is looked up only where a file
+system is opened.
 """
 
 import os
@@ -31,8 +32,8 @@ def check_options(options: Mapping[str, Json], above: str = "storage_options") -
         elif isinstance(value, str) and not value.startswith(REFERENCE):
             if _SECRET.search(name) and value not in _NO_SECRET:
                 raise ValueError(
-                    f"{place} looks like a secret, and a recipe is kept in the store: put the value into an "
-                    f"environment variable and write `{name}: env:NAME`"
+                    f"{place} looks like a secret, and this is kept and shown: put the value into an environment "
+                    f"variable and write `{name}: env:NAME`"
                 )
             check_url(value, place)
 

@@ -184,8 +184,9 @@ def test_local_views_that_nobody_asked_for_go(
     s3, tmp_path: Path, make_folder: MakeFolder, make_action: MakeAction
 ) -> None:  # type: ignore[no-untyped-def]
     store = open_store(s3.url, tmp_path / "cache")
-    old = store.view(store.commit(make_action(n=1), make_folder({"a": b"a", "both": b"b"}), {}, {}).tree)
-    new = store.view(store.commit(make_action(n=2), make_folder({"both": b"b"}), {}, {}).tree)
+    with store.hold() as hold:
+        old = store.view(store.commit(make_action(n=1), make_folder({"a": b"a", "both": b"b"}), {}, {}).tree, hold)
+        new = store.view(store.commit(make_action(n=2), make_folder({"both": b"b"}), {}, {}).tree, hold)
     shutil.rmtree(tmp_path / "outputs")  # as a build does: then only the view uses the cached blob
     long_ago = time.time() - 20 * 24 * 3600
     for path in (tmp_path / "cache").rglob("*"):

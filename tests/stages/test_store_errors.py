@@ -165,11 +165,13 @@ def test_no_credentials(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_credentials_that_may_only_read(s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     reader = {"key": "reader-key", "secret": "reader-secret-reader-secret"}
-    assert "refused these credentials" in refusal(s3.url, tmp_path, **reader)  # no store to read yet
+    assert "these credentials may not write there (PutObject)" in refusal(
+        s3.url, tmp_path, **reader
+    )  # none to read yet
     open_store(s3.url, tmp_path)
     store = open_store(s3.url, tmp_path, reader)
     assert store.find("pack", "0" * 64) is None
-    with pytest.raises(UserError, match="refused these credentials"):
+    with pytest.raises(UserError, match=r"may not write there \(PutObject\).* the rights of a worker"):
         store.write_run("run", {})
 
 

@@ -1,0 +1,262 @@
+"""The local cache's bound: copies of what a store holds elsewhere stay below a number of bytes; the least recently used
+go first.
+
+What counts is what would be free on this disk: cached blobs, and files that only views have. A view that is hard-linked
+from a store on the same disk costs nothing; checkpoints, scratch and logs are not copies and do not count.
+
+A view in use is held. A holder is a locked file in `held/` with the names of views in it; the kernel releases the lock
+when the process ends, however it ends. Holding and dropping are done alone (`lock`), so a name is either held before
+somebody looks for what may go, or its view is gone before the holder looks for it. Room for a download is made before
+it begins and stands in the same file, so the downloads of several processes together stay below the bound too. What is
+held stays even where it is more than the bound allows.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache as once
+from math import inf
+from pathlib import Path
+from uuid import uuid4
+
+from stages.objects import clear_errors
+
+PART = ".part"
+"""Ends the name of a file in a view that is still being downloaded."""
+
+_log = logging.getLogger(__name__)
+
+
+class Hold:
+    """Views that stay until this is closed, or its process ends."""
+
+    def __init__(self, cache: Path, limit: float = inf) -> None:
+        """Nothing is held yet. The cache may have `limit` bytes. Raises UserError when it cannot be written."""
+        self.cache, self.limit = cache, limit
+        self.path = cache / "held" / uuid4().hex
+        with clear_errors(cache):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(cache):
+                self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def add(self, name: str) -> None:
+        """Hold the view called so, be it there or not."""
+        with _alone(self.cache):
+            self._note(name, 0)
+
+    def reserve(self, name: str, size: int) -> None:
+        """Hold the view called so, and make room for `size` bytes that are to come into it."""
+        with _alone(self.cache):
+            if not _enter(self.cache, size, self.limit):
+                _warn(self.cache)
+            self._note(name, size)
+
+    def came(self, name: str, left: int) -> None:
+        """Of the reserved room, `left` bytes are not used yet: the others are in the cache and count there."""
+        self._note(name, left)
+
+    def outlive_exec(self) -> None:
+        """Go on holding when another program takes this process over."""
+        os.set_inheritable(self.file, True)
+
+    def close(self) -> None:
+        """Hold nothing any more. What stood above the bound for it goes."""
+        with _alone(self.cache):
+            self.path.unlink(missing_ok=True)
+            os.close(self.file)
+            _enter(self.cache, 0, self.limit)
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _note(self, name: str, size: int) -> None:
+        os.write(self.file, f"{name} {size}\n".encode())
+
+
+_of_this_process: dict[Path, Hold] = {}
+
+
+def for_good(cache: Path, limit: float = inf) -> Hold:
+    """The hold of this process, until it ends."""
+    if cache not in _of_this_process or not _of_this_process[cache].path.exists():
+        _of_this_process[cache] = Hold(cache, limit)
+    return _of_this_process[cache]
+
+
+def make_room(cache: Path, size: int, limit: float) -> bool:
+    """Let the least recently used go until so many bytes more are below the limit. Whether they are."""
+    with _alone(cache):
+        return _enter(cache, size, limit)
+
+
+def used(blob: Path) -> None:
+    """Note that a blob was used just now. Its modification time, which vouches for its bytes, stays."""
+    with suppress(OSError):  # gone, or somebody else's
+        os.utime(blob, ns=(time.time_ns(), blob.stat().st_mtime_ns))
+
+
+def size_of(cache: Path) -> int:
+    """Bytes that count."""
+    return _look(cache, _held(cache)).size
+
+
+def idle_views(cache: Path, before: float) -> list[Path]:
+    """The views that nobody holds or asked for since `before`."""
+    names = _held(cache)
+    return [v for v in (cache / "views").glob("*") if v.name not in names and v.stat().st_mtime < before]
+
+
+def drop_views(cache: Path, before: float) -> None:
+    """Remove those."""
+    with _alone(cache):
+        for folder in idle_views(cache, before):
+            _drop(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder of views, read-only folders included."""
+    for place, _, _ in os.walk(folder):
+        Path(place).chmod(0o755)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _enter(cache: Path, size: int, limit: float) -> bool:
+    """Enter bytes into the account and shrink the cache where it runs over. The account only ever says too much, and
+    is set right by looking, so that a cache of many files is looked through only when that may free something."""
+    if limit == inf:
+        return True
+    account = cache / "size"
+    try:
+        counted = int(account.read_text())
+    except (FileNotFoundError, ValueError):
+        counted = None
+    if counted is None or counted + size > limit:
+        counted = _shrink(cache, limit - size)
+    account.write_text(str(counted + size))
+    return counted + size <= limit
+
+
+@dataclass
+class _Unit:
+    """What goes together: a view with the blobs that nothing else shows, or a blob that no view shows."""
+
+    used: float
+    folder: Path | None
+    files: dict[int, int]
+    """Sizes by inode."""
+
+
+@dataclass
+class _Contents:
+    units: list[_Unit] = field(default_factory=list)
+    blobs: dict[int, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    """Names in `blobs/` by inode."""
+    shown: Counter[int] = field(default_factory=Counter)
+    """How many names in views an inode has."""
+    size: int = 0
+    """Bytes that count, with the room that is reserved."""
+
+
+def _shrink(cache: Path, limit: float) -> int:
+    """Drop the least recently used until the limit is kept, or only what is held is left. Returns what is left."""
+    names = _held(cache)
+    found = _look(cache, names)
+    for unit in sorted(found.units, key=lambda unit: unit.used):
+        if found.size <= limit:
+            break
+        if unit.folder is not None:
+            if unit.folder.name in names:
+                continue
+            _drop(unit.folder)
+        for inode, size in unit.files.items():
+            found.shown[inode] -= unit.folder is not None
+            if not found.shown[inode]:
+                for path in found.blobs.get(inode, ()):
+                    path.unlink(missing_ok=True)
+                found.size -= size
+    return found.size
+
+
+@once
+def _warn(cache: Path) -> None:
+    _log.warning("%s: what runs need now is more than the cache's limit (REGROW_CACHE_LIMIT)", cache)
+
+
+def _look(cache: Path, names: dict[str, int]) -> _Contents:
+    found = _Contents(size=sum(names.values()))
+    sizes: dict[int, int] = {}
+    links: dict[int, int] = {}
+    last: dict[int, float] = {}
+    for path, stat in _files(cache / "blobs"):
+        found.blobs[stat.st_ino].append(path)
+        sizes[stat.st_ino], links[stat.st_ino], last[stat.st_ino] = stat.st_size, stat.st_nlink, stat.st_atime
+    for folder in (cache / "views").glob("*"):
+        files: dict[int, int] = {}
+        for path, stat in _files(folder):
+            if path.name.endswith(PART) and folder.name in names:
+                continue  # its room is reserved
+            found.shown[stat.st_ino] += 1
+            files[stat.st_ino] = sizes[stat.st_ino] = stat.st_size
+            links[stat.st_ino] = stat.st_nlink
+        with suppress(FileNotFoundError):
+            found.units.append(_Unit(folder.stat().st_mtime, folder, files))
+    found.units += [_Unit(at, None, {i: sizes[i]}) for i, at in last.items() if not found.shown[i]]
+    ours = {i for i, count in links.items() if i in found.blobs or count <= found.shown[i]}
+    for unit in found.units:
+        unit.files = {inode: size if inode in ours else 0 for inode, size in unit.files.items()}
+    found.size += sum(size for inode, size in sizes.items() if inode in ours)
+    return found
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Files below a folder in which others come and go."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield Path(place, name), Path(place, name).stat()
+
+
+def _held(cache: Path) -> dict[str, int]:
+    """The views that living processes hold, with the room reserved for each."""
+    found: dict[str, int] = {}
+    for path in (cache / "held").glob("*"):
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                own = dict(line.split(" ") for line in file.read().decode().splitlines())
+                for name, size in own.items():
+                    found[name] = max(found.get(name, 0), int(size))
+            else:
+                path.unlink(missing_ok=True)  # its process is dead
+    return found
+
+
+def _drop(folder: Path) -> None:
+    """Remove a view: at once for whoever looks, then its files."""
+    aside = folder.with_name(f".{uuid4().hex}")
+    with suppress(FileNotFoundError):
+        folder.rename(aside)
+        remove_folder(aside)
