@@ -19,6 +19,7 @@ from stages.identity import Tree
 from stages.jobs import Hooks
 from stages.stage import Part
 from stages.store import BadBlob
+from stages.transfers import watching
 
 ATTEMPTS = 3
 """How often a stage's inputs may turn out damaged before the store itself is called broken."""
@@ -87,7 +88,6 @@ def execute(run: Run, stage: str, *, force: bool = False) -> Built:
 
 
 def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
-    declared = stage_named(stage)
     log = _Log(run, stage)
 
     def note(message: str) -> None:
@@ -100,7 +100,20 @@ def _execute(run: Run, stage: str, *, force: bool, regrow: bool) -> Built:
         for follower in _followers:
             follower.event(run, stage, event)
 
+    def transferred(what: str, done: int, total: int) -> None:
+        unit = f"MB {what}"
+        on_event({"event": "tell", "done": done // 10**6, "total": total // 10**6, "unit": unit, "metrics": {}})
+
     hooks = Hooks(on_event, log.line, note)
+    with watching(transferred):
+        return _attempts(run, stage, log, hooks, note, force=force, regrow=regrow)
+
+
+def _attempts(
+    run: Run, stage: str, log: _Log, hooks: Hooks, note: Callable[[str], None], *, force: bool, regrow: bool
+) -> Built:
+    """Look for the artifact, mend what it is made of, make it; again when its inputs turn out damaged."""
+    declared = stage_named(stage)
     for _ in range(ATTEMPTS):
         inputs = run.inputs(stage)
         action = run.action(stage)

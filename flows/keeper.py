@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.processes import MARK, Process, end, marked, process
+from flows.server import server_settings
 
 LOOK_SECONDS = 1.0
 """Between two looks at the parts."""
@@ -101,8 +102,7 @@ def environment(home: Path, settings: Settings, part: str) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name not in theirs}
     found |= {MARK: str(home), "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1"}
     if part == "server":
-        # By settings, not by flags: the dashboard's pages learn the port from the settings alone.
-        found |= {"PREFECT_SERVER_API_HOST": settings.host, "PREFECT_SERVER_API_PORT": str(settings.port)}
+        found |= server_settings(settings.host, settings.port)
         found |= {"PREFECT_SERVER_DATABASE_CONNECTION_URL": settings.database} if settings.database else {}
         return found
     found |= {"PREFECT_API_URL": settings.api, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}

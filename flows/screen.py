@@ -114,6 +114,8 @@ class Screen:
         if isinstance(loss := event["metrics"].get("loss"), float):
             self.extra = f"loss {loss:.3f}"
         unit = event["unit"] or "items"
+        if self.progress.tasks[0].fields["unit"] != unit:  # another kind of work: its rate begins now
+            self.progress.reset(self.task, total=event["total"])
         self.progress.update(self.task, completed=event["done"], total=event["total"], unit=unit, extra=self.extra)
 
     def _note(self, run: Run, stage: str, message: str) -> None:

@@ -181,15 +181,25 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+def server_settings(host: str, port: int) -> dict[str, str]:
+    """Where a server listens and whose pages may talk to it. By settings, not by flags: the dashboard's pages learn the
+    port from the settings alone."""
+    own = ",".join(dict.fromkeys(f"http://{name}:{port}" for name in (host, "127.0.0.1", "localhost")))
+    return {
+        "PREFECT_SERVER_API_HOST": host,
+        "PREFECT_SERVER_API_PORT": str(port),
+        # Prefect lets pages of any site use its API: one that a person happens to visit could start runs here.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": os.environ.get("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", own),
+    }
+
+
 def _server_environment(home: Path, port: int) -> dict[str, str]:
     """This process's environment without what the user set for clients: another API, a profile, logging."""
     theirs = ("PREFECT_API_URL", "PREFECT_PROFILE", *(n for n in os.environ if n.startswith("PREFECT_LOGGING_")))
     return {
         **{name: value for name, value in os.environ.items() if name not in theirs},
         "PREFECT_HOME": str(home),
-        # By settings, not by flags: the dashboard's pages learn the port from the settings alone.
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": str(port),
+        **server_settings("127.0.0.1", port),
     }
 
 

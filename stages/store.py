@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -33,6 +34,7 @@ from stages.identity import Action, File, Json, Tree, join, tree_of
 from stages.manifest import Artifact, BadManifest, action_path, check_paths, decode, encode, whole_parts
 from stages.objects import Entry, MayNotDelete, Objects, blob_path, open_objects
 from stages.runtime import Runtime
+from stages.transfers import Moved, moving
 from stages.views import BadBlob, spread
 
 __all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store", "store_of"]
@@ -277,17 +279,18 @@ class Store:
         """Write the blobs that are not there, until a look finds every one there with its size, and young."""
         tree = Tree(tuple(file for file, _ in sources.values()))
 
-        def put(sha256: str) -> None:
+        def put(sha256: str, moved: Moved) -> None:
             file, source = sources[sha256]
             if source.stat().st_size != file.size:
                 raise UserError(f"{source}: changed while it was being stored; run the stage again")
-            self.objects.upload(source, blob_path(sha256), sha256)
+            self.objects.upload(source, blob_path(sha256), sha256, moved)
 
         for _ in range(5):
             lacking = self._lacking(tree, younger_than=STALE)
             if not lacking:
                 return
-            list(self._spread(put, lacking, 4))
+            with moving("uploaded", sum(sources[sha256][0].size for sha256 in lacking)) as moved:
+                list(self._spread(partial(put, moved=moved), lacking, 4))
         raise UserError(f"{self.url}: files vanish as fast as they are written; is something else deleting there?")
 
     def _lacking(self, tree: Tree, younger_than: float = math.inf) -> dict[str, str]:

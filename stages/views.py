@@ -29,6 +29,7 @@ from stages.identity import File, Tree, sha256_file
 from stages.manifest import check_paths
 from stages.objects import Objects, blob_path, clear_errors
 from stages.objects.folder import copy_file
+from stages.transfers import Moved, moving
 
 FRESH = 100_000_000
 """Nanoseconds for which a file's modification time is too young to tell a later change apart."""
@@ -150,10 +151,12 @@ def _build(objects: Objects, cache: Path, aside: Path, tree: Tree, hold: Hold) -
     left = sum(file.size for file in absent)
     if absent:
         hold.reserve(aside.name, left)
-    for file, wrong in zip(absent, spread(lambda f: _brought(objects, cache, aside, f), absent, 4), strict=True):
-        left -= file.size
-        hold.came(aside.name, left)
-        here[file.sha256] = wrong
+    with moving("downloaded", left) as moved:
+        brought = spread(lambda f: _brought(objects, cache, aside, f, moved), absent, 4)
+        for file, wrong in zip(absent, brought, strict=True):
+            left -= file.size
+            hold.came(aside.name, left)
+            here[file.sha256] = wrong
     if bad := {sha256: wrong for sha256, wrong in here.items() if wrong}:
         raise BadBlob(bad)
     for file in tree.files:
@@ -180,13 +183,13 @@ def _linked(objects: Objects, cache: Path, aside: Path, file: File) -> str | Non
     return wrong if own else None
 
 
-def _brought(objects: Objects, cache: Path, aside: Path, file: File) -> str:
+def _brought(objects: Objects, cache: Path, aside: Path, file: File, moved: Moved) -> str:
     """Download a file into the view, and keep it in the cache; or what is wrong with it."""
     target = aside / file.path
     part = target.with_name(f"{target.name}{PART}")
     for _ in range(2):  # a download may be damaged on its way
         try:
-            objects.download(blob_path(file.sha256), part)
+            objects.download(blob_path(file.sha256), part, moved)
             if intact(cache, part, file):
                 part.chmod(0o444)
                 _cache(part, _cached(cache, file.sha256))

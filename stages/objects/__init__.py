@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from stages.errors import UserError
+from stages.transfers import Moved, nobody
 
 __all__ = ["Entry", "MayNotDelete", "Objects", "Versioned", "blob_path", "clear_errors", "open_objects"]
 
@@ -60,15 +61,15 @@ class Objects(Protocol):
     def put(self, path: str, data: bytes) -> None:
         """Write a small object, whatever stands there."""
 
-    def upload(self, source: Path, path: str, sha256: str) -> None:
-        """Write a local file's bytes, whatever stands there. A folder store takes the file itself where it can (hard
-        link) and makes it read-only."""
+    def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
+        """Write a local file's bytes, whatever stands there; over a network `moved` hears how many more are there. A
+        folder store takes the file itself where it can (hard link) and makes it read-only."""
 
     def touch(self, entry: Entry) -> bool:
         """Make an object look written just now. Return False if it is gone."""
 
-    def download(self, path: str, target: Path) -> None:
-        """Copy an object to a new local file. Raises FileNotFoundError."""
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
+        """Copy an object to a new local file; `moved` as in `upload`. Raises FileNotFoundError."""
 
     def stat(self, path: str) -> Entry | None:
         """Size and time of an object, or None."""

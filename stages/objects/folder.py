@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from stages.errors import UserError
 from stages.objects import Entry, Versioned, clear_errors
+from stages.transfers import Moved, nobody
 
 
 def open_folder(folder: Path) -> "FolderObjects":
@@ -79,7 +80,7 @@ class FolderObjects:
         with clear_errors(self.root), self._locked(), self._written_aside(data) as aside:
             self._replace(aside, self.root / path)
 
-    def upload(self, source: Path, path: str, sha256: str) -> None:
+    def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
         with clear_errors(self.root), self._aside_path() as aside:
             if not _taken(source, aside):
                 copy_file(source, aside)
@@ -105,7 +106,7 @@ class FolderObjects:
             return False
         return True
 
-    def download(self, path: str, target: Path) -> None:
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
         copy_file(self.root / path, target)
 
     def stat(self, path: str) -> Entry | None:

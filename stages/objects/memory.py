@@ -10,6 +10,7 @@ from threading import RLock
 from typing import Any
 
 from stages.objects import Entry, Versioned
+from stages.transfers import Moved, nobody
 
 _LOCK = RLock()
 
@@ -59,7 +60,7 @@ class MemoryObjects:
         with _LOCK:
             self._fs.pipe_file(self._path(path), data)
 
-    def upload(self, source: Path, path: str, sha256: str) -> None:
+    def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
         self.put(path, source.read_bytes())
 
     def touch(self, entry: Entry) -> bool:
@@ -69,7 +70,7 @@ class MemoryObjects:
                 self.put(entry.path, found.data)
         return found is not None
 
-    def download(self, path: str, target: Path) -> None:
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
         found = self.read(path)
         if found is None:
             raise FileNotFoundError(path)

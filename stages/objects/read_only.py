@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from stages.errors import UserError
 from stages.objects import Entry, Objects, Versioned
+from stages.transfers import Moved, nobody
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class ReadOnly:
     def put(self, path: str, data: bytes) -> None:
         self._refuse(f"writing {path}")
 
-    def upload(self, source: Path, path: str, sha256: str) -> None:
+    def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
         self._refuse(f"writing {path}")
 
     def touch(self, entry: Entry) -> bool:
         self._refuse(f"renewing {entry.path}")
 
-    def download(self, path: str, target: Path) -> None:
-        self.objects.download(path, target)
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
+        self.objects.download(path, target, moved)
 
     def stat(self, path: str) -> Entry | None:
         return self.objects.stat(path)

@@ -20,6 +20,7 @@ from uuid import uuid4
 from stages.errors import UserError
 from stages.objects import Entry, MayNotDelete, Versioned
 from stages.sources.credentials import opened
+from stages.transfers import Moved, nobody
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,13 +104,14 @@ class S3Objects:
     def put(self, path: str, data: bytes) -> None:
         self._call("put_object", Key=self._key(path), Body=data)
 
-    def upload(self, source: Path, path: str, sha256: str) -> None:
+    def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
         if source.stat().st_size <= SINGLE_PUT:
             checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
             self._call("put_object", Key=self._key(path), Body=source.read_bytes(), ChecksumSHA256=checksum)
+            moved(source.stat().st_size)
         else:
-            target = f"{self.bucket}/{self._key(path)}"
-            self._patiently(lambda: self.fs.put_file(str(source), target, chunksize=SINGLE_PUT, max_concurrency=4))
+            target, how = f"{self.bucket}/{self._key(path)}", {"chunksize": SINGLE_PUT, "max_concurrency": 4}
+            self._patiently(lambda: self.fs.put_file(str(source), target, callback=_heard(moved), **how))
 
     def touch(self, entry: Entry) -> bool:
         """By a copy onto itself, which the server does without sending the bytes."""
@@ -125,8 +127,9 @@ class S3Objects:
 
         return self._unless_gone(copy) or False
 
-    def download(self, path: str, target: Path) -> None:
-        self._patiently(lambda: self.fs.get_file(f"{self.bucket}/{self._key(path)}", str(target)))
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
+        source = f"{self.bucket}/{self._key(path)}"
+        self._patiently(lambda: self.fs.get_file(source, str(target), callback=_heard(moved)))
 
     def stat(self, path: str) -> Entry | None:
         head = self._unless_gone(lambda: self._call("head_object", Key=self._key(path)))
@@ -263,6 +266,17 @@ class S3Objects:
 
     def _at(self) -> str:
         return f" at {self.endpoint}" if self.endpoint else ""
+
+
+def _heard(moved: Moved) -> Any:
+    """What s3fs tells the bytes of one attempt to."""
+    from fsspec.callbacks import Callback
+
+    class Heard(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            moved(inc)
+
+    return Heard()
 
 
 def _code(error: BaseException) -> str:

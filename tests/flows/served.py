@@ -43,3 +43,15 @@ def _answers(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def listening(port: int) -> list[str]:
+    """The addresses at which some process of this machine listens on a port."""
+    found = []
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            address, _, digits = line.split()[1].rpartition(":")
+            if line.split()[3] == "0A" and int(digits, 16) == port:
+                octets = bytes.fromhex(address)[::-1]
+                found.append(".".join(map(str, octets)) if name == "tcp" else address)
+    return found

@@ -74,7 +74,15 @@ def test_what_streams_is_what_the_model_answers(pair: Chat) -> None:
         model = generation.Model(pair.networks[name], pair.tokenizer)
         [whole] = generation.generate(model, [model.prompt(QUESTION)], 64, (), 1, lambda done: None)
         assert "".join(pieces) == whole
-    assert len(list(pair.answer("base", "again"))) > 1, "it comes in pieces"
+
+
+def test_an_answer_comes_word_by_word(tiny_model: Path) -> None:
+    chat = load(tiny_model, None, "cpu", Sampling(max_new_tokens=30, temperature=5.0))
+    spoken = {chat.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (" ", "a")}
+    others = [token for token in range(len(chat.tokenizer)) if token not in spoken]
+    chat.networks["tuned"].generation_config.suppress_tokens = others
+    pieces = list(chat.answer("tuned", QUESTION))
+    assert len(pieces) > 1 and set("".join(pieces)) <= {" ", "a"} and len("".join(pieces)) == 30
 
 
 def test_the_next_question_follows_the_answer_and_a_stopped_one_is_forgotten(pair: Chat) -> None:

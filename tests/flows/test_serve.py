@@ -12,7 +12,7 @@ from flows.chat import Sampling, load
 from flows.serve import prepare
 from stages.errors import UserError
 from tests.flows.raised import free_port
-from tests.flows.served import serving
+from tests.flows.served import listening, serving
 
 TURNS = [{"role": "user", "content": "say abcd"}]
 
@@ -44,13 +44,7 @@ def test_a_request_cannot_have_another_model(endpoint: tuple[openai.OpenAI, str,
 
 def test_it_listens_on_the_loopback_alone(endpoint: tuple[openai.OpenAI, str, int]) -> None:
     _, _, port = endpoint
-    listening = [
-        line.split()[1].rpartition(":")
-        for name in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        if line.split()[3] == "0A" and int(line.split()[1].rpartition(":")[2], 16) == port
-    ]
-    assert [address for address, _, _ in listening] == ["0100007F"]
+    assert listening(port) == ["127.0.0.1"]
 
 
 def test_a_taken_port_is_told_before_anything_loads(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from flows.server import Api
+from tests.flows.served import listening
 
 FLOW = """
 import sys, time
@@ -134,3 +136,18 @@ def test_the_line_that_tells_how_to_see_a_run_can_be_pasted(tmp_path: Path) -> N
     )
     assert shown.stdout.strip() == str(tmp_path / "a home")
     assert address == "http://127.0.0.1:4200/v2/runs/flow-run/1234"
+
+
+def test_pages_of_other_sites_may_not_use_the_api(prefect_api: Api) -> None:
+    base = prefect_api.url.removesuffix("/api")
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    allowed = {}
+    for origin in (base, base.replace("127.0.0.1", "localhost"), "https://example.com"):
+        told = httpx.options(f"{prefect_api.url}/flow_runs/", headers={"Origin": origin, **asked})
+        allowed[origin] = told.headers.get("access-control-allow-origin")
+    assert list(allowed.values()) == [*list(allowed)[:2], None]
+
+
+def test_the_server_listens_on_the_loopback_alone(prefect_api: Api) -> None:
+    port = int(prefect_api.url.rpartition(":")[2].partition("/")[0])
+    assert listening(port) == ["127.0.0.1"]
