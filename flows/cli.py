@@ -22,7 +22,7 @@ from flows.recipe import Recipe, load
 from flows.run import Run, start
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.store import store_of
+from stages.runtime import store_of
 
 EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE = 1, 2, 3, 4
 EXIT_SUSPENDED, EXIT_INTERRUPTED = 75, 130

@@ -33,8 +33,7 @@ from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.runtime import Runtime, from_environment
-from stages.store import store_of
+from stages.runtime import Runtime, from_environment, store_of
 
 
 class Reference(TypedDict):

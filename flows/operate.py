@@ -9,7 +9,7 @@ import typer
 
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from stages.production import Move
-from stages.store import store_of
+from stages.runtime import store_of
 
 Name = Annotated[str, typer.Argument(help="The recipe's name.")]
 

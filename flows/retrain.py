@@ -26,8 +26,7 @@ from flows.stored import AnyRecipe, recipe_of
 from stages.child import Suspended
 from stages.errors import UserError
 from stages.lease import lease
-from stages.runtime import Runtime, from_environment
-from stages.store import store_of
+from stages.runtime import Runtime, from_environment, store_of
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)

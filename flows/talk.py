@@ -6,7 +6,7 @@ import typer
 
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from stages.errors import UserError
-from stages.store import store_of
+from stages.runtime import store_of
 
 What = Annotated[
     str,

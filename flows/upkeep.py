@@ -15,8 +15,8 @@ from flows.parameters import Days, Name
 from stages import gc as garbage
 from stages.errors import UserError
 from stages.production import Move
-from stages.runtime import Runtime, from_environment
-from stages.store import Store, store_of
+from stages.runtime import Runtime, from_environment, store_of
+from stages.store import Store
 
 
 @flow(name="promote", flow_run_name="promote {name}", persist_result=False)

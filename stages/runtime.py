@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from stages.sources.credentials import check_options
+from stages.store import Store, open_store
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"]
 
@@ -118,3 +119,9 @@ def from_environment(settings: Mapping[str, Any] | None = None) -> Runtime:
         if (variable := f"REGROW_{name.upper()}") in os.environ and name != "storage_options"
     }
     return Runtime.model_validate({**found, **(settings or {})})
+
+
+def store_of(runtime: Runtime) -> Store:
+    """The store that the runtime names. Raises UserError as `stages.store.open_store`."""
+    options, limit = runtime.storage_options, runtime.cache_bytes
+    return open_store(runtime.store, runtime.cache, options, cache_limit=limit, read_only=runtime.read_only)

@@ -33,11 +33,10 @@ from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree, join, tree_of
 from stages.manifest import Artifact, BadManifest, action_path, check_paths, decode, encode, whole_parts
 from stages.objects import Entry, MayNotDelete, Objects, blob_path, open_objects
-from stages.runtime import Runtime
 from stages.transfers import Moved, moving
 from stages.views import BadBlob, spread
 
-__all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store", "store_of"]
+__all__ = ["Artifact", "BadBlob", "Ref", "Store", "open_store"]
 
 FORMAT = 1
 """Version of the layout."""
@@ -52,12 +51,6 @@ class Ref(NamedTuple):
 
     document: dict[str, Json]
     version: str
-
-
-def store_of(runtime: Runtime) -> "Store":
-    """The store that the runtime names; see `open_store`."""
-    options, limit = runtime.storage_options, runtime.cache_bytes
-    return open_store(runtime.store, runtime.cache, options, cache_limit=limit, read_only=runtime.read_only)
 
 
 def open_store(

@@ -111,7 +111,7 @@ class S3Objects:
             moved(source.stat().st_size)
         else:
             target, how = f"{self.bucket}/{self._key(path)}", {"chunksize": SINGLE_PUT, "max_concurrency": 4}
-            self._patiently(lambda: self.fs.put_file(str(source), target, callback=_heard(moved), **how))
+            self._transfer(lambda heard: self.fs.put_file(str(source), target, callback=heard, **how), moved)
 
     def touch(self, entry: Entry) -> bool:
         """By a copy onto itself, which the server does without sending the bytes."""
@@ -129,7 +129,7 @@ class S3Objects:
 
     def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
         source = f"{self.bucket}/{self._key(path)}"
-        self._patiently(lambda: self.fs.get_file(source, str(target), callback=_heard(moved)))
+        self._transfer(lambda heard: self.fs.get_file(source, str(target), callback=heard), moved)
 
     def stat(self, path: str) -> Entry | None:
         head = self._unless_gone(lambda: self._call("head_object", Key=self._key(path)))
@@ -205,6 +205,27 @@ class S3Objects:
         result: T = self._patiently(lambda: sync(self.fs.loop, operation, timeout=timeout))
         return result
 
+    def _transfer(self, operation: Callable[[Any], None], moved: Moved) -> None:
+        """A transfer that `moved` hears of, what a broken attempt brought taken back."""
+        from fsspec.callbacks import Callback
+
+        def attempt() -> None:
+            sent = 0
+
+            class Heard(Callback):  # type: ignore[misc]
+                def relative_update(self, inc: int = 1) -> None:
+                    nonlocal sent
+                    sent += inc
+                    moved(inc)
+
+            try:
+                operation(Heard())
+            except BaseException:
+                moved(-sent)
+                raise
+
+        self._patiently(attempt)
+
     def _unless_gone(self, operation: Callable[[], T]) -> T | None:
         try:
             return operation()
@@ -266,17 +287,6 @@ class S3Objects:
 
     def _at(self) -> str:
         return f" at {self.endpoint}" if self.endpoint else ""
-
-
-def _heard(moved: Moved) -> Any:
-    """What s3fs tells the bytes of one attempt to."""
-    from fsspec.callbacks import Callback
-
-    class Heard(Callback):  # type: ignore[misc]
-        def relative_update(self, inc: int = 1) -> None:
-            moved(inc)
-
-    return Heard()
 
 
 def _code(error: BaseException) -> str:
