@@ -38,7 +38,7 @@ class CommandLines(threading.Thread):
         self.done, self.seen = threading.Event(), set[bytes]()
 
     def run(self) -> None:
-        while not self.done.wait(0.02):
+        while not self.done.wait(0.1):
             for entry in Path("/proc").glob("[0-9]*/cmdline"):
                 try:
                     self.seen.add(entry.read_bytes())
@@ -62,6 +62,7 @@ def left_behind(*folders: Path) -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_nothing_that_a_run_leaves_or_shows_holds_a_secret(
     s3: S3, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
