@@ -12,7 +12,7 @@ from stages.tables import BINS, documents_schema, tokens_schema, write_table
 
 LLAMA: dict[str, Any] = {"kind": "LlamaConfig", "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
-    # Llama-3.2-1B, Qwen3-4B, Llama-3.1-8B; and one that a CPU can try a script on.
+    # Llama-3.2-1B, Qwen3-4B, Llama-3.1-8B, SmolLM2-135M; and one that a CPU can try a script on.
     "1b": {
         **LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
@@ -29,6 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "300m": {
         **LLAMA, "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    },
+    "smollm2": {
+        **LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True,
+        "rope_theta": 100000.0,
     },
     "tiny": {
         **LLAMA, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

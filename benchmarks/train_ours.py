@@ -106,7 +106,7 @@ def main() -> None:
     config: dict[str, Any] = {"method": given.method, "max_steps": given.steps}
     runtime: dict[str, Any] = {
         "save_seconds": 1e9,
-        "activation_checkpointing": False,
+        "activation_checkpointing": "none",
         "trackers": (),
         "compile": "always",
     }
@@ -117,10 +117,10 @@ def main() -> None:
             target = runtime
         target[name.removeprefix("train.")] = yaml.safe_load(value)
 
-    def load(folder: Path, config: TrainConfig, device: str, split: bool = False) -> Any:
+    def load(folder: Path, config: TrainConfig, device: str, split: bool = False, attention: Any = "auto") -> Any:
         from packing.attention import implementation
 
-        made = train_input.model(given.shape, device, attn_implementation=implementation(device))
+        made = train_input.model(given.shape, device, attn_implementation=implementation(device, kernel=attention))
         if given.nf4:
             train_input.to_nf4(made)
         if device == "cuda":

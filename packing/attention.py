@@ -5,19 +5,24 @@
 transformers hands the boundaries (`cu_seq_lens_q`) from the model's arguments through to the attention function, and
 builds no mask for an implementation that it knows no mask for.
 
-On a GPU in 16-bit this is one variable-length kernel (`torch.nn.attention.varlen`). Elsewhere each document is a call
+On a GPU in 16-bit this is one variable-length kernel: torch's (`torch.nn.attention.varlen`), or that of an installed
+flash-attn (`packing.flash`), under the name "regrow_fa2" or "regrow_fa3". Elsewhere each document is a call
 of scaled dot product attention: its cost is the sum of squared document lengths, against the square of the sum for one
 call with a mask. (SmolLM2's 9 heads, 2,048 tokens in documents of about 60, one CPU core, forward and backward: 26 ms
 against 471 ms.)
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from packing import flash
+from packing.flash import Attention
 
 __all__ = ["implementation", "register"]
 
@@ -31,22 +36,37 @@ GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signat
 
 
 def register() -> None:
-    """Make "regrow" known to transformers. Calling it again changes nothing."""
+    """Make "regrow", and its forms with flash-attn, known to transformers. Calling it again changes nothing."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
+    for version in flash.MODULES:
+        AttentionInterface.register(f"{NAME}_fa{version}", partial(attend, flash_attn=version))
 
 
-def implementation(device: "str | torch.device", config: Any = None) -> str:
-    """The attention implementation to load a model with, for packed batches: "regrow", on every device.
+def implementation(device: "str | torch.device", config: Any = None, kernel: Attention = "auto") -> str:
+    """The attention implementation to load a model with, for packed batches: "regrow", on every device, or its form for
+    the flash-attn that is installed, unless `kernel` is torch.
+
+    Raises ValueError when `kernel` is flash and no flash-attn is installed that runs on the device.
 
     Two kinds of models, known by their `config`, get "eager", whose mask transformers builds from `position_ids`:
     those with chunked attention (Llama 4), which tell the attention function nothing of their chunks, and old ones that
     do not take an attention function at all. Whether that isolates documents is for `packing.isolation` to say.
     """
     register()
+    capability = torch.cuda.get_device_capability() if torch.device(device).type == "cuda" else None
+    version = None if kernel == "torch" else flash.installed(capability)
+    if kernel == "flash" and version is None:
+        raise ValueError(
+            "attention flash: it needs a GPU of the generation Ampere or later"
+            if capability is None or capability < flash.AMPERE
+            else "attention flash: flash-attn is not installed: pip install 'regrow[flash]', or leave attention at auto"
+        )
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    return "eager" if chunked or not _takes_functions(config) else NAME
+    if chunked or not _takes_functions(config):
+        return "eager"
+    return NAME if version is None else f"{NAME}_fa{version}"
 
 
 def _takes_functions(config: Any) -> bool:
@@ -69,13 +89,14 @@ def attend(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    flash_attn: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document; the signature is transformers' `AttentionInterface`.
 
     `query` is [1, heads, T, head size], `key` and `value` may have fewer heads; the result is [1, T, heads, head
     size]. A `sliding_window` of w lets a token see itself and the w - 1 before it. `softcap` bounds the scores and
-    `s_aux` [heads] are attention sinks.
+    `s_aux` [heads] are attention sinks. `flash_attn` is the version of flash-attn to use where it can.
 
     Raises ValueError for what it would get wrong: no boundaries, more than one row, a mask, attention that is not
     causal, or more documents than the kernel takes.
@@ -87,10 +108,12 @@ def attend(
         raise ValueError(f"{kind}: a packed batch is one row [1, T], without attention mask and without cache")
     if not getattr(module, "is_causal", True) or kwargs.get("position_bias") is not None:
         raise ValueError(f"{kind} is not plain causal attention: packing cannot isolate it")
-    plain = softcap is None and s_aux is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
+    capped = softcap is not None and flash_attn is None
+    plain = not capped and s_aux is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
     if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         assert max_length_q is not None, "packing.collate gives max_length_q"
-        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+        how = (scaling, sliding_window, softcap, flash_attn)
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, *how), None
     lengths = cu_seq_lens_q.diff().tolist()
     dtype = query.dtype
     # torch's 16-bit attention on a CPU is slower than its float32, by 2.5 times with its backward pass, and less exact.
@@ -116,6 +139,8 @@ def _kernel(
     longest: int,
     scaling: float | None,
     sliding_window: int | None,
+    softcap: float | None,
+    flash_attn: int | None,
 ) -> Tensor:
     """[1, T, heads, head size] All documents in one kernel. `longest` may be more than the longest document, but the
     kernel starts its blocks for that length in every document, so the closer the faster."""
@@ -124,8 +149,10 @@ def _kernel(
             f"{len(boundaries) - 1} documents in a batch are more than the attention kernel takes "
             f"({KERNEL_DOCUMENTS}): lower the micro-batch or pack.max_documents"
         )
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    if flash_attn is not None:
+        return flash.varlen(flash_attn, q, k, v, boundaries, longest, scaling, sliding_window, softcap)[None]
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
     out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, **GROUPED)
     assert isinstance(out, Tensor)
     return out[None]

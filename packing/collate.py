@@ -215,7 +215,8 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
 
     Returns what a transformers model takes: `input_ids`, `labels` and `position_ids` (int64 `[1, T]`; positions start
     at 0 in every document), `cu_seq_lens_q` = `cu_seq_lens_k` (int32 `[boundaries]` on the CPU, where each document
-    begins and the last ends), and `max_length_q` = `max_length_k` (the longest document, rounded up to a power of two).
+    begins and the last ends), `max_length_q` = `max_length_k` (the longest document, rounded up to a power of two), and
+    `seq_idx` (int32 `[1, T]`, each token's document), which kernels of state-space layers want.
     Bins that were opened with a reference also give `reference` (float32 `[1, T]`), or a teacher's `top_ids` and
     `top_log_probs` (`[1, T, k]`), judged ones `extra` (a list, the
     documents' without padding), and those that have other answers `mismatched`, a batch of these. No model takes them.
@@ -258,6 +259,7 @@ def collate(bins: Sequence[Bin], pad_to_multiple: int = 8, documents: int | None
         "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
+        "seq_idx": torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))[None],
         "max_length_q": longest,
         "max_length_k": longest,
     }

@@ -31,7 +31,10 @@ TRIED = 32
 """Positions on which the head is compared with the model's own logits."""
 TOLERANCE = 0.01
 """Largest difference to the model's own logits, relative to the largest of them: room for bfloat16."""
-MODEL_INPUTS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+MODEL_INPUTS = (
+    *("input_ids", "position_ids", "seq_idx"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
 """What of a batch the model itself takes."""
 
 

@@ -59,8 +59,13 @@ class Runtime(BaseModel):
     `fully_shard`)."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Packed sequences per forward pass (the global batch is recipe); auto: as many as help and fit into memory."""
-    activation_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: less memory, about a fifth slower; auto: where memory asks for it."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offloaded"] = "auto"
+    """Recompute activations in the backward pass, for less memory: those that cost little arithmetic (selective), all
+    but each layer's input (full: about a fifth slower), or all, with the inputs in the machine's memory (offloaded);
+    auto: as little of it as memory allows."""
+    attention: Literal["auto", "torch", "flash"] = "auto"
+    """The attention kernel on a GPU: torch's own, flash-attn's (3 on Hopper, else 2; an error where it is not
+    installed), or auto: flash-attn's where it is installed."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the decoder layers before training: auto does on a GPU, when training is long enough to win back the
     minute that it takes."""

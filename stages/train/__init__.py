@@ -22,8 +22,10 @@ This file holds the recipe section and declares the stage; the work is in the fi
     checkpoints.py   complete or invisible
     adamw.py         AdamW over weights of 16 + 16 bits
     lora_linear.py   a layer with its adapter as one operation; lora_mlp.py: two that go together
+    lora_experts.py  adapters of a mixture's experts
     float8.py        products in 8 bits
     speed.py         chooses among these, and compiles
+    recomputing.py   activation checkpointing
     memory.py        the memory plan; planning.py: for one attempt
     metrics.py       a step's figures; trackers.py: where else they go
     policy.py        what happens when the loss jumps
@@ -225,4 +227,4 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
     }
 
 
-STAGE = Stage(name="train", artifact="adapter", version=5, config=TrainConfig, run=run, plugins=_plugins)
+STAGE = Stage(name="train", artifact="adapter", version=6, config=TrainConfig, run=run, plugins=_plugins)

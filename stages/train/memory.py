@@ -1,4 +1,4 @@
-"""The memory plan: how many packed sequences a forward pass takes and whether activations are recomputed, chosen before
+"""The memory plan: how many packed sequences a forward pass takes and which activations are recomputed, chosen before
 training from what a step will hold.
 
     plan = choose(costs, room, wanted…)        # raises UserError with the nearest plan that fits
@@ -6,7 +6,8 @@ training from what a step will hold.
 What a step holds is the weights, their gradients, the optimizer's state, what the forward pass keeps for the backward
 pass, and what kernels work in. All but the last are counted, not guessed: the loaded model's own tensors, and the
 tensors that autograd keeps (`torch.autograd.graph.saved_tensors_hooks`) in a forward pass over a few tokens, from which
-the cost of a token follows. So adapters, quantized weights and fused kernels count as what they are.
+the cost of a token follows. So adapters, quantized weights and fused kernels count as what they are, and so does each
+way to recompute activations (`stages.train.recomputing`).
 """
 
 import math
@@ -18,6 +19,8 @@ from typing import Any, Literal
 import torch
 
 from stages.errors import UserError
+from stages.train import recomputing
+from stages.train.recomputing import MODES, Mode
 
 HEADROOM = 0.92
 """Share of the free memory that a plan may fill: fragments, and what other libraries take."""
@@ -41,10 +44,9 @@ class Costs:
     weights: int
     gradients: int
     optimizer: int
-    token: float
-    """What the forward pass keeps of one token, all layers together."""
-    token_recomputed: float
-    """The same when layers are recomputed: their inputs, and the widest of them whole."""
+    token: Mapping[Mode, float]
+    """What is held of one token, all layers together, for each way to recompute activations that the model takes: what
+    the forward pass keeps, and one layer whole while its gradients are computed."""
     work: int
     """Logits of a chunk, weights cast to the precision, and the like, whatever the number of tokens."""
 
@@ -53,9 +55,22 @@ class Costs:
         """What does not depend on the batch."""
         return self.weights + self.gradients + self.optimizer + self.work
 
-    def total(self, tokens: int, recompute: bool) -> int:
+    @property
+    def least(self) -> Mode:
+        """The mode that holds least without going to another memory."""
+        return "full" if "full" in self.token else "none"
+
+    def total(self, tokens: int, recompute: Mode) -> int:
         """At most, with so many tokens a forward pass."""
-        return self.static + math.ceil(tokens * (self.token_recomputed if recompute else self.token))
+        return self.static + math.ceil(tokens * self.token[recompute])
+
+
+ACTIVATIONS: Mapping[Mode, str] = {
+    "none": "kept",
+    "selective": "kept where they are costly, else recomputed",
+    "full": "recomputed",
+    "offloaded": "recomputed from inputs in the machine's memory",
+}
 
 
 @dataclass(frozen=True)
@@ -63,13 +78,13 @@ class Plan:
     """What was chosen, and what it is expected to take."""
 
     micro_batch: int
-    activation_checkpointing: bool
+    activation_checkpointing: Mode
     expected_bytes: int
     room_bytes: int
     costs: Costs
 
     def __str__(self) -> str:
-        kept = "recomputed" if self.activation_checkpointing else "kept"
+        kept = ACTIVATIONS[self.activation_checkpointing]
         batch = self.expected_bytes - self.costs.static
         return (
             f"memory plan: micro-batch {self.micro_batch}, activations {kept}: about {_gb(self.expected_bytes)} of "
@@ -87,27 +102,29 @@ def choose(
     sequence_length: int,
     sequences: int,
     micro_batch: int | Choice,
-    recompute: bool | Choice,
+    recompute: Mode | Choice,
     device: str,
     nearest: Callable[[], str] = lambda: "",
 ) -> Plan:
     """The plan to train `sequences` packed sequences a step and rank with, within `room` bytes.
 
-    Keeping activations comes first (recomputing costs a fifth of the speed), then as many sequences at once as help:
-    on a CPU one. Where either is given, it stays. Raises UserError when nothing fits, with `nearest` said.
+    As little recomputing as possible comes first (full costs a fifth of the speed), then as many sequences at once as
+    help: on a CPU one. Where either is given, it stays. Raises UserError when nothing fits, with `nearest` said.
     """
     most = sequences if device == "cuda" else 1
     most = max(1, min(most, ENOUGH_TOKENS // sequence_length))
     batches = [micro_batch] if micro_batch != "auto" else _evenly(sequences, most)
-    for again in [recompute] if recompute != "auto" else [False, True]:
+    modes = [mode for mode in MODES if mode in costs.token and mode != "offloaded"]
+    for mode in [recompute] if recompute != "auto" else modes:
         for batch in batches:
-            expected = costs.total(batch * sequence_length, again)
+            expected = costs.total(batch * sequence_length, mode)
             if expected <= room * HEADROOM:
-                return Plan(batch, again, expected, room, costs)
-    least = costs.total(batches[-1] * sequence_length, recompute is not False)
+                return Plan(batch, mode, expected, room, costs)
+    smallest = costs.least if recompute == "auto" else recompute
+    least = costs.total(batches[-1] * sequence_length, smallest)
     raise UserError(
         f"train needs about {_gb(least)} GB at least ({_parts(costs)}) with micro-batch {batches[-1]} and sequences of "
-        f"{sequence_length:,} tokens{', activations recomputed' if recompute is not False else ''}, and the device has "
+        f"{sequence_length:,} tokens, activations {ACTIVATIONS[smallest]}, and the device has "
         f"{_gb(int(room * HEADROOM))} GB to give{nearest()}"
     )
 
@@ -118,28 +135,31 @@ def nearest(
     """What would fit, in words: recomputed activations, a shorter sequence, an adapter, more ranks."""
     room = int(room * HEADROOM)
     found = []
-    if costs.total(sequence_length, True) <= room:
+    token = costs.token[costs.least]
+    if costs.total(sequence_length, costs.least) <= room:
         found.append("micro_batch and activation_checkpointing left at auto")
+    elif device == "cuda" and "offloaded" in costs.token and costs.total(sequence_length, "offloaded") <= room:
+        found.append("the runtime's activation_checkpointing: offloaded")
     elif costs.static < room:
-        fits = int((room - costs.static) / costs.token_recomputed) // 256 * 256
+        fits = int((room - costs.static) / token) // 256 * 256
         if fits >= 256:
             found.append(f"pack.sequence_length {fits}")
-    adapter = base_bytes + costs.work + int(costs.token_recomputed * sequence_length)
+    adapter = base_bytes + costs.work + int(token * sequence_length)
     if method == "full" and adapter * 1.05 <= room:
         found.append(f"train.method lora (about {_gb(adapter)} GB)")
     if device == "cuda" and shard == "none":
         shared = costs.weights + costs.gradients + costs.optimizer
-        left = room - costs.work - int(costs.token_recomputed * sequence_length)
+        left = room - costs.work - int(token * sequence_length)
         if left > 0:
             found.append(f"{max(2, ranks, -(-shared // left))} ranks with the runtime's shard: fsdp")
     return f"; the nearest that fits: {', or '.join(found)}" if found else "; a smaller model is the nearest that fits"
 
 
-def smaller(micro_batch: int, recompute: bool) -> tuple[int, bool] | None:
-    """The next smaller plan after one that ran out of memory, if there is one."""
+def smaller(micro_batch: int, recompute: Mode, least: Mode) -> tuple[int, Mode] | None:
+    """The next smaller plan after one that ran out of memory, if there is one; `least` is the mode that holds least."""
     if micro_batch > 1:
         return micro_batch // 2, recompute
-    return None if recompute else (1, True)
+    return None if recompute in (least, "offloaded") else (1, least)
 
 
 def measure(model: Any, forward: Callable[[int], torch.Tensor], optimizer: str, precision: str, shards: int) -> Costs:
@@ -147,28 +167,31 @@ def measure(model: Any, forward: Callable[[int], torch.Tensor], optimizer: str, 
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(_bytes(p) for p in parameters) + sum(_bytes(b) for b in model.buffers())
-    few, many = (_kept(model, forward, tokens) for tokens in TRIED)
+    few, many = (_kept(model, forward, tokens, "none") for tokens in TRIED)
     token = max(many - few, 1) / (TRIED[1] - TRIED[0])
     fixed = max(few - int(token * TRIED[0]), 0)
     text = model.config.get_text_config()
-    layers, width = text.num_hidden_layers, text.hidden_size
     computed = 4 if precision == "fp32" else 2
-    input_bytes = width * computed
-    recomputed = layers * input_bytes + RECOMPUTED * (token / layers) + 4 * input_bytes
+    layer = token / text.num_hidden_layers
+    tokens: dict[Mode, float] = {"none": token + 2 * layer}
+    for mode in MODES[1:] if recomputing.layers(model) else ():
+        saved = (many - _kept(model, forward, TRIED[1], mode)) / TRIED[1]
+        tokens[mode] = min(token - saved + RECOMPUTED * layer + 4 * text.hidden_size * computed, tokens["none"])
+    if parameters[0].device.type == "cpu" and "full" in tokens:  # inputs put aside lie in the same memory
+        tokens["offloaded"] = tokens["full"]
     logits = LOSS_ROWS * text.vocab_size * (computed + 4)
     gradients = sum(_bytes(p) for p in trained)
     return Costs(
         weights // shards,
         gradients // shards,
         int(sum(_state_bytes(p, optimizer) for p in trained)) // shards,
-        token + 2 * token / layers,
-        min(recomputed, token),
+        tokens,
         logits + fixed,
     )
 
 
-def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int) -> int:
-    """Bytes that autograd keeps of a forward pass, weights aside; a storage counts once."""
+def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int, mode: Mode) -> int:
+    """Bytes that are kept of a forward pass for the backward pass, weights aside; a storage counts once."""
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
 
@@ -178,9 +201,17 @@ def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int) -> in
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward(tokens)
-        kept = sum(seen.values())
+    training = model.training
+    model.train()
+    try:
+        with (
+            recomputing.counting(model, mode) as aside,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            loss = forward(tokens)
+            kept = sum(seen.values()) + aside()
+    finally:
+        model.train(training)
     del loss
     return kept
 

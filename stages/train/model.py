@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packing.attention import implementation
+from packing.flash import Attention
 from stages import heads, objectives
 from stages.errors import UserError
 from stages.train import TrainConfig, adamw, adapters, freezing, neftune, quantization
@@ -27,9 +28,11 @@ __all__ = ["in_float32", "load", "ready", "save_adapter", "save_weights", "train
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def load(folder: Path, config: TrainConfig, device: str, split: bool = False) -> PreTrainedModel:
+def load(
+    folder: Path, config: TrainConfig, device: str, split: bool = False, attention: Attention = "auto"
+) -> PreTrainedModel:
     """The model of a local folder, ready for packed batches, in the dtype it is trained in; `split` if that will be
-    16 + 16 bits.
+    16 + 16 bits. `attention` chooses the kernel on a GPU.
 
     Raises UserError when transformers cannot load it without running code from the folder, or its weights came
     quantized.
@@ -43,7 +46,11 @@ def load(folder: Path, config: TrainConfig, device: str, split: bool = False) ->
         quantization.refuse_quantized(described)
         small = quantization.settings(config.quantize, device, narrow) if config.quantize else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=implementation(device, described), local_files_only=True, **small
+            folder,
+            dtype=dtype,
+            attn_implementation=implementation(device, described, attention),
+            local_files_only=True,
+            **small,
         )
     except UserError:
         raise

@@ -203,7 +203,7 @@ def _trainer(
         fp16=config.precision == "fp16",
         seed=config.seed,
         use_cpu=device == "cpu",
-        gradient_checkpointing=recompute is True,
+        gradient_checkpointing=recompute not in ("auto", "none"),
         save_strategy="no",
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -8,9 +8,10 @@ import torch
 from packing.collate import PackedBins
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
-from stages.train import TrainConfig, memory, speed
+from stages.train import TrainConfig, memory, recomputing, speed
 from stages.train.data import to_device
 from stages.train.ranks import Group
+from stages.train.recomputing import MODES, Mode
 from stages.train.samples import two_documents
 
 
@@ -34,7 +35,7 @@ def plan_memory(
     device: str,
     shard: str,
     micro_batch: int | Literal["auto"],
-    recompute: bool | Literal["auto"],
+    recompute: Mode | Literal["auto"],
 ) -> memory.Plan:
     """The memory plan, rank 0's on every rank. Raises UserError when nothing fits."""
     sharded = shard != "none" and group.size > 1
@@ -48,17 +49,33 @@ def plan_memory(
     costs = memory.measure(trained, forward, config.optimizer, config.precision, shards)
     room, length = memory.room(device), bins.sequence_length
     frozen = sum(p.numel() for p in trained.parameters()) * (4 if config.precision == "fp32" else 2)
-    plan = memory.choose(
-        costs,
-        room,
-        length,
-        -(-bins.global_batch // group.size),
-        micro_batch,
-        recompute,
-        device,
-        lambda: memory.nearest(costs, room, length, config.method, frozen, group.size, shard, device),
-    )
-    agreed = group.agree(plan.micro_batch), bool(group.agree(int(plan.activation_checkpointing)))
+    if recompute != "auto" and recompute not in costs.token:
+        raise UserError(
+            f"{trained.config.model_type} has no layers that transformers can compute anew: set the runtime's "
+            "activation_checkpointing to none"
+        )
+
+    def choose(costs: memory.Costs) -> memory.Plan:
+        return memory.choose(
+            costs,
+            room,
+            length,
+            -(-bins.global_batch // group.size),
+            micro_batch,
+            recompute,
+            device,
+            lambda: memory.nearest(costs, room, length, config.method, frozen, group.size, shard, device),
+        )
+
+    plan = choose(costs)
+    if plan.activation_checkpointing == "selective" and not recomputing.works(trained, "selective", forward):
+        if recompute == "selective":
+            raise UserError(
+                f"{trained.config.model_type} changes results in place that selective checkpointing keeps: set the "
+                "runtime's activation_checkpointing to full, or leave it at auto"
+            )
+        plan = choose(replace(costs, token={m: cost for m, cost in costs.token.items() if m != "selective"}))
+    agreed = group.agree(plan.micro_batch), MODES[group.agree(MODES.index(plan.activation_checkpointing))]
     plan = replace(plan, micro_batch=agreed[0], activation_checkpointing=agreed[1])
     if group.rank == 0:
         print(plan, flush=True)  # noqa: T201  (a stage's prints are its log)

@@ -44,6 +44,7 @@ from stages.train.heldout import look_of
 from stages.train.planning import plan_memory, refuse_too_big
 from stages.train.policy import Watch
 from stages.train.ranks import Group, Stopping
+from stages.train.recomputing import Mode, recompute
 from stages.train.samples import first_batches, one_document
 from stages.train.sharding import shard
 from stages.train.trainer import PackedTrainer, make_trainer
@@ -56,7 +57,7 @@ class Attempt:
 
     device: str
     micro_batch: int | Literal["auto"]
-    activation_checkpointing: bool | Literal["auto"]
+    activation_checkpointing: Mode | Literal["auto"]
     total: int
     """Optimizer steps."""
     left_out: tuple[int, ...] = ()
@@ -111,11 +112,12 @@ def attempt(
         if sharded:
             checks.refuse_shards(config)
         split = optimizers.can_split(config) and not sharded
-        loaded = model.load(inputs["model"], config, place, split)
+        loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
         refuse_too_big(loaded, place)
         trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: first_batches(bins, place))
-        faster: dict[str, Any] = dict(speed.hold(trained, config, sharded))
+        faster: dict[str, Any] = {"attention": loaded.config._attn_implementation}
+        faster |= speed.hold(trained, config, sharded)
         isolation = _prove_isolation(trained, config, place)
         with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
@@ -135,7 +137,9 @@ def attempt(
             this.activation_checkpointing,
         )
         tokens = this.total * bins.global_batch * bins.sequence_length // group.size
-        compiled = not sharded and speed.wants_compiling(work.runtime.compile, place, tokens)
+        offloaded = plan.activation_checkpointing == "offloaded"  # its copies are no part of a graph
+        compiled = not sharded and not offloaded and speed.wants_compiling(work.runtime.compile, place, tokens)
+        recompute(trained, plan.activation_checkpointing)
         faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
         steps = Steps(
             bins,
@@ -162,7 +166,6 @@ def attempt(
                 look=look_of(config, objective, inputs, trained, computed, baseline, this.device, group, sharded),
                 work=work,
                 device=this.device,
-                activation_checkpointing=plan.activation_checkpointing,
                 trackers=this.trackers,
                 group=group,
                 stopping=stopping,

@@ -1,19 +1,19 @@
-"""What makes a step faster and leaves its result alone, up to rounding: fused LoRA layers, fp8, torch.compile.
+"""What makes a step faster and leaves its result alone, up to rounding: fused LoRA layers, grouped experts, fp8,
+torch.compile.
 
 hold(model, config)             # before the pre-flight check: the dtype that training computes in
-compile_layers(model)           # after it: one graph for all decoder layers of a kind
+compilelayers(model)           # after it: one graph for all decoder layers of a kind
 """
 
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stages.train import TrainConfig, adamw, float8, lora_linear, lora_mlp
+from stages.train import TrainConfig, adamw, float8, lora_experts, lora_linear, lora_mlp
 from stages.train.adamw import is_split
 from stages.train.optimizers import can_split
+from stages.train.recomputing import layers
 
 __all__ = ["autocast", "compile_layers", "hold", "marked", "wants_compiling"]
 
@@ -47,8 +47,10 @@ def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, in
             done["fused_adapters"] = lora_linear.quicken(model)
             if config.precision != "fp8":
                 done["fused_feed_forwards"] = lora_mlp.quicken(model)
+    if config.method == "lora" and config.lora.experts and not sharded:
+        done["grouped_experts"] = lora_experts.quicken(model)
     if config.precision == "fp8" and not sharded:
-        done["float8_layers"] = sum(float8.convert(layer) for layer in _layers(model))
+        done["float8_layers"] = sum(float8.convert(layer) for layer in layers(model))
     return done
 
 
@@ -63,10 +65,10 @@ def compile_layers(model: Any) -> int:
     """Compile every decoder layer, in place: equal ones share a graph. Batches should then all have the same number of
     tokens; the number of documents may change. Returns how many."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    layers = _layers(model)
-    for layer in layers:
+    found = layers(model)
+    for layer in found:
         layer.compile()
-    return len(layers)
+    return len(found)
 
 
 def marked(batch: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,3 @@ def marked(batch: dict[str, Any]) -> dict[str, Any]:
         if name in batch:
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
     return batch
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -23,7 +23,7 @@ from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import TrainConfig, trackers
 from stages.train.data import open_bins
-from stages.train.memory import smaller
+from stages.train.memory import ACTIVATIONS, smaller
 from stages.train.policy import MOST_LEFT_OUT, Upset
 from stages.train.ranks import Event, Group, Stopping, join, launch
 from stages.train.run import Attempt, OutOfMemory, attempt
@@ -113,8 +113,9 @@ def _ended(make: Callable[[], Facts]) -> Event:
     except Upset as upset:
         return {"event": "upset", "position": upset.position, "message": str(upset)}
     except OutOfMemory as error:
-        used = {"micro_batch": error.plan.micro_batch, "recompute": error.plan.activation_checkpointing}
-        return {"event": "out_of_memory", "plan": str(error.plan), "message": str(error), **used}
+        plan = error.plan
+        used = {"micro_batch": plan.micro_batch, "recompute": plan.activation_checkpointing, "least": plan.costs.least}
+        return {"event": "out_of_memory", "plan": str(plan), "message": str(error), **used}
 
 
 def _without(this: Attempt, event: Event) -> Attempt:
@@ -132,13 +133,13 @@ def _without(this: Attempt, event: Event) -> Attempt:
 def _smaller(this: Attempt, event: Event) -> Attempt:
     """The next attempt after one that ran out of memory, once. Raises UserError the second time."""
     told = f"the device ran out of memory in {event['message'].strip()} ({event['plan']})"
-    found = smaller(event["micro_batch"], event["recompute"])
+    found = smaller(event["micro_batch"], event["recompute"], event["least"])
     if found is None or any("ran out of memory" in note for note in this.notes):
         raise UserError(
             f"train: {told}: close what else uses the device, lower pack.sequence_length, set "
-            "REGROW_ACTIVATION_CHECKPOINTING=true, or use train.method lora"
+            "REGROW_ACTIVATION_CHECKPOINTING=offloaded, or use train.method lora"
         )
-    note = f"{told}; went on with micro-batch {found[0]}{' and activations recomputed' if found[1] else ''}"
+    note = f"{told}; went on with micro-batch {found[0]}, activations {ACTIVATIONS[found[1]]}"
     return replace(this, micro_batch=found[0], activation_checkpointing=found[1], notes=(*this.notes, note))
 
 

@@ -9,7 +9,6 @@ optimizer, schedule, clipping, the loop.
 import copy
 import json
 import shutil
-from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,6 @@ from stages.train.saving import Saving
 from stages.train.training import Training
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Recomputing activations, under the name that this version of transformers knows it by."""
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
-
-
 def make_trainer(model: Any, training: Training) -> "PackedTrainer":
     """A trainer that has not started."""
     config = training.config
@@ -54,7 +46,6 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
         fp16=config.precision == "fp16",
         seed=config.seed,
         use_cpu=training.device == "cpu",
-        **_checkpointing(training.activation_checkpointing),
         dataloader_num_workers=0 if training.device == "cpu" else 1,
         save_strategy="no",  # `_Deciding` asks by the clock
         logging_strategy="no",  # figures are read when they have arrived, see `settle`

@@ -22,7 +22,6 @@ class Training:
     """What the losses of a step are compared with; see `stages.objectives.Objective`."""
     work: Work
     device: str
-    activation_checkpointing: bool
     trackers: tuple[str, ...]
     """By transformers' names."""
     group: Group

@@ -131,7 +131,8 @@ def test_the_check_takes_an_adapter_and_another_precision() -> None:
 
 @pytest.mark.parametrize("name", LEAKING)
 def test_a_model_whose_documents_see_one_another_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} cannot be packed: documents in one sequence see one another"):
+    reason = "documents in one sequence see one another|`causal_conv1d_fn` can't keep packed sequences apart"
+    with pytest.raises(ValueError, match=f"{name} cannot be packed: ({reason})"):
         check_isolation(model(LEAKING[name]))
 
 

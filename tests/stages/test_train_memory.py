@@ -13,6 +13,7 @@ from stages.runtime import Runtime
 from stages.stage import Work
 from stages.train import STAGE, TrainConfig
 from stages.train.memory import HEADROOM, Costs, choose, nearest, smaller
+from stages.train.recomputing import MODES, Mode
 from tests.stages import tiny
 
 GB = 10**9
@@ -29,16 +30,16 @@ GB = 10**9
 def test_a_plan_fits_and_none_that_is_faster_does(
     static: int, token: int, sequences: int, length: int, room: int
 ) -> None:
-    costs = Costs(static * GB, 0, 0, token, token / 8, 0)
+    costs = Costs(static * GB, 0, 0, {"none": token, "selective": token / 2, "full": token / 8}, 0)
     try:
         plan = choose(costs, room * GB, length, sequences, "auto", "auto", "cuda")
     except UserError:
-        assert costs.total(length, True) > room * GB * HEADROOM
+        assert costs.total(length, "full") > room * GB * HEADROOM
         return
     batch = plan.micro_batch * length
     assert costs.total(batch, plan.activation_checkpointing) == plan.expected_bytes <= room * GB * HEADROOM
-    if plan.activation_checkpointing:
-        assert costs.total(length, False) > room * GB * HEADROOM
+    for faster in MODES[: MODES.index(plan.activation_checkpointing)]:
+        assert costs.total(length, faster) > room * GB * HEADROOM
     passes = -(-sequences // plan.micro_batch)
     assert plan.micro_batch == -(-sequences // passes), "passes are as even as can be"
     if passes > 1 and batch + length <= 32768:
@@ -49,13 +50,13 @@ def test_a_plan_fits_and_none_that_is_faster_does(
 
 
 def test_what_is_given_stays() -> None:
-    costs = Costs(GB, 0, 0, 10**5, 10**4, 0)
-    plan = choose(costs, 80 * GB, 2048, 16, 3, True, "cuda")
-    assert (plan.micro_batch, plan.activation_checkpointing) == (3, True)
+    costs = Costs(GB, 0, 0, {"none": 10**5, "full": 10**4, "offloaded": 10**3}, 0)
+    plan = choose(costs, 80 * GB, 2048, 16, 3, "offloaded", "cuda")
+    assert (plan.micro_batch, plan.activation_checkpointing) == (3, "offloaded")
 
 
 def test_an_impossible_plan_names_those_that_fit() -> None:
-    costs = Costs(32 * GB, 32 * GB, 64 * GB, 10**6, 10**5, GB)
+    costs = Costs(32 * GB, 32 * GB, 64 * GB, {"none": 10**6, "full": 10**5}, GB)
 
     def near() -> str:
         return nearest(costs, 80 * GB, 8192, "full", 16 * GB, 1, "none", "cuda")
@@ -68,17 +69,23 @@ def test_an_impossible_plan_names_those_that_fit() -> None:
 
 
 def test_too_long_a_sequence_is_told_the_longest_that_fits() -> None:
-    costs = Costs(GB, 0, 0, 10**7, 10**6, 0)
+    costs = Costs(GB, 0, 0, {"none": 10**7, "full": 10**6}, 0)
     told = nearest(costs, 10 * GB, 65536, "lora", GB, 1, "none", "cpu")
     [length] = map(int, re.findall(r"sequence_length (\d+)", told))
-    assert costs.total(length, True) <= 10 * GB * HEADROOM < costs.total(length + 256, True)
+    assert costs.total(length, "full") <= 10 * GB * HEADROOM < costs.total(length + 256, "full")
 
 
 def test_after_running_out_of_memory_the_next_plan_is_smaller_until_none_is() -> None:
-    plans = [(6, False)]
-    while (found := smaller(*plans[-1])) is not None:
+    plans: list[tuple[int, Mode]] = [(6, "none")]
+    while (found := smaller(*plans[-1], "full")) is not None:
         plans.append(found)
-    assert plans == [(6, False), (3, False), (1, False), (1, True)]
+    assert plans == [(6, "none"), (3, "none"), (1, "none"), (1, "full")]
+    assert smaller(1, "none", "none") is None, "a model whose layers cannot be recomputed"
+
+
+def test_offloading_is_named_where_nothing_else_fits() -> None:
+    costs = Costs(GB, 0, 0, {"none": 10**7, "full": 2 * 10**6, "offloaded": 10**6}, 0)
+    assert "activation_checkpointing: offloaded" in nearest(costs, 12 * GB, 8192, "lora", GB, 1, "fsdp", "cuda")
 
 
 def test_the_record_says_what_was_chosen_and_a_token_costs_what_it_does_however_many(tmp_path: Path) -> None:
@@ -94,4 +101,4 @@ def test_the_record_says_what_was_chosen_and_a_token_costs_what_it_does_however_
     assert told[0].startswith("memory plan: micro-batch 1, activations kept: about")
     costs = facts["memory_plan"]["costs"]
     assert costs["optimizer"] == 2 * costs["gradients"] == 8 * facts["trained_weights"]
-    assert costs["token_recomputed"] < costs["token"]
+    assert costs["token"]["full"] < costs["token"]["selective"] < costs["token"]["none"]

@@ -1,0 +1,93 @@
+"""Adapters of a mixture's experts by grouped products: what PEFT computes, without a copy of the experts."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stages.train import Lora, adapters, lora_experts
+from tests.stages import tiny
+from tests.stages.test_train_architectures import TRAINED
+
+NAMES = ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "Olmoe", "GraniteMoe", "Phimoe", "Glm4Moe"]
+DEFAULT = ("Qwen3Moe", "GptOss")
+
+
+def adapted(folder: Path, name: str, device: str = "cpu", dtype: str = "float32", rank: int = 4, **sizes: Any) -> Any:
+    """A random mixture with random adapters on everything, B too."""
+    torch.set_num_threads(1)
+    tiny.save(folder, f"{name}Config", dtype=dtype, **{**TRAINED[name], **sizes})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    made = adapters.adapt(model, Lora(rank=rank, experts=True), folder).to(device)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def step(model: Any, ids: Tensor) -> list[Tensor]:
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return [logits, *torch.autograd.grad(loss, weights, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.full) for n in NAMES])
+def test_logits_and_gradients_are_pefts(tmp_path: Path, name: str) -> None:
+    model = adapted(tmp_path, name)
+    ids = torch.randint(0, tiny.VOCABULARY, (1, 50))
+    expected = step(model, ids)
+    found = lora_experts.quicken(model)
+    assert found >= 1
+    for one, other in zip(step(model, ids), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * max(1.0, float(other.abs().max())))
+    with model.disable_adapter():
+        off = model(input_ids=ids).logits
+    assert (off - expected[0]).abs().max() > 1e-2, "the adapter counts, and can be switched off"
+
+
+def test_no_copy_of_the_experts_is_kept(tmp_path: Path) -> None:
+    sizes = {"num_experts": 32, "moe_intermediate_size": 64, "hidden_size": 64}
+    model = adapted(tmp_path, "Qwen3Moe", **sizes)
+    ids = torch.randint(0, tiny.VOCABULARY, (1, 16))
+    experts = max(p.numel() for p in model.parameters()) * 4
+
+    def largest(model: Any) -> int:
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: list[int] = [0]
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen.append(0 if storage.data_ptr() in own else storage.nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=ids, use_cache=False).logits.sum()
+        return max(seen)
+
+    before = largest(copy.deepcopy(model))
+    lora_experts.quicken(model)
+    assert before >= experts > 4 * largest(model)
+
+
+def test_what_it_does_not_compute_exactly_stays_pefts(tmp_path: Path) -> None:
+    model = adapted(tmp_path, "Qwen3Moe")
+    model.config._experts_implementation = "eager"
+    assert lora_experts.quicken(model) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_on_a_gpu_in_16_bits(tmp_path: Path, name: str) -> None:
+    model = adapted(tmp_path, name, "cuda", "bfloat16", rank=8)
+    ids = torch.randint(0, tiny.VOCABULARY, (1, 50), device="cuda")
+    expected = step(model, ids)
+    assert lora_experts.quicken(model) >= 1
+    for one, other in zip(step(model, ids), expected, strict=True):
+        assert (one - other).norm() <= 0.05 * other.norm() + 1e-3

@@ -1,0 +1,191 @@
+"""Recomputing activations changes no gradient, holds less, and the memory plan knows how much."""
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stages import objectives
+from stages.runtime import Runtime
+from stages.stage import Work
+from stages.train import STAGE, TrainConfig, memory, model, recomputing, speed
+from stages.train.recomputing import MODES, recompute
+from tests.stages import tiny
+from tests.stages.test_train_architectures import TRAINED
+
+NAMES = ["Llama", "Gemma2", "Qwen3Moe", "GptOss", "DeepseekV3", "Granite", "Phi3", "Cohere2", "Gemma4Text"]
+DEFAULT = ("Llama", "Qwen3Moe")
+
+
+def prepared(folder: Path, config: TrainConfig) -> Any:
+    """A model as a training holds it."""
+    torch.set_num_threads(1)
+    made = model.ready(model.load(folder, config, "cpu", True), config, folder, "cpu", lambda: [])
+    speed.hold(made, config)
+    return made
+
+
+def forward_of(made: Any, config: TrainConfig, inputs: dict[str, Path]) -> Callable[[int], Tensor]:
+    """The loss on so many tokens, as planning computes it."""
+    from stages.train.data import open_bins
+    from stages.train.samples import one_document, two_documents
+
+    bins, objective = open_bins(inputs), objectives.find("sft")
+    with speed.autocast(made, config, "cpu"):
+        loss = objective.loss(made, objectives.options_of("sft", {}), one_document(bins))
+
+    def forward(tokens: int) -> Tensor:
+        with speed.autocast(made, config, "cpu"):
+            return loss(objective.prepare(two_documents(bins, tokens)))["loss"]
+
+    return forward
+
+
+def gradients(made: Any, forward: Callable[[int], Tensor], mode: recomputing.Mode) -> list[Tensor]:
+    made.train()
+    recompute(made, mode)
+    torch.manual_seed(3)
+    weights = [p for p in made.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(forward(96), weights, materialize_grads=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.full) for n in NAMES])
+def test_every_gradient_has_the_same_bits(tmp_path: Path, name: str, method: str) -> None:
+    folder = tiny.save(tmp_path / "model", f"{name}Config", dtype="bfloat16", **TRAINED[name])
+    inputs = tiny.plan(tmp_path, tiny.documents(8))
+    config = TrainConfig.model_validate({"method": method, "lora": {"dropout": 0.1 if name == "Granite" else 0.0}})
+    made = prepared(folder, config)
+    forward = forward_of(made, config, inputs)
+    expected = gradients(made, forward, "none")
+    assert any(bool(each.any()) for each in expected)
+    for mode in MODES[1:]:
+        if mode == "selective" and not recomputing.works(made, mode, forward):
+            assert name == "GptOss", "which adds the biases of its experts in place"
+            continue
+        assert all(map(torch.equal, gradients(made, forward, mode), expected)), mode
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors made in a block that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def gone(self, which: int, size: int) -> None:
+        self.known.discard(which)
+        self.now -= size
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.full)])
+def test_each_mode_holds_less_and_what_the_plan_says(tmp_path: Path, method: str) -> None:
+    """The oracle is a count of all that is alive at once, at its highest in a forward and backward pass."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "head_dim": 32}
+    folder = tiny.save(tmp_path / "model", "LlamaConfig", dtype="bfloat16", max_position_embeddings=2048, **sizes)
+    inputs = tiny.plan(tmp_path, tiny.documents(8))
+    config = TrainConfig.model_validate({"method": method})
+    made = prepared(folder, config)
+    forward = forward_of(made, config, inputs)
+    costs = memory.measure(made, forward, config.optimizer, config.precision, 1)
+    assert costs.token["none"] > 1.2 * costs.token["selective"] > 1.5 * costs.token["full"]
+    weights = [p for p in made.parameters() if p.requires_grad]
+    tokens, found = 1024, {}
+    for mode in ("none", "selective", "full"):
+        made.train()
+        recompute(made, mode)
+        with Alive() as alive:
+            torch.autograd.grad(forward(tokens), weights, materialize_grads=True)
+        found[mode] = alive.most
+    for one, other in (("none", "selective"), ("selective", "full")):
+        counted = tokens * (costs.token[one] - costs.token[other])
+        assert found[one] - found[other] == pytest.approx(counted, rel=0.3), (one, other, found)
+
+
+def test_auto_recomputes_as_little_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, tiny.documents(8))}
+    config = TrainConfig.model_validate({"max_steps": 1})
+
+    def plan(folder: Path) -> Any:
+        (folder / "output").mkdir(parents=True)
+        work = Work(folder / "work", Runtime(device="cpu"))
+        facts: Any = STAGE.run(config, inputs, folder / "output", work)
+        return facts["memory_plan"]
+
+    found = plan(tmp_path / "plenty")
+    assert found["activation_checkpointing"] == "none"
+    costs = memory.Costs(**found["costs"])
+    for mode in ("selective", "full"):
+        room = int(costs.total(64, mode) / memory.HEADROOM) + 1
+        monkeypatch.setattr(memory, "room", lambda device, room=room: room)
+        assert plan(tmp_path / mode)["activation_checkpointing"] == mode
+
+
+def test_a_model_that_changes_what_was_kept_is_told_by_name(tmp_path: Path) -> None:
+    from stages.errors import UserError
+
+    folder = tiny.save(tmp_path / "model", "GptOssConfig", **TRAINED["GptOss"])
+    inputs = {"model": folder, **tiny.plan(tmp_path, tiny.documents(8))}
+    (tmp_path / "output").mkdir()
+    work = Work(tmp_path / "work", Runtime(device="cpu", activation_checkpointing="selective"))
+    with pytest.raises(UserError, match=r"gpt_oss changes results in place .* activation_checkpointing to full"):
+        STAGE.run(TrainConfig.model_validate({"max_steps": 1}), inputs, tmp_path / "output", work)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_layers_recompute_too(tmp_path: Path, mode: recomputing.Mode) -> None:
+    folder = tiny.save(tmp_path / "model", "LlamaConfig", dtype="bfloat16")
+    inputs = tiny.plan(tmp_path, tiny.documents(8))
+    config = TrainConfig.model_validate({"precision": "fp32"})
+    made = prepared(folder, config)
+    forward = forward_of(made, config, inputs)
+    expected = gradients(made, forward, "none")
+    speed.compile_layers(made)
+    for found, wanted in zip(gradients(made, forward, mode), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomputing.Mode) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
+    folder = tiny.save(tmp_path / "model", "LlamaConfig", dtype="bfloat16", max_position_embeddings=8192, **sizes)
+    inputs = tiny.plan(tmp_path, tiny.documents(8))
+    config = TrainConfig.model_validate({})
+    made = model.ready(model.load(folder, config, "cuda", True), config, folder, "cuda", lambda: [])
+    speed.hold(made, config)
+    from stages.train.data import open_bins, to_device
+    from stages.train.samples import one_document, two_documents
+
+    bins, objective = open_bins(inputs), objectives.find("sft")
+    loss = objective.loss(made, objectives.options_of("sft", {}), to_device(one_document(bins), "cuda"))
+    weights = [p for p in made.parameters() if p.requires_grad]
+    found, peaks = [], []
+    made.train()
+    for each in ("none", mode):
+        recompute(made, each)
+        torch.cuda.reset_peak_memory_stats()
+        batch = to_device(objective.prepare(two_documents(bins, 4096)), "cuda")
+        found.append(torch.autograd.grad(loss(batch)["loss"], weights))
+        peaks.append(torch.cuda.max_memory_allocated())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(one.abs().max()))
+    assert peaks[1] < peaks[0]
