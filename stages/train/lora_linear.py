@@ -121,7 +121,8 @@ def quicken(model: nn.Module) -> int:
     nf4, compute so. Returns how many."""
     found = 0
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _is_plain(module):
+        # An adapter of a mixture's fused experts wraps no layer with a weight: `stages.train.lora_experts`.
+        if isinstance(module, LoraLayer) and hasattr(module.base_layer, "weight") and _is_plain(module):
             fast, module.absmax = _fast_class(module)
             if fast is not None:
                 module.__class__ = fast

@@ -47,7 +47,7 @@ def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, in
             done["fused_adapters"] = lora_linear.quicken(model)
             if config.precision != "fp8":
                 done["fused_feed_forwards"] = lora_mlp.quicken(model)
-    if config.method == "lora" and config.lora.experts and not sharded:
+    if config.method == "lora" and not sharded:
         done["grouped_experts"] = lora_experts.quicken(model)
     if config.precision == "fp8" and not sharded:
         done["float8_layers"] = sum(float8.convert(layer) for layer in layers(model))

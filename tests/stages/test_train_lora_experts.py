@@ -91,3 +91,19 @@ def test_on_a_gpu_in_16_bits(tmp_path: Path, name: str) -> None:
     assert lora_experts.quicken(model) >= 1
     for one, other in zip(step(model, ids), expected, strict=True):
         assert (one - other).norm() <= 0.05 * other.norm() + 1e-3
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", pytest.param("DeepseekV3", marks=pytest.mark.full)])
+def test_a_training_in_16_bits_holds_them_so(tmp_path: Path, name: str) -> None:
+    from stages.train import TrainConfig, model, speed
+
+    folder = tiny.save(tmp_path, f"{name}Config", dtype="bfloat16", **TRAINED[name])
+    config = TrainConfig.model_validate({"lora": {"rank": 4, "experts": True}})
+    made = model.ready(model.load(folder, config, "cpu", True), config, folder, "cpu", lambda: [])
+    done = speed.hold(made, config)
+    assert done["grouped_experts"] >= 1 and done["fused_adapters"] >= 4
+    boundaries = torch.tensor([0, 30], dtype=torch.int32)
+    logits = made(input_ids=torch.arange(30)[None], cu_seq_lens_q=boundaries, use_cache=False).logits
+    trained = [p for p in made.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(logits.float().square().mean(), trained, materialize_grads=True)
+    assert all(each.isfinite().all() for each in gradients) and any(each.any() for each in gradients)
