@@ -5,7 +5,7 @@ it grows back, and the reading stage goes on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,9 +69,10 @@ class _Log:
         return self.run.runtime.cache / "logs" / self.run.id / f"{self.stage}.log"
 
     def line(self, line: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(f"{line}\n")
+        with suppress(OSError):  # a full disk: what the line says about it is told all the same
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(f"{line}\n")
         self.tail = [*self.tail[-LOG_TAIL + 1 :], line]
         for follower in _followers:
             follower.line(self.run, self.stage, line)

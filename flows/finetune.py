@@ -163,7 +163,7 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
                     states[step.stage].result()
         outcome = settle(run) if "publish" in states else None
     except BaseException:
-        run.record("failed")
+        run.record_failure()
         raise
     run.record("finished", asdict(outcome) if outcome else None)
     run.become_baseline()

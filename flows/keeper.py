@@ -36,6 +36,10 @@ LONGEST_PAUSE = 30.0
 """Between two starts of a part that keeps ending."""
 
 
+CLIENT_RETRIES = "7"
+"""Pauses of 2, 4, … 128 s while the server is away: a run outlives its restart on a busy machine too."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What `regrow up` was asked for."""
@@ -106,6 +110,7 @@ def environment(home: Path, settings: Settings, part: str) -> dict[str, str]:
         found |= {"PREFECT_SERVER_DATABASE_CONNECTION_URL": settings.database} if settings.database else {}
         return found
     found |= {"PREFECT_API_URL": settings.api, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    found.setdefault("PREFECT_CLIENT_MAX_RETRIES", CLIENT_RETRIES)
     if settings.devices:
         found["CUDA_VISIBLE_DEVICES"] = part.removeprefix("worker-gpu-") if part != "worker-cpu" else ""
     return found
@@ -113,12 +118,11 @@ def environment(home: Path, settings: Settings, part: str) -> dict[str, str]:
 
 def command(part: str) -> list[str]:
     """How a part is started."""
-    prefect = [sys.executable, "-m", "prefect"]
     if part == "server":
-        return [*prefect, "server", "start"]
+        return [sys.executable, "-m", "flows.database"]
     pool = "cpu" if part == "worker-cpu" else "gpu"
     limit = [] if pool == "cpu" else ["--limit", "1"]
-    return [*prefect, "worker", "start", "--pool", pool, "--name", part, *limit]
+    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", part, *limit]
 
 
 @dataclass

@@ -7,7 +7,8 @@ then, and so that garbage collection keeps what the run uses.
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flows.graph import ORDER, WIRING, Take, stage_named, upstream
@@ -126,6 +127,11 @@ class Run:
                 **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
             },
         )
+
+    def record_failure(self) -> None:
+        """Record that the run failed, unless the store is what failed: what ended the run is told all the same."""
+        with suppress(UserError, OSError):
+            replace(self, store=self.store.hasty()).record("failed")
 
     def headline_scores(self) -> dict[str, Json]:
         """The tuned model's score in each task, as the card has it."""

@@ -231,11 +231,11 @@ def _reserved(wanted: int) -> Iterator[int]:
 
 
 def _become_server(parent: int) -> None:
-    """Turn this process into `prefect server start`, to be ended by the kernel (Linux) when the parent is gone."""
+    """Turn this process into Prefect's server, to be ended by the kernel (Linux) when the parent is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == parent:
-        os.execv(sys.executable, [sys.executable, "-m", "prefect", "server", "start"])
+        os.execv(sys.executable, [sys.executable, "-m", "flows.database"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from stages.identity import Json, Tree
 from stages.jobs import WHOLE, Hooks, Job, Maker
-from stages.lease import lease
+from stages.lease import Lease, lease
 from stages.provenance import provenance_of
 from stages.runtime import Runtime
 from stages.stage import Part, Stage, StageConfig, action_of, merge_facts
@@ -64,7 +64,7 @@ def build(
     with lease(store, stage.name, action.key, runtime.lease_seconds, run, hooks.on_wait) as held:
         if not replace and (found := store.find(stage.name, action.key)):
             return Built(found, True, time.monotonic() - started)
-        maker = Maker(stage, store, runtime, where or {}, run, hooks, held.lost.is_set)
+        maker = Maker(stage, store, runtime, where or {}, run, hooks, lambda: _stopped(held))
         if stage.parts is None:
             [artifact] = maker.make([Job(WHOLE, action, config.model_dump(mode="json"), inputs, replace)])
         else:
@@ -75,3 +75,8 @@ def build(
                 action, made, facts, provenance_of(stage, config, run, started), replace=replace
             )
     return Built(artifact, False, time.monotonic() - started)
+
+
+def _stopped(held: Lease) -> str:
+    """Why a stage whose lease was lost stops, or empty."""
+    return f"stopped at its last save: the lease on this stage was lost, {held.why}" if held.lost.is_set() else ""

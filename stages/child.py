@@ -85,7 +85,7 @@ def run_in_child(
     runtime: Mapping[str, Any],
     on_event: Callable[[Event], None],
     on_line: Callable[[str], None],
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], str] = lambda: "",
     silence: float | None = None,
     grace: float = GRACE_SECONDS,
 ) -> None:
@@ -93,7 +93,8 @@ def run_in_child(
 
     `on_event` gets `{"event": "tell", "done", "total", "unit", "metrics"}` while a task runs and
     `{"event": "task", "name", "facts"}` after each. `on_line` gets each printed line. The child's whole group is
-    ended before this returns, however it returns: by SIGTERM, and `grace` seconds later by SIGKILL. A stage that tells
+    ended before this returns, however it returns: by SIGTERM, and `grace` seconds later by SIGKILL. `should_stop` is
+    asked all the time and tells why it should, or nothing. A stage that tells
     and prints nothing for `silence` seconds hangs: its stacks are printed, and it is ended. Must stay in the thread
     that called it: the death signal is bound to that thread. Raises ChildRefused, ChildFailed, Suspended.
     """
@@ -152,8 +153,8 @@ def run_in_child(
                     del streams[ready.fd]
             if ready_streams and not hangs:
                 heard = time.monotonic()  # now, because the parent may have been busy with what it heard
-            if should_stop():
-                raise Suspended("the lease on this stage was lost to another run")
+            if why := should_stop():
+                raise Suspended(why)
         code = process.wait()
     except BaseException as stop:
         # A SIGTERM reaches this process as an exception of whoever handles it, and stops the stage too: if the stage
@@ -268,6 +269,7 @@ def _work(events: int) -> NoReturn:
     try:
         job = json.loads(sys.stdin.read())
         # Imported here, in the forked worker: the launcher stays small.
+        from stages.objects import full_disk_told
         from stages.runtime import Runtime
         from stages.stage import Stage, Work
 
@@ -278,7 +280,8 @@ def _work(events: int) -> NoReturn:
             work = Work(Path(task.work), runtime, task.where, _tell(send))
             inputs = {name: Path(path) for name, path in task.inputs.items()}
             config = config_type.model_validate(task.config)
-            facts = stage.run(config, inputs, Path(task.output), work)
+            with full_disk_told(work.folder):
+                facts = stage.run(config, inputs, Path(task.output), work)
             send({"event": "task", "name": task.name, "facts": facts})
         code = 0
     except BaseException as error:

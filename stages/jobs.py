@@ -13,6 +13,7 @@ from typing import Any
 from stages.child import Event, Task, run_in_child
 from stages.identity import Action, Json, Tree
 from stages.mirror import Mirror
+from stages.objects import clear_errors
 from stages.provenance import provenance_of
 from stages.runtime import Runtime
 from stages.stage import Facts, Part, Stage, part_action
@@ -61,7 +62,8 @@ class Maker:
     where: Mapping[str, Json]
     run: str
     hooks: Hooks
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], str]
+    """Why the work is to stop, or empty."""
 
     def make_parts(self, parts: Sequence[Part], *, force: bool) -> dict[str, Artifact]:
         """The parts' artifacts by name, in order: found ones as they are, the others made."""
@@ -143,7 +145,7 @@ class Maker:
                 )
             finally:
                 if mirror:
-                    mirror.settle()
+                    mirror.settle(wait=not self.should_stop())
             if mirror:
                 mirror.drop()
         return [artifacts[job.name] for job in jobs]
@@ -176,12 +178,13 @@ def _workplaces(cache_folder: Path, stage: str, jobs: Sequence[Job]) -> Iterator
     try:
         for job in jobs:
             folder = cache_folder / "work" / stage / job.action.key
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("w")
-            locks.append(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            shutil.rmtree(folder / "output", ignore_errors=True)
-            (folder / "output").mkdir()
+            with clear_errors(cache_folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = (folder / "lock").open("w")
+                locks.append(lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                shutil.rmtree(folder / "output", ignore_errors=True)
+                (folder / "output").mkdir()
             folders[job.name] = folder
         yield folders
         for folder in folders.values():

@@ -33,6 +33,15 @@ class Lease:
     lost: threading.Event = field(default_factory=threading.Event)
     """Set for good when another holder was found, or no renewal succeeded for the lease's life: stop at the next
     save."""
+    why: str = ""
+    """Why it was lost, in words; empty while it is held."""
+    trouble: str = ""
+    """What the last renewal met that did not succeed."""
+
+    def lose(self, why: str) -> None:
+        """Know that it is lost."""
+        self.why = self.why or why
+        self.lost.set()
 
 
 @contextmanager
@@ -103,7 +112,7 @@ def _keep(
     done: threading.Event,
 ) -> None:
     """Renew the lease until the work is done or the lease lost; then release it."""
-    alarm = _alarm(held, began + document["seconds"])
+    alarm = _alarm(held, began, document["seconds"])
     while not done.wait(document["seconds"] / 3) and not held.lost.is_set():
         began = time.monotonic()
         document = {**document, "renewals": document["renewals"] + 1}
@@ -111,13 +120,14 @@ def _keep(
             renewed = _renewed(objects, path, document, version)
         except (OSError, UserError) as error:  # an outage: the alarm ends it
             _log.warning("%s: the lease could not be renewed: %s", path, error)
+            held.trouble = str(error)
             continue
         if renewed is None:
-            held.lost.set()
+            held.lose("another run took it over")
             break
         version = renewed
         alarm.cancel()
-        alarm = _alarm(held, began + document["seconds"])
+        alarm = _alarm(held, began, document["seconds"])
     alarm.cancel()
     if not held.lost.is_set():
         try:
@@ -139,8 +149,11 @@ def _renewed(objects: Objects, path: str, document: dict[str, Any], version: str
     return None
 
 
-def _alarm(held: Lease, deadline: float) -> threading.Timer:
-    alarm = threading.Timer(max(0.0, deadline - time.monotonic()), held.lost.set)
+def _alarm(held: Lease, began: float, seconds: float) -> threading.Timer:
+    def ring() -> None:
+        held.lose(f"it could not be renewed for {seconds:g} s: {held.trouble or 'the store does not answer'}")
+
+    alarm = threading.Timer(max(0.0, began + seconds - time.monotonic()), ring)
     alarm.daemon = True
     alarm.start()
     return alarm

@@ -45,9 +45,9 @@ class Mirror:
             if step == self.newest:  # an older one may have been removed meanwhile
                 self.note(f"checkpoint {step} is on this machine only, it was not copied to the store: {error}")
 
-    def settle(self) -> None:
-        """Return when nothing is being uploaded."""
-        self.pool.shutdown(wait=True)
+    def settle(self, wait: bool) -> None:
+        """Upload no more; return at once, or when nothing is being uploaded."""
+        self.pool.shutdown(wait=wait, cancel_futures=not wait)
 
     def drop(self) -> None:
         """The artifact is committed: its checkpoints have done their work."""

@@ -21,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +110,10 @@ class Store:
     def url(self) -> str:
         """The store's address, without secrets."""
         return self.objects.url
+
+    def hasty(self) -> "Store":
+        """The same store, for whom an outage is an error at once instead of something to wait for."""
+        return replace(self, objects=self.objects.hasty())
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The artifact of an action, by one look-up. Blobs are trusted to be there (see `missing` and `view`); a

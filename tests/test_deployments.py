@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,30 @@ def test_slurm_passes_the_warning_on_and_waits(tmp_path: Path) -> None:
     job.terminate()
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "requeued").exists()
+
+
+LOGS = """
+import os, sys
+reads, writes = os.pipe()
+os.dup2(writes, 1)
+os.dup2(writes, 2)
+os.close(reads)  # nobody reads what this process prints: its worker has died
+from prefect.logging import get_logger
+from prefect.logging.configuration import setup_logging
+setup_logging()
+names = {"flow_run_name": "run", "flow_name": "flow", "flow_run_id": "id"}
+get_logger("flow_runs").info("trained", extra=names)
+"""
+
+
+@pytest.mark.failure(
+    what="the worker of a run has died when the run logs its next line",
+    outcome="the run goes on: it writes to the dashboard only; Prefect's console would end a process nobody reads",
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_run_outlives_the_pipe_to_its_worker(ours: bool) -> None:
+    listed = yaml.safe_load((HERE / "prefect.yaml").read_text())["deployments"]
+    [quiet] = {frozenset(d["work_pool"]["job_variables"]["env"].items()) for d in listed}
+    environment = {**os.environ, "PREFECT_LOGGING_TO_API_ENABLED": "false", **(dict(quiet) if ours else {})}
+    done = subprocess.run([sys.executable, "-c", LOGS], env=environment, timeout=120)
+    assert (done.returncode == 0) is ours

@@ -20,7 +20,16 @@ from typing import NamedTuple, Protocol
 from stages.errors import UserError
 from stages.transfers import Moved, nobody
 
-__all__ = ["Entry", "MayNotDelete", "Objects", "Versioned", "blob_path", "clear_errors", "open_objects"]
+__all__ = [
+    "Entry",
+    "MayNotDelete",
+    "Objects",
+    "Versioned",
+    "blob_path",
+    "clear_errors",
+    "full_disk_told",
+    "open_objects",
+]
 
 
 class MayNotDelete(UserError):
@@ -48,6 +57,9 @@ class Objects(Protocol):
     @property
     def url(self) -> str:
         """The store's address, without secrets."""
+
+    def hasty(self) -> "Objects":
+        """The same objects, for whom an outage is an error at once."""
 
     def read(self, path: str) -> Versioned | None:
         """A small object, or None."""
@@ -134,17 +146,27 @@ def _open(url: str, options: Mapping[str, str], made: bool) -> Objects:
 def clear_errors(place: Path) -> Iterator[None]:
     """Turn a full disk and missing rights into one line that names the folder."""
     try:
+        with full_disk_told(place):
+            yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = os.strerror(error.errno)
+            raise UserError(
+                f"{place}: cannot be written by this user ({reason}); change its owner or mode, or name another "
+                "folder (REGROW_STORE, REGROW_CACHE)"
+            ) from error
+        raise
+
+
+@contextmanager
+def full_disk_told(place: Path) -> Iterator[None]:
+    """Turn a full disk into one line that names the folder."""
+    try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{place}: the disk is full; free some space, or name a folder on another disk "
                 "(REGROW_STORE, REGROW_CACHE)"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = os.strerror(error.errno)
-            raise UserError(
-                f"{place}: cannot be written by this user ({reason}); change its owner or mode, or name another "
-                "folder (REGROW_STORE, REGROW_CACHE)"
             ) from error
         raise

@@ -44,6 +44,9 @@ class FolderObjects:
 
     root: Path
 
+    def hasty(self) -> "FolderObjects":
+        return self
+
     @property
     def url(self) -> str:
         return str(self.root)

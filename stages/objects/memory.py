@@ -27,6 +27,9 @@ class MemoryObjects:
 
         return fsspec.filesystem("memory")
 
+    def hasty(self) -> "MemoryObjects":
+        return self
+
     @property
     def url(self) -> str:
         return f"memory://{self.name}"

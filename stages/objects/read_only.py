@@ -17,6 +17,9 @@ class ReadOnly:
 
     objects: Objects
 
+    def hasty(self) -> "ReadOnly":
+        return ReadOnly(self.objects.hasty())
+
     @property
     def url(self) -> str:
         return self.objects.url

@@ -30,7 +30,7 @@ SINGLE_PUT = 16 * 2**20
 """Bytes up to which a blob goes as one PUT whose SHA256 the server checks; beyond, as parts of this size."""
 SINGLE_COPY = 5 * 2**30 - 1
 """Bytes up to which S3 copies an object in one request."""
-PATIENCE = 300.0
+PATIENCE = 90.0
 """Seconds for which a store that was once reached is retried before an operation fails."""
 FIRST_ANSWER = 6.0
 """Seconds for which a store that was never reached may keep silent."""
@@ -83,6 +83,9 @@ class S3Objects:
     prefix: str
     endpoint: str
     patience: float
+
+    def hasty(self) -> "S3Objects":
+        return replace(self, patience=0)
 
     @property
     def url(self) -> str:

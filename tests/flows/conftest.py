@@ -25,6 +25,30 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         yield api
 
 
+def tiny_recipe(folder: Path, model: Path) -> dict[str, Any]:
+    """A recipe over `model` and rows written to `folder`."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefgh", k=4)) for _ in range(240)]
+    for name, chosen in (("echo", words[:200]), ("heldout", words[200:])):
+        turns = [[{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}] for w in chosen]
+        rows = [{"messages": t, "question": t[0]["content"], "answer": t[1]["content"]} for t in turns]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "name": "tiny",
+        "fetch": {
+            "model": {"path": str(model)},
+            "data": {
+                "echo": {"files": str(folder / "echo.jsonl")},
+                "heldout": {"files": str(folder / "heldout.jsonl"), "split": "heldout"},
+            },
+        },
+        "pack": {"sequence_length": 128, "global_batch": 4},
+        "train": {"lora": {"rank": 2}, "learning_rate": 0.01},
+        "evaluate": {"tasks": {"echo": {"source": "heldout", "max_new_tokens": 8}}},
+        "publish": {"to": str(folder / "out"), "gate": {"require": "nothing"}},
+    }
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A recipe over a random two-layer model and a few hundred rows, with a store of its own."""
@@ -52,26 +76,7 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prefec
 
     def make() -> Tiny:
         folder = tmp_path_factory.mktemp("tiny")
-        chance = random.Random(0)
-        words = ["".join(chance.choices("abcdefgh", k=4)) for _ in range(240)]
-        for name, chosen in (("echo", words[:200]), ("heldout", words[200:])):
-            turns = [[{"role": "user", "content": f"say {w}"}, {"role": "assistant", "content": w}] for w in chosen]
-            rows = [{"messages": t, "question": t[0]["content"], "answer": t[1]["content"]} for t in turns]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        recipe = {
-            "name": "tiny",
-            "fetch": {
-                "model": {"path": str(tiny_model)},
-                "data": {
-                    "echo": {"files": str(folder / "echo.jsonl")},
-                    "heldout": {"files": str(folder / "heldout.jsonl"), "split": "heldout"},
-                },
-            },
-            "pack": {"sequence_length": 128, "global_batch": 4},
-            "train": {"lora": {"rank": 2}, "learning_rate": 0.01},
-            "evaluate": {"tasks": {"echo": {"source": "heldout", "max_new_tokens": 8}}},
-            "publish": {"to": str(folder / "out"), "gate": {"require": "nothing"}},
-        }
+        recipe = tiny_recipe(folder, tiny_model)
         return Tiny(recipe, Runtime(store=str(folder / "store"), cache=folder / "cache"), prefect_api, folder)
 
     return make

@@ -17,7 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.keeper import read
+from flows.keeper import healthy, read
 from flows.processes import Process
 
 PATIENCE = 900.0
@@ -39,6 +39,12 @@ class Raised:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/api"
+
+    @property
+    def answers(self) -> bool:
+        """Whether its server can be asked."""
+        state = read(self.home)
+        return state is not None and healthy(state.settings)
 
     def regrow(self, *arguments: str, expect: int = 0) -> str:
         """The command in a process of its own; its output."""
@@ -74,10 +80,15 @@ class Raised:
         with temporary_settings({PREFECT_API_URL: self.url}), get_client(sync_client=True) as client:
             yield client
 
-    def send(self, deployment: str, parameters: Mapping[str, Any]) -> UUID:
+    def send(
+        self, deployment: str, parameters: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    ) -> UUID:
         with self.client() as client:
             found = client.read_deployment_by_name(deployment)
-            return client.create_flow_run_from_deployment(found.id, parameters=dict(parameters)).id
+            variables = {"env": {**found.job_variables["env"], **environment}} if environment else None
+            return client.create_flow_run_from_deployment(
+                found.id, parameters=dict(parameters), job_variables=variables
+            ).id
 
     def wait(self, run: UUID, until: Callable[[FlowRun], bool]) -> FlowRun:
         """The run as soon as it is so."""

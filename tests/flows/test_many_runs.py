@@ -1,4 +1,4 @@
-"""Two hundred stored runs slow nothing: the plan reads no run record, the history reads each at most once."""
+"""Two hundred stored runs slow nothing: the plan reads no run record, the history the latest ones."""
 
 import time
 from pathlib import Path
@@ -45,10 +45,10 @@ def test_plan_and_history_with_many_runs(
 
     monkeypatch.setattr(objects, "read", counted)
     assert make_plan(run).to_run == []
-    assert not [path for path in reads if path.startswith("runs/")]
+    assert not [path for path in reads if path.startswith("runs/")], "so it costs what it costs without them"
     reads.clear()
     assert timed(run.store) < 2.0
-    assert len(reads) <= 3 * (RUNS + 3)
+    assert len(reads) <= 3 * 2 * 32, "a name that ran often is told from its latest runs, a page or two of them"
 
 
 def timed(store: Store) -> float:

@@ -62,6 +62,11 @@ def test_a_refusal_is_told_as_it_stands(tmp_path: Path) -> None:
         run("refuse", tmp_path)
 
 
+def test_a_full_disk_is_told_with_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ChildRefused, match=f"^{tmp_path}: the disk is full; free some space.*REGROW_CACHE"):
+        run("fill", tmp_path)
+
+
 def test_a_failure_names_the_error_and_logs_the_traceback(tmp_path: Path) -> None:
     lines: list[str] = []
     task = Task("one", {"does": "fail"}, {}, str(tmp_path), str(tmp_path))
@@ -90,8 +95,8 @@ def test_a_stop_request_ends_the_whole_group(tmp_path: Path) -> None:
             stop.set()
 
     task = Task("one", {"does": "hang"}, {}, str(tmp_path), str(tmp_path))
-    with pytest.raises(Suspended):
-        run_in_child("toy_stage", [task], {}, on_event, lambda line: None, stop.is_set)
+    with pytest.raises(Suspended, match="told to"):
+        run_in_child("toy_stage", [task], {}, on_event, lambda line: None, lambda: "told to" if stop.is_set() else "")
     assert wait_gone(grandchild[0]) or not alive(grandchild[0])
 
 

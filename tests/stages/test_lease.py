@@ -135,6 +135,7 @@ def test_a_lease_that_was_taken_over_is_known_to_be_lost(any_store: Store) -> No
         assert not held.lost.is_set()
         foreign(any_store)
         assert held.lost.wait(3)
+        assert held.why == "another run took it over"
     assert document(any_store)["owner"] == "a far host" and not document(any_store)["released"]
 
 
@@ -181,6 +182,7 @@ def test_a_holder_cut_off_for_the_leases_life_stops(store: Store) -> None:
         assert time.monotonic() - started <= 1.6  # before anybody may take over
         cut.fails = lambda name: False
         assert held.lost.is_set()
+        assert held.why == "it could not be renewed for 1.5 s: cut off"
 
 
 def test_a_renewal_whose_answer_was_lost_loses_no_lease(store: Store) -> None:

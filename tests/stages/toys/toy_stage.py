@@ -1,5 +1,6 @@
 """A stage for the tests of the child process: what it does is said in its config."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ def run(config: ToyConfig, inputs: Mapping[str, Path], output: Path, work: Work)
             (output / "out.txt").write_text("made")
         case "refuse":
             raise UserError("rows.jsonl:3: no `text` field; expected one")
+        case "fill":
+            raise OSError(errno.ENOSPC, "No space left on device")
         case "fail":
             raise RuntimeError("broken inside")
         case "die":
