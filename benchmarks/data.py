@@ -5,8 +5,9 @@ Raw JSON Lines of multi-turn chats to packed tokens with what trains: regrow, TR
 rows, on conversations of 2 and of 128 turns, and as the data grows. Everything is made under `build/data`.
 
 `--peers` is a Python that has Axolotl (`make bench-data-peers` makes one); without it that row is left out. TRL is
-taken from this environment. A peer that would take long may be given every n-th row (`--every`), and its seconds
-are scaled.
+taken from this environment. A peer that would take long may be given every n-th row (`--every`); the seconds that it
+prepares in are scaled, those that it starts in are not, and those that we take to count its tokens are left out. About
+ten minutes on two idle cores; `--rows 3000 --megabytes 15 --grown 0.02 0.04` tries everything out in three.
 """
 
 import argparse
@@ -58,6 +59,8 @@ def measured(command: list[str], log: Path) -> Measured:
         found.failed = lines[-1] if lines else f"exit code {process.returncode}"
     else:
         found.said = json.loads(last)
+        found.wall -= found.said.get("counting", 0.0)
+        found.cpu -= found.said.get("counting_cpu", 0.0)
     return found
 
 
@@ -88,18 +91,20 @@ def every(source: Path, path: Path, step: int) -> float:
 
 
 def line(name: str, found: Measured, size: float, share: float = 1.0) -> float:
-    """Print a contender; return its tokens a second."""
+    """Print a contender; return its tokens a second. `share` is how much of the rows it was given."""
     if found.failed:
         print(f"| {name} | refused: {found.failed[:90]} |")
         return 0.0
     said = found.said
     tokens = said["tokens"] if "tokens" in said else said["tokenize"]["tokens"]
     stored = said["bytes"] if "bytes" in said else said["tokenize_bytes"] + said["pack_bytes"]
-    rate = tokens / found.wall
-    note = f" (on {share:.0%} of the rows)" if share < 1 else ""
+    preparing = min(said["seconds"], found.wall) if share < 1 else 0.0
+    scale = (found.wall - preparing + preparing / share) / found.wall
+    wall, rate = found.wall * scale, tokens / share / (found.wall * scale)
+    note = f" (scaled from {share:.0%} of the rows)" if share < 1 else ""
     print(
-        f"| {name}{note} | {found.wall / share:.1f} | {found.cpu / share:.1f} | {found.peak} | "
-        f"{size * share / found.wall:.1f} | {rate / 1e6:.2f} | {stored / tokens:.2f} |"
+        f"| {name}{note} | {wall:.1f} | {found.cpu * scale:.1f} | {found.peak} | "
+        f"{size / wall:.1f} | {rate / 1e6:.3f} | {stored / tokens:.2f} |"
     )
     return rate
 
@@ -130,14 +135,14 @@ def main() -> None:
         count = sum(1 for _ in file)
     machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{count} conversations, {size:.1f} MB (sha256 {digest}); {machine}\n")
-    prepare(asked, rows, size, base, work)
-    again(rows, base, work)
+    own = prepare(asked, rows, size, base, work)
+    again(own, rows, base, work)
     turns(rows, base, work)
     grown(asked.grown, rows, base, work)
 
 
-def prepare(asked: argparse.Namespace, rows: Path, size: float, base: Path, work: Path) -> None:
-    """The three side by side."""
+def prepare(asked: argparse.Namespace, rows: Path, size: float, base: Path, work: Path) -> Measured:
+    """The three side by side; return what regrow took."""
     print("| | wall s | CPU s | largest process MB | MB/s | M tokens/s | bytes a token |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     own = regrow(recipe(work / "data.yaml", [rows], base), work / "own")
@@ -145,7 +150,7 @@ def prepare(asked: argparse.Namespace, rows: Path, size: float, base: Path, work
     command = [str(Path(sys.executable).parent / "regrow"), "run", str(work / "data.yaml"), "+pack"]
     os.environ.update(REGROW_STORE=str(work / "whole/store"), REGROW_CACHE=str(work / "whole/cache"))
     whole = measured(command, work / "whole.log")
-    whole.said = own.said  # the same artifacts
+    whole.said = regrow(work / "data.yaml", work / "whole").said  # looks them up in that store
     line("regrow run, with Prefect", whole, size)
     peers = []
     share = every(rows, some := work / "trl.jsonl", asked.every_trl) if asked.every_trl > 1 else 1.0
@@ -168,24 +173,29 @@ def prepare(asked: argparse.Namespace, rows: Path, size: float, base: Path, work
     stages = ", ".join(f"{name} {seconds}" for name, seconds in own.said.get("stages", {}).items())
     print(f"\nregrow's stages, in seconds: {stages}; trained tokens {own.said.get('pack', {}).get('trained_tokens')}")
     print(f"times the tokens a second of the fastest peer: {ours / max([1.0, *peers]):.1f}\n")
+    return own
 
 
-def again(rows: Path, base: Path, work: Path) -> None:
-    """A second run, and one with 1 % more rows in a file of their own."""
+def again(own: Measured, rows: Path, base: Path, work: Path) -> None:
+    """A second run, and one with 1 % more rows in a file of their own, beside what the first run took."""
     first = regrow(work / "data.yaml", work / "own")
     every(rows, more := work / "more.jsonl", 100)
     text = more.read_text().replace('{"role": "user", "content": "', '{"role": "user", "content": "Again: ')
     more.write_text(text)
     added = regrow(recipe(work / "more.yaml", [rows, more], base), work / "own")
     print(f"again: {first.wall:.2f} s (cached: {', '.join(first.said.get('cached', []))})")
-    print(f"with 1 % more: {added.wall:.2f} s, of stages {added.said.get('stages')} {added.failed}\n")
+    print(
+        f"with 1 % more: {added.wall:.2f} s and {added.cpu:.2f} s of CPU, {added.wall / own.wall:.1%} and "
+        f"{added.cpu / own.cpu:.1%} of the whole; of stages {added.said.get('stages')} {added.failed}\n"
+    )
 
 
 def turns(rows: Path, base: Path, work: Path) -> None:
     """The cost of a token in short and in long conversations."""
     print("| turns | rows | convert and tokenize s | CPU µs a token |")
     print("| ---: | ---: | ---: | ---: |")
-    for number in (2, 16, 128):
+    costs = {}
+    for number in (2, 128):
         path = work / f"turns-{number}.jsonl"
         with_turns(rows, path, number, 256_000 // number)
         found = regrow(recipe(work / f"turns-{number}.yaml", [path], base), work / f"turns-{number}", "tokenize")
@@ -194,8 +204,10 @@ def turns(rows: Path, base: Path, work: Path) -> None:
             continue
         seconds = found.said["stages"]["convert"] + found.said["stages"]["tokenize"]
         tokens = found.said["tokenize"]["tokens"]
-        print(f"| {number} | {256_000 // number} | {seconds:.1f} | {found.cpu / tokens * 1e6:.3f} |")
-    print()
+        costs[number] = found.cpu / tokens
+        print(f"| {number} | {256_000 // number} | {seconds:.1f} | {costs[number] * 1e6:.3f} |")
+    if len(costs) == 2:
+        print(f"\na token in 128 turns costs {costs[128] / costs[2]:.2f} times one in 2\n")
 
 
 def _repeat(rows: Path, path: Path, size: int) -> None:
@@ -213,18 +225,24 @@ def grown(sizes: list[float], rows: Path, base: Path, work: Path) -> None:
     """Memory as the data grows."""
     print("| GB | wall s | fetch MB | convert MB | tokenize MB |")
     print("| ---: | ---: | ---: | ---: | ---: |")
+    found_peaks: dict[float, dict[str, int]] = {}
     for number in sizes:
         path, store = work / "grown.jsonl", work / "grown"
         _repeat(rows, path, int(number * 1e9))
-        peaks = {}
+        peaks: dict[str, int] = {}
         wall = 0.0
         for stage in ("fetch", "convert", "tokenize"):
             found = regrow(recipe(work / "grown.yaml", [path], base), store, stage)
             peaks[stage] = found.said.get("peaks", {}).get(stage, 0)
             wall += found.wall
-        print(f"| {number} | {wall:.1f} | {peaks['fetch']} | {peaks['convert']} | {peaks['tokenize']} |")
+        found_peaks[number] = peaks
+        print(f"| {number} | {wall:.1f} | {peaks['fetch']} | {peaks['convert']} | {peaks['tokenize']} |", flush=True)
         shutil.rmtree(store)
         path.unlink()
+    if len(sizes) > 1:
+        first, last = found_peaks[sizes[0]], found_peaks[sizes[-1]]
+        slopes = {stage: (last[stage] - first[stage]) / (sizes[-1] - sizes[0]) for stage in first}
+        print("\nMB of memory a further GB: " + ", ".join(f"{stage} {slope:.0f}" for stage, slope in slopes.items()))
 
 
 if __name__ == "__main__":

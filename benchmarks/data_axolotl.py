@@ -47,6 +47,7 @@ def main() -> None:
     do_cli(str(path), download=False)
     seconds = time.perf_counter() - started
 
+    then, used = time.perf_counter(), time.process_time()
     from datasets import load_from_disk
 
     (prepared,) = (folder for folder in Path(output, "prepared").iterdir() if folder.is_dir())
@@ -54,7 +55,8 @@ def main() -> None:
     tokens = sum(sum(map(len, batch["input_ids"])) for batch in made.iter(1000))
     trained = sum(sum(label != -100 for row in batch["labels"] for label in row) for batch in made.iter(1000))
     size = sum(file.stat().st_size for file in prepared.rglob("*") if file.is_file())
-    told = {"tokens": tokens, "trained": trained, "bytes": size, "rows": len(made), "seconds": seconds}
+    counting = {"counting": time.perf_counter() - then, "counting_cpu": time.process_time() - used}
+    told = {"tokens": tokens, "trained": trained, "bytes": size, "rows": len(made), "seconds": seconds, **counting}
     print(json.dumps({**told, "columns": made.column_names}))
 
 

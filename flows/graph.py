@@ -71,15 +71,27 @@ def _conversations(tree: Tree) -> Tree:
     return tree.select("*/conversations.arrow", "*/counts.json")
 
 
+def _tokens(tree: Tree) -> Tree:
+    return tree.select("*/tokens.arrow")
+
+
 WIRING: Mapping[str, Mapping[str, Take]] = {
     "fetch": {},
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
     "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
-    "pack": {"tokens": Take("tokenize"), "tokenizer": Take("fetch", _tokenizer_without_template)},
-    "score": {"model": Take("fetch", _model), "teacher": Take("fetch", _teacher), "tokens": Take("tokenize")},
+    "pack": {
+        "spans": Take("tokenize", lambda tree: tree.select("*/spans.arrow", "*/counts.json")),
+        "tokens": Take("tokenize", _tokens),
+        "tokenizer": Take("fetch", _tokenizer_without_template),
+    },
+    "score": {
+        "model": Take("fetch", _model),
+        "teacher": Take("fetch", _teacher),
+        "tokens": Take("tokenize", lambda tree: tree.select("*/tokens.arrow", "*/counts.json")),
+    },
     "train": {
         "model": Take("fetch", _model),
-        "tokens": Take("tokenize"),
+        "tokens": Take("tokenize", _tokens),
         "plan": Take("pack"),
         "reference": Take("score"),
     },
@@ -92,7 +104,6 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
         "base": Take("fetch", _model),
         "weights": Take("merge"),
         "rows": Take("fetch", _data),
-        "tokens": Take("tokenize"),
         "plan": Take("pack"),
     },
     "publish": {"weights": Take("merge"), "scores": Take("evaluate"), "plan": Take("pack")},

@@ -61,13 +61,13 @@ JUDGED = ("preference", "unpaired_preference", "stepwise")
 class PackedBins:
     """The packed sequences of a plan: `len(bins)` of them, `bins[i]` reads one.
 
-    `tokens` and `plan` are the folders that the stages tokenize and pack wrote; `heldout` picks the held-out rows
-    instead of the training rows; `reference` is the folder that score wrote for these tokens. Opening reads a few
-    numbers; token files are memory-mapped when first touched. Can be sent to another process.
+    `tokens` and `plan` are the folders that the stages tokenize and pack wrote; without `tokens` they are the held-out
+    sequences, whose tokens the plan has; `reference` is the folder that score wrote for these tokens. Opening reads a
+    few numbers; token files are memory-mapped when first touched. Can be sent to another process.
     """
 
-    def __init__(self, tokens: Path, plan: Path, heldout: bool = False, reference: Path | None = None) -> None:
-        self._arguments = (tokens, plan, heldout, reference)
+    def __init__(self, tokens: Path | None, plan: Path, reference: Path | None = None) -> None:
+        self._arguments = (tokens, plan, reference)
         description = json.loads((plan / "plan.json").read_text())
         self.kind: str = description.get("kind", "conversation")
         """What rows are: conversation, preference, unpaired_preference, stepwise or prompt. A row of preference is two
@@ -76,20 +76,22 @@ class PackedBins:
         self.global_batch: int = description["global_batch"]
         self.max_documents: int = description["max_documents"]
         """The most documents in any bin of the plan."""
-        prefix = "heldout_" if heldout else ""
+        prefix = "heldout_" if tokens is None else ""
         self._documents = _Table(plan / f"{prefix}documents.arrow")
         self._bins = _Table(plan / f"{prefix}bins.arrow")
         self.lengths: NDArray[np.int64] = self._bins.column("length")
         """[bins] Tokens in each bin."""
         self.trained: NDArray[np.int64] = self._bins.column("trained")
         """[bins] Trained tokens in each bin: what a loss is normalised by, known without reading tokens."""
-        self.windows: list[int] = description.get("windows", [0, len(self)]) if not heldout else [0, len(self)]
+        self.windows: list[int] = description.get("windows", [0, len(self)]) if tokens else [0, len(self)]
         """[windows + 1] Window w is the bins from `windows[w]` up to `windows[w + 1] - 1`: all that read its shards."""
-        self.window_of_shard: list[int] = [shard.get("window", 0) for shard in description["shards"]]
-        """[shards] The window that reads each."""
-        paths = [shard["path"] for shard in description["shards"]]
-        self._shards = [_Table(tokens / path / "tokens.arrow") for path in paths]
-        scored = [reference / path for path in paths] if reference else []
+        self.window_of_shard: list[int | None] = [shard.get("window", 0) for shard in description["shards"]]
+        """[shards] The window that reads each; null where none does."""
+        self.paths: list[str] = [shard["path"] for shard in description["shards"]]
+        """[shards] Their folders in `tokens` and `reference`."""
+        self._shards = [_Table(tokens / path / "tokens.arrow") for path in self.paths] if tokens else []
+        self._heldout = _Table(plan / "heldout_tokens.arrow") if tokens is None else None
+        scored = [reference / path for path in self.paths] if reference else []
         taught = bool(scored) and (scored[0] / "top.arrow").exists()
         self._tops = [_Table(place / "top.arrow") for place in scored] if taught else None
         self._references = [_Table(place / "log_probs.arrow") for place in scored] if scored and not taught else None
@@ -99,7 +101,7 @@ class PackedBins:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __reduce__(self) -> tuple[type["PackedBins"], tuple[Path, Path, bool, Path | None]]:
+    def __reduce__(self) -> tuple[type["PackedBins"], tuple[Path | None, Path, Path | None]]:
         return PackedBins, self._arguments
 
     @property
@@ -157,14 +159,29 @@ class PackedBins:
 
         Rows with steps also have `spans` [spans][end, turn, kind], which say where the steps are.
         """
-        batch, place = self._documents.locate(document)
-        shard, row = int(batch.numbers["shard"][place]), int(batch.numbers["row"][place])
-        tokens, token_place = self._shards[shard].locate(row)
+        tokens, token_place = self._tokens(document)
+        if "extra" not in tokens.texts:
+            return {}
         found: dict[str, Any] = json.loads(tokens.texts["extra"][token_place].as_py() or "{}")
         if self.kind == "stepwise":
             spans = tokens.texts["spans"][token_place].as_py()
             found["spans"] = [[span["end"], span["turn"], span["kind"]] for span in spans]
         return found
+
+    def shards_of(self, numbers: Iterable[int]) -> set[int]:
+        """The shards that some bins read."""
+        found: set[int] = set()
+        for number in numbers:
+            batch, place = self._bins.locate(number)
+            for document in batch.lists["documents"].row(place).tolist():
+                documents, row = self._documents.locate(document)
+                found.add(int(documents.numbers["shard"][row]))
+        return found
+
+    def close(self) -> None:
+        """Close the files of all shards: those that are read again are opened again."""
+        for table in self._shards:
+            table.close()
 
     def _log_probs(self, document: int) -> NDArray[np.float32]:
         assert self._references is not None
@@ -198,10 +215,16 @@ class PackedBins:
         lengths = np.array([len(part) for part in ids], np.int64)
         return Bin(np.concatenate(ids), np.concatenate(labels), lengths, reference=np.concatenate(log_probs))
 
+    def _tokens(self, document: int) -> "tuple[_Batch, int]":
+        if self._heldout is not None:
+            return self._heldout.locate(document)
+        batch, place = self._documents.locate(document)
+        return self._shards[int(batch.numbers["shard"][place])].locate(int(batch.numbers["row"][place]))
+
     def _read(self, document: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         batch, place = self._documents.locate(document)
-        shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
-        tokens, token_place = self._shards[shard].locate(row)
+        length = int(batch.numbers["length"][place])
+        tokens, token_place = self._tokens(document)
         ids = tokens.lists["ids"].row(token_place)[:length]
         labels = np.full(length, IGNORED, np.int64)
         for begin, end in batch.lists["trained"].row(place).tolist():
@@ -301,6 +324,11 @@ class _Table:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
             self._size = self._reader.get_batch(0).num_rows if self._reader.num_record_batches else 0
         return self._reader
+
+    def close(self) -> None:
+        """Let go of the file; the next look opens it again."""
+        self._reader = None
+        self._batch.cache_clear()
 
     def column(self, name: str) -> NDArray[np.int64]:
         """A whole column of numbers."""

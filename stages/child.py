@@ -96,7 +96,8 @@ def run_in_child(
     ended before this returns, however it returns: by SIGTERM, and `grace` seconds later by SIGKILL. `should_stop` is
     asked all the time and tells why it should, or nothing. A stage that tells
     and prints nothing for `silence` seconds hangs: its stacks are printed, and it is ended. Must stay in the thread
-    that called it: the death signal is bound to that thread. Raises ChildRefused, ChildFailed, Suspended.
+    that called it: the death signal is bound to that thread. Raises ChildRefused, ChildFailed, Suspended,
+    and BadBlob for what a streamed input lacks.
     """
     reads, writes = os.pipe()
     job = json.dumps({"module": module, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
@@ -171,6 +172,10 @@ def run_in_child(
         return
     if last.get("event") == "refused":
         raise ChildRefused(last["message"])
+    if last.get("event") == "damaged":
+        from stages.views import BadBlob
+
+        raise BadBlob(last["reasons"])
     if code == SUSPENDED:
         raise Suspended("saved its state and stopped on SIGTERM")
     raise ChildFailed(last.get("message") or f"the process of {module} ended with {_ending(code)}")
@@ -272,12 +277,16 @@ def _work(events: int) -> NoReturn:
         from stages.objects import full_disk_told
         from stages.runtime import Runtime
         from stages.stage import Stage, Work
+        from stages.streams import Streams
 
         stage: Stage[Any] = importlib.import_module(job["module"]).STAGE
         config_type = stage.part or stage.config
         runtime = Runtime.model_validate(job["runtime"])
+        if not runtime.allow_code:  # which may want anything
+            sys.meta_path.insert(0, _Without(stage.without))
         for task in (Task(**t) for t in job["tasks"]):
-            work = Work(Path(task.work), runtime, task.where, _tell(send))
+            show = Streams(Path(task.work), runtime).show
+            work = Work(Path(task.work), runtime, task.where, _tell(send), show)
             inputs = {name: Path(path) for name, path in task.inputs.items()}
             config = config_type.model_validate(task.config)
             with full_disk_told(work.folder):
@@ -293,15 +302,30 @@ def _work(events: int) -> NoReturn:
         os._exit(code)
 
 
+class _Without:
+    """Finds no module of some names."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in self._names:
+            raise ModuleNotFoundError(f"this stage does without {name}", name=name)
+
+
 def _report(error: BaseException, send: Callable[[Event], None]) -> int:
     """Tell the parent how the stage ended; return the exit code."""
     from stages.errors import UserError
+    from stages.views import BadBlob
 
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, UserError):
         send({"event": "refused", "message": str(error)})
         return 2
+    if isinstance(error, BadBlob):
+        send({"event": "damaged", "reasons": error.reasons})
+        return 1
     traceback.print_exc()
     send({"event": "failed", "message": f"{type(error).__name__}: {error}"})
     return 1

@@ -9,14 +9,13 @@ such as the instruction that every row begins with, tells nothing and does not c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.grams import Hashes, read_grams
 from stages.marks import ROLES
-from stages.tokenized import Flags, Numbers, Rows, Shard, consecutive
+from stages.tokenized import Files, Flags, Numbers, Rows, Shard, consecutive
 
 RUN = 8
 """Tokens in a run."""
@@ -38,14 +37,14 @@ class Contamination:
 
 
 def find_contamination(
-    tokens: Path, shards: Sequence[Shard], rows: Rows, heldout: Flags, training: Flags, share: float
+    files: Files, shards: Sequence[Shard], rows: Rows, heldout: Flags, training: Flags, share: float
 ) -> Contamination:
     """Look for every question of the `heldout` rows [rows] in the `training` rows [rows]."""
-    asked, item = _pairs(tokens, shards, rows, heldout, None)
+    asked, item = _pairs(files, shards, rows, heldout, None)
     known = np.unique(asked)
     if len(known) == 0:
         return Contamination({}, int(heldout.sum()))
-    found, row = _pairs(tokens, shards, rows, training, known)
+    found, row = _pairs(files, shards, rows, training, known)
     common = _wording(asked, known, int(heldout.sum())) | _wording(found, known, int(training.sum()))
     own = ~common[np.searchsorted(known, asked)]
     asked, item = asked[own], item[own]
@@ -64,12 +63,12 @@ def find_contamination(
 
 
 def _pairs(
-    tokens: Path, shards: Sequence[Shard], rows: Rows, wanted: Flags, known: Hashes | None
+    files: Files, shards: Sequence[Shard], rows: Rows, wanted: Flags, known: Hashes | None
 ) -> tuple[Hashes, Numbers]:
     """Runs and the rows that hold them, each pair once: of questions, or of anything said the runs that are `known`."""
     runs, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     filter_ = None if known is None else _filter(known)
-    for grams in read_grams(tokens, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES):
+    for grams in read_grams(files, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES):
         places = (
             np.arange(len(grams.hashes))
             if filter_ is None

@@ -176,5 +176,6 @@ STAGE = Stage(
     parts=parts,
     part=ConvertPart,
     plugins=plugins,
+    without=("pandas",),
     libraries=("jinja2",),
 )

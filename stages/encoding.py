@@ -74,8 +74,9 @@ class Encoder:
         return re.compile("|".join(re.escape(text) for text in sorted(self.tokens, key=len, reverse=True)) or r"(?!)")
 
 
-def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False) -> Encoder:
-    """Make an encoder. `control` are texts that are control tokens besides those that the file calls special."""
+def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False, fast: bool = True) -> Encoder:
+    """Make an encoder, with its fast backend or not. `control` are texts that are control tokens besides those that the
+    file calls special."""
     settings = json.loads(tokenizer_json)
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
     added = settings["added_tokens"] = settings.get("added_tokens") or []
@@ -94,8 +95,8 @@ def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False) 
         lengths[list(vocabulary.values())] = [len(text) for text in vocabulary]
         for token in added:
             lengths[token["id"]] = len(token["content"].encode())
-    fast = fast_encoding.load(settings, matching) if lengths is not None else None
-    return Encoder(settings, lengths, normalizers == ["NFC"], flags, matching, trusted, fast)
+    other = fast_encoding.load(settings, matching) if fast and lengths is not None else None
+    return Encoder(settings, lengths, normalizers == ["NFC"], flags, matching, trusted, other)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

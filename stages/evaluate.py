@@ -29,7 +29,7 @@ from stages.identity import Json, Tree
 from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 
-HELDOUT_FILES = ("plan.json", "heldout_documents.arrow", "heldout_bins.arrow")
+HELDOUT_FILES = ("plan.json", "heldout_*.arrow")
 
 EXACT_MATCH = "exact_match"
 
@@ -137,13 +137,12 @@ def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
     """A part for each model and task; `production` is among the inputs once a model stands there. Raises UserError when
     a task's source is not in `fetch.data`."""
     plan = inputs["plan"].select(*HELDOUT_FILES)
-    tokens = inputs["tokens"].select("*tokens.arrow")
     measures: dict[str, tuple[Measure, dict[str, Tree]]] = {
         name: (Measure(task=task, precision=config.precision), _rows(name, task, inputs["rows"]))
         for name, task in config.tasks.items()
     }
     if config.heldout_loss:
-        measures[HELDOUT_LOSS] = Measure(precision=config.precision), {"tokens": tokens, "plan": plan}
+        measures[HELDOUT_LOSS] = Measure(precision=config.precision), {"plan": plan}
     return [
         Part(f"{model}/{name}", measure.model_dump(mode="json"), {"weights": _weights(weights), **read})
         for model, weights in _models(inputs)
@@ -202,7 +201,6 @@ def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, wor
 
     found = measure(
         inputs["weights"],
-        inputs["tokens"],
         inputs["plan"],
         config.precision,
         work.runtime,

@@ -7,16 +7,15 @@ token ids of a record batch at a time: a few NumPy operations a token, and no te
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from stages.marks import ORIGIN_CONTENT, ROLES
 from stages.tables import origins, read_batches, roles
-from stages.tokenized import Flags, Numbers, Rows, Shard, consecutive, read_spans
+from stages.tokenized import Files, Flags, Numbers, Rows, Shard, Spans, consecutive, read_spans
 
 Hashes = NDArray[np.uint64]
 
@@ -35,34 +34,33 @@ class Grams:
 
 
 def read_grams(
-    tokens: Path, shards: Sequence[Shard], rows: Rows, wanted: Flags, size: int, said_by: Collection[str]
+    files: Files, shards: Sequence[Shard], rows: Rows, wanted: Flags, size: int, said_by: Collection[str]
 ) -> Iterator[Grams]:
     """The runs of `size` tokens in the `wanted` rows [rows], in what `said_by` roles say, a record batch at a time."""
     speaks = np.array([role in said_by for role in ROLES])
     first = np.searchsorted(rows.shard, np.arange(len(shards) + 1))
     width = rows.sequences
-    for number, shard in enumerate(shards):
-        low, high = int(first[number]), int(first[number + 1])
-        if not wanted[low:high].any():
-            continue
-        position = 0
-        for batch in read_batches(tokens / shard.path / "tokens.arrow"):
-            row = low + (position + np.arange(len(batch))) // width
-            position += len(batch)
+    holding = [n for n, (low, high) in enumerate(pairwise(first.tolist())) if wanted[low:high].any()]
+    for number, shard in zip(holding, files.in_turn([shards[n] for n in holding]), strict=True):
+        position = int(first[number]) * width
+        spans = read_batches(files.spans / shard.path / "spans.arrow")
+        ids = read_batches(files.tokens / shard.path / "tokens.arrow")
+        for one, other in zip(spans, ids, strict=True):
+            row = (position + np.arange(len(one))) // width
+            position += len(one)
             if wanted[row].any():
-                yield _of_batch(batch, row, wanted[row], size, speaks)
+                yield _of_batch(read_spans(one), other.column("ids"), row, wanted[row], size, speaks)
 
 
-def _of_batch(batch: pa.RecordBatch, row: Numbers, wanted: Flags, size: int, speaks: Flags) -> Grams:
-    """`row` and `wanted` are of each sequence in the batch."""
-    spans = read_spans(batch)
+def _of_batch(spans: Spans, ids: pa.ListArray, row: Numbers, wanted: Flags, size: int, speaks: Flags) -> Grams:
+    """`row` and `wanted` are of each sequence in a record batch."""
     sequence = spans.sequence
     chosen = wanted[sequence] & (origins(spans.kinds) == ORIGIN_CONTENT) & speaks[roles(spans.kinds)]
     chosen &= spans.ends - spans.starts >= size
-    lengths = pc.list_value_length(batch["ids"]).to_numpy().astype(np.int64)
+    lengths = spans.lengths
     begins = (np.cumsum(lengths) - lengths)[sequence[chosen]] + spans.starts[chosen]
     counts = (spans.ends - spans.starts)[chosen] - size + 1
-    hashes = hash_runs(pc.list_flatten(batch["ids"]).to_numpy(), size)[consecutive(begins, counts)]
+    hashes = hash_runs(ids.flatten().to_numpy(), size)[consecutive(begins, counts)]
     own = np.unique(row[wanted])
     per_row = np.bincount(np.searchsorted(own, row[sequence[chosen]]), weights=counts, minlength=len(own))
     return Grams(own, per_row.astype(np.int64), hashes)

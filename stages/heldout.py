@@ -36,7 +36,6 @@ class Heldout:
 
 def measure(
     weights: Path,
-    tokens: Path,
     plan: Path,
     precision: Precision,
     runtime: Runtime,
@@ -51,7 +50,7 @@ def measure(
         return nothing
     from packing.collate import PackedBins
 
-    bins = PackedBins(tokens, plan, heldout=True)
+    bins = PackedBins(None, plan)
     of_kind = {"conversation": _losses, "preference": _pairs, "unpaired_preference": _singles, "stepwise": _steps}
     if bins.kind not in of_kind:
         return nothing

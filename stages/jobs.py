@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages import streams
+from stages.cache import Hold
 from stages.child import Event, Task, run_in_child
 from stages.identity import Action, Json, Tree
 from stages.mirror import Mirror
@@ -104,7 +106,7 @@ class Maker:
                 Task(
                     job.name,
                     dict(job.config),
-                    {name: str(self.store.view(tree, hold)) for name, tree in job.inputs.items()},
+                    {name: str(path) for name, path in self._folders(job, folders[job.name], hold).items()},
                     str(folders[job.name] / "output"),
                     str(folders[job.name]),
                     {**self.where, **(job.where or {})},
@@ -136,7 +138,9 @@ class Maker:
                 run_in_child(
                     self.stage.home,
                     tasks,
-                    self.runtime.model_dump(mode="json"),
+                    self.runtime.model_copy(update={"store": self.store.url, "cache": self.store.cache}).model_dump(
+                        mode="json"
+                    ),
                     on_event,
                     self.hooks.on_line,
                     self.should_stop,
@@ -149,6 +153,12 @@ class Maker:
             if mirror:
                 mirror.drop()
         return [artifacts[job.name] for job in jobs]
+
+    def _folders(self, job: Job, work: Path, hold: Hold) -> dict[str, Path]:
+        """Where a job finds its inputs."""
+        streamed = {name: tree for name, tree in job.inputs.items() if name in self.stage.streamed}
+        viewed = {name: self.store.view(tree, hold) for name, tree in job.inputs.items() if name not in streamed}
+        return viewed | streams.prepare(work, streamed)
 
 
 def _portions(jobs: Sequence[Job]) -> Iterator[list[Job]]:

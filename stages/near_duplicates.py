@@ -8,14 +8,13 @@ among those that either has. Two steps, so that the cost is linear in the tokens
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.grams import Grams, Hashes, read_grams
 from stages.marks import ROLES
-from stages.tokenized import Flags, Numbers, Rows, Shard
+from stages.tokenized import Files, Flags, Numbers, Rows, Shard
 
 RUN = 5
 """Tokens in a run."""
@@ -28,7 +27,7 @@ REPRESENTATIVES = 64
 
 
 def near_duplicates(
-    tokens: Path, shards: Sequence[Shard], rows: Rows, order: Numbers, similarity: float
+    files: Files, shards: Sequence[Shard], rows: Rows, order: Numbers, similarity: float
 ) -> dict[int, tuple[int, float]]:
     """Of the rows numbered in `order`, those at least so similar to an earlier one that stays, with that one and how
     similar they are. Rows of fewer than `RUN` tokens a turn are similar to none."""
@@ -36,7 +35,7 @@ def near_duplicates(
     wanted[order] = True
     found = [(np.empty(0, np.int64), np.empty((0, 1), np.uint64))]
     height = band_height(similarity)
-    for grams in read_grams(tokens, shards, rows, wanted, RUN, ROLES):
+    for grams in read_grams(files, shards, rows, wanted, RUN, ROLES):
         some = grams.counts > 0
         if some.any():
             found.append((grams.rows[some], _bands(grams, some, height)))
@@ -51,7 +50,7 @@ def near_duplicates(
     wanted[numbers] = True
     runs = {
         int(row): np.unique(own.astype(np.uint32))
-        for grams in read_grams(tokens, shards, rows, wanted, RUN, ROLES)
+        for grams in read_grams(files, shards, rows, wanted, RUN, ROLES)
         for row, own in zip(grams.rows, np.split(grams.hashes, np.cumsum(grams.counts)[:-1]), strict=True)
     }
     return _greedy(numbers, bands, runs, order, similarity)

@@ -2,7 +2,7 @@
 
 Which rows train and how often, which are held out, what is dropped and why, which tokens train, and which packed
 sequence each row goes into (`packing.plan`). Changing any of it retokenizes nothing. Writes `documents.arrow` and
-`bins.arrow`, the same for held-out rows, `plan.json`, and the data report (`stages.data_report`).
+`bins.arrow`, the same and their tokens for held-out rows, `plan.json`, and the data report (`stages.data_report`).
 
 A row trains only tokens of its turns' contents and end markers, never the chat template's headers, and never its first
 token, which has nothing before it to be predicted from. A row of the data counts once in the report: it is packed, or
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.stage import Facts, Stage, StageConfig, Work
 
@@ -58,12 +58,22 @@ class PackConfig(StageConfig):
     sources: dict[str, PackSource] = Field(default_factory=dict)
     """How much of single sources is taken, by their name in `fetch.data`."""
     window: int | None = Field(default=None, ge=1)
-    """About how many tokens training reads before it goes on to other shards: a window is packed and shuffled by
-    itself, so that data larger than the disk can be streamed. null for one window of everything."""
+    """Tokens, at least a step's worth, that training reads before it goes on to other shards: a window is packed and
+    shuffled by itself, and only two of them are on the disk. null for one window of everything."""
     max_documents: int | None = Field(default=None, ge=1)
     """The most documents in a packed sequence; null for no limit."""
     seed: int = Field(default=0, ge=0)
     """Decides what is sampled, which of equally long rows go together, and the order of steps."""
+
+    @model_validator(mode="after")
+    def _a_window_is_a_step_or_more(self) -> "PackConfig":
+        least = self.sequence_length * self.global_batch
+        if self.window is not None and self.window < least:
+            raise ValueError(
+                f"window is {self.window} tokens: a step alone reads up to {least} (sequence_length x global_batch). "
+                "Raise it, or leave it out where all data fits on the disk"
+            )
+        return self
 
     def of(self, source: str) -> PackSource:
         """The settings of one source."""
@@ -77,4 +87,13 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
     return plan(config, inputs, output, work)
 
 
-STAGE = Stage(name="pack", artifact="plan", version=4, config=PackConfig, run=run, libraries=("rensa",))
+STAGE = Stage(
+    name="pack",
+    artifact="plan",
+    version=5,
+    config=PackConfig,
+    run=run,
+    streamed=frozenset({"tokens"}),
+    without=("pandas",),
+    libraries=("rensa",),
+)

@@ -4,7 +4,7 @@ A document is one sequence of tokens. The sequences of one row (a preference's c
 one piece, so they stand side by side in one bin.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from packing.plan import Plan, pack
-from stages.tables import BATCH_ROWS, BINS, documents_schema
-from stages.tokenized import Numbers, Rows, consecutive
+from stages.tables import BATCH_ROWS, BINS, documents_schema, read_table
+from stages.tokenized import Files, Numbers, Rows, Shard, consecutive
 
 
 def write(
@@ -57,6 +57,19 @@ def write(
     return plan
 
 
+def write_heldout_tokens(folder: Path, files: Files, shards: Sequence[Shard], rows: Rows, holding: Numbers) -> None:
+    """Copy the tokens of the rows `holding` (by number), so that who measures on them needs no shard."""
+    width = rows.sequences
+    parts = []
+    numbers = np.unique(rows.shard[holding])
+    for number, shard in zip(numbers, files.in_turn([shards[n] for n in numbers]), strict=True):
+        places = rows.place[holding[rows.shard[holding] == number]][:, None] + np.arange(width, dtype=np.uint32)
+        parts.append(read_table(files.tokens / shard.path / "tokens.arrow").take(pa.array(places.ravel())))
+    if parts:
+        table = pa.concat_tables(parts).combine_chunks()
+        _write_columns(folder / "heldout_tokens.arrow", table.schema, table.columns)
+
+
 def _write_documents(
     path: Path, rows: Rows, chosen: Numbers, sequences: Numbers, shards: int, sequence_length: int
 ) -> None:
@@ -73,6 +86,7 @@ def _write_documents(
     columns = [
         pa.array(np.repeat(rows.shard[chosen], width)).cast(schema.field("shard").type),
         pa.array(place.ravel()),
+        pa.array(np.repeat(rows.number[chosen], width)),
         pa.array(rows.used.ravel()[sequences]).cast(schema.field("length").type),
         _lists(schema, "trained", np.append(0, np.cumsum(counts[sequences])), ranges),
     ]

@@ -5,7 +5,7 @@ Apart from `stages.pack`, so that `regrow plan` loads neither Arrow nor NumPy.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from stages.samples import samples
 from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, UserError, Work
 from stages.tables import read_table
-from stages.tokenized import Numbers, Rows, Shard, find_shards, read_rows
+from stages.tokenized import Files, Numbers, Rows, Shard, find_shards, read_rows
 from stages.tokenizer_files import backend
 
 
 def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Plan all rows. Raises UserError when there is nothing to train on, or at an overlong row if it is an error."""
-    shards = find_shards(inputs["tokens"])
-    rows = read_rows(inputs["tokens"], shards, config.train_on, config.sequence_length, work.tell)
+    files = _files(config, inputs, work)
+    shards = find_shards(files.spans)
+    rows = read_rows(files.spans, shards, config.train_on, config.sequence_length, work.tell)
     if len(rows) == 0:
         raise UserError(
             "there are no rows to pack: every source is empty, or every row was dropped before. See convert"
@@ -37,11 +38,11 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         _refuse_overlong(rows, shards, config.sequence_length)
     if config.max_documents and config.max_documents < rows.sequences:
         raise UserError(f"pack.max_documents is {config.max_documents}: a row here is {rows.sequences} documents")
-    taken = _take(config, inputs["tokens"], rows, shards)
+    taken = _take(config, files, rows, shards)
     chosen = np.repeat(np.arange(len(rows)), taken.copies)
     if len(chosen) == 0:
         raise UserError(_nothing_left(taken, config))
-    labels = _labels(inputs["tokens"], shards, rows, chosen)
+    labels = _labels(files, shards, rows, chosen)
     if len(labels) == 1:
         (label,) = labels
         raise UserError(
@@ -59,14 +60,16 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     )
     holding = np.flatnonzero(taken.heldout & taken.kept)
     heldout_plan = plan_files.write(output, "heldout_", rows, holding, shards=len(shards), **settings)
-    description = _describe(config, shards, rows, chosen, holding, plan, heldout_plan, window)
+    plan_files.write_heldout_tokens(output, files, shards, rows, holding)
+    read = [int(number) if tokens else None for number, tokens in zip(window, tokens_of_shard, strict=True)]
+    description = _describe(config, shards, rows, chosen, holding, plan, heldout_plan, read)
     (output / "plan.json").write_text(json.dumps(description, indent=1) + "\n")
     tokenizer = backend(inputs["tokenizer"], work.runtime.cache / "tokenizers")
     report = data_report.compile_report(
         description,
         accounts.sources(shards, rows, taken),
         rows.length.sum(axis=1),
-        samples(inputs["tokens"], tokenizer, shards, rows, taken, config.seed),
+        samples(files, tokenizer, shards, rows, taken, config.seed),
         too_short=taken.too_short,
     )
     data_report.write(report, output)
@@ -80,7 +83,18 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     }
 
 
-def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard]) -> Taken:
+def _files(config: PackConfig, inputs: Mapping[str, Path], work: Work) -> Files:
+    """The shards' files. Without windows all tokens fit on the disk, and what was read once stays for training."""
+    kept: set[str] = set()
+
+    def show(now: Collection[str], then: Collection[str]) -> None:
+        kept.update(() if config.window else now)
+        work.show("tokens", {*kept, *now}, then)
+
+    return Files(inputs["spans"], inputs["tokens"], show, config.window)
+
+
+def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard]) -> Taken:
     own = [config.of(shard.source) for shard in shards]
     fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
     heldout = selection.held_out(rows, shards, fractions)
@@ -95,12 +109,12 @@ def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard])
     if config.near_duplicates is not None:
         kept = reasons == KEPT
         order = np.concatenate([np.flatnonzero(kept & heldout), np.flatnonzero(kept & ~heldout)])
-        like = near_duplicates(tokens, shards, rows, order, config.near_duplicates)
+        like = near_duplicates(files, shards, rows, order, config.near_duplicates)
         reasons[list(like)] = NEAR_DUPLICATE
     too_short = 0
     if config.decontaminate and heldout.any():
         kept = reasons == KEPT
-        found = find_contamination(tokens, shards, rows, heldout, kept & ~heldout, config.decontaminate)
+        found = find_contamination(files, shards, rows, heldout, kept & ~heldout, config.decontaminate)
         like, too_short = {**like, **found.rows}, found.too_short
         reasons[list(found.rows)] = CONTAMINATED
     training = (reasons == KEPT) & ~heldout
@@ -112,11 +126,11 @@ def _take(config: PackConfig, tokens: Path, rows: Rows, shards: Sequence[Shard])
     return Taken(heldout, reasons, copies, like, too_short)
 
 
-def _labels(tokens: Path, shards: Sequence[Shard], rows: Rows, chosen: Numbers) -> dict[str, int]:
+def _labels(files: Files, shards: Sequence[Shard], rows: Rows, chosen: Numbers) -> dict[str, int]:
     """How often each label trains, where rows are single answers with labels."""
     found: Counter[str] = Counter()
-    for number, shard in enumerate(shards if shards[0].kind == "unpaired_preference" else ()):
-        column = read_table(tokens / shard.path / "tokens.arrow")["extra"]
+    for number, shard in enumerate(files.in_turn(shards if shards[0].kind == "unpaired_preference" else ())):
+        column = read_table(files.tokens / shard.path / "tokens.arrow")["extra"]
         extras = column.take(rows.place[chosen[rows.shard[chosen] == number]])
         for each in pc.value_counts(extras).to_pylist():
             found[json.dumps(json.loads(each["values"])["label"])] += each["counts"]
@@ -162,7 +176,7 @@ def _describe(
     holding: Numbers,
     plan: Plan,
     heldout_plan: Plan,
-    window: Numbers,
+    windows: Sequence[int | None],
 ) -> dict[str, Any]:
     """What stands in `plan.json`."""
     tokens = int(rows.used[chosen].sum())
@@ -173,8 +187,14 @@ def _describe(
         "global_batch": config.global_batch,
         "seed": config.seed,
         "shards": [
-            {"path": shard.path, "source": shard.source, "split": shard.split, "window": int(number)}
-            for shard, number in zip(shards, window, strict=True)
+            {
+                "path": shard.path,
+                "source": shard.source,
+                "split": shard.split,
+                "window": window,
+                "highest_token": shard.counts["highest_token"],
+            }
+            for shard, window in zip(shards, windows, strict=True)
         ],
         "windows": plan.windows.tolist(),
         "bins": len(plan),

@@ -65,7 +65,7 @@ _FOUNDATION = frozenset(
     f"stages/{name}.py"
     for name in (
         *("build", "checkpoints", "child", "errors", "gc", "identity", "jobs", "lease", "manifest", "mirror"),
-        *("provenance", "runtime", "stage", "store", "views"),
+        *("provenance", "runtime", "stage", "store", "streams", "views"),
     )
 )
 """What every stage stands on and what cannot change an artifact's bytes."""

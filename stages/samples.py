@@ -9,7 +9,7 @@ import numpy as np
 
 from stages.selection import SHOWING, Taken, draws
 from stages.tables import read_table
-from stages.tokenized import Rows, Shard
+from stages.tokenized import Files, Rows, Shard
 
 SAMPLES = 5
 PIECE = 700
@@ -22,13 +22,15 @@ Sample = dict[str, Any]
 
 
 def samples(
-    tokens: Path, tokenizer_json: str, shards: Sequence[Shard], rows: Rows, taken: Taken, seed: int
+    files: Files, tokenizer_json: str, shards: Sequence[Shard], rows: Rows, taken: Taken, seed: int
 ) -> list[Sample]:
     """`SAMPLES` rows that train, or as many as there are: one of every source in turn, drawn by the seed."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    return [_sample(tokens, tokenizer, shards, rows, number) for number in _drawn(shards, rows, taken, seed)]
+    drawn = _drawn(shards, rows, taken, seed)
+    files.show({shards[rows.shard[number]].path for number in drawn}, ())
+    return [_sample(files.tokens, tokenizer, shards, rows, number) for number in drawn]
 
 
 def _drawn(shards: Sequence[Shard], rows: Rows, taken: Taken, seed: int) -> list[int]:

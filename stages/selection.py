@@ -111,26 +111,29 @@ def copies(rows: Rows, weights: Sequence[float], seed: int) -> Numbers:
 
 
 def windows(shards: Sequence[Shard], tokens: Numbers, size: int | None, seed: int) -> Numbers:
-    """[shards] The window each is in, counted from 0: of `size` tokens or a little more (`tokens` [shards] each has).
+    """[shards] The window each is in, counted from 0: of `size` tokens or a shard more, the last perhaps of fewer;
+    `tokens` [shards] is how many each has.
 
     Every source is spread evenly over the windows, its shards in an order drawn from the seed, so that each window
     has about the mix of the whole.
     """
     if size is None:
         return np.zeros(len(shards), np.int64)
-    position = np.empty(len(shards))
+    position = np.full(len(shards), 2.0)  # those that nobody reads come last
     random = np.random.PCG64(seed)
     sources = np.array([shard.source for shard in shards])
     for source in sorted(set(sources.tolist())):
         own = np.flatnonzero((sources == source) & (tokens > 0))
         order = np.argsort(random.random_raw(len(own)))
         position[own[order]] = (np.arange(len(own)) + 0.5) / max(1, len(own))
-    position[tokens == 0] = 2.0
-    order = np.argsort(position, kind="stable")
-    begun = np.cumsum(tokens[order]) - tokens[order]
-    window = np.empty(len(shards), np.int64)
-    window[order] = begun // size
-    return np.unique(window, return_inverse=True)[1]
+    window = np.zeros(len(shards), np.int64)
+    number = held = 0
+    for shard in np.argsort(position, kind="stable").tolist():
+        if held >= size and tokens[shard] > 0:
+            number, held = number + 1, 0
+        window[shard] = number
+        held += int(tokens[shard])
+    return window
 
 
 def _halves(identity: pa.Array) -> NDArray[np.uint64]:

@@ -9,7 +9,7 @@ and reports (counts, scores, seconds). Whatever a *later stage* needs must be a 
 are not part of an artifact's digest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +24,7 @@ from stages.runtime import Runtime
 __all__ = [
     "Facts",
     "Part",
+    "Show",
     "Stage",
     "StageConfig",
     "Tell",
@@ -62,6 +63,18 @@ def _silent(done: float, total: float | None = None, unit: str = "", **metrics: 
     return None
 
 
+class Show(Protocol):
+    """How a stage has parts of a streamed input (`Stage.streamed`) on the disk."""
+
+    def __call__(self, name: str, now: Collection[str], then: Collection[str] = ()) -> None:
+        """Have the files of the folders `now` under `inputs[name]`, and forget what else is there. Those of `then` are
+        fetched beside what the stage does next, and are there once they are asked for. Close files before."""
+
+
+def _all_there(name: str, now: Collection[str], then: Collection[str] = ()) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Work:
     """What a running stage may use but what never enters its key."""
@@ -72,6 +85,7 @@ class Work:
     where: Mapping[str, Json] = field(default_factory=dict)
     """Locations (paths, URLs) and lineage: what a part's `where` said, or what the flow hands to publish."""
     tell: Tell = _silent
+    show: Show = _all_there
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,12 @@ class Stage(Generic[C]):
     """Where `STAGE` stands, if not in `stages.<name>`."""
     exclusive: bool = False
     """Its parts want the device or all cores for themselves: they are made one after another."""
+    streamed: frozenset[str] = frozenset()
+    """Inputs that may be larger than the disk: the stage gets an empty folder and says what it needs in there, by
+    `Work.show`."""
+    without: tuple[str, ...] = ()
+    """Modules that its process does without. pyarrow asks pandas, where it is installed, whether a value is one of its
+    own: importing it takes longer than a small shard."""
     libraries: tuple[str, ...] = ()
     """Distributions that shape the bytes, e.g. `("tokenizers",)`: their versions are recorded, not hashed."""
     locations: frozenset[str] = frozenset()

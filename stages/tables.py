@@ -89,17 +89,25 @@ CONVERSATIONS_OF_IDS = pa.schema(
 """The same for rows that came as token ids: `spans` are in tokens."""
 
 
-def tokens_schema(vocabulary: int) -> pa.Schema:
-    """`tokens.arrow`: what tokenize writes for one shard. Ids are uint16 where the vocabulary fits, else uint32."""
+SPANS = pa.schema(
+    [
+        pa.field("row", pa.uint32(), nullable=False),
+        pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in tokens
+        pa.field("identity", pa.binary(16), nullable=False),
+    ]
+)
+"""`spans.arrow`: beside `tokens.arrow`, row for row and batch for batch, what pack decides by without reading a token.
+A sequence has as many tokens as its last span's end says."""
+
+
+def tokens_schema(vocabulary: int, extra: bool = False) -> pa.Schema:
+    """`tokens.arrow`: what tokenize writes for one shard to be trained on. Ids are uint16 where the vocabulary fits,
+    else uint32; with `extra` (all kinds of rows but conversations), what an objective needs besides."""
     ids = pa.uint16() if vocabulary <= 65536 else pa.uint32()
     return pa.schema(
         [
-            pa.field("row", pa.uint32(), nullable=False),
-            pa.field("part", pa.uint8(), nullable=False),
             pa.field("ids", pa.list_(pa.field("item", ids, nullable=False)), nullable=False),
-            pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in tokens
-            pa.field("identity", pa.binary(16), nullable=False),
-            pa.field("extra", pa.string(), nullable=False),
+            *([SPANS.field("spans"), pa.field("extra", pa.string(), nullable=False)] if extra else []),
         ]
     )
 
@@ -133,7 +141,8 @@ def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
     """`documents.arrow` and `heldout_documents.arrow`: the sequences that pack kept, as an index; no token is copied.
 
     Numbers are uint16 where `shards` and `sequence_length` fit. A document is the first `length` tokens of a sequence;
-    the sequences of one row stand next to each other, and a row that trains several times is listed again.
+    the sequences of one row stand next to each other, and a row that trains several times is listed again. The tokens
+    of held-out sequences are copied: `heldout_tokens.arrow` has them in the order of `heldout_documents.arrow`.
     """
     shard = pa.uint16() if shards <= 65536 else pa.uint32()
     count = pa.uint16() if sequence_length <= 65535 else pa.uint32()
@@ -141,7 +150,8 @@ def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
     return pa.schema(
         [
             pa.field("shard", shard, nullable=False),  # index into plan.json's "shards"
-            pa.field("row", pa.uint32(), nullable=False),  # position in that shard's tokens table (not the source row)
+            pa.field("row", pa.uint32(), nullable=False),  # position in that shard's tokens table
+            pa.field("number", pa.uint32(), nullable=False),  # of the row in the shard's source, for people
             pa.field("length", count, nullable=False),  # tokens used
             pa.field("trained", pa.list_(pa.field("item", trained, nullable=False)), nullable=False),
         ]

@@ -3,8 +3,8 @@
 Ids are what Hugging Face's tokenizer gives for the same text, with one exception: control tokens are only those that
 the chat template wrote. `<|im_end|>` in a user's message is encoded as ordinary text.
 
-One shard in, `tokens.arrow` (see `stages.tables.tokens_schema`) and `counts.json` out. The work is in
-`stages.tokenizing`.
+One shard in; out come `tokens.arrow` (`stages.tables.tokens_schema`), `spans.arrow` (`SPANS`) and `counts.json`. The
+work is in `stages.tokenizing`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def parts(config: TokenizeConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
 
 
 def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    """Tokenize one shard: `tokens.arrow` and `counts.json`."""
+    """Tokenize one shard: `tokens.arrow`, `spans.arrow` and `counts.json`."""
     from stages.tokenizing import tokenize
 
     return tokenize(config, inputs, output, work)
@@ -38,10 +38,11 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
 STAGE = Stage(
     name="tokenize",
     artifact="tokens",
-    version=2,
+    version=3,
     config=TokenizeConfig,
     run=run,
     parts=parts,
     part=TokenizeConfig,
+    without=("pandas",),
     libraries=("tokenizers", "transformers"),
 )

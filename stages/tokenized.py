@@ -1,12 +1,13 @@
 """The rows that tokenize wrote, as columns of numbers: how long they are, and which of their tokens train.
 
 A row of the data is one or more sequences: a conversation is one, a preference pair two (chosen, rejected), which are
-kept, dropped and packed together. Spans are read a shard at a time; token ids stay untouched on disk.
+kept, dropped and packed together. Spans are read a shard at a time; the files with the token ids are not touched.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,35 @@ class Shard:
         return f"{self.path}, row {first + number + 1}"
 
 
+def _all_there(now: Collection[str], then: Collection[str]) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the files of all shards are: `spans.arrow` and `counts.json` below one, `tokens.arrow` below another."""
+
+    spans: Path
+    tokens: Path
+    show: Callable[[Collection[str], Collection[str]], None] = _all_there
+    """Has the tokens of the first shards (paths) at hand, and begins to fetch those of the others. See `Work.show`."""
+    window: int | None = None
+    """Tokens that are at hand at once, or a shard more; null for all."""
+
+    def in_turn(self, shards: Sequence[Shard]) -> Iterator[Shard]:
+        """Shards one by one. The tokens of each are at hand until the next one is asked for."""
+        windows: list[list[Shard]] = []
+        for shard in shards:
+            held = sum(int(each.counts["tokens"]) for each in windows[-1]) if windows and self.window else 0
+            if windows and (self.window is None or held < self.window):
+                windows[-1].append(shard)
+            else:
+                windows.append([shard])
+        for now, then in zip_longest(windows, windows[1:], fillvalue=()):
+            self.show([shard.path for shard in now], [shard.path for shard in then])
+            yield from now
+
+
 @dataclass(frozen=True)
 class Spans:
     """The spans of some sequences, flat."""
@@ -68,6 +98,14 @@ class Spans:
     def sequence(self) -> Numbers:
         """[spans] The sequence each belongs to."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @property
+    def lengths(self) -> Numbers:
+        """[sequences] Tokens in each: its last span ends with it."""
+        found = np.zeros(len(self.counts), np.int64)
+        some = self.counts > 0
+        found[some] = self.ends[np.cumsum(self.counts)[some] - 1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,15 +150,15 @@ class Rows:
         return int(self.length.shape[1])
 
 
-def find_shards(tokens: Path) -> list[Shard]:
-    """The shards in a folder that tokenize wrote, by path.
+def find_shards(spans: Path) -> list[Shard]:
+    """The shards whose spans tokenize wrote to a folder, by path.
 
     Raises UserError when they cannot be packed together: data of several kinds, or a source read in several formats.
     """
     shards = []
-    for path in sorted(file.parent for file in tokens.rglob("tokens.arrow")):
+    for path in sorted(file.parent for file in spans.rglob("spans.arrow")):
         counts = json.loads((path / "counts.json").read_text("utf-8"))
-        shards.append(Shard(path.relative_to(tokens).as_posix(), counts["source"], counts["split"], counts))
+        shards.append(Shard(path.relative_to(spans).as_posix(), counts["source"], counts["split"], counts))
     first_of: dict[str, Shard] = {}
     for shard in shards:
         if shard.kind != shards[0].kind:
@@ -137,8 +175,8 @@ def find_shards(tokens: Path) -> list[Shard]:
     return shards
 
 
-def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str | Sequence[str], limit: int, tell: Tell) -> Rows:
-    """All rows of the shards in the folder `tokens`; see `may_train` for `train_on`.
+def read_rows(folder: Path, shards: Sequence[Shard], train_on: str | Sequence[str], limit: int, tell: Tell) -> Rows:
+    """All rows of the shards whose spans are in `folder`; see `may_train` for `train_on`.
 
     A row of more than `limit` tokens is cut: each of its sequences to an equal share of them.
     """
@@ -151,10 +189,10 @@ def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str | Sequence[st
     told: dict[str, list[Any]] = {name: [] for name in ("said", "endings", "unanswered", "opened", "empty")}
     done = 0
     for number, shard in enumerate(shards):
-        table = read_table(tokens / shard.path / "tokens.arrow")
-        length = _numbers(pc.list_value_length(table["ids"])).reshape(-1, width)
-        used = np.where(length.sum(1, keepdims=True) > limit, np.minimum(length, limit // width), length)
+        table = read_table(folder / shard.path / "spans.arrow")
         spans = read_spans(table)
+        length = spans.lengths.reshape(-1, width)
+        used = np.where(length.sum(1, keepdims=True) > limit, np.minimum(length, limit // width), length)
         may = may_train(spans, train_on)
         trained, ranges, begins, ends = trained_ranges(spans, may, used.ravel())
         count = len(length)
@@ -187,7 +225,7 @@ def read_rows(tokens: Path, shards: Sequence[Shard], train_on: str | Sequence[st
 
 
 def read_spans(table: Any) -> Spans:
-    """The spans of an Arrow table or record batch of tokens."""
+    """The spans in an Arrow table or record batch."""
     column = table["spans"]
     counts = _numbers(pc.list_value_length(column))
     flat = pc.list_flatten(column)

@@ -6,6 +6,7 @@ Apart from `stages.tokenize`, so that `regrow plan` loads neither Arrow nor NumP
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
 from stages.stage import Facts, UserError, Work
-from stages.tables import SPAN, origins, read_batches, starts, tokens_schema
+from stages.tables import SPAN, SPANS, origins, read_batches, starts, tokens_schema
 from stages.tokenize import TokenizeConfig
 from stages.tokenizer_files import backend
 
@@ -29,36 +30,44 @@ CHUNK_BYTES = 4 << 20
 """Text encoded at once: enough to keep all cores busy, little enough to keep memory flat."""
 
 
+FAST_BYTES = 4 << 20
+"""Text that a process must have seen before it loads the fast backend, which takes as long as encoding so much without:
+a day of new data costs little. Both give the same ids."""
+
 SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 64, 2000
 """What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
 
 
 def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    """Tokenize one shard: `tokens.arrow` and `counts.json`."""
+    """Tokenize one shard: `tokens.arrow`, `spans.arrow` and `counts.json`."""
     source = inputs["conversations"] / "conversations.arrow"
     with pa.memory_map(str(source)) as file:
         reader = pa.ipc.open_file(file)
         metadata = reader.schema.metadata or {}
         tokenized = _passed if "ids" in reader.schema.names else _tokenized
     control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
-    encoder = _encoder(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), tuple(control), trusted)
+    fast = tokenized is _tokenized and _much(source.stat().st_size)
+    encoder = _encoder(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), tuple(control), trusted, fast)
     if tokenized is _tokenized:
         encoder = _agreed(encoder, source)
-    schema = tokens_schema(len(encoder.control))
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
-    rows = tokens = exact = 0
+    schema = tokens_schema(len(encoder.control), extra=counts.get("kind", "conversation") != "conversation")
+    rows = tokens = exact = highest = 0
     total = counts["rows"] - sum(counts["dropped"].values())
-    with pa.OSFile(str(output / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with _arrow(output / "tokens.arrow", schema) as ids_file, _arrow(output / "spans.arrow", SPANS) as spans_file:
         for batch in read_batches(source):
             try:
-                table, slow = tokenized(encoder, batch, schema)
+                ids, spans, slow = tokenized(encoder, batch, schema)
             except Unwritable as error:
                 row = batch.column("row")[error.row].as_py()
                 raise UserError(f"{counts['source']}, row {row + 1}: {error}; take the row out") from error
-            writer.write_batch(table)
-            rows, tokens, exact = rows + len(table), tokens + len(table.column("ids").flatten()), exact + slow
+            columns = {**dict(zip(batch.schema.names, batch.columns, strict=True)), "ids": ids, "spans": spans}
+            for writer, own in ((ids_file, schema), (spans_file, SPANS)):
+                writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in own.names], schema=own))
+            rows, tokens, exact = rows + len(batch), tokens + len(ids.values), exact + slow
+            highest = max(highest, pc.max(ids.values).as_py() or 0)
             work.tell(rows, total, "rows", tokens=tokens)
-    document = {**counts, "tokens": tokens}
+    document = {**counts, "tokens": tokens, "highest_token": highest}
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     facts: Facts = {"rows": rows, "tokens": tokens, "rows_by_offsets": exact}
     if tokenized is _tokenized:
@@ -67,9 +76,19 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer_json: str, control: tuple[str, ...], trusted: bool) -> Encoder:
+def _encoder(tokenizer_json: str, control: tuple[str, ...], trusted: bool, fast: bool) -> Encoder:
     """One for all shards of a process: reading a tokenizer takes longer than a small shard."""
-    return load(tokenizer_json, control, trusted=trusted)
+    return load(tokenizer_json, control, trusted=trusted, fast=fast)
+
+
+_seen = 0
+
+
+def _much(size: int) -> bool:
+    """Whether this process has seen much text, with so many bytes more."""
+    global _seen
+    _seen += size
+    return _seen > FAST_BYTES
 
 
 def _agreed(encoder: Encoder, source: Path) -> Encoder:
@@ -96,8 +115,15 @@ def _sample(source: Path) -> Iterator[str]:
                 yield texts[row].as_py()[:SAMPLE_CHARACTERS]
 
 
-def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:
-    """One record batch of conversations as one of tokens, and how many of its rows did not take the fast path."""
+@contextmanager
+def _arrow(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """A writer of an Arrow file's record batches."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        yield writer
+
+
+def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
+    """The ids and spans of one record batch of conversations, and how many rows did not take the fast path."""
     spans = batch.column("spans")
     ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
@@ -119,35 +145,20 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     kept = pa.array(begin < end)
     columns = [pa.array(end, pa.uint32()), turns, kinds]
     kept_counts = np.add.reduceat(np.append(begin < end, False), first_span[:-1]) * (counts > 0)
-    return pa.RecordBatch.from_arrays(
-        [
-            batch.column("row"),
-            batch.column("part"),
-            _lists(
-                np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded]), schema, "ids"
-            ),
-            _lists(
-                pa.StructArray.from_arrays([c.filter(kept) for c in columns], fields=list(SPAN)),
-                kept_counts,
-                schema,
-                "spans",
-            ),
-            batch.column("identity"),
-            batch.column("extra"),
-        ],
-        schema=schema,
-    ), sum(e.exact for e in encoded)
+    flat = pa.StructArray.from_arrays([c.filter(kept) for c in columns], fields=list(SPAN))
+    ids, lengths = np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded])
+    exact = sum(e.exact for e in encoded)
+    return _lists(ids, lengths, schema, "ids"), _lists(flat, kept_counts, SPANS, "spans"), exact
 
 
-def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.RecordBatch, int]:
-    """One record batch of rows that came as ids. Raises Unwritable for an id that the vocabulary does not have."""
+def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
+    """The same of rows that came as ids. Raises Unwritable for an id that the vocabulary does not have."""
     ids, lengths = batch.column("ids").flatten().to_numpy(), batch.column("ids").value_lengths().to_numpy()
     wrong = np.flatnonzero(ids >= len(encoder.control))
     if len(wrong):
         row = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
         raise Unwritable(row, f"it holds the token {ids[wrong[0]]}: the vocabulary has {len(encoder.control)}")
-    columns = [_lists(ids, lengths, schema, "ids") if name == "ids" else batch.column(name) for name in schema.names]
-    return pa.RecordBatch.from_arrays(columns, schema=schema), 0
+    return _lists(ids, lengths, schema, "ids"), batch.column("spans"), 0
 
 
 def _chunks(sizes: Positions) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,8 @@ Layout of the local cache, which may be deleted whenever nothing runs::
     held/ lock size     which views are in use, and how much there is: see `stages.cache`
     tmp/                copies under way
 
+Inputs too large for one disk are not viewed but brought in parts and released again: `stages.streams`.
+
 A file counts as verified while its inode, size and modification time stay what they were when it was hashed; silent
 decay of the disk is what `verify --deep` is for.
 """
@@ -45,7 +47,7 @@ class BadBlob(Exception):
     def __init__(self, reasons: dict[str, str]):
         """`reasons`: what is wrong, by sha256."""
         super().__init__("; ".join(f"blob {sha256[:12]}… {reason}" for sha256, reason in sorted(reasons.items())))
-        self.blobs = frozenset(reasons)
+        self.reasons, self.blobs = dict(reasons), frozenset(reasons)
 
 
 def view(objects: Objects, cache: Path, tree: Tree, hold: Hold) -> Path:
@@ -91,6 +93,33 @@ def keep(cache: Path, source: Path, file: File, limit: float = inf) -> None:
         aside.replace(target)
 
 
+def bring(objects: Objects, cache: Path, folder: Path, file: File, limit: float) -> None:
+    """Have a file of the store stand in a folder on the cache's disk, which may have `limit` bytes. Raises BadBlob."""
+    target = folder / file.path
+    with clear_errors(cache):
+        if intact(cache, target, file):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        wrong = _linked(objects, cache, folder, file)
+        if wrong is None:
+            make_room(cache, file.size, limit)
+            with moving("downloaded", file.size) as moved:
+                wrong = _brought(objects, cache, folder, file, moved)
+    if wrong:
+        raise BadBlob({file.sha256: wrong})
+
+
+def release(cache: Path, file: File) -> None:
+    """Remove a blob's copy from the cache unless something shows it."""
+    copy = _cached(cache, file.sha256)
+    with suppress(FileNotFoundError):
+        found = copy.stat()
+        if found.st_nlink == 1:
+            copy.unlink()
+            _record(cache, found).unlink()
+
+
 def intact(cache: Path, path: Path, file: File) -> bool:
     """Whether a local file holds exactly that blob. Hashes it unless that was done before."""
     try:
@@ -99,7 +128,7 @@ def intact(cache: Path, path: Path, file: File) -> bool:
         return False
     if found.st_size != file.size:
         return False
-    record = cache / "verified" / f"{found.st_ino % 256:02x}" / f"{found.st_dev:x}-{found.st_ino:x}"
+    record = _record(cache, found)
     seal = f"{file.sha256} {found.st_size} {found.st_mtime_ns}"
     if record.exists() and record.read_text() == seal:
         return True
@@ -109,6 +138,10 @@ def intact(cache: Path, path: Path, file: File) -> bool:
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(seal)
     return True
+
+
+def _record(cache: Path, found: os.stat_result) -> Path:
+    return cache / "verified" / f"{found.st_ino % 256:02x}" / f"{found.st_dev:x}-{found.st_ino:x}"
 
 
 def quarantine(objects: Objects, sha256: str) -> None:

@@ -1,22 +1,7 @@
-"""Falcon 3: the role as a heading; only the assistant's turns are ended, by the end-of-text token."""
+"""Falcon 3: Tülu's format."""
 
-from stages.templates import NO_TOOLS, Named
+from dataclasses import replace
 
-TEMPLATE = Named(
-    version=1,
-    models="Falcon 3 Instruct",
-    tokens=(),
-    end="eos_token",
-    text=NO_TOOLS
-    + r"""
-{%- for message in messages %}
-    {{- '<|' + message.role + '|>\n' + message.content }}
-    {{- eos_token if message.role == 'assistant' }}
-    {{- '\n' if message.role != 'assistant' or not loop.last }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '\n' if messages[-1].role == 'assistant' }}
-    {{- '<|assistant|>\n' }}
-{%- endif %}
-""",
-)
+from stages.templates.tulu import TEMPLATE as TULU
+
+TEMPLATE = replace(TULU, models="Falcon 3 Instruct")

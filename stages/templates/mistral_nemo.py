@@ -1,51 +1,14 @@
 """Mistral v3 for the Tekken tokenizer: v3's format without its spaces."""
 
-from stages.templates import Named
+from dataclasses import replace
+from functools import reduce
 
-TEMPLATE = Named(
-    version=1,
+from stages.templates.mistral_v3 import TEMPLATE as V3
+
+_CLOSE = reduce(lambda text, token: text.replace(f"{token} ", token), V3.tokens, V3.text)
+
+TEMPLATE = replace(
+    V3,
     models="Mistral Nemo, Ministral, Pixtral 12B, text only",
-    tokens=(
-        *("[INST]", "[/INST]", "[TOOL_CALLS]"),
-        *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-    ),
-    end="eos_token",
-    tools=True,
-    text=r"""
-{%- set ns = namespace(system='', last=-1) %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {%- set ns.last = loop.index0 %}
-    {%- elif message.role == 'system' and not loop.first %}
-        {{- raise_exception('a system turn may only come first') }}
-    {%- elif message.role == 'system' %}
-        {%- set ns.system = message.content + '\n\n' %}
-    {%- endif %}
-{%- endfor %}
-{%- if ns.last < 0 and (ns.system or tools) %}
-    {{- raise_exception('system turn and tools are written with the last question, and there is none') }}
-{%- endif %}
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' if tools and loop.index0 == ns.last }}
-        {{- '[INST]' }}
-        {{- ns.system if loop.index0 == ns.last }}
-        {{- message.content + '[/INST]' }}
-    {%- elif message.role == 'tool' %}
-        {{- '[TOOL_RESULTS]{"content": ' + message.content + ', "call_id": "' + message.tool_call_id[-9:] + '"}' }}
-        {{- '[/TOOL_RESULTS]' }}
-    {%- elif message.tool_calls %}
-        {{- '[TOOL_CALLS][' }}
-        {%- for call in message.tool_calls %}
-            {{- '{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson }}
-            {{- ', "id": "' + call.id[-9:] + '"}' }}
-            {{- ', ' if not loop.last }}
-        {%- endfor %}
-        {{- ']' + eos_token }}
-    {%- elif message.role == 'assistant' %}
-        {{- message.content + eos_token }}
-    {%- endif %}
-{%- endfor %}
-""",
+    text=_CLOSE.replace("' ' + message.content | trim + eos_token", "message.content + eos_token"),
 )

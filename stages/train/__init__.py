@@ -8,6 +8,7 @@ This file holds the recipe section and declares the stage; the work is in the fi
 
     checks.py        settings that do not fit together
     data.py          optimizer steps as lists of micro-batches; samples.py: single batches, to try the model on
+    windows.py       the shards that steps read, on the disk
     model.py         the model that is trained, and what is written at the end
     quantization.py  frozen weights in 4 or 8 bits
     freezing.py      which weights train, for the method full; patterns.py: their names
@@ -227,4 +228,12 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
     }
 
 
-STAGE = Stage(name="train", artifact="adapter", version=6, config=TrainConfig, run=run, plugins=_plugins)
+STAGE = Stage(
+    name="train",
+    artifact="adapter",
+    version=7,
+    config=TrainConfig,
+    run=run,
+    streamed=frozenset({"tokens"}),
+    plugins=_plugins,
+)

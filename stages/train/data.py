@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -19,6 +18,7 @@ from packing.plan import deal
 from stages.errors import UserError
 from stages.objectives import Batch, Objective
 from stages.tables import read_table
+from stages.train.windows import Windows
 
 
 class MicroBatch(TypedDict):
@@ -41,17 +41,28 @@ class Step(TypedDict):
     """What the step's losses on all ranks are divided by: the trained tokens in it, the documents or the pairs."""
 
 
-def step_order(steps: int, total: int, seed: int) -> list[int]:
-    """The plan's step that each of `total` training steps takes: 0 to `steps` - 1, then permutations of them."""
-    epochs = [np.arange(steps)]
-    for epoch in range(1, -(-total // steps)):
-        epochs.append(np.random.default_rng((seed, epoch)).permutation(steps))
+def step_order(windows: Sequence[int], global_batch: int, total: int, seed: int) -> list[int]:
+    """The plan's step that each of `total` training steps takes: one after the other, then permutations of them.
+
+    `windows` are the plan's. They stay in their order and steps in their window; one that reads two stays between them.
+    """
+    begins = np.arange(0, windows[-1], global_batch)
+    window = np.searchsorted(windows, begins, side="right")
+    ends = np.minimum(begins + global_batch, windows[-1]) - 1
+    within = window == np.searchsorted(windows, ends, side="right")
+    epochs = [np.arange(len(begins))]
+    for epoch in range(1, -(-total // len(begins))):
+        random, order = np.random.default_rng((seed, epoch)), np.arange(len(begins))
+        for number in np.unique(window):
+            own = np.flatnonzero(within & (window == number))
+            order[own] = own[random.permutation(len(own))]
+        epochs.append(order)
     return [int(step) for step in np.concatenate(epochs)[:total]]
 
 
 def open_bins(inputs: Mapping[str, Path]) -> PackedBins:
     """The plan's training bins. Raises UserError when there is nothing to train on."""
-    bins = PackedBins(inputs["tokens"], inputs["plan"], reference=inputs.get("reference"))
+    bins = PackedBins(inputs["tokens"], inputs["plan"], inputs.get("reference"))
     if not len(bins) or not bins.trained.sum():
         raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
     return bins
@@ -92,11 +103,13 @@ class Steps(Dataset[Step]):
         ranks: int = 1,
         left_out: Collection[int] = (),
         pad_to: int = 8,
+        windows: Windows | None = None,
     ) -> None:
-        """A micro-batch is padded to a multiple of `pad_to` tokens: compiled models want all equally long."""
+        """A micro-batch is padded to a multiple of `pad_to` tokens: compiled models want all equally long. `windows`
+        have what a step reads on the disk."""
         self.bins, self.order, self.micro_batch, self.objective = bins, order, micro_batch, objective
         self.seed, self.rank, self.ranks, self.left_out = seed, rank, ranks, frozenset(left_out)
-        self.pad_to = pad_to
+        self.pad_to, self.windows = pad_to, windows
 
     def __len__(self) -> int:
         return len(self.order)
@@ -104,6 +117,8 @@ class Steps(Dataset[Step]):
     def __getitem__(self, number: int) -> Step:
         if number in self.left_out:
             return {"batches": [], "count": 0}
+        if self.windows:
+            self.windows.reach(number)
         step = self.numbers(number)
         hands = deal(len(step), self.ranks)
         mine = [step[i] for i in hands[self.rank]]
@@ -140,28 +155,25 @@ class Steps(Dataset[Step]):
         return int(self.bins.trained[self.numbers(number)].sum())
 
 
-def name_rows(tokens: Path, plan: Path, shards: Sequence[str], bins: Iterable[int], at_most: int = 20) -> str:
+def name_rows(plan: Path, shards: Sequence[str], bins: Iterable[int], at_most: int = 20) -> str:
     """The source rows in some bins, for an error message: `chat/00000 rows 3, 17; code/00002 row 5`."""
     lists = read_table(plan / "bins.arrow").column("documents")
     documents = read_table(plan / "documents.arrow").take([d for b in bins for d in lists[b].as_py()])
     found: dict[str, list[int]] = {}
-    for shard, row in zip(documents["shard"].to_pylist()[:at_most], documents["row"].to_pylist(), strict=False):
+    for shard, row in zip(documents["shard"].to_pylist()[:at_most], documents["number"].to_pylist(), strict=False):
         found.setdefault(shards[shard], []).append(row)
     parts = []
-    for path, places in sorted(found.items()):
-        rows = read_table(tokens / path / "tokens.arrow").column("row").take(places).to_pylist()
+    for path, rows in sorted(found.items()):
         parts.append(f"{path} row{'s' if len(rows) > 1 else ''} {', '.join(map(str, sorted(rows)))}")
     more = f" and {len(documents) - at_most} more" if len(documents) > at_most else ""
     return "; ".join(parts) + more
 
 
-def refuse_unknown_tokens(tokens: Path, shards: Iterable[str], vocabulary: int) -> None:
-    """Raise UserError when a token has no embedding in the model."""
-    for path in shards:
-        ids = read_table(tokens / path / "tokens.arrow").column("ids")
-        highest = max((pc.max(chunk.values).as_py() or 0 for chunk in ids.chunks), default=0)
-        if highest >= vocabulary:
+def refuse_unknown_tokens(shards: Iterable[Mapping[str, Any]], vocabulary: int) -> None:
+    """Raise UserError when a token has no embedding in the model. `shards` as in plan.json."""
+    for shard in shards:
+        if shard["highest_token"] >= vocabulary:
             raise UserError(
-                f"{path}: the tokenizer gives token {highest}, but the model embeds only {vocabulary} tokens: "
-                "tokenizer and weights do not belong together"
+                f"{shard['path']}: the tokenizer gives token {shard['highest_token']}, but the model embeds only "
+                f"{vocabulary} tokens: tokenizer and weights do not belong together"
             )

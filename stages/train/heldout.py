@@ -1,8 +1,7 @@
 """The loss of the rows that the plan held out, while training: early stopping, and the best weights kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ class Looks:
 def look_of(
     config: TrainConfig,
     objective: Objective,
-    inputs: Mapping[str, Path],
+    bins: PackedBins | None,
     model: Any,
     loss: LossSums,
     baseline: LossSums | None,
@@ -107,10 +106,9 @@ def look_of(
     group: Group,
     sharded: bool,
 ) -> Callable[[], float] | None:
-    """What measures the held-out loss, where the recipe asks for it. Raises UserError when no rows are held out."""
-    if config.evaluate_every is None:
+    """What measures the loss of held-out bins, if there are to be looks at it. Raises UserError when there are none."""
+    if bins is None:
         return None
-    bins = PackedBins(inputs["tokens"], inputs["plan"], heldout=True, reference=inputs.get("reference"))
     if not bins.trained.sum():
         raise UserError("train.evaluate_every: the plan holds no rows out: set pack.heldout, or a source's split")
 

@@ -30,6 +30,7 @@ from stages.objectives.grpo import OnlineOptions
 from stages.stage import Facts, Work
 from stages.train import TrainConfig, adapters, checkpoints, checks, model, optimizers, schedules
 from stages.train.rollouts import Recorder
+from stages.train.windows import Windows
 
 MEASURES = {
     "reward": "reward",
@@ -69,7 +70,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     checks.refuse_device(config, device)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], local_files_only=True)
-    rows = _prompts(inputs, tokenizer, objective.kinds, options)
+    rows = _prompts(inputs, work, tokenizer, objective.kinds, options)
     steps = -(-len(rows) // options.prompts_per_step)
     total = config.max_steps or math.ceil(config.epochs * steps) * options.iterations
     stop = threading.Event()
@@ -113,10 +114,13 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     }
 
 
-def _prompts(inputs: Mapping[str, Path], tokenizer: Any, kinds: Sequence[str], options: OnlineOptions) -> list[Row]:
+def _prompts(
+    inputs: Mapping[str, Path], work: Work, tokenizer: Any, kinds: Sequence[str], options: OnlineOptions
+) -> list[Row]:
     """The plan's prompts in its order: their text and what rewards may look at. Raises UserError at one that does not
     become the same tokens again, or lacks a column that a reward reads."""
     bins = PackedBins(inputs["tokens"], inputs["plan"])
+    windows = Windows(bins, work.show)
     if bins.kind not in kinds:
         raise UserError(
             f"an online objective trains on rows of kind prompt, and the plan holds rows of kind {bins.kind}: read the "
@@ -131,7 +135,9 @@ def _prompts(inputs: Mapping[str, Path], tokenizer: Any, kinds: Sequence[str], o
         for column in reward.needs(parsed)
     }
     rows: list[Row] = []
+    windows.begin(range(bins.steps), 0)
     for number in range(len(bins)):
+        windows.reach(number // bins.global_batch)
         packed = bins[number]
         begin = 0
         for length, document in zip(packed.lengths.tolist(), packed.documents.tolist(), strict=True):

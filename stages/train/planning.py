@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from packing.collate import PackedBins
+from packing.collate import Bin, PackedBins
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
 from stages.train import TrainConfig, memory, recomputing, speed
@@ -29,6 +29,7 @@ def plan_memory(
     config: TrainConfig,
     trained: Any,
     bins: PackedBins,
+    example: Bin,
     objective: Objective,
     loss: LossSums,
     group: Group,
@@ -43,7 +44,7 @@ def plan_memory(
 
     def forward(tokens: int) -> torch.Tensor:
         with speed.autocast(trained, config, place):
-            return loss(to_device(objective.prepare(two_documents(bins, tokens)), place))["loss"]
+            return loss(to_device(objective.prepare(two_documents(example, tokens)), place))["loss"]
 
     shards = group.size if sharded else 1
     costs = memory.measure(trained, forward, config.optimizer, config.precision, shards)

@@ -22,6 +22,7 @@ from uuid import uuid4
 
 from stages.child import SUSPENDED, die_with_parent, dump_stacks_on_signal
 from stages.errors import UserError
+from stages.views import BadBlob
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +108,8 @@ def launch(
     """Run `job` on so many ranks; return rank 0's last event, `{"event": "done", …}` or what ended the attempt.
 
     `devices` names each rank's CUDA device, or is empty. `on_event` gets rank 0's progress. A SIGTERM to this process
-    is handed on. Raises UserError as a rank raised it, SystemExit(75) when the ranks saved their state and stopped,
-    RankFailed for all else.
+    is handed on. Raises UserError and BadBlob as a rank raised them, SystemExit(75) when the ranks saved their state
+    and stopped, RankFailed for all else.
     """
     rendezvous = Path(job["work"]) / f"rendezvous-{uuid4().hex}"
     processes, pipes = [], {}
@@ -187,11 +188,13 @@ def _follow(
 
 
 def _judge(last: Sequence[Event], codes: Sequence[int]) -> Event:
-    for kind in ("refused", "out_of_memory", "upset"):
+    for kind in ("refused", "damaged", "out_of_memory", "upset"):
         for event in last:
             if event.get("event") == kind:
                 if kind == "refused":
                     raise UserError(event["message"])
+                if kind == "damaged":
+                    raise BadBlob(event["reasons"])
                 return event
     if all(code == 0 for code in codes):
         return last[0]
@@ -251,6 +254,8 @@ def _main(events: int) -> NoReturn:
         code = stop.code if isinstance(stop.code, int) else 1
     except UserError as error:
         send({"event": "refused", "message": str(error)})
+    except BadBlob as error:
+        send({"event": "damaged", "reasons": error.reasons})
     except BaseException as error:
         import traceback
 

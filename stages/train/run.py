@@ -45,10 +45,14 @@ from stages.train.planning import plan_memory, refuse_too_big
 from stages.train.policy import Watch
 from stages.train.ranks import Group, Stopping
 from stages.train.recomputing import Mode, recompute
-from stages.train.samples import first_batches, one_document
+from stages.train.samples import batches, one_document
 from stages.train.sharding import shard
 from stages.train.trainer import PackedTrainer, make_trainer
 from stages.train.training import Training
+from stages.train.windows import Windows
+
+FIRST = 16
+"""The sequences whose activations adapters may start from."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def attempt(
     started = time.monotonic()
     checks.refuse_device(config, this.device)
     bins = open_bins(inputs)
-    shards = [shard["path"] for shard in json.loads((inputs["plan"] / "plan.json").read_text())["shards"]]
+    shards = json.loads((inputs["plan"] / "plan.json").read_text())["shards"]
     objective = objectives.find(config.objective)
     refuse_other_kinds(config.objective, objective.kinds, bins.kind)
     identity = state.identity(config, inputs)
@@ -103,6 +107,11 @@ def attempt(
     checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints", this.below)
     if checkpoint:
         state.refuse_foreign(checkpoint, identity)
+    heldout = None if config.evaluate_every is None else PackedBins(None, inputs["plan"], inputs.get("reference"))
+    windows = Windows(bins, work.show)
+    first = windows.read(range(min(FIRST, len(bins)))) if config.lora.init == "eva" else []
+    order = step_order(bins.windows, bins.global_batch, this.total, config.seed)
+    example = windows.begin(order, int(checkpoint.name) if checkpoint else 0)
     with ExitStack() as stack:
         if work.runtime.deterministic:
             _deterministic(stack)
@@ -113,21 +122,22 @@ def attempt(
             checks.refuse_shards(config)
         split = optimizers.can_split(config) and not sharded
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
-        refuse_unknown_tokens(inputs["tokens"], shards, loaded.get_input_embeddings().weight.shape[0])
+        refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
         refuse_too_big(loaded, place)
-        trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: first_batches(bins, place))
+        trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: batches(first, place))
         faster: dict[str, Any] = {"attention": loaded.config._attn_implementation}
         faster |= speed.hold(trained, config, sharded)
         isolation = _prove_isolation(trained, config, place)
         with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
-            example = to_device(one_document(bins), place)
-            loss = objective.loss(trained, options, example)
-            baseline = objective.baseline and objective.baseline(trained, options, example)
+            tried = to_device(one_document(example), place)
+            loss = objective.loss(trained, options, tried)
+            baseline = objective.baseline and objective.baseline(trained, options, tried)
         plan = plan_memory(
             config,
             trained,
             bins,
+            example,
             objective,
             loss,
             group,
@@ -143,7 +153,7 @@ def attempt(
         faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
         steps = Steps(
             bins,
-            step_order(bins.steps, this.total, config.seed),
+            order,
             plan.micro_batch,
             objective,
             config.seed,
@@ -151,6 +161,7 @@ def attempt(
             group.size,
             {*this.left_out, *state.left_out(checkpoint)},
             plan.micro_batch * bins.sequence_length if compiled else speed.PADDING,
+            windows,
         )
         counted, size = metrics.counted_weights(trained), model.trainable(trained)
         if checkpoint:
@@ -163,14 +174,14 @@ def attempt(
                 steps=steps,
                 loss=computed,
                 baseline=baseline,
-                look=look_of(config, objective, inputs, trained, computed, baseline, this.device, group, sharded),
+                look=look_of(config, objective, heldout, trained, computed, baseline, this.device, group, sharded),
                 work=work,
                 device=this.device,
                 trackers=this.trackers,
                 group=group,
                 stopping=stopping,
                 identity=identity,
-                name_rows=lambda numbers: name_rows(inputs["tokens"], inputs["plan"], shards, numbers),
+                name_rows=lambda numbers: name_rows(inputs["plan"], bins.paths, numbers),
                 flops=lambda position: _flops(trained.config, counted, bins, steps.numbers(position)),
                 peak=metrics.peak_flops(this.device, work.runtime.peak_tflops),
             ),
@@ -191,7 +202,7 @@ def attempt(
         return {}
     if weights is not None:
         loaded = model.load(inputs["model"], config, "cpu")
-        trained = model.ready(loaded, config, inputs["model"], "cpu", lambda: first_batches(bins, "cpu"))
+        trained = model.ready(loaded, config, inputs["model"], "cpu", lambda: batches(first, "cpu"))
         state.put_weights(trained, weights)
     history, record = trainer.state.log_history, trainer.between.record
     results.write(config, trained, history, record, inputs["model"], output)

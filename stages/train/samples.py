@@ -1,29 +1,28 @@
 """Single batches of a plan, for what tries the model out before it trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from packing.collate import IGNORED, Bin, PackedBins, collate
+from packing.collate import IGNORED, Bin, collate
 from stages import lm_head
 from stages.train.data import to_device
 
 
-def one_document(bins: PackedBins) -> dict[str, Any]:
-    """The first document as a model takes it."""
-    packed = bins[0]
+def one_document(packed: Bin) -> dict[str, Any]:
+    """The first document of a packed sequence as a model takes it."""
     length = packed.lengths[0]
     return lm_head.model_inputs(collate([Bin(packed.ids[:length], packed.labels[:length], packed.lengths[:1])]))
 
 
-def first_batches(bins: PackedBins, device: str, count: int = 16) -> list[dict[str, Any]]:
-    """The first packed sequences, as the model takes them."""
-    return [to_device(lm_head.model_inputs(collate([bins[i]])), device) for i in range(min(count, len(bins)))]
+def batches(bins: Sequence[Bin], device: str) -> list[dict[str, Any]]:
+    """Packed sequences as the model takes them."""
+    return [to_device(lm_head.model_inputs(collate([packed])), device) for packed in bins]
 
 
-def two_documents(bins: PackedBins, tokens: int) -> dict[str, Any]:
+def two_documents(packed: Bin, tokens: int) -> dict[str, Any]:
     """A batch to measure on: two documents with so many tokens in all, and all of them train."""
-    packed = bins[0]
     ids = np.resize(packed.ids, tokens)
     labels = ids.astype(np.int64)
     labels[[0, tokens // 2]] = IGNORED

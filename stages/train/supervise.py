@@ -21,6 +21,7 @@ import torch
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
+from stages.streams import Streams
 from stages.train import TrainConfig, trackers
 from stages.train.data import open_bins
 from stages.train.memory import ACTIVATIONS, smaller
@@ -91,12 +92,13 @@ def run_rank(job: Mapping[str, Any], send: Callable[[Event], None]) -> Event:
             send({"event": "tell", "done": done, "total": total, "unit": unit, "metrics": metrics})
 
     runtime = Runtime.model_validate(job["runtime"])
-    work = Work(Path(job["work"]), runtime, job["where"], tell)
+    streams = Streams(Path(job["work"]), runtime, job["rank"])
+    work = Work(Path(job["work"]), runtime, job["where"], tell, streams.show)
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in job["attempt"].items()
     }
     this = Attempt(**given)
-    inputs = {name: Path(path) for name, path in job["inputs"].items()}
+    inputs = {**{name: Path(path) for name, path in job["inputs"].items()}, **streams.folders}
     config = TrainConfig.model_validate(job["config"])
     from transformers.utils.logging import set_verbosity_error
 

@@ -19,10 +19,10 @@ from stages.runtime import Runtime
 from stages.score import STAGE as SCORE
 from stages.score import ScoreConfig, parts
 from stages.stage import Work
-from stages.tables import tokens_schema, write_table
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages.packed import Packed, turns
+from tests.stages.tiny import write_tokens
 
 K = 5
 
@@ -37,10 +37,10 @@ def inputs(tmp_path: Path, tiny_model: Path) -> dict[str, Path]:
         answer = random.integers(60, 200, int(random.integers(3, 12))).tolist()
         spans = turns(("user", 3), ("assistant", len(answer)))
         ids = [30, 31, *random.integers(60, 200, 3).tolist(), 32, 33, 34, *answer, 35]
-        made = {"row": number, "part": 0, "ids": ids, "spans": spans, "extra": ""}
+        made = {"row": number, "ids": ids, "spans": spans, "extra": ""}
         rows.append({**made, "identity": number.to_bytes(16, "big")})
-    write_table(place / "tokens.arrow", tokens_schema(258), rows)
-    counts = {"kind": "conversation", "rows": 40, "dropped": {}, "source": "chat", "split": "train"}
+    written = write_tokens(place, 258, rows)
+    counts = {**written, "kind": "conversation", "rows": 40, "dropped": {}, "source": "chat", "split": "train"}
     (place / "counts.json").write_text(json.dumps(counts))
     teacher = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():

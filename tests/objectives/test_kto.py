@@ -45,7 +45,6 @@ def judged(tokens: Path, labels: tuple[bool, ...] = (True, False)) -> None:
                 "ids": [3, 4, start, 5, 6, 8, *answer, 7],
                 "spans": turns(("user", 1, TRAIN_NO), ("assistant", len(answer))),
                 "identity": hashlib.sha256(str(number).encode()).digest()[:16],
-                "part": 0,
                 "extra": json.dumps({"label": good}),
             }
         )

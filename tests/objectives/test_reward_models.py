@@ -22,10 +22,10 @@ from stages.marks import TRAIN_NO
 from stages.objectives import process_reward, reward
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.tables import tokens_schema, write_table
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages.packed import Packed, spans, turns
+from tests.stages.tiny import write_tokens
 
 VOCABULARY = 258
 
@@ -35,9 +35,9 @@ def put(tokens: Path, kind: str, made: list[dict[str, Any]]) -> None:
     for name, split in (("judged", "train"), ("kept", "heldout")):
         place = tokens / name / "00000"
         some = [row for row in made if (row["row"] % 5 == 0) == (split == "heldout")]
-        write_table(place / "tokens.arrow", tokens_schema(VOCABULARY), some)
+        written = write_tokens(place, VOCABULARY, some, extra=True)
         rows = len({row["row"] for row in some})
-        counts = {"kind": kind, "rows": rows, "dropped": {}, "source": name, "split": split}
+        counts = {**written, "kind": kind, "rows": rows, "dropped": {}, "source": name, "split": split}
         (place / "counts.json").write_text(json.dumps(counts))
 
 
@@ -47,12 +47,11 @@ def pairs(tokens: Path) -> None:
     made = []
     for number in range(120):
         start = int(random.integers(60, 200))
-        for part, lowest in enumerate((60, 130)):
+        for lowest in (60, 130):
             answer = random.integers(lowest, lowest + 70, int(random.integers(3, 9))).tolist()
             made.append(
                 {
                     "row": number,
-                    "part": part,
                     "ids": [30, 31, start, 32, 33, 34, *answer, 35],
                     "spans": turns(("user", 1, TRAIN_NO), ("assistant", len(answer))),
                     "identity": number.to_bytes(16, "big"),
@@ -77,7 +76,6 @@ def solutions(tokens: Path) -> None:
         made.append(
             {
                 "row": number,
-                "part": 0,
                 "ids": ids,
                 "spans": spans(*told),
                 "identity": number.to_bytes(16, "big"),
@@ -124,7 +122,7 @@ def scored(inputs: dict[str, Path], weights: Path, folder: Path) -> Any:
     for name, model in (("base", inputs["model"]), ("tuned", weights)):
         output = folder / name / "heldout_loss"
         output.mkdir(parents=True)
-        given = {"weights": model, "tokens": inputs["tokens"], "plan": inputs["plan"]}
+        given = {"weights": model, "plan": inputs["plan"]}
         evaluate.run(evaluate.Measure(precision="fp32"), given, output, Work(folder / "w", Runtime(device="cpu")))
     return compare(folder)
 
@@ -196,7 +194,7 @@ def test_it_learns_and_is_transformers_own_classifier(tmp_path: Path, inputs: di
     task = scored(inputs, weights, tmp_path / "scores")["tasks"][PREFERENCES]
     assert task["tuned"]["low"] > 0.6, "its interval is above chance"
     assert task["better"] == "tuned"
-    bins = PackedBins(inputs["tokens"], inputs["plan"], heldout=True)
+    bins = PackedBins(None, inputs["plan"])
     first = bins[0].ids[: bins[0].lengths[0]].tolist()
     kind = AutoModelForSequenceClassification if objective == "reward" else AutoModelForTokenClassification
     model = kind.from_pretrained(weights)

@@ -104,9 +104,10 @@ def run_tokenize(folder: Path, shard: Path, tokenizer: Path) -> tuple[Path, Fact
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the one Arrow file in a folder, their spans unpacked (see `unpacked`)."""
-    (path,) = folder.glob("*.arrow")
-    return [{**row, "spans": unpacked(row["spans"])} for row in read_table(path).to_pylist()]
+    """The rows of the Arrow files in a folder, put together; their spans unpacked (see `unpacked`)."""
+    tables = [read_table(path).to_pylist() for path in sorted(folder.glob("*.arrow"))]
+    rows = [dict(item for part in parts for item in part.items()) for parts in zip(*tables, strict=True)]
+    return [{**row, "spans": unpacked(row["spans"])} for row in rows]
 
 
 def unpacked(spans: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:

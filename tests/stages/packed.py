@@ -13,7 +13,8 @@ from stages.marks import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSE
 from stages.pack import STAGE, PackConfig
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.tables import read_table, tokens_schema, write_table
+from stages.tables import read_table
+from tests.stages.tiny import write_tokens
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "model"
 
@@ -44,7 +45,7 @@ def row(*told: tuple[str, int] | tuple[str, int, int], identity: str | None = No
     made = turns(*told)
     row.count = getattr(row, "count", 0) + 1  # type: ignore[attr-defined]
     digest = hashlib.sha256((identity or f"row {row.count}").encode()).digest()[:16]  # type: ignore[attr-defined]
-    return {"ids": list(range(made[-1]["end"])), "spans": made, "identity": digest, "part": 0, "extra": ""}
+    return {"ids": list(range(made[-1]["end"])), "spans": made, "identity": digest, "extra": ""}
 
 
 def shard(
@@ -57,9 +58,9 @@ def shard(
     count: int | None = None,
 ) -> None:
     """`count` is how many rows the sequences in `rows` are, if not as many."""
-    numbered = ({"row": 100 + i, **each} for i, each in enumerate(rows))
-    write_table(folder / path / "tokens.arrow", tokens_schema(50_000), numbered)
+    numbered = [{"row": 100 + i, **each} for i, each in enumerate(rows)]
     counts = {
+        **write_tokens(folder / path, 50_000, numbered, extra=kind != "conversation"),
         "kind": kind,
         "rows": (len(rows) if count is None else count) + sum((dropped or {}).values()),
         "dropped": dropped or {},
@@ -75,14 +76,14 @@ class Packed:
     def __init__(self, tokens: Path, output: Path, **config: Any) -> None:
         output.mkdir(parents=True)
         settings = PackConfig(**{"sequence_length": 64, "global_batch": 2, **config})
-        inputs = {"tokens": tokens, "tokenizer": TOKENIZER}
+        inputs = {"spans": tokens, "tokens": tokens, "tokenizer": TOKENIZER}
         runtime = Runtime(cache=output.parents[1] / "cache")  # shared by all tests of a session
         self.facts = STAGE.run(settings, inputs, output, Work(output.parent / "work", runtime))
         self.output = output
         self.plan = json.loads((output / "plan.json").read_text())
         self.report = json.loads((output / "report.json").read_text())
         self.bins = PackedBins(tokens, output)
-        self.heldout = PackedBins(tokens, output, heldout=True)
+        self.heldout = PackedBins(None, output)
 
     def rows(self, heldout: bool = False) -> set[tuple[str, int]]:
         table = read_table(self.output / f"{'heldout_' if heldout else ''}documents.arrow")

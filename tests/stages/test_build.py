@@ -68,6 +68,18 @@ def test_a_second_build_is_a_hit_without_a_child(store: Store, runtime: Runtime,
     assert (store.view(second.artifact.tree) / "a" / "upper.txt").read_text() == "ONE!"
 
 
+@pytest.mark.parametrize("allow_code", [False, True])
+def test_a_stage_that_does_without_a_module_does_not_load_it_unless_code_of_others_may(
+    store: Store, runtime: Runtime, allow_code: bool
+) -> None:
+    import lean_stage  # type: ignore[import-not-found]
+
+    pytest.importorskip("pandas")
+    runtime = runtime.model_copy(update={"allow_code": allow_code})
+    built = build(lean_stage.STAGE, lean_stage.LeanConfig(), {}, store, runtime)
+    assert built.artifact.facts == {"pandas": allow_code}
+
+
 def test_new_data_costs_only_itself(store: Store, runtime: Runtime, tmp_path: Path) -> None:
     shards(store, runtime, rows(store, tmp_path, a="one", b="two"))
     more = shards(store, runtime, rows(store, tmp_path, a="one", b="two", c="three"))

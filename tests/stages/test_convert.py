@@ -190,6 +190,37 @@ def test_what_the_template_refuses_names_the_row(tmp_path: Path) -> None:
         run_convert(tmp_path, source(tmp_path / "rows", rows), smollm2(), {"template": template})
 
 
+@pytest.mark.parametrize(
+    ("reasoning", "kept"),
+    [(None, ["one", "two", "three"]), ("keep", ["one", "two", "three"]), ("drop", []), ("last", ["two", "three"])],
+)
+def test_reasoning_is_kept_dropped_or_kept_after_the_last_question(
+    tmp_path: Path, reasoning: str | None, kept: list[str]
+) -> None:
+    chat = {
+        "messages": [
+            {"role": "user", "content": "q1"},
+            {"role": "assistant", "content": "a1", "reasoning_content": "one"},
+            {"role": "user", "content": "q2"},
+            {"role": "assistant", "content": "a2", "reasoning_content": "two"},
+            {"role": "assistant", "content": "<think>\nthree\n</think>\n\na3"},
+        ]
+    }
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+        "{{ m.content }}<end>\n{% endfor %}"
+    )
+    config = {"format": "messages", "template": template, **({"reasoning": reasoning} if reasoning else {})}
+    output, _ = run_convert(tmp_path, source(tmp_path / "rows", [chat]), smollm2(), config)
+    [row] = rows_of(output)
+    assert [word for word in ("one", "two", "three") if word in row["text"]] == kept
+    assert all(answer in row["text"] for answer in ("a1", "a2", "a3")) and row["text"].count("<end>") == 5
+    said = "".join(
+        row["text"].encode()[s["start"] : s["end"]].decode() for s in row["spans"] if s["role"] == "assistant"
+    )
+    assert [word for word in ("one", "two", "three") if word in said] == kept, "what is kept trains with its turn"
+
+
 def test_what_is_left_unwritten_and_unended_is_counted(tmp_path: Path) -> None:
     chat = {
         "messages": [*CHAT["messages"], {"role": "assistant", "content": "b", "reasoning_content": "hm"}],

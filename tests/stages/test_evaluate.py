@@ -283,7 +283,6 @@ def trees(**models: str) -> dict[str, Tree]:
         "base": tree("config.json", content=models.get("base", "base")),
         "weights": tree("config.json", "merge.json", content=models.get("tuned", "tuned")),
         "rows": tree("spelling/00000/rows.jsonl", "other/00000/rows.jsonl"),
-        "tokens": tree("spelling/00000/tokens.arrow", "spelling/00000/counts.json"),
         "plan": tree("plan.json", "bins.arrow", "documents.arrow", "heldout_bins.arrow", "heldout_documents.arrow"),
     }
 
@@ -346,21 +345,14 @@ def test_evals_versions_enter_the_key() -> None:
 
 
 def heldout(folder: Path, documents: list[list[int]], bins: list[list[int]], vocabulary: int) -> dict[str, Path]:
-    """Tokens and a plan whose held-out documents train from their third token on."""
-    tokens, plan = folder / "tokens", folder / "plan"
-    write_table(
-        tokens / "chat/00000/tokens.arrow",
-        tokens_schema(vocabulary),
-        (
-            {"row": i, "part": 0, "ids": ids, "spans": [], "identity": bytes(16), "extra": ""}
-            for i, ids in enumerate(documents)
-        ),
-    )
+    """A plan whose held-out documents train from their third token on."""
+    plan = folder / "plan"
+    write_table(plan / "heldout_tokens.arrow", tokens_schema(vocabulary), ({"ids": ids} for ids in documents))
     write_table(
         plan / "heldout_documents.arrow",
         documents_schema(1, 2048),
         (
-            {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": 2, "end": len(ids)}]}
+            {"shard": 0, "row": i, "number": i, "length": len(ids), "trained": [{"start": 2, "end": len(ids)}]}
             for i, ids in enumerate(documents)
         ),
     )
@@ -375,7 +367,7 @@ def heldout(folder: Path, documents: list[list[int]], bins: list[list[int]], voc
     )
     description = {"sequence_length": 32, "global_batch": 2, "max_documents": 8, "shards": [{"path": "chat/00000"}]}
     (plan / "plan.json").write_text(json.dumps(description))
-    return {"tokens": tokens, "plan": plan}
+    return {"plan": plan}
 
 
 def test_heldout_loss_is_each_documents_own_cross_entropy(chat_model: Path, tmp_path: Path) -> None:

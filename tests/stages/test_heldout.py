@@ -15,8 +15,8 @@ from stages.identity import Json
 from stages.marks import TRAIN_NO
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.tables import tokens_schema, write_table
 from tests.stages.packed import Packed, turns
+from tests.stages.tiny import write_tokens
 
 PROMPT = [40, 41, 42, 43, 44]
 
@@ -29,7 +29,6 @@ def rows(kind: str) -> list[dict[str, Any]]:
         made.append(
             {
                 "row": number // 2 if kind == "preference" else number,
-                "part": number % 2 if kind == "preference" else 0,
                 "ids": [*PROMPT, 45, 46, *answer, 1],
                 "spans": turns(("user", 2, TRAIN_NO), ("assistant", len(answer))),
                 "identity": number.to_bytes(16, "big"),
@@ -47,8 +46,8 @@ def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -
         place = tmp_path / "tokens" / name / "00000"
         shift = 1000 if name == "judged" else 0  # what trains has identities of its own
         made = [{**row, "identity": (shift + i).to_bytes(16, "big")} for i, row in enumerate(rows(kind))]
-        write_table(place / "tokens.arrow", tokens_schema(258), made)
-        counts = {"kind": kind, "rows": 12 if kind == "preference" else 24, "dropped": {}}
+        written = write_tokens(place, 258, made, extra=True)
+        counts = {**written, "kind": kind, "rows": 12 if kind == "preference" else 24, "dropped": {}}
         (place / "counts.json").write_text(json.dumps({**counts, "source": name, "split": split}))
     plan = Packed(tmp_path / "tokens", tmp_path / "plan", decontaminate=0.0).output
     tuned = tmp_path / "tuned"
@@ -63,7 +62,7 @@ def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -
     for name, weights in (("base", tiny_model), ("tuned", tuned)):
         output = scores / name / "heldout_loss"
         output.mkdir(parents=True)
-        inputs = {"weights": weights, "tokens": tmp_path / "tokens", "plan": plan}
+        inputs = {"weights": weights, "plan": plan}
         work = Work(tmp_path / "work", Runtime(device="cpu"))
         evaluate.run(evaluate.Measure(precision="fp32"), inputs, output, work)
     return scores, [tiny_model, tuned], compare(scores)

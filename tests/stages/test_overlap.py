@@ -13,7 +13,7 @@ from stages.contamination import find_contamination
 from stages.grams import hash_runs
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.near_duplicates import band_height, near_duplicates
-from stages.tokenized import Rows, Shard, find_shards, read_rows
+from stages.tokenized import Files, Rows, Shard, find_shards, read_rows
 from tests.stages.packed import Packed, row, shard, spans
 
 Said = list[tuple[str, list[int]]]
@@ -33,7 +33,7 @@ def said(*turns: tuple[str, list[int]]) -> dict[str, Any]:
 
 def read(folder: Path) -> tuple[Path, list[Shard], Rows]:
     shards = find_shards(folder)
-    return folder, shards, read_rows(folder, shards, "assistant", 1 << 20, lambda *_, **__: None)
+    return Files(folder, folder), shards, read_rows(folder, shards, "assistant", 1 << 20, lambda *_, **__: None)
 
 
 def runs(told: Said, size: int, roles: tuple[str, ...] = ("system", "user", "assistant")) -> set[tuple[int, ...]]:

@@ -39,10 +39,7 @@ def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeyp
     write_table(
         tmp_path / "tokens.arrow",
         tokens_schema(tiny.VOCABULARY),
-        (
-            {"row": i, "part": 0, "ids": ids, "spans": [], "identity": bytes(16), "extra": ""}
-            for i, ids in enumerate(rows())
-        ),
+        ({"ids": ids} for ids in rows()),
     )
     (tmp_path / "counts.json").write_text('{"kind": "preference"}')
     monkeypatch.setattr("stages.scoring.TOKENS", 50)
@@ -74,7 +71,7 @@ def judged(tokens: Path) -> None:
     made: list[dict[str, Any]] = []
     for number in range(40):
         start = int(random.integers(12, 50))
-        for part, step in enumerate((1, -1)):
+        for step in (1, -1):
             answer = [start + step * i for i in range(int(random.integers(3, 9)))]
             ids = [3, 4, start, 5, 6, *answer, 7]
             spans = turns(("user", 0), ("assistant", len(answer)))
@@ -84,7 +81,6 @@ def judged(tokens: Path) -> None:
                     "ids": ids,
                     "spans": spans,
                     "identity": number.to_bytes(16, "big"),
-                    "part": part,
                     "extra": "",
                 }
             )

@@ -6,6 +6,8 @@ be exactly what the second text has and the first has not, up to the end of the 
 """
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from stages import templates
 from stages.chat_template import Template, load
 from stages.formats import BadRow, Conversation, Turn
+from stages.forms import Formed, Forms
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.rendering import Rendered, render
 from stages.templates import Named
@@ -25,6 +28,8 @@ from tests.stages.chats import texts
 from tests.stages.test_rendering import check_cover, transformers_text
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+LOOKS = {"deepseek_r1", "llama2", "qwen3"}
+"""Templates that look at what is said, and so are run for every row."""
 SCHEMA = [{"type": "function", "function": {"name": "weather", "description": "W <of> a city", "parameters": {}}}]
 
 
@@ -100,6 +105,22 @@ def trained(rendered: Rendered, number: int) -> tuple[int, str]:
     return spans[0].start, data[spans[0].start : spans[-1].end].decode()
 
 
+@cache
+def forms(name: str) -> Forms:
+    return Forms(loaded(name))
+
+
+def by_form(name: str, conversation: Conversation) -> Rendered | Formed:
+    """The render of a conversation that is not the first of its shape."""
+    first = [
+        replace(turn, content=f"twin {number}") if turn.content else turn
+        for number, turn in enumerate(conversation.turns)
+    ]
+    with suppress(BadRow):
+        forms(name).render(Conversation(first, conversation.tools))
+    return forms(name).render(conversation)
+
+
 def check(name: str, conversation: Conversation) -> None:
     named, template = templates.find(name), loaded(name)
     try:
@@ -109,6 +130,8 @@ def check(name: str, conversation: Conversation) -> None:
     turns, end = conversation.turns, NAMES.get(named.end, named.end)
     assert whole.text == transformers_text(named.text, as_messages(template, turns), conversation.tools)
     check_cover(whole)
+    formed = by_form(name, conversation)
+    assert (formed.text, formed.spans) == (whole.text, whole.spans), "as rendered by its shape"
     for number, turn in enumerate(turns):
         if turn.role != "assistant":
             for span in whole.spans:  # nobody but its speaker says it: what a user writes never trains as an answer
@@ -174,6 +197,15 @@ def test_a_template_does_what_it_says(name: str) -> None:
             assert "weather" in written.text or (written.unwritten == ["tools"] and not named.tools)
     thought = Conversation([question, Turn("assistant", "There.", reasoning="Let me see.")])
     assert ("Let me see." in render(template, thought).text) == named.reasoning
+
+
+@pytest.mark.parametrize("name", templates.names())
+def test_chats_are_written_by_their_shape(name: str) -> None:
+    """Where a template only copies what is said it runs once a shape, not once a row."""
+    chat = Conversation(
+        [Turn("user", "Where is it?"), Turn("assistant", "There."), Turn("user", "When?"), Turn("assistant", "Now.")]
+    )
+    assert isinstance(by_form(name, chat), Formed) == (name not in LOOKS)
 
 
 def test_contents_never_come_from_the_template() -> None:

@@ -11,9 +11,10 @@ import pytest
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.tables import read_table, tokens_schema, write_table
+from stages.tables import read_table
 from stages.train import STAGE, TrainConfig
 from tests.stages.packed import Packed, turns
+from tests.stages.tiny import write_tokens
 
 OWN = """
 from stages.rewards import Reward
@@ -35,7 +36,6 @@ def prompts(folder: Path, model: Path, texts: list[str], **columns: Any) -> None
     rows = [
         {
             "row": number,
-            "part": 0,
             "ids": (ids := tokenizer(text, add_special_tokens=False)["input_ids"]),
             "spans": turns(("user", len(ids) - 3)),
             "identity": number.to_bytes(16, "big"),
@@ -43,8 +43,14 @@ def prompts(folder: Path, model: Path, texts: list[str], **columns: Any) -> None
         }
         for number, text in enumerate(texts)
     ]
-    write_table(folder / "asked/00000/tokens.arrow", tokens_schema(len(tokenizer)), rows)
-    counts = {"kind": "prompt", "rows": len(rows), "dropped": {}, "source": "asked", "split": "train"}
+    counts = {
+        **write_tokens(folder / "asked/00000", len(tokenizer), rows, extra=True),
+        "kind": "prompt",
+        "rows": len(rows),
+        "dropped": {},
+        "source": "asked",
+        "split": "train",
+    }
     (folder / "asked/00000/counts.json").write_text(json.dumps(counts))
 
 

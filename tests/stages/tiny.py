@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from packing.plan import pack
-from stages.tables import BINS, documents_schema, tokens_schema, write_table
+from stages.tables import BINS, SPANS, documents_schema, tokens_schema, write_table
 
 VOCABULARY = 64
 
@@ -52,6 +52,14 @@ def documents(count: int = 60, seed: int = 0) -> list[list[int]]:
     return [[int(3 + (s + i) % 60) for i in range(n)] for s, n in random.integers((0, 4), (60, 21), (count, 2))]
 
 
+def write_tokens(folder: Path, vocabulary: int, rows: Sequence[dict[str, Any]], extra: bool = False) -> dict[str, int]:
+    """One shard's `tokens.arrow` and `spans.arrow`; return what `counts.json` says of them."""
+    write_table(folder / "tokens.arrow", tokens_schema(vocabulary, extra), rows)
+    write_table(folder / "spans.arrow", SPANS, rows)
+    ids = [each["ids"] for each in rows]
+    return {"tokens": sum(map(len, ids)), "highest_token": max((max(each, default=0) for each in ids), default=0)}
+
+
 def plan(
     folder: Path,
     rows: Sequence[Sequence[int]],
@@ -68,18 +76,16 @@ def plan(
     write_table(
         tokens / "chat/00000/tokens.arrow",
         tokens_schema(VOCABULARY),
-        (
-            {"row": 10 + i, "part": 0, "ids": list(ids), "spans": [], "identity": bytes(16), "extra": ""}
-            for i, ids in enumerate(rows)
-        ),
+        ({"ids": list(ids)} for ids in rows),
     )
     documents = [
-        {"shard": 0, "row": i, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
+        {"shard": 0, "row": i, "number": 10 + i, "length": len(ids), "trained": [{"start": untrained, "end": len(ids)}]}
         for i, ids in enumerate(rows)
     ]
     aside, rows = rows[len(rows) - heldout :], rows[: len(rows) - heldout]
     write_table(plan / "documents.arrow", documents_schema(1, 2048), documents[: len(rows)])
     write_table(plan / "heldout_documents.arrow", documents_schema(1, 2048), documents[len(rows) :])
+    write_table(plan / "heldout_tokens.arrow", tokens_schema(VOCABULARY), ({"ids": list(ids)} for ids in aside))
     write_table(
         plan / "heldout_bins.arrow",
         BINS,
@@ -105,7 +111,9 @@ def plan(
         "sequence_length": sequence_length,
         "global_batch": global_batch,
         "max_documents": max((len(numbers) for numbers in bins), default=0),
-        "shards": [{"path": "chat/00000", "source": "chat", "split": "train"}],
+        "shards": [
+            {"path": "chat/00000", "source": "chat", "split": "train", "highest_token": max(map(max, rows), default=0)}
+        ],
     }
     (plan / "plan.json").write_text(json.dumps(description))
     return {"tokens": tokens, "plan": plan}
