@@ -149,6 +149,10 @@ class Stopping:
 
     asked: bool = False
 
+    def ask(self, *_: object) -> None:
+        """A signal handler."""
+        self.asked = True
+
 
 def _follow(
     processes: Sequence["subprocess.Popen[bytes]"],
@@ -233,6 +237,8 @@ def join(rank: int, ranks: int, rendezvous: str, device: str, patience: float | 
 
 def _main(events: int) -> NoReturn:
     dump_stacks_on_signal()
+    stopping = Stopping()  # from the first moment to the last: a warning may come when all is done
+    signal.signal(signal.SIGTERM, stopping.ask)
     pipe = os.fdopen(events, "w", buffering=1)
 
     def send(event: Event) -> None:
@@ -247,7 +253,7 @@ def _main(events: int) -> NoReturn:
             os._exit(1)
         from stages.train.supervise import run_rank
 
-        last = run_rank(job, send)
+        last = run_rank(job, send, stopping)
         send(last)
         code = 0 if last["event"] == "done" else 1
     except SystemExit as stop:

@@ -84,7 +84,7 @@ def _attempt(
     return launch(job, ranks, devices, on_event, stopping)
 
 
-def run_rank(job: Mapping[str, Any], send: Callable[[Event], None]) -> Event:
+def run_rank(job: Mapping[str, Any], send: Callable[[Event], None], stopping: Stopping) -> Event:
     """One rank's attempt, called in its own process (`stages.train.ranks`)."""
 
     def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
@@ -103,9 +103,8 @@ def run_rank(job: Mapping[str, Any], send: Callable[[Event], None]) -> Event:
     from transformers.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # its Trainer wonders at a process group that it was not told of
-    with stop_on_sigterm() as stopping:
-        group = join(job["rank"], job["ranks"], job["rendezvous"], this.device, runtime.silence_seconds)
-        return _ended(lambda: attempt(config, inputs, Path(job["output"]), work, this, group, stopping))
+    group = join(job["rank"], job["ranks"], job["rendezvous"], this.device, runtime.silence_seconds)
+    return _ended(lambda: attempt(config, inputs, Path(job["output"]), work, this, group, stopping))
 
 
 def _ended(make: Callable[[], Facts]) -> Event:
@@ -153,10 +152,7 @@ def stop_on_sigterm() -> Iterator[Stopping]:
         yield request
         return
 
-    def ask(*_: object) -> None:
-        request.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, request.ask)
     try:
         yield request
     finally:
