@@ -77,8 +77,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in CONFIGS if p.stem not in SLOW])
-def test_every_recipe_trains_two_steps_and_then_has_nothing_to_do(place: Place, path: Path) -> None:
-    _runs_and_has_nothing_to_do(place, str(path.relative_to(ROOT)), *([] if path.stem == "quickstart" else ["+train"]))
+def test_every_recipe_trains_two_steps_and_then_has_nothing_to_do(place: Place, path: Path, tiny_model: Path) -> None:
+    """The quickstart as it stands and to its end, the others up to training and with a tiny model."""
+    others = ["+train", "--set", f"fetch.model={{path: {tiny_model}}}"]
+    _runs_and_has_nothing_to_do(place, str(path.relative_to(ROOT)), *([] if path.stem == "quickstart" else others))
 
 
 @pytest.mark.full
@@ -87,8 +89,8 @@ def test_every_recipe_runs_to_its_end(place: Place, path: Path) -> None:
     _runs_and_has_nothing_to_do(place, str(path.relative_to(ROOT)))
 
 
-def _runs_and_has_nothing_to_do(place: Place, recipe: str, *select: str) -> None:
-    arguments = [*select, *place.settings(recipe)]
+def _runs_and_has_nothing_to_do(place: Place, recipe: str, *arguments: str) -> None:
+    arguments = (*arguments, *place.settings(recipe))
     first = place.regrow("run", recipe, *arguments)
     assert first.stderr == "", "only our own lines on the screen"
     assert max(len(line) for line in first.stdout.splitlines() if "/" not in line) <= 80

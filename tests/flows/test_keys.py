@@ -39,7 +39,7 @@ def leaves(model: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
             yield (*path, name), value
 
 
-NUMBERS: list[Any] = [True, False, 1, 2, 64, 100, 0.5, 0.25, 1e-5]
+NUMBERS: list[Any] = [True, False, 1, 2, 64, 100, 0.5, 0.25, 1e-5, 1 << 20]
 WORDS = [
     "x",
     "stop",

@@ -78,6 +78,7 @@ def states(home: Path, flow: str) -> list[tuple[str, str]]:
         ).fetchall()
 
 
+@pytest.mark.full
 def test_two_runs_at_once_show_nothing_of_prefect_and_leave_their_states(home: Path) -> None:
     """Their servers would ask for one port, and set up one database."""
     both = [start(home, 0, name) for name in ("one", "two")]

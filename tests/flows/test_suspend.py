@@ -24,6 +24,7 @@ with following(Follower(event=warn)):
 """
 
 
+@pytest.mark.full
 @pytest.mark.failure(
     what="SIGTERM while training (a spot machine's warning)",
     outcome="exit code 75 with the state saved; the same command goes on",

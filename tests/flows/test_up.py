@@ -66,6 +66,7 @@ def test_the_form_knows_the_recipe(raised: Raised) -> None:
     assert schema["properties"]["stage"]["enum"][0] == "fetch"
 
 
+@pytest.mark.full
 def test_prefect_deploy_registers_the_same(raised: Raised) -> None:
     before = {name: d.model_dump(include=COMPARED) for name, d in deployments(raised).items()}
     done = subprocess.run(

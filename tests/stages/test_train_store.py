@@ -64,7 +64,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return machine(tmp_path_factory.mktemp("unbroken"), "only")[0]
 
 
-@pytest.mark.parametrize("when", ["uploaded", pytest.param("uploading", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("when", ["uploaded", "uploading"])
 def test_another_machine_goes_on_where_one_was_lost(tmp_path: Path, unbroken: Built, when: str) -> None:
     died = subprocess.run([sys.executable, "-c", KILLED, when, str(tmp_path)], cwd=Path(__file__).parents[2])
     assert died.returncode == -signal.SIGKILL
