@@ -191,7 +191,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_runs(place: Place, command: str) -> None:
     words = shlex.split(command)[1:]
-    if words[0] in ("run", "plan"):
+    if words[0] in ("run", "plan", "inspect"):
         words += place.settings(words[1])
     if words[0] == "up":
         words += ["--port", str(free_port())]

@@ -25,15 +25,16 @@ class Windows:
         return found
 
     def begin(self, order: Sequence[int], position: int) -> Bin:
-        """Get ready to `reach` the steps of an order, by position; return a bin of the one to begin with."""
+        """Get ready to `reach` the steps of an order, from a position on; return a bin to try the model out on.
+
+        That one is the order's first wherever training goes on, as what is tried decides how the loss is computed.
+        """
         first = np.asarray(order) * self._bins.global_batch
         last = np.minimum(first + self._bins.global_batch, len(self._bins)) - 1
         self._needed = np.searchsorted(self._bins.windows, np.stack([first, last], axis=1), side="right") - 1
-        position = min(position, len(order) - 1)
-        self.reach(position)
-        found = self._bins[int(first[position])]
-        self._bins.close()  # another process may be the one that goes on reading
-        return found
+        (example,) = self.read([int(first[0])])
+        self.reach(min(position, len(order) - 1))
+        return example
 
     def reach(self, position: int) -> None:
         """Have the shards of a step on the disk, and the next window's on their way."""

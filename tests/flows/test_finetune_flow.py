@@ -106,6 +106,7 @@ def test_bad_data_fails_the_run_with_one_line_and_no_traceback(make_tiny: Any, c
     assert not [message for message in messages(client, run.id) if "Traceback" in message]
 
 
+@pytest.mark.full
 def test_an_unknown_task_of_lm_eval_is_told_before_anything_runs(make_tiny: Any) -> None:
     tiny = make_tiny()
     with pytest.raises(UserError, match="gsm8k"):

@@ -91,6 +91,7 @@ def test_two_runs_at_once_show_nothing_of_prefect_and_leave_their_states(home: P
     assert [states(home, name) for name in ("one", "two")] == [[("COMPLETED", "COMPLETED")]] * 2
 
 
+@pytest.mark.full
 @pytest.mark.failure(
     what="Ctrl-C",
     outcome="the run is marked *Crashed* before its server ends",

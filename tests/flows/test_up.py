@@ -81,6 +81,7 @@ def test_prefect_deploy_registers_the_same(raised: Raised) -> None:
     assert {name: d.model_dump(include=COMPARED) for name, d in deployments(raised).items()} == before
 
 
+@pytest.mark.full
 def test_up_again_keeps_what_people_set(raised: Raised) -> None:
     schedule: DeploymentSchedule = deployments(raised)["retrain/scheduled"].schedules[0]
     with raised.client() as client:
@@ -118,6 +119,7 @@ def test_what_is_killed_comes_back(raised: Raised) -> None:
     assert deployments(raised), "the database is as it was"
 
 
+@pytest.mark.full
 @pytest.mark.failure(
     what="the keeper is killed",
     outcome="server and workers live on; the next `regrow up` takes them over",

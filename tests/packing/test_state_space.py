@@ -105,6 +105,7 @@ def test_packed_documents_are_documents_alone_where_kernels_take_the_boundaries(
         assert max(figures["max_loss_difference"], figures["max_gradient_difference"]) < 1e-4, (name, figures)
 
 
+@pytest.mark.full
 def test_without_the_kernels_all_are_refused_and_told_what_to_install() -> None:
     if find_spec("causal_conv1d"):
         pytest.skip("the real kernels are installed")

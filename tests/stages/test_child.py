@@ -100,6 +100,7 @@ def test_a_stop_request_ends_the_whole_group(tmp_path: Path) -> None:
     assert wait_gone(grandchild[0]) or not alive(grandchild[0])
 
 
+@pytest.mark.full
 @pytest.mark.failure(
     what="a stage hangs",
     outcome="it is ended after its time, with where it stood in the log",

@@ -287,6 +287,7 @@ def trees(**models: str) -> dict[str, Tree]:
     }
 
 
+@pytest.mark.full
 def test_another_tuned_model_leaves_the_base_models_parts_as_they_were() -> None:
     config = EvaluateConfig(tasks={"spelling": {"source": "spelling"}})  # type: ignore[dict-item]
     before = {p.name: p for p in evaluate.parts(config, trees())}

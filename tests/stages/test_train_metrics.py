@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.tables import read_table, tokens_schema, write_table
 from stages.train import STAGE, TrainConfig
 from stages.train import trackers as tracking
 from stages.train.metrics import counted_weights, model_flops
@@ -46,6 +47,10 @@ def test_the_loss_of_held_out_rows_is_the_training_loss_of_the_same_rows(tmp_pat
     inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, rows, global_batch=len(rows))}
     for name in ("documents", "bins"):
         shutil.copyfile(inputs["plan"] / f"{name}.arrow", inputs["plan"] / f"heldout_{name}.arrow")
+    (tokens,) = inputs["tokens"].rglob("tokens.arrow")
+    ids = read_table(tokens)["ids"].to_pylist()
+    copied = ({"ids": ids[row]} for row in read_table(inputs["plan"] / "documents.arrow")["row"].to_pylist())
+    write_table(inputs["plan"] / "heldout_tokens.arrow", tokens_schema(tiny.VOCABULARY), copied)
     config = {"precision": "fp32", "learning_rate": 1e-9, "max_steps": 1, "evaluate_every": 1}
     (tmp_path / "output").mkdir()
     work = Work(tmp_path / "work", Runtime(device="cpu"))

@@ -54,7 +54,7 @@ def test_rolling_back_gives_the_training_that_never_took_the_step(tmp_path: Path
 
     output, work = tmp_path / "output", Work(tmp_path / "work", Runtime(device="cpu"))
     output.mkdir()
-    never = Attempt("cpu", 1, False, 12, left_out=tuple(step - 1 for step in left_out))
+    never = Attempt("cpu", 1, "none", 12, left_out=tuple(step - 1 for step in left_out))
     attempt(TrainConfig.model_validate(config), poisoned, output, work, never, Group(), Stopping())
     oracle = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert found == oracle

@@ -77,6 +77,7 @@ def test_a_sharded_model_goes_on_where_one_rank_was_stopped_and_back(
     assert found == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.full
 def test_what_one_rank_refuses_is_told_once_and_ends_all(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"^the model cannot be loaded"):
         (tmp_path / "broken").mkdir()

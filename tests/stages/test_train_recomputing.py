@@ -38,11 +38,11 @@ def forward_of(made: Any, config: TrainConfig, inputs: dict[str, Path]) -> Calla
 
     bins, objective = open_bins(inputs), objectives.find("sft")
     with speed.autocast(made, config, "cpu"):
-        loss = objective.loss(made, objectives.options_of("sft", {}), one_document(bins))
+        loss = objective.loss(made, objectives.options_of("sft", {}), one_document(bins[0]))
 
     def forward(tokens: int) -> Tensor:
         with speed.autocast(made, config, "cpu"):
-            return loss(objective.prepare(two_documents(bins, tokens)))["loss"]
+            return loss(objective.prepare(two_documents(bins[0], tokens)))["loss"]
 
     return forward
 
@@ -176,14 +176,14 @@ def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomput
     from stages.train.samples import one_document, two_documents
 
     bins, objective = open_bins(inputs), objectives.find("sft")
-    loss = objective.loss(made, objectives.options_of("sft", {}), to_device(one_document(bins), "cuda"))
+    loss = objective.loss(made, objectives.options_of("sft", {}), to_device(one_document(bins[0]), "cuda"))
     weights = [p for p in made.parameters() if p.requires_grad]
     found, peaks = [], []
     made.train()
     for each in ("none", mode):
         recompute(made, each)
         torch.cuda.reset_peak_memory_stats()
-        batch = to_device(objective.prepare(two_documents(bins, 4096)), "cuda")
+        batch = to_device(objective.prepare(two_documents(bins[0], 4096)), "cuda")
         found.append(torch.autograd.grad(loss(batch)["loss"], weights))
         peaks.append(torch.cuda.max_memory_allocated())
     for one, other in zip(*found, strict=True):
