@@ -171,8 +171,7 @@ def _samples(
 
     try:
         found = manager.load([name])
-    except Exception as error:
-        # Loading a task builds its data set, with whatever error the Hub, the network or its script raises.
+    except Exception as error:  # it builds the data set: whatever the Hub, the network or its script raises
         raise UserError(
             f"evaluate.tasks: lm-eval's task {name!r} does not load ({type(error).__name__}: {error}). Most of its "
             "tasks download their data: check the network, or ask for rows of your own with `source:`"

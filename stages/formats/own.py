@@ -44,7 +44,7 @@ def load(code: str) -> Format:
     linecache.cache[NAME] = (len(code), None, code.splitlines(keepends=True), NAME)
     try:
         exec(compile(code, NAME, "exec"), module.__dict__)
-    except Exception as error:
+    except Exception as error:  # whatever a user's code raises
         raise UserError(f"your format fails when it is loaded: {_told(error)}") from error
     found = module.__dict__.get("FORMAT")
     if not isinstance(found, Format):
@@ -58,7 +58,7 @@ def _guarded(form: Format) -> Callable[[Row, Options], Conversation | Example]:
             made = form.convert(row, options)
         except BadRow:
             raise
-        except Exception as error:
+        except Exception as error:  # as above
             raise BadRow("your format fails", f"your format fails on it: {_told(error)}") from error
         if not isinstance(made, Conversation | Example):
             raise BadRow("your format fails", f"your format gives {made!r:.80}: expected a Conversation or an Example")
