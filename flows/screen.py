@@ -153,7 +153,7 @@ def _fetched(facts: Facts) -> Iterator[str]:
 
 
 def _converted(facts: Facts) -> Iterator[str]:
-    yield f"{facts['rows']:,} rows"
+    yield f"{facts['rows']:,} rows as {', '.join(sorted(facts['formats']))}"
     if dropped := sum(facts["dropped"].values()):
         yield f"{dropped:,} dropped"
 

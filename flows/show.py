@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.graph import ORDER
+from flows.graph import ORDER, select
+from flows.screen import headline
 from stages.errors import UserError
 from stages.gc import collect, verify
 from stages.identity import Json
@@ -25,9 +26,9 @@ def show_what(store: Store, what: str | None, console: Console, as_json: bool) -
     if what is None:
         _show_runs(store, console, as_json)
     elif record := _run_named(store, what):
-        _show_run(record, console, as_json)
+        _show_run(store, record, console, as_json)
     else:
-        _show_artifact(_artifact_named(store, what), console, as_json)
+        _show_artifact(store, _artifact_named(store, what), console, as_json)
 
 
 def _show_runs(store: Store, console: Console, as_json: bool) -> None:
@@ -56,15 +57,17 @@ def _run_named(store: Store, what: str) -> dict[str, Json] | None:
         return None
 
 
-def _show_run(record: Mapping[str, Any], console: Console, as_json: bool) -> None:
+def _show_run(store: Store, record: Mapping[str, Any], console: Console, as_json: bool) -> None:
     if as_json:
         console.print_json(json.dumps(record))
         return
     console.print(f"run {record['run']} of {record['recipe']}: {record['status']} on {record['written']}")
-    table = _table("stage", "", "key", "digest")
+    table = _table("stage", "", "key", "digest", "what came out")
     for stage in (s for s in ORDER if s in record["stages"]):
         entry = record["stages"][stage]
-        table.add_row(stage, "made" if entry["made"] else "cached", entry["key"][:12], entry["digest"][:12])
+        found = store.recall(stage, entry["key"], entry["digest"])
+        told = headline(stage, found.facts) if found else "no longer in the store"
+        table.add_row(stage, "made" if entry["made"] else "cached", entry["key"][:12], entry["digest"][:12], told)
     console.print(table)
 
 
@@ -85,7 +88,19 @@ def _artifact_named(store: Store, prefix: str) -> Artifact:
     return artifact
 
 
-def _show_artifact(artifact: Artifact, console: Console, as_json: bool) -> None:
+def _lineage(store: Store, artifact: Artifact) -> dict[str, dict[str, str]]:
+    """The artifacts that one comes from, by stage: those above it in the run that made it. Empty when that run's record
+    is gone, and for a part of an artifact."""
+    run = artifact.provenance.get("run")
+    stages = (store.read_run(run) or {}).get("stages", {}) if run else {}
+    if stages.get(artifact.stage, {}).get("key") != artifact.key:
+        return {}
+    above = [stage for stage in select([f"+{artifact.stage}"]) if stage != artifact.stage and stage in stages]
+    return {stage: {name: stages[stage][name] for name in ("key", "digest")} for stage in above}
+
+
+def _show_artifact(store: Store, artifact: Artifact, console: Console, as_json: bool) -> None:
+    lineage = _lineage(store, artifact)
     if as_json:
         console.print_json(
             json.dumps(
@@ -96,6 +111,7 @@ def _show_artifact(artifact: Artifact, console: Console, as_json: bool) -> None:
                     "action": artifact.action,
                     "facts": artifact.facts,
                     "provenance": artifact.provenance,
+                    "lineage": lineage,
                     "parts": artifact.parts,
                     "files": [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in artifact.tree.files],
                 }
@@ -114,6 +130,11 @@ def _show_artifact(artifact: Artifact, console: Console, as_json: bool) -> None:
             table.add_row(name, escape(value if isinstance(value, str) else json.dumps(value)))
         if values:
             console.print(table)
+    if lineage:
+        table = _table("comes from", "key", "digest")
+        for stage, named in lineage.items():
+            table.add_row(stage, named["key"][:12], named["digest"][:12])
+        console.print(table)
     table = _table("file", "bytes", "sha256")
     for file in artifact.tree.files[:SHOWN_FILES]:
         table.add_row(escape(file.path), f"{file.size:,}", file.sha256[:12])
