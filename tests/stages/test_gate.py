@@ -1,13 +1,18 @@
 """Gate decisions: what passes, what fails, and that better scores never turn a pass into a failure."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.evaluate import EvaluateConfig
 from stages.gate import Gate, decide
 from stages.intervals import paired_difference, share
+from stages.publish import PublishConfig
 
 
 def task(base: list[int], tuned: list[int]) -> dict[str, Any]:
@@ -144,3 +149,10 @@ def test_stricter_requirements_pass_less(gate: Gate, items: list[tuple[int, int]
     order = ["better", "not_worse", "nothing"]
     passes = [decide(gate.model_copy(update={"require": require}), found)["passed"] for require in order]
     assert passes == sorted(passes)
+
+
+def test_the_recipes_in_the_documentation_are_right() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
+    tasks, gate = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S))
+    assert set(EvaluateConfig.model_validate(tasks["evaluate"]).tasks) == {"reversal", "quick", "maths"}
+    assert PublishConfig.model_validate(gate["publish"]).gate.production.require == "not_worse"
