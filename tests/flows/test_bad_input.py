@@ -77,7 +77,7 @@ def test_an_empty_data_set(pipeline: Pipeline, tmp_path: Path) -> None:
 )
 def test_a_bad_row_names_file_and_row(pipeline: Pipeline, tmp_path: Path, bad: Any, expected: str) -> None:
     told = refused(pipeline, "convert", tmp_path, [GOOD, bad, GOOD], "convert")
-    assert "rows.jsonl" in told and "2" in told and expected in told
+    assert "rows.jsonl, line 2: " in told and expected in told
 
 
 def test_bad_rows_can_be_dropped_and_are_counted(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_bad_rows_can_be_dropped_and_are_counted(pipeline: Pipeline, tmp_path: P
 
 def test_malformed_json_names_its_line(pipeline: Pipeline, tmp_path: Path) -> None:
     told = refused(pipeline, "convert", tmp_path, json.dumps(GOOD) + "\n{broken\n", "convert")
-    assert "rows.jsonl" in told and "2" in told
+    assert "rows.jsonl, line 2: is not JSON" in told
 
 
 def test_a_template_that_fails_names_the_row(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_template_that_fails_names_the_row(pipeline: Pipeline, tmp_path: Path)
         "{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     told = refused(pipeline, "convert", tmp_path, [GOOD], "convert", convert={"template": template})
-    assert "no greetings" in told and "1" in told
+    assert "rows.jsonl, line 1: " in told and "no greetings" in told
 
 
 def test_a_model_without_a_chat_template_names_the_mend(pipeline: Pipeline, tmp_path: Path, tiny_model: Path) -> None:

@@ -1,5 +1,6 @@
 """The data report: every row accounted for, warnings a person needs, and samples that show just what trains."""
 
+import json
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -130,7 +131,9 @@ def test_the_terminal_shows_what_trains_in_colour_or_between_brackets() -> None:
 
 def warnings(folder: Path, *rows: Turns, counts: dict[str, Any] | None = None) -> list[str]:
     """What is said of a source with those rows."""
-    shard(folder / "tokens", "chat/00000", [row(*each) for each in rows], **(counts or {}))
+    shard(folder / "tokens", "chat/00000", [row(*each) for each in rows])
+    path = folder / "tokens" / "chat/00000" / "counts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (counts or {})))
     told: list[str] = Packed(folder / "tokens", folder / "out", sequence_length=512).report["warnings"]
     return told
 
@@ -167,6 +170,27 @@ def test_an_end_that_never_trains_is_said(tmp_path: Path) -> None:
     assert packed.report["warnings"] == [
         "books: no token that ends a turn trains, so the model would not learn to stop"
     ]
+
+
+def test_what_the_template_leaves_out_is_said(tmp_path: Path) -> None:
+    counts = {"unwritten": {"reasoning of assistant": 1200, "tools": 3}}
+    assert warnings(tmp_path, *GOOD, counts=counts) == [
+        "chat: the chat template leaves out reasoning of assistant (1,200 times)",
+        "chat: the chat template leaves out tools (3 times)",
+    ]
+
+
+def test_turns_that_nothing_ends_are_said(tmp_path: Path) -> None:
+    assert warnings(tmp_path, *GOOD, counts={"turns_without_end": 2}) == [
+        "chat: nothing ends 2 of the turns to learn, so the model would not learn to stop there"
+    ]
+
+
+def test_questions_too_short_to_look_for_are_said(tmp_path: Path) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(*each) for each in GOOD])
+    shard(tmp_path / "tokens", "probe/00000", [row(("user", 3), ("assistant", 4))], split="heldout")
+    (told,) = Packed(tmp_path / "tokens", tmp_path / "out").report["warnings"]
+    assert told.startswith("1 held-out rows have too short a question to look for it")
 
 
 def test_turned_roles_are_said(tmp_path: Path) -> None:
