@@ -6,6 +6,7 @@ Apart from `stages.convert`, so that `regrow plan` loads neither Arrow nor Jinja
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ BATCH_CHARACTERS = 1 << 26
 """Text in one record batch, after which it ends before it has `BATCH_ROWS` rows."""
 
 
+_tokenizer = lru_cache(maxsize=1)(read_tokenizer)
+"""One for all shards of a process: its vocabulary is megabytes of JSON."""
+
+
 def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Convert one shard. Raises UserError naming file and row at the first bad one, or drops and counts them."""
     if config.format == "own" and not work.runtime.allow_code:
@@ -41,7 +46,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     rows = filters.filtered(read_rows(path, name, first), config.filter)
     seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
     reader = _reader(config, name, seen)
-    tokenizer = read_tokenizer(inputs["tokenizer"])
+    tokenizer = _tokenizer(inputs["tokenizer"])
     template = chat_template.load(tokenizer, config.template, config.date) if reader.templated else None
     counts = _Counts(name, config.bad_rows)
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(

@@ -45,11 +45,19 @@ class Encoder:
     """The fast backend, in which `matching` does not have to be asked; only where there are `lengths`."""
 
     @cached_property
-    def plain(self) -> tuple[Any, Any]:
-        """Tokenizers that read control tokens as text: for the start of a row, and for what follows a control token."""
-        first, rest = _tokenizer(self.settings), _tokenizer({**self.settings, **_without_prefix(self.settings)})
-        first.encode_special_tokens = rest.encode_special_tokens = True
-        return first, rest
+    def rest(self) -> Any:
+        """`matching` for what follows a control token: without the space that some put before a text."""
+        changed = _without_prefix(self.settings)
+        return _tokenizer({**self.settings, **changed}) if changed else self.matching
+
+    def plain(self, text: str, first: bool) -> Any:
+        """The encoding of a text in which control tokens are text, at the start of a row or after a control token."""
+        tokenizer = self.matching if first else self.rest
+        tokenizer.encode_special_tokens = True
+        try:
+            return tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            tokenizer.encode_special_tokens = False
 
     @cached_property
     def tokens(self) -> dict[str, dict[str, Any]]:
@@ -59,11 +67,10 @@ class Encoder:
     @cached_property
     def composes(self) -> bool:
         """Whether what follows a control token is encoded as `plain` does it, so that a row can be put together."""
-        first, rest = self.plain
         for text, token in self.tokens.items():
             if not (token["lstrip"] or token["rstrip"] or token["single_word"]):
                 for sample in _SAMPLES:
-                    apart = [*_ids(first, sample), token["id"], *_ids(rest, sample)]
+                    apart = [*self.plain(sample, True).ids, token["id"], *self.plain(sample, False).ids]
                     if _ids(self.matching, sample + text + sample) != apart:
                         return False
         return True
@@ -117,7 +124,7 @@ def _steps(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 
 
 def _without_prefix(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The pre-tokenizer without the space that some put before the first word of a text only."""
+    """The pre-tokenizer without the space that some put before the first word of a text only; empty if it puts none."""
 
     def changed(step: Any) -> Any:
         if isinstance(step, dict):
@@ -125,12 +132,14 @@ def _without_prefix(settings: Mapping[str, Any]) -> dict[str, Any]:
             return {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
         return [changed(item) for item in step] if isinstance(step, list) else step
 
-    return {"pre_tokenizer": changed(settings.get("pre_tokenizer"))}
+    found = changed(settings.get("pre_tokenizer"))
+    return {} if found == settings.get("pre_tokenizer") else {"pre_tokenizer": found}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as ids: `ids` and the byte at which each token starts in its row, flat; `counts` are tokens a row."""
+    """Rows as ids: `ids` and the byte at which each token starts, counted through all rows, flat; `counts` are tokens
+    a row."""
 
     ids: Ids
     starts: Positions
@@ -158,9 +167,9 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
         encodings = batch(texts, add_special_tokens=False)
         counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
-    token_rows = np.repeat(np.arange(len(texts)), counts)
-    starts, slow = _starts(encoder, texts, sizes, encodings, ids, counts, token_rows)
-    forged = () if encoder.trusted else _rows_with_forged(encoder, ids, starts, token_rows, sizes, spans)
+    base = np.cumsum(sizes) - sizes
+    starts, slow = _starts(encoder, texts, sizes, base, encodings, ids, counts)
+    forged = () if encoder.trusted else _rows_with_forged(encoder, ids, starts, counts, base, sizes, spans)
     if not len(forged):
         return Encoded(ids, starts, counts, int(slow.sum()))
     first_token = np.cumsum(counts) - counts
@@ -170,9 +179,10 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
         here = slice(first_span[row], first_span[row] + spans.counts[row])
         bounds = [*spans.starts[here].tolist(), int(sizes[row])]
         try:
-            all_ids[row], all_starts[row] = encode_around(encoder, texts[row], bounds, spans.origins[here].tolist())
+            all_ids[row], own = encode_around(encoder, texts[row], bounds, spans.origins[here].tolist())
         except UserError as error:
             raise Unwritable(int(row), str(error)) from error
+        all_starts[row] = own + base[row]
         counts[row] = len(all_ids[row])
         slow[row] = True
     return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()))
@@ -190,27 +200,31 @@ def _starts(
     encoder: Encoder,
     texts: list[str],
     sizes: Positions,
+    base: Positions,
     encodings: Sequence[Any],
     ids: Ids,
     counts: Positions,
-    token_rows: Positions,
 ) -> tuple[Positions, npt.NDArray[np.bool_]]:
-    """The byte at which each token starts in its row, and which rows had to ask the tokenizer for it."""
+    """The byte at which each token starts, counted through all rows (each begins at its `base`), and which rows had to
+    ask the tokenizer for it."""
     slow = np.ones(len(texts), np.bool_)
     starts = np.zeros(len(ids), np.int64)
+    ends_of_rows = np.cumsum(counts)
     if encoder.lengths is not None:
         lengths = encoder.lengths[ids]
-        totals = np.bincount(token_rows, weights=lengths, minlength=len(texts)).astype(np.int64)
-        starts = np.cumsum(lengths) - lengths - np.repeat(np.cumsum(totals) - totals, counts)
-        slow = totals != sizes
+        through = np.concatenate(([0], np.cumsum(lengths)))
+        starts = through[:-1]
+        found = through[np.concatenate(([0], ends_of_rows))]
+        slow = np.diff(found) != sizes
+        if slow.any():
+            starts += np.repeat(base - found[:-1], counts)
         if encoder.nfc:
             slow |= np.fromiter((not unicodedata.is_normalized("NFC", text) for text in texts), np.bool_, len(texts))
     rows = np.flatnonzero(slow)
     if encoder.lengths is not None:  # these came without offsets
         encodings = encoder.matching.encode_batch([texts[row] for row in rows], add_special_tokens=False)
-    first_token = np.cumsum(counts) - counts
     for row, encoding in zip(rows, encodings, strict=True):
-        starts[first_token[row] : first_token[row] + counts[row]] = _offsets(encoding, texts[row])
+        starts[ends_of_rows[row] - counts[row] : ends_of_rows[row]] = _offsets(encoding, texts[row]) + base[row]
     return starts, slow
 
 
@@ -231,21 +245,25 @@ def _bytes(text: str, characters: Sequence[int]) -> Positions:
 
 
 def _rows_with_forged(
-    encoder: Encoder, ids: Ids, starts: Positions, token_rows: Positions, sizes: Positions, spans: Spans
+    encoder: Encoder,
+    ids: Ids,
+    starts: Positions,
+    counts: Positions,
+    base: Positions,
+    sizes: Positions,
+    spans: Spans,
 ) -> Positions:
     """Rows where a control token was matched in text that did not come from the template alone."""
     tokens = np.flatnonzero(encoder.control[ids])
     if not len(tokens):
         return tokens
-    base = np.cumsum(sizes) - sizes
     span_starts = spans.starts + np.repeat(base, spans.counts)
     content_before = np.concatenate(([0], np.cumsum(spans.origins == ORIGIN_CONTENT)))
-    rows = token_rows[tokens]
-    low = base[rows] + starts[tokens]
-    after = np.minimum(tokens + 1, len(ids) - 1)
-    last = (tokens + 1 == len(ids)) | (token_rows[after] != rows)
-    high = np.where(last, base[rows] + sizes[rows], base[rows] + starts[after])
-    first_span = np.searchsorted(span_starts, low, "right") - 1
+    ends_of_rows = np.cumsum(counts)
+    rows = np.searchsorted(ends_of_rows, tokens, "right")
+    last = tokens + 1 == ends_of_rows[rows]
+    high = np.where(last, base[rows] + sizes[rows], starts[np.minimum(tokens + 1, len(ids) - 1)])
+    first_span = np.searchsorted(span_starts, starts[tokens], "right") - 1
     last_span = np.searchsorted(span_starts, high - 1, "right") - 1
     forged = content_before[last_span + 1] > content_before[first_span]
     return np.unique(rows[forged])
@@ -270,7 +288,7 @@ def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[
     def write(stop: int) -> None:
         nonlocal done
         if done < stop:
-            encoding = encoder.plain[done > 0].encode(text[done:stop], add_special_tokens=False)
+            encoding = encoder.plain(text[done:stop], done == 0)
             if encoder.control[encoding.ids].any():
                 raise UserError("it holds the text of a control token, which this tokenizer cannot write as plain text")
             ids.extend(encoding.ids)
@@ -309,9 +327,8 @@ def _template_ranges(bounds: list[int], origins: list[int]) -> Iterator[tuple[in
 def carry(spans: Spans, sizes: Positions, encoded: Encoded) -> tuple[Positions, Positions]:
     """Spans in bytes as spans in tokens (begin and end, in their rows): a token goes where its first byte is."""
     base = np.cumsum(sizes) - sizes
-    token_starts = encoded.starts + np.repeat(base, encoded.counts)
     first_token = np.cumsum(encoded.counts) - encoded.counts
-    begin = np.searchsorted(token_starts, spans.starts + np.repeat(base, spans.counts), "left")
-    end = np.append(begin[1:], len(token_starts))
+    begin = np.searchsorted(encoded.starts, spans.starts + np.repeat(base, spans.counts), "left")
+    end = np.append(begin[1:], len(encoded.starts))
     row_start = np.repeat(first_token, spans.counts)
     return begin - row_start, end - row_start

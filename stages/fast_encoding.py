@@ -47,15 +47,14 @@ class Fast:
         try:
             return self._encode(texts)
         except ValueError:
-            refused = [row for row, text in enumerate(texts) if self._refuses(text)]
-        without = texts.copy()
-        for row in refused:
-            without[row] = ""
-        ids, counts = self._encode(without)
-        found = [np.array(self.exact.encode(texts[row], add_special_tokens=False).ids, np.uint32) for row in refused]
-        places = (np.cumsum(counts) - counts)[refused]
-        counts[refused] = [len(row) for row in found]
-        return _put_in(ids, places, 0, found), counts
+            each = [self._encode_one(text) for text in texts]
+        return np.concatenate([*each, np.empty(0, np.uint32)]), np.array([len(ids) for ids in each], np.int64)
+
+    def _encode_one(self, text: str) -> Ids:
+        try:
+            return self._encode([text])[0]
+        except ValueError:
+            return np.array(self.exact.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def _encode(self, texts: list[str]) -> tuple[Ids, Positions]:
         flat, bounds = self.tokenizer.encode_batch_flat(texts)
@@ -67,23 +66,16 @@ class Fast:
         rows = np.searchsorted(np.cumsum(counts), places, "right")
         meanings = [self.meanings[number] for number in ids[places] - self.made_up]
         np.add.at(counts, rows, [len(meaning) - 1 for meaning in meanings])
-        return _put_in(ids, places, 1, meanings), counts
-
-    def _refuses(self, text: str) -> bool:
-        try:
-            self.tokenizer.encode_batch_flat([text])
-        except ValueError:
-            return True
-        return False
+        return _put_in(ids, places, meanings), counts
 
 
-def _put_in(ids: Ids, places: Positions, instead: int, pieces: Sequence[Ids]) -> Ids:
-    """`ids` with a piece at each of `places`, `instead` of so many ids there."""
+def _put_in(ids: Ids, places: Positions, pieces: Sequence[Ids]) -> Ids:
+    """`ids` with a piece at each of `places`, instead of the id there."""
     parts = []
     done = 0
     for place, piece in zip(places.tolist(), pieces, strict=True):
         parts += [ids[done:place], piece]
-        done = place + instead
+        done = place + 1
     return np.concatenate([*parts, ids[done:]])
 
 

@@ -34,7 +34,7 @@ FAST_BYTES = 4 << 20
 """Text that a process must have seen before it loads the fast backend, which takes as long as encoding so much without:
 a day of new data costs little. Both give the same ids."""
 
-SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 64, 2000
+SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 32, 1000
 """What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
 
 
@@ -47,7 +47,7 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
         tokenized = _passed if "ids" in reader.schema.names else _tokenized
     control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
     fast = tokenized is _tokenized and _much(source.stat().st_size)
-    encoder = _encoder(backend(inputs["tokenizer"], work.runtime.cache / "tokenizers"), tuple(control), trusted, fast)
+    encoder = _encoder(inputs["tokenizer"], work.runtime.cache / "tokenizers", tuple(control), trusted, fast)
     if tokenized is _tokenized:
         encoder = _agreed(encoder, source)
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
@@ -76,9 +76,9 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer_json: str, control: tuple[str, ...], trusted: bool, fast: bool) -> Encoder:
+def _encoder(tokenizer: Path, memory: Path, control: tuple[str, ...], trusted: bool, fast: bool) -> Encoder:
     """One for all shards of a process: reading a tokenizer takes longer than a small shard."""
-    return load(tokenizer_json, control, trusted=trusted, fast=fast)
+    return load(backend(tokenizer, memory), control, trusted=trusted, fast=fast)
 
 
 _seen = 0

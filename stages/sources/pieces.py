@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from stages.errors import UserError
 from stages.identity import Json
 
-PIECE = 32 << 20
+PIECE = 16 << 20
 """Bytes after which a piece ends at the next row."""
 
 CHUNK = 4 << 20
