@@ -1,6 +1,7 @@
 """Fixtures for all tests: a real S3 server (SeaweedFS, from PyPI) on this machine's loopback, and a tiny model that
 chats."""
 
+import fcntl
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -119,7 +120,10 @@ class SeaweedFS:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        Path(f"/tmp/seaweedfs-s3-{self.ports[0]}.sock").unlink(missing_ok=True)
+        for port in self.ports:  # its sockets stand in /tmp, whatever TMPDIR says; those of gRPC by their higher ports
+            for number in (port, port + 10000):
+                for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    path.unlink(missing_ok=True)
 
 
 TEMPLATE = (
@@ -157,6 +161,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes, **ids)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Gives a folder what Prefect's server sets up at its first start there: ten seconds of a core, once for all."""
+    from flows.server import own_server
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    home = shared / "prefect-home"
+    with (shared / "prefect-home.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "database-of").exists():
+            with own_server(home, port=0):
+                pass
+    return lambda folder: Path(shutil.copytree(home, folder, dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,9 +82,9 @@ def test_the_quickstart_runs_for_two_steps_and_then_has_nothing_to_do(place: Pla
 
 
 @pytest.fixture(scope="module")
-def api(place: Place) -> Iterator[str]:
+def api(place: Place, prepared_home: Callable[[Path], Path]) -> Iterator[str]:
     """One server for the runs of all recipes: each would start one of its own."""
-    with own_server(place.home / "server", port=0) as api:
+    with own_server(prepared_home(place.home / "server"), port=0) as api:
         yield api.url
 
 

@@ -19,9 +19,9 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
 @pytest.fixture(scope="session")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def prefect_api(tmp_path_factory: pytest.TempPathFactory, prepared_home: Callable[[Path], Path]) -> Iterator[Api]:
     """A real server that lives as long as the session (one for each xdist worker); nothing reports to it by itself."""
-    with own_server(tmp_path_factory.mktemp("prefect"), port=0) as api:
+    with own_server(prepared_home(tmp_path_factory.mktemp("prefect")), port=0) as api:
         yield api
 
 
@@ -99,10 +99,10 @@ def trained(make_tiny: Callable[[], Tiny]) -> Trained:
 
 
 @pytest.fixture(scope="session")
-def raised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raised]:
+def raised(tmp_path_factory: pytest.TempPathFactory, prepared_home: Callable[[Path], Path]) -> Iterator[Raised]:
     """A `regrow up` of the session's own."""
     # Where `regrow` looks by itself when XDG_DATA_HOME is the folder `up`.
-    raised = Raised(tmp_path_factory.mktemp("up") / "regrow" / "prefect", free_port())
+    raised = Raised(prepared_home(tmp_path_factory.mktemp("up") / "regrow" / "prefect"), free_port())
     try:
         raised.up()
         yield raised
