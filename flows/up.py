@@ -38,9 +38,10 @@ def devices() -> int:
 def up(home: Path, port: int = PORT, host: str = "127.0.0.1", database: str = "") -> Settings:
     """Bring everything up, or what is missing of it, and register the deployments. Returns when runs can be sent.
 
-    Raises UserError when the port is taken, when the server would be open to a network without a password, and when it
-    does not start.
+    Raises UserError when the port is taken, when the server would be open to a network without a password, when the
+    database is no PostgreSQL, and when the server does not start.
     """
+    database = _async_url(database)
     if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise UserError(
             f"--host {host}: other machines could start runs here; set PREFECT_SERVER_API_AUTH_STRING=user:password "
@@ -127,6 +128,16 @@ def _register(home: Path, settings: Settings) -> None:
             raise UserError(f"the server did not start within {START_SECONDS:.0f} s; its log: {home / 'server.log'}")
         time.sleep(0.1)
     register(Path(settings.folder), settings.devices)
+
+
+def _async_url(database: str) -> str:
+    """The database's URL as the server wants it, with the driver that it has."""
+    scheme, separator, rest = database.partition("://")
+    if not database:
+        return ""
+    if not separator or scheme not in ("postgresql", "postgres", "postgresql+asyncpg"):
+        raise UserError("--database (REGROW_DATABASE): expected postgresql://user:password@host/name")
+    return f"postgresql+asyncpg://{rest}"
 
 
 def _check_free(settings: Settings) -> None:

@@ -7,20 +7,19 @@ from typing import Any
 from stages.deliver.index import INDEX, index_document, some
 from stages.errors import UserError
 from stages.identity import Json, Tree
-from stages.objects import blob_path
+from stages.objects import blob_path, open_objects
 from stages.store import Store
 
 
 def reach(to: str, options: Mapping[str, str]) -> tuple[Any, str]:
     """The file system and the path in it."""
-    if to.startswith("s3://"):
-        from stages.objects.s3 import open_s3
-
-        address = to.removeprefix("s3://").strip("/")
+    scheme, _, address = to.partition("://")
+    if scheme in ("s3", "az", "gs"):
         try:
-            return open_s3(address, options).fs, address
+            opened: Any = open_objects(to, options)
         except UserError as error:
             raise UserError(f"publish.to: {error}") from error
+        return opened.fs, address.strip("/")
     import fsspec
 
     try:
@@ -66,7 +65,7 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, s
             if fs.exists(f"{root}/{path}"):
                 fs.rm_file(f"{root}/{path}")
         _write_index(fs, root, index)
-    except OSError as error:
+    except Exception as error:  # each of fsspec's file systems has errors of its own
         raise UserError(f"publish.to: {to} cannot be written: {error}") from error
 
 

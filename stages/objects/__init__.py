@@ -1,12 +1,12 @@
-"""Objects: the few primitives the store needs, over a folder, an S3 bucket or one process's memory.
+"""Objects: the few primitives the store needs, over a folder, a bucket (S3, Azure, Google) or one process's memory.
 
 A path is relative to the store, with forward slashes. Every primitive is whole or nothing: a reader never sees half an
 object, whoever is killed when. `create` and `swap` are atomic between processes and machines; everything that must
 have one winner goes through them and is small (manifests, refs, leases). Blobs are content-addressed, so writing one
 twice is harmless and `upload` needs no such care.
 
-The folder and S3 parts are written for what fsspec's own exclusive modes do there: on `file://` they race or
-overwrite, on S3 they depend on the server's error body.
+The parts are written for what fsspec's own exclusive modes do there: on `file://` they race or overwrite, on S3 they
+depend on the server's error body, and nowhere is there a swap.
 """
 
 import errno
@@ -30,6 +30,9 @@ __all__ = [
     "full_disk_told",
     "open_objects",
 ]
+
+
+_SERVED = "a folder, s3://bucket/prefix, az://container/prefix, gs://bucket/prefix or memory://name"
 
 
 class MayNotDelete(UserError):
@@ -109,11 +112,11 @@ def blob_path(sha256: str) -> str:
 
 
 def open_objects(url: str, options: Mapping[str, str], read_only: bool = False) -> Objects:
-    """The objects at a URL: a folder (plain path or `file://`), `s3://bucket/prefix` or `memory://name`. If `read_only`
-    whatever would write there raises UserError.
+    """The objects at a URL: a folder (plain path or `file://`), `s3://bucket/prefix`, `az://container/prefix`,
+    `gs://bucket/prefix` or `memory://name`. If `read_only` whatever would write there raises UserError.
 
-    `options` are for S3: endpoint_url, region_name, profile, anon, key, secret, token. Raises UserError for a scheme
-    that is not served, and for a folder that cannot be made or written.
+    `options` are the service's (`OPTIONS` in its file). Raises UserError for a scheme that is not served, and for a
+    folder that cannot be made or written.
     """
     if read_only:
         from stages.objects.read_only import ReadOnly
@@ -124,8 +127,8 @@ def open_objects(url: str, options: Mapping[str, str], read_only: bool = False) 
 
 def _open(url: str, options: Mapping[str, str], made: bool) -> Objects:
     scheme, separator, rest = url.partition("://")
-    if not url or (separator and not rest and scheme in ("file", "s3")):
-        raise UserError(f"store {url!r}: names no place; use a folder, s3://bucket/prefix or memory://name")
+    if not url or (separator and not rest and scheme != "memory"):
+        raise UserError(f"store {url!r}: names no place; use {_SERVED}")
     if not separator or scheme == "file":
         from stages.objects.folder import FolderObjects, open_folder
 
@@ -139,7 +142,15 @@ def _open(url: str, options: Mapping[str, str], made: bool) -> Objects:
         from stages.objects.s3 import open_s3
 
         return open_s3(rest, options)
-    raise UserError(f"store {url}: {scheme}:// is not served; use a folder, s3://bucket/prefix or memory://name")
+    if scheme == "az":
+        from stages.objects.azure import open_azure
+
+        return open_azure(rest, options)
+    if scheme == "gs":
+        from stages.objects.gcs import open_gcs
+
+        return open_gcs(rest, options)
+    raise UserError(f"store {url}: {scheme}:// is not served; use {_SERVED}")
 
 
 @contextmanager

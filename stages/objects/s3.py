@@ -6,34 +6,38 @@ others' objects never and deleted ones for ever.
 """
 
 import base64
-import logging
 import os
-import random
-import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from stages.errors import UserError
-from stages.objects import Entry, MayNotDelete, Versioned
-from stages.sources.credentials import opened
+from stages.objects import Entry, Versioned
+from stages.objects.network import (
+    FIRST_ANSWER,
+    PATIENCE,
+    SINGLE_PUT,
+    Place,
+    chosen,
+    conditionally,
+    may_not_delete,
+    may_not_write,
+    no_bucket,
+    patiently,
+    place_of,
+    refused,
+    taken_back,
+    unless_gone,
+)
 from stages.transfers import Moved, nobody
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OPTIONS = ("endpoint_url", "region_name", "profile", "anon", "key", "secret", "token")
-SINGLE_PUT = 16 * 2**20
-"""Bytes up to which a blob goes as one PUT whose SHA256 the server checks; beyond, as parts of this size."""
 SINGLE_COPY = 5 * 2**30 - 1
 """Bytes up to which S3 copies an object in one request."""
-PATIENCE = 90.0
-"""Seconds for which a store that was once reached is retried before an operation fails."""
-FIRST_ANSWER = 6.0
-"""Seconds for which a store that was never reached may keep silent."""
 _WRITES = ("Put", "Copy", "Create", "Upload", "Complete", "Abort")
 """How the names of operations begin that need the right to write."""
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
@@ -42,17 +46,12 @@ _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
     """The objects under `bucket/prefix`. Raises UserError when the bucket cannot be reached or read with these rights,
     within seconds; afterwards outages are waited out for `PATIENCE` seconds."""
-    bucket, _, prefix = address.strip("/").partition("/")
-    if "@" in bucket or ":" in bucket or not bucket:
-        raise UserError("store: write s3://bucket/prefix; credentials belong in the environment (AWS_ACCESS_KEY_ID, …)")
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise UserError(f"storage_options: {', '.join(unknown)} is not known; choose from {', '.join(OPTIONS)}")
+    place = place_of("s3", address, "AWS_ACCESS_KEY_ID, …")
+    given = chosen(options, OPTIONS)
     try:
         import s3fs
     except ImportError as error:
-        raise UserError(f"store s3://{bucket}: needs s3fs; pip install 'regrow[s3]'") from error
-    given = {name: str(value) for name, value in opened(options, "runtime").items()}
+        raise UserError(f"store {place.url}: needs s3fs; pip install 'regrow[s3]'") from error
     region = given.pop("region_name", None)
     fs = s3fs.S3FileSystem(
         **given | {"anon": given.get("anon", "").lower() in ("1", "true", "yes")},
@@ -69,7 +68,7 @@ def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
         skip_instance_cache=True,
     )
     endpoint = given.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    objects = S3Objects(fs, bucket, prefix, endpoint or "", patience=0)
+    objects = S3Objects(fs, place._replace(server=endpoint or ""), patience=0)
     objects.read("format.json")
     return replace(objects, patience=PATIENCE)
 
@@ -79,9 +78,7 @@ class S3Objects:
     """See `Objects`. A version is the ETag."""
 
     fs: Any
-    bucket: str
-    prefix: str
-    endpoint: str
+    place: Place
     patience: float
 
     def hasty(self) -> "S3Objects":
@@ -89,7 +86,7 @@ class S3Objects:
 
     @property
     def url(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        return self.place.url
 
     def local(self, path: str) -> None:
         return None
@@ -105,46 +102,46 @@ class S3Objects:
         return self._conditional(path, data, IfMatch=version)
 
     def put(self, path: str, data: bytes) -> None:
-        self._call("put_object", Key=self._key(path), Body=data)
+        self._call("put_object", Key=self.place.key(path), Body=data)
 
     def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
         if source.stat().st_size <= SINGLE_PUT:
             checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
-            self._call("put_object", Key=self._key(path), Body=source.read_bytes(), ChecksumSHA256=checksum)
+            self._call("put_object", Key=self.place.key(path), Body=source.read_bytes(), ChecksumSHA256=checksum)
             moved(source.stat().st_size)
         else:
-            target, how = f"{self.bucket}/{self._key(path)}", {"chunksize": SINGLE_PUT, "max_concurrency": 4}
+            target, how = self._object(path), {"chunksize": SINGLE_PUT, "max_concurrency": 4}
             self._transfer(lambda heard: self.fs.put_file(str(source), target, callback=heard, **how), moved)
 
     def touch(self, entry: Entry) -> bool:
         """By a copy onto itself, which the server does without sending the bytes."""
-        source = f"{self.bucket}/{self._key(entry.path)}"
+        source = self._object(entry.path)
 
         def copy() -> bool:
             if entry.size <= SINGLE_COPY:
-                key = self._key(entry.path)
+                key = self.place.key(entry.path)
                 self._call("copy_object", Key=key, CopySource=source, MetadataDirective="REPLACE")
             else:
                 self._patiently(lambda: self.fs.cp_file(source, source))
             return True
 
-        return self._unless_gone(copy) or False
+        return unless_gone(copy) or False
 
     def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
-        source = f"{self.bucket}/{self._key(path)}"
+        source = self._object(path)
         self._transfer(lambda heard: self.fs.get_file(source, str(target), callback=heard), moved)
 
     def stat(self, path: str) -> Entry | None:
-        head = self._unless_gone(lambda: self._call("head_object", Key=self._key(path)))
+        head = unless_gone(lambda: self._call("head_object", Key=self.place.key(path)))
         return None if head is None else Entry(path, head["ContentLength"], head["LastModified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[Entry]:
         more: dict[str, str] = {}
         while True:
-            page = self._call("list_objects_v2", Prefix=self._key(prefix), **more)
+            page = self._call("list_objects_v2", Prefix=self.place.key(prefix), **more)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):
-                    yield Entry(self._path(item["Key"]), item["Size"], item["LastModified"].timestamp())
+                    yield Entry(self.place.path(item["Key"]), item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -154,52 +151,49 @@ class S3Objects:
             found = self.stat(path)
             if found is None or found.modified >= before:
                 return False
-        self._call("delete_object", Key=self._key(path))
+        self._call("delete_object", Key=self.place.key(path))
         return True
 
     def move(self, path: str, target: str) -> None:
-        source, goal = (f"{self.bucket}/{self._key(p)}" for p in (path, target))
-        if self._unless_gone(lambda: self._patiently(lambda: (self.fs.cp_file(source, goal), True))):
+        source, goal = self._object(path), self._object(target)
+        if unless_gone(lambda: self._patiently(lambda: (self.fs.cp_file(source, goal), True))):
             self.delete(path)
 
     def unfinished(self, before: float, remove: bool) -> int:
-        page = self._call("list_multipart_uploads", Prefix=self._key(""))
+        page = self._call("list_multipart_uploads", Prefix=self.place.key(""))
         found = [upload for upload in page.get("Uploads", []) if upload["Initiated"].timestamp() < before]
         if remove:
             for upload in found:
                 self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
         return len(found)
 
-    def _key(self, path: str) -> str:
-        return f"{self.prefix}/{path}" if self.prefix else path
-
-    def _path(self, key: str) -> str:
-        return key.removeprefix(f"{self.prefix}/") if self.prefix else key
+    def _object(self, path: str) -> str:
+        return f"{self.place.bucket}/{self.place.key(path)}"
 
     def _get(self, path: str) -> tuple[Versioned, dict[str, str]] | None:
         """A small object and its metadata, or None."""
 
         async def whole() -> tuple[Versioned, dict[str, str]]:
-            response = await self.fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(path))
+            response = await self.fs._call_s3("get_object", Bucket=self.place.bucket, Key=self.place.key(path))
             async with response["Body"] as body:
                 return Versioned(await body.read(), response["ETag"]), response["Metadata"]
 
-        return self._unless_gone(lambda: self._run(whole))
+        return unless_gone(lambda: self._run(whole))
 
     def _conditional(self, path: str, data: bytes, **condition: str) -> str | None:
-        mark = {"writer": uuid4().hex}
-        try:
-            made = self._call("put_object", Key=self._key(path), Body=data, Metadata=mark, **condition)
+        def write(writer: str) -> str:
+            mark = {"writer": writer}
+            made = self._call("put_object", Key=self.place.key(path), Body=data, Metadata=mark, **condition)
             return str(made["ETag"])
-        except OSError as error:
-            if not (isinstance(error, FileExistsError | FileNotFoundError) or _code(error) in _REFUSED):
-                raise
-        # Refused may be a second attempt whose first went through, but was never answered.
-        found = self._get(path)
-        return found[0].version if found and found[1].get("writer") == mark["writer"] else None
+
+        def look() -> tuple[str, str | None] | None:
+            found = self._get(path)
+            return found and (found[0].version, found[1].get("writer"))
+
+        return conditionally(write, _unmet, look)
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        return self._patiently(lambda: self.fs.call_s3(method, Bucket=self.bucket, **arguments))
+        return self._patiently(lambda: self.fs.call_s3(method, Bucket=self.place.bucket, **arguments))
 
     def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         from fsspec.asyn import sync
@@ -209,74 +203,35 @@ class S3Objects:
         return result
 
     def _transfer(self, operation: Callable[[Any], None], moved: Moved) -> None:
-        """A transfer that `moved` hears of, what a broken attempt brought taken back."""
         from fsspec.callbacks import Callback
 
-        def attempt() -> None:
-            sent = 0
-
+        def attempt(heard: Moved) -> None:
             class Heard(Callback):  # type: ignore[misc]
                 def relative_update(self, inc: int = 1) -> None:
-                    nonlocal sent
-                    sent += inc
-                    moved(inc)
+                    heard(inc)
 
-            try:
-                operation(Heard())
-            except BaseException:
-                moved(-sent)
-                raise
+            operation(Heard())
 
-        self._patiently(attempt)
-
-    def _unless_gone(self, operation: Callable[[], T]) -> T | None:
-        try:
-            return operation()
-        except FileNotFoundError:
-            return None
+        self._patiently(lambda: taken_back(attempt, moved))
 
     def _patiently(self, operation: Callable[[], T]) -> T:
-        """Run an S3 operation; wait out outages; turn what a person must mend into UserError."""
-        deadline, wait = time.monotonic() + self.patience, 0.5
-        while True:
-            try:
-                return operation()
-            except Exception as error:  # botocore's, aiohttp's and the system's: `_is_outage` tells them apart
-                if _code(error) in _REFUSED:
-                    raise
-                if not _is_outage(error):
-                    raise (self._told(error) or error) from error
-                if time.monotonic() + wait > deadline:
-                    raise UserError(
-                        f"{self.url}: cannot be reached{self._at()} ({type(error).__name__}); check the network and "
-                        "the endpoint (storage_options endpoint_url or AWS_ENDPOINT_URL)"
-                    ) from error
-                _log.warning("%s: %s; trying again in %.1f s", self.url, type(error).__name__, wait)
-            time.sleep(wait * random.uniform(0.5, 1.0))  # or all who met the outage come back at once
-            wait = min(2 * wait, 10.0)
+        check = "the endpoint (storage_options endpoint_url or AWS_ENDPOINT_URL)"
+        return patiently(operation, self.patience, self.place, _is_outage, self._told, check)
 
     def _told(self, error: Exception) -> UserError | None:
         from botocore.exceptions import BotoCoreError
 
         code = _code(error)
         if code == "NoSuchBucket":
-            return UserError(f"{self.url}: there is no bucket {self.bucket!r}{self._at()}; create it or mend the URL")
+            return no_bucket(self.place)
         asked = str(getattr(error.__cause__ or error, "operation_name", ""))
         if code == "AccessDenied" and asked.startswith("Delete"):
-            return MayNotDelete(
-                f"{self.url}: these credentials may not delete there ({asked}){self._at()}; `regrow gc --delete` and "
-                "mending what is damaged need the rights of an operator (docs/object-storage.md)"
-            )
+            return may_not_delete(self.place, asked)
         if code == "AccessDenied" and asked.startswith(_WRITES):
-            return UserError(
-                f"{self.url}: these credentials may not write there ({asked}){self._at()}; a run needs the rights of a "
-                "worker (docs/object-storage.md), or set REGROW_READ_ONLY=1 to use what is there"
-            )
+            return may_not_write(self.place, asked)
         if isinstance(error, PermissionError) or code in ("AccessDenied", "InvalidToken", "ExpiredToken"):
-            return UserError(
-                f"{self.url}: the server refused these credentials ({code or 'AccessDenied'}){self._at()}; check "
-                "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE and the rights on the bucket"
-            )
+            check = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE and the rights on the bucket"
+            return refused(self.place, code or "AccessDenied", check)
         if isinstance(error, BotoCoreError) and "redential" in type(error).__name__ + str(error):
             return UserError(
                 f"{self.url}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
@@ -285,17 +240,20 @@ class S3Objects:
         if isinstance(error, BotoCoreError) or (isinstance(error, ValueError) and "endpoint" in str(error)):
             return UserError(f"{self.url}: {error}")
         if code in ("InvalidBucketName", "PermanentRedirect", "AuthorizationHeaderMalformed"):
-            return UserError(f"{self.url}: the server answers {code}{self._at()}; check the bucket's name and region")
+            at = self.place.at
+            return UserError(f"{self.url}: the server answers {code}{at}; check the bucket's name and region")
         return None
-
-    def _at(self) -> str:
-        return f" at {self.endpoint}" if self.endpoint else ""
 
 
 def _code(error: BaseException) -> str:
     """The server's own error code behind what s3fs raised."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
+
+
+def _unmet(error: Exception) -> bool:
+    """Whether a condition was not met."""
+    return isinstance(error, FileExistsError | FileNotFoundError) or _code(error) in _REFUSED
 
 
 def _is_outage(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """Files at any URL that fsspec can read: found by glob or folder, told apart by etag, read with retries."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,13 @@ from stages.sources.unpack import suffix_of
 BLOCK = 8 << 20
 """Bytes asked for at once: what a connection that breaks costs at most."""
 
-CONTENT_ETAGS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
-"""Stores whose etags two different objects do not share. Elsewhere an etag only means something at its URL."""
+CONTENT_ETAGS = {"s3", "s3a"}
+"""Stores whose etags two different objects do not share. Elsewhere an etag only means something at its URL: Azure's and
+Google's are made of times, and what is written in parallel may get the same one."""
+
+PLAIN_GCSFS = ("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+"""Keeps gcsfs from asking by gRPC what kind of bucket it has to do with, which takes a right of its own, does not work
+with emulators, and takes seconds to import. Who has a zonal bucket sets it to true."""
 
 VERSIONS = (
     *("sha", "blob_id", "checksum", "md5", "CRC", "generation", "version_id"),
@@ -27,6 +33,7 @@ def filesystem(location: str, options: Mapping[str, Json], place: str) -> tuple[
     import fsspec
 
     opened = credentials.opened(options, place)
+    os.environ.setdefault(*PLAIN_GCSFS)
     try:
         fs, path = fsspec.core.url_to_fs(location, **opened)
     except (ImportError, ValueError, TypeError) as error:
@@ -72,7 +79,9 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
 def version(fs: Any, info: Mapping[str, Any]) -> dict[str, Json]:
     """What tells this version of a remote file from another: its etag where it has one."""
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    if info.get("md5Hash"):  # Google's, of the content; an object composed of others has none
+        return {"md5": str(info["md5Hash"])}
+    etag = info.get("ETag") or info.get("etag")
     if etag and protocol in CONTENT_ETAGS:
         return {"etag": str(etag).strip('"')}
     if etag:

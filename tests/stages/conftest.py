@@ -1,4 +1,5 @@
-"""Stores to test against: a folder, this process's memory, and a bucket of a real S3 server."""
+"""Stores to test against: a folder, this process's memory, and buckets: of a real S3 server, of Azure's emulator, of a
+server that obeys Google's conditions."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,23 +9,30 @@ import pytest
 
 from stages.identity import Action, Json
 from stages.store import Store, open_store
+from tests.clouds import azure, azure_server, google, google_api, google_emulator
+
+__all__ = ["azure", "azure_server", "google", "google_api", "google_emulator"]
 
 MakeFolder = Callable[[Mapping[str, bytes]], Path]
 MakeAction = Callable[..., Action]
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
+BUCKETS = ("s3", "azure", "google")
+"""Fixtures whose `url` is a fresh store's."""
+
+
+@pytest.fixture(params=["folder", "memory", "s3", "google", pytest.param("azure", marks=pytest.mark.full)])
 def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh store's URL, of every kind."""
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3").url)
+    if request.param in BUCKETS:
+        return str(request.getfixturevalue(request.param).url)
     return str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid4().hex}"
 
 
 @pytest.fixture
 def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh store's URL that other processes can open too, of the kind the test is parametrized with."""
-    return str(request.getfixturevalue("s3").url) if request.param == "s3" else str(tmp_path / "store")
+    return str(request.getfixturevalue(request.param).url) if request.param in BUCKETS else str(tmp_path / "store")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A proxy before the S3 server that does what networks do: drops requests, loses answers, cuts them short, is late,
+"""A proxy before a bucket's server that does what networks do: drops requests, loses answers, cuts them short, is late,
 answers 500. Which request suffers is drawn from a seed, so that a failure can be looked at again.
 """
 
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(response.status, headers, data, cut=fault == "truncate")
         return None
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any
+    do_GET = do_PUT = do_HEAD = do_POST = do_PATCH = do_DELETE = handle_any
 
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, cut: bool = False) -> None:
         self.send_response_only(status)

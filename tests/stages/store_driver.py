@@ -6,6 +6,7 @@ python store_driver.py hold URL FOLDER           take a lease and hold it until 
 python store_driver.py kills URL FOLDER DOES     kill a fresh process at every step of a commit or checkpoint
 """
 
+import importlib
 import json
 import os
 import signal
@@ -106,15 +107,15 @@ def kills(url: str, folder: Path, does: str) -> None:
     """For every n: a process that dies at its n-th step, until one lives to the end; then a look at all they left.
 
     In a folder a step is any call that touches a file (by Python's audit events), elsewhere any primitive. This
-    process itself never opens an S3 store: its children are forks, and a client's threads do not survive one.
+    process itself never opens a bucket: its children are forks, and a client's threads do not survive one.
     """
     prepare, act, look = {
         "commit": (lambda store, n, folder: None, commit, committed),
         "replace": (commit_before, commit, committed),
         "checkpoint": (checkpoint_before, checkpoint, checkpointed),
     }[does]
-    if url.startswith("s3://"):
-        import s3fs  # noqa: F401  (once, not in every child)
+    if library := {"s3": "s3fs", "az": "adlfs", "gs": "gcsfs"}.get(url.partition("://")[0]):
+        importlib.import_module(library)  # once, not in every child
 
     def live_or_die(n: int) -> None:
         store = open_store(url, folder / str(n) / "cache")

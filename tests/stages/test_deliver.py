@@ -202,7 +202,12 @@ def test_readers_never_find_the_folder_missing(store: Store, tree: Tree, newer: 
 # ---- a bucket, and fsspec's other file systems --------------------------------------------------------------------
 
 
-@pytest.fixture(params=["s3, the store too", "s3, the store a folder", "memory"])
+@pytest.fixture(
+    params=[
+        *("s3, the store too", "s3, the store a folder", "memory", "google"),
+        pytest.param("azure", marks=pytest.mark.full),
+    ]
+)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Store, Any]]:
     """(destination, store, file system)"""
     import fsspec
@@ -212,6 +217,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
         fs = fsspec.filesystem("memory")
         yield f"memory://{name}/mine", open_store(str(tmp_path / "store"), tmp_path / "cache"), fs
         fs.rm(f"/{name}", recursive=True)
+        return
+    if request.param in ("azure", "google"):
+        found = request.getfixturevalue("azure" if request.param == "azure" else "google_emulator")
+        scheme, bucket = ("az", found.container) if request.param == "azure" else ("gs", found)
+        fs = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+        yield f"{scheme}://{bucket}/models/mine", open_store(str(tmp_path / "store"), tmp_path / "cache"), fs
         return
     s3 = request.getfixturevalue("s3")
     url = s3.url if request.param == "s3, the store too" else str(tmp_path / "store")

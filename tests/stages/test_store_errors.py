@@ -97,7 +97,7 @@ def test_a_file_where_the_store_should_be(tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_is_not_served(tmp_path: Path) -> None:
-    assert "s3://bucket/prefix" in refusal("gs://bucket/prefix", tmp_path)
+    assert "gs://bucket/prefix" in refusal("ftp://host/prefix", tmp_path)
 
 
 def test_a_store_of_another_version(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_an_endpoint_that_never_answers(tmp_path: Path) -> None:
 def test_an_address_or_option_that_makes_no_sense(tmp_path: Path) -> None:
     assert "environment" in refusal(f"s3://key:{SECRET}@bucket/prefix", tmp_path)
     assert "endpoint_url" in refusal("s3://bucket/prefix", tmp_path, endpoint="http://127.0.0.1:9000")
-    for url in ("", "s3://", "file://"):
+    for url in ("", "s3://", "az://", "gs://", "file://"):
         assert "s3://bucket/prefix" in refusal(url, tmp_path)
 
 

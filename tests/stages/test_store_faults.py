@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,14 +18,24 @@ from tests.stages.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 ACTION = Action("pack", {"pack": 1}, {"seed": 0}, {})
 
 
+@pytest.fixture(
+    params=["s3", pytest.param("google", marks=pytest.mark.full), pytest.param("azure", marks=pytest.mark.full)]
+)
+def bucket(request: pytest.FixtureRequest) -> Any:
+    """One of each service's."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
-def proxy(s3: Any) -> Iterator[FaultyProxy]:
-    with faulty_proxy(s3.endpoint) as proxy:
+def proxy(bucket: Any) -> Iterator[FaultyProxy]:
+    parts = urlsplit(bucket.endpoint)
+    with faulty_proxy(f"{parts.scheme}://{parts.netloc}") as proxy:
         yield proxy
 
 
-def through(proxy: FaultyProxy, s3: Any, cache: Path) -> Store:
-    return open_store(s3.url, cache, {"endpoint_url": proxy.endpoint})
+def through(proxy: FaultyProxy, bucket: Any, cache: Path) -> Store:
+    options = bucket.through(proxy.endpoint) if hasattr(bucket, "through") else {"endpoint_url": proxy.endpoint}
+    return open_store(bucket.url, cache, options)
 
 
 def folder(path: Path, seed: int = 0, files: int = 6) -> Path:
@@ -41,13 +52,13 @@ def folder(path: Path, seed: int = 0, files: int = 6) -> Path:
     "and once",
 )
 @pytest.mark.parametrize("fault", ["drop", "lose", "truncate", "delay", pytest.param("500", marks=pytest.mark.full)])
-def test_a_bad_network_costs_time_only(fault: Fault, proxy: FaultyProxy, s3: Any, tmp_path: Path) -> None:
-    store, direct = through(proxy, s3, tmp_path / "cache"), open_store(s3.url, tmp_path / "direct")
+def test_a_bad_network_costs_time_only(fault: Fault, proxy: FaultyProxy, bucket: Any, tmp_path: Path) -> None:
+    store, direct = through(proxy, bucket, tmp_path / "cache"), open_store(bucket.url, tmp_path / "direct")
     proxy.faults = (fault,)
     wanted = tree_of(folder(tmp_path / "wanted")).digest
     artifact = store.commit(ACTION, folder(tmp_path / "output"), {}, {})
     assert artifact.digest == wanted
-    assert tree_of(through(proxy, s3, tmp_path / "other").view(artifact.tree)).digest == wanted
+    assert tree_of(through(proxy, bucket, tmp_path / "other").view(artifact.tree)).digest == wanted
     save_checkpoint(store, ACTION.key, "one", 10, folder(tmp_path / "saved", 1, 2))
     found = latest_checkpoint(store, ACTION.key)
     assert found is not None and found.step == 10

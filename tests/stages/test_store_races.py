@@ -15,9 +15,10 @@ from stages.gc import verify
 from stages.identity import Action
 from stages.store import open_store
 
-ALSO_S3 = pytest.mark.parametrize("shared_url", ["folder", "s3"], indirect=True)
+CLOUDS = [pytest.param(cloud, marks=pytest.mark.full) for cloud in ("azure", "google")]
+ALSO_S3 = pytest.mark.parametrize("shared_url", ["folder", "s3", *CLOUDS], indirect=True)
 S3_IF_FULL = pytest.mark.parametrize(
-    "shared_url", ["folder", pytest.param("s3", marks=pytest.mark.full)], indirect=True
+    "shared_url", ["folder", pytest.param("s3", marks=pytest.mark.full), *CLOUDS], indirect=True
 )
 DRIVER = str(Path(__file__).with_name("store_driver.py"))
 
@@ -42,7 +43,7 @@ def at_once(processes: "list[subprocess.Popen[str]]") -> list[str]:
 
 @ALSO_S3
 def test_an_object_is_created_once(shared_url: str, tmp_path: Path) -> None:
-    store, times = open_store(shared_url, tmp_path / "cache"), 60 if shared_url.startswith("s3") else 600
+    store, times = open_store(shared_url, tmp_path / "cache"), 60 if "://" in shared_url else 600
     racers = [drive("create", shared_url, tmp_path, f"racer{n}", times) for n in range(3)]
     results = [json.loads(line) for line in at_once(racers)]
     assert sorted(n for result in results for n in result["won"]) == list(range(times))
@@ -54,7 +55,7 @@ def test_an_object_is_created_once(shared_url: str, tmp_path: Path) -> None:
 
 @S3_IF_FULL
 def test_compare_and_swap_loses_no_step(shared_url: str, tmp_path: Path) -> None:
-    store, times = open_store(shared_url, tmp_path / "cache"), 20 if shared_url.startswith("s3") else 200
+    store, times = open_store(shared_url, tmp_path / "cache"), 20 if "://" in shared_url else 200
     store.objects.create("refs/number.json", b"0")
     assert at_once([drive("swap", shared_url, tmp_path, times) for _ in range(3)]) == ["done\n"] * 3
     found = store.objects.read("refs/number.json")
