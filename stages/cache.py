@@ -150,7 +150,8 @@ def _enter(cache: Path, size: int, limit: float) -> bool:
         counted = None
     if counted is None or counted + size > limit:
         counted = _shrink(cache, limit - size)
-    account.write_text(str(counted + size))
+    with suppress(OSError):  # a full disk: an account that cannot be read is set right by looking
+        account.write_text(str(counted + size))
     return counted + size <= limit
 
 

@@ -174,8 +174,9 @@ def full_disk_told(place: Path) -> Iterator[None]:
     """Turn a full disk into one line that names the folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # safetensors has an error of its own, with the system's words in it
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             raise UserError(
                 f"{place}: the disk is full; free some space, or name a folder on another disk "
                 "(REGROW_STORE, REGROW_CACHE)"

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def _read(memory: Path) -> dict[str, list[Any]]:
 
 
 def _write(memory: Path, known: dict[str, list[Any]]) -> None:
-    memory.parent.mkdir(parents=True, exist_ok=True)
     aside = memory.with_name(f"{memory.name}.{os.getpid()}")
-    aside.write_text(json.dumps(known), "utf-8")
-    aside.replace(memory)
+    with suppress(OSError):  # a full disk costs the memory only
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(known), "utf-8")
+        aside.replace(memory)

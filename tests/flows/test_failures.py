@@ -1,6 +1,7 @@
 """Runs on the workers of `regrow up` that are hit while they train: how they end, what they leave, how they go on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,21 @@ def test_a_run_is_cancelled(victim: Victim, record_property: Record) -> None:
 
 
 @pytest.mark.failure(
+    what="the worker is killed while its run trains",
+    outcome="the run goes on to its end by itself; the keeper starts the worker again",
+)
+def test_the_worker_is_killed(victim: Victim) -> None:
+    run = victim.send()
+    victim.trains(run)
+    was = victim.raised.kill("worker-gpu-0")
+    ended = victim.raised.ended(run)
+    assert ended.state and ended.state.is_completed(), ended.state
+    victim.left_nothing()
+    assert victim.trained()["resumed_at_step"] == 0
+    eventually(lambda: victim.raised.part("worker-gpu-0"), lambda now: now != was and now.alive)
+
+
+@pytest.mark.failure(
     what="Prefect's server is killed while a run trains",
     outcome="the run goes on; the keeper starts the server again, and the run ends *Completed* there",
 )
@@ -83,6 +99,39 @@ def test_the_server_is_killed(victim: Victim) -> None:
     assert ended.state and ended.state.is_completed(), ended.state
     victim.left_nothing()
     assert victim.trained()["resumed_at_step"] == 0
+
+
+@pytest.mark.failure(
+    what="the disk with the local cache is full (a small mount)",
+    outcome="*Failed*, naming the folder; with more room the next run goes on",
+)
+def test_the_disk_is_full(victim: Victim, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs the right to mount")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**victim.recipe, "train": {"lora": {"rank": 2}}}))
+    (tmp_path / "small").mkdir()
+
+    def run(megabytes: float) -> "subprocess.CompletedProcess[str]":
+        mounted = f'mount -t tmpfs -o size={int(megabytes * 2**20)} none small && exec "$0" "$@"'
+        command = [sys.executable, "-m", "flows.cli", "run", str(path), "+train"]
+        places = {"REGROW_STORE": victim.runtime.store, "REGROW_CACHE": str(tmp_path / "small" / "cache")}
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", mounted, *command],
+            cwd=tmp_path,
+            env={**os.environ, **places, "PREFECT_API_URL": victim.raised.url, "PYTHONPATH": str(Path.cwd())},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    full = run(0.1)
+    assert full.returncode in (1, 2), full.stdout + full.stderr
+    assert "No space left" in full.stderr or "disk is full" in full.stderr, full.stderr
+    assert "small" in full.stderr and "Traceback" not in full.stderr, full.stderr
+    victim.left_nothing()
+    done = run(64)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.failure(
@@ -116,3 +165,25 @@ def test_two_runs_make_one_artifact(victim: Victim, tmp_path: Path) -> None:
         assert sum(record["stages"][stage]["made"] for record in records) == 1, stage
     assert not list(victim.store.objects.list("superseded/"))
     victim.left_nothing()
+
+
+@pytest.mark.failure(
+    what="a machine vanishes with the GPU's place: keeper, workers, run and trainer die at once",
+    outcome="*Crashed* by the server, 90 s after the last sign of life; the place is free, and the run that waited for "
+    "it trains on from the checkpoint once a worker is there",
+)
+def test_a_machine_vanishes(victim: Victim, record_property: Record) -> None:
+    raised = victim.raised
+    run = victim.send()
+    victim.trains(run)
+    waits = victim.send()
+    os.kill(raised.part("keeper").pid, signal.SIGSTOP)  # so that it starts nothing in between
+    workers = [raised.part(name) for name in ("worker-cpu", "worker-gpu-0")]
+    killed = kill(*workers, *victim.processes(), raised.part("keeper"))
+    ended = victim.ended(run, killed, record_property)
+    assert ended.state and ended.state.is_crashed(), ended.state
+    raised.up()
+    last = raised.ended(waits)
+    assert last.state and last.state.is_completed(), last.state
+    victim.left_nothing()
+    assert victim.trained()["resumed_at_step"] > 0

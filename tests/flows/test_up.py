@@ -55,6 +55,14 @@ def test_people_come_before_schedules_and_a_gpu_has_one_run(raised: Raised) -> N
     assert names.count(SILENT) == 1
 
 
+def test_a_queue_can_be_paused(raised: Raised) -> None:
+    with raised.client() as client:
+        [queue] = [found for found in client.read_work_queues("gpu") if found.name == "scheduled"]
+        for paused in (True, False):
+            client.update_work_queue(queue.id, is_paused=paused)
+            assert client.read_work_queue(queue.id).is_paused is paused
+
+
 def test_the_form_knows_the_recipe(raised: Raised) -> None:
     schema = deployments(raised)["stage/train"].parameter_openapi_schema
     stored, inline = schema["properties"]["recipe"]["anyOf"]

@@ -106,13 +106,23 @@ def test_a_store_of_another_version(tmp_path: Path) -> None:
     assert "upgrade" in refusal(str(tmp_path / "store"), tmp_path / "cache")
 
 
+def on_a_small_disk(folder: Path, code: str) -> str:
+    """What the code prints when `small` is a disk of two megabytes."""
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("needs the right to mount")
+    (folder / "small").mkdir()
+    mounted = 'mount -t tmpfs -o size=2m none small && exec "$0" -c "$1"'
+    command = ["unshare", "-m", "sh", "-c", mounted, sys.executable, code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.failure(
     what="the store's disk is full (a small mount)",
     outcome="one clear error; nothing half written is visible",
 )
 def test_a_full_disk_is_told_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    if os.geteuid() != 0 or not shutil.which("unshare"):
-        pytest.skip("needs the right to mount")
     code = """
 import sys, pathlib
 from stages.errors import UserError
@@ -131,23 +141,29 @@ for name, size in {"large": 3 << 20, "little": 1 << 10}.items():
     else:
         assert store.find("pack", action.key) and name == "little"
 """
-    (tmp_path / "small").mkdir()
-    done = subprocess.run(
-        [
-            "unshare",
-            "-m",
-            "sh",
-            "-c",
-            'mount -t tmpfs -o size=2m none small && exec "$0" -c "$1"',
-            sys.executable,
-            code,
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "small/store: the disk is full" in done.stdout and done.stdout.count("\n") == 1
+    told = on_a_small_disk(tmp_path, code)
+    assert "small/store: the disk is full" in told and told.count("\n") == 1
+
+
+def test_a_full_disk_is_told_whichever_library_met_it(tmp_path: Path) -> None:
+    code = """
+import pathlib
+import numpy, pyarrow, pyarrow.feather, safetensors.numpy
+from stages.errors import UserError
+from stages.objects import full_disk_told
+numbers = numpy.zeros(1 << 20)
+for write in (
+    lambda: safetensors.numpy.save_file({"a": numbers}, "small/a"),
+    lambda: pyarrow.feather.write_feather(pyarrow.table({"a": numbers}), "small/b", compression="uncompressed"),
+    lambda: pathlib.Path("small/c").write_bytes(numbers.tobytes()),
+):
+    try:
+        with full_disk_told(pathlib.Path("small")):
+            write()
+    except UserError as error:
+        print(error)
+"""
+    assert on_a_small_disk(tmp_path, code).count("small: the disk is full") == 3
 
 
 def test_wrong_credentials(s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
