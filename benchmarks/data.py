@@ -64,13 +64,13 @@ def measured(command: list[str], log: Path) -> Measured:
     return found
 
 
-def recipe(path: Path, rows: list[Path], base: Path, format: str = "messages") -> Path:
+def recipe(path: Path, rows: list[Path], base: Path, **pack: Any) -> Path:
     """A recipe that prepares some files."""
     document = {
         "name": "data",
         "fetch": {"model": {"path": str(base)}, "data": {"chats": {"files": [str(row) for row in rows]}}},
-        "convert": {"format": format},
-        "pack": {"sequence_length": LENGTH, "overlong": "truncate"},
+        "convert": {"format": "messages"},
+        "pack": {"sequence_length": LENGTH, "overlong": "truncate", **pack},
     }
     path.write_text(json.dumps(document))
     return path
@@ -222,21 +222,25 @@ def _repeat(rows: Path, path: Path, size: int) -> None:
 
 
 def grown(sizes: list[float], rows: Path, base: Path, work: Path) -> None:
-    """Memory as the data grows."""
-    print("| GB | wall s | fetch MB | convert MB | tokenize MB |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
+    """Memory as the data grows: the same rows again and again, none of which pack may drop."""
+    stages = ("fetch", "convert", "tokenize", "pack")
+    print(f"| GB | wall s | rows | tokens | {' | '.join(f'{stage} MB' for stage in stages)} |")
+    print(f"| ---: | ---: | ---: | ---: |{' ---: |' * len(stages)}")
     found_peaks: dict[float, dict[str, int]] = {}
     for number in sizes:
         path, store = work / "grown.jsonl", work / "grown"
         _repeat(rows, path, int(number * 1e9))
         peaks: dict[str, int] = {}
         wall = 0.0
-        for stage in ("fetch", "convert", "tokenize"):
-            found = regrow(recipe(work / "grown.yaml", [path], base), store, stage)
-            peaks[stage] = found.said.get("peaks", {}).get(stage, 0)
+        for stage in stages:
+            found = regrow(recipe(work / "grown.yaml", [path], base, deduplicate=False), store, stage)
+            if found.failed:
+                sys.exit(f"{stage} of {number} GB: {found.failed}")
+            peaks[stage] = found.said["peaks"][stage]
             wall += found.wall
         found_peaks[number] = peaks
-        print(f"| {number} | {wall:.1f} | {peaks['fetch']} | {peaks['convert']} | {peaks['tokenize']} |", flush=True)
+        cells = [f"{number}", f"{wall:.1f}", *(f"{found.said['tokenize'][each]:,}" for each in ("rows", "tokens"))]
+        print(f"| {' | '.join([*cells, *map(str, peaks.values())])} |", flush=True)
         shutil.rmtree(store)
         path.unlink()
     if len(sizes) > 1:

@@ -1,7 +1,8 @@
 """Hooks that `conftest.py` takes in: the tests leave no process and no folder behind.
 
 Every process that a test starts inherits a mark in its environment; who still carries it when the session is over was
-left behind. Temporary files go to a folder of the session's own, which must be empty then. The run fails naming both.
+left behind. Temporary files go to a folder of the session's own, which must be empty then, and so does what would go to
+the user's data directory (a store, a cache). The run fails naming both.
 (Linux only: it reads /proc.)
 """
 
@@ -18,7 +19,10 @@ MARK = "REGROW_TEST_SESSION"
 PATIENCE = 15.0
 """Seconds that processes which have been told to end get for it."""
 
-KEPT = ("pytest-of-", "torchinductor_", "runner_storage")
+DATA = "data"
+"""Stands for the user's data directory: no test reads or writes the real one."""
+
+KEPT = ("pytest-of-", "torchinductor_", "runner_storage", DATA)
 """What tools keep: pytest its last runs' folders, torch what it has compiled, Prefect's workers what they ran in."""
 
 
@@ -28,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="regrow-tests-")
     os.environ[MARK] = str(os.getpid())
     os.environ["TMPDIR"] = tempfile.tempdir = folder
+    os.environ["XDG_DATA_HOME"] = str(Path(folder) / DATA)
     config.stash[_FOLDER] = Path(folder)
 
 

@@ -37,7 +37,8 @@ def look(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> dic
     """Size (None where the server does not say) and version of the file now, as identity. `pinned`: its sha256 is
     known, so the version does not matter.
 
-    Raises UserError when it is not there, may not be read, or has no version to tell one content from another.
+    Raises UserError when it is not there, may not be read, has no version to tell one content from another, or comes
+    so that nobody can tell whether all of it came.
     """
     headers = _headers(options, place)
     for wait in tries():
@@ -48,7 +49,13 @@ def look(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> dic
             continue
         with answer:
             size = _total(answer)
-            return {"size": size} if pinned else {"size": size, **_version(answer, url, place)}
+            if pinned:
+                return {"size": size}
+            if size is None and not answer.chunked:  # it ends where the connection does, however that ends
+                raise UserError(
+                    f"{place}: {url} comes without a length, so a part would be taken for the whole: give its `sha256`"
+                )
+            return {"size": size, **_version(answer, url, place)}
     raise AssertionError
 
 

@@ -149,11 +149,25 @@ class TestDigest:
             shards({"files": ["b.jsonl", f"{web.url}/a.jsonl"], "sha256": sha256})
 
 
-def test_a_page_without_a_length(web: Web, tmp_path: Path) -> None:
-    page = Page(ROWS, chunked=True, ranges=False)
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_page_without_a_length(web: Web, tmp_path: Path, breaks: bool) -> None:
+    page = Page(ROWS, ends="chunks", ranges=False)
     part = found_at(web, page)
     assert part.config["found"]["size"] is None
+    if breaks:  # once, in the middle of a chunk
+        page.break_after, page.after = len(ROWS) // 2, lambda: setattr(page, "break_after", None)
     assert whole(bring(part, tmp_path / "out")) == ROWS
+
+
+def test_a_page_that_ends_with_the_connection_needs_a_digest(web: Web, tmp_path: Path) -> None:
+    page = Page(ROWS, ends="close", ranges=False)
+    with pytest.raises(UserError, match="without a length, so a part would be taken for the whole: give its `sha256`"):
+        found_at(web, page)
+    part = found_at(web, page, sha256=hashlib.sha256(ROWS).hexdigest())
+    assert whole(bring(part, tmp_path / "out")) == ROWS
+    page.break_after = len(ROWS) // 2
+    with pytest.raises(UserError, match=r"a\.jsonl changed"):
+        bring(part, tmp_path / "cut")
 
 
 @pytest.mark.parametrize(

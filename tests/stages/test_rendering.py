@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.util
+import itertools
 import json
 import time
 from pathlib import Path
@@ -372,3 +373,12 @@ def test_templates_of_many_models_write_what_they_write_in_transformers(path: Pa
         check_cover(rendered)
         answers = "".join(text for kind, turn, text in parts(rendered) if kind == "C" and turn == len(chat) - 1)
         assert (chat[-1]["content"].rpartition("</think>")[2].strip()) in answers
+        if name == "tools" and path.stem.startswith("diffusion_gemma"):
+            continue  # it has no prompt for what follows a tool's answer, though it writes a header there
+        prompt = transformers_text(source, given[:-1], tools, add_generation_prompt=True)
+        data, own = rendered.text.encode(), [span for span in rendered.spans if span.turn == len(chat) - 1]
+        same = (one == other for one, other in zip(prompt.encode(), data, strict=False))
+        shared = sum(itertools.takewhile(bool, same))
+        # What the prompt gives does not train, and all that follows does, unless the row itself says `<think>` again.
+        assert own[0].start == shared or (name, data[own[0].start : shared]) == ("inline reasoning", b"<think>\n")
+        assert data[own[-1].end :].decode().strip() == "", name

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 
@@ -24,8 +24,9 @@ class Page:
     """Answers given first, one a request: status and headers."""
     needs: str = ""
     """The `Authorization` without which it is 401."""
-    chunked: bool = False
-    """Sent without a length, as pages made on the spot are."""
+    ends: Literal["length", "chunks", "close"] = "length"
+    """How the end of a body is told: by its length before it, by a last chunk as of pages that are made on the spot, or
+    by nothing but the end of the connection."""
     after: Callable[[], Any] | None = None
     """Called before each body is sent: the next request may find another page."""
 
@@ -95,9 +96,9 @@ def web_server() -> Iterator[Web]:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(page.data)}")
             for name, value in page.headers.items():
                 self.send_header(name, value)
-            if page.chunked:
+            if page.ends == "chunks":
                 self.send_header("Transfer-Encoding", "chunked")
-            else:
+            elif page.ends == "length":
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "HEAD":
@@ -105,8 +106,11 @@ def web_server() -> Iterator[Web]:
             sent = body if break_after is None else body[:break_after]
             if after and len(body) > 1:
                 after()
-            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(sent), sent) if page.chunked else sent)
-            if len(sent) < len(body):
+            cut = len(sent) < len(body)
+            chunks = page.ends == "chunks"
+            head, tail = b"%x\r\n" % len(body) * chunks, b"\r\n0\r\n\r\n" * (chunks and not cut)
+            self.wfile.write(head + sent + tail)
+            if cut or page.ends == "close":
                 self.close_connection = True
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
