@@ -87,15 +87,15 @@ class SeaweedFS:
 
     def _configure(self, command: str) -> None:
         ports = {f"-{name}=127.0.0.1:{port}" for name, port in (("master", self.ports[1]), ("filer", self.ports[3]))}
-        subprocess.run(
+        done = subprocess.run(
             [self.weed, "shell", *ports],
             input=f"s3.configure {command} -apply\nexit\n",
             env={**os.environ, "HOME": str(self.folder)},
             capture_output=True,
             text=True,
             timeout=120,
-            check=True,
         )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self) -> None:
         """Return when a PUT was acknowledged."""

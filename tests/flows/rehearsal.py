@@ -27,7 +27,7 @@ ITEMS = 40
 
 FACTS: dict[str, dict[str, Json]] = {
     "fetch": {"bytes": 4},
-    "convert": {"rows": 1, "dropped": {}},
+    "convert": {"rows": 1, "formats": {"chat": 1}, "dropped": {}},
     "tokenize": {"tokens": 12},
     "pack": {"bins": 1, "fill": 1.0, "trained_tokens": 6, "tokens": 12, "dropped": {}},
     "train": {"steps": 1, "first_loss": 2.0, "last_loss": 1.0, "tokens_per_second": 10.0, "resumed_at_step": 0},
