@@ -18,8 +18,9 @@ app = modal.App("regrow", image=image)
 def run(text: str) -> int:
     """Run a recipe's text; return the exit code. What another try can mend is raised, so that Modal tries again."""
     import subprocess
+    import tempfile
 
-    recipe = Path("/tmp/recipe.yaml")
+    recipe = Path(tempfile.gettempdir()) / "recipe.yaml"
     recipe.write_text(text)
     code = subprocess.run(["regrow", "run", str(recipe)], check=False).returncode
     if code in (1, 75):

@@ -12,7 +12,7 @@ from functools import cached_property
 from html import escape
 from itertools import pairwise
 
-INK, GRID = "#7b8794", "#7b879440"
+INK, GRID = "#6b7785", "#6b778540"
 TUNED, BASE = "#3b82f6", "#94a3b8"
 WIDTH = 640
 POINTS = 240

@@ -30,6 +30,7 @@ from flows.run import Run
 from stages.build import Built
 from stages.child import Event
 from stages.identity import Json
+from stages.production import production
 from stages.store import BadBlob, Store
 
 PATIENCE_SECONDS = 8.0
@@ -84,9 +85,9 @@ class Dashboard:
     def show_history_of(self, store: Store, name: str) -> None:
         """Show a name's history, on a page whose key is the name's own."""
         with self._forgiving(get_run_logger()):
-            self._create(
-                f"{name}-history", f"{name}: runs and production", history_page(name, events_of(store, name)), None
-            )
+            standing = production(store, name)
+            page = history_page(name, events_of(store, name), standing.now if standing else None)
+            self._create(f"{name}-history", f"{name}: runs and production", page, None)
 
     def _started(self, run: Run, stage: str) -> None:
         self.stage = _Stage(stage, get_run_logger(), UUID(task_run.id) if task_run.id else None)

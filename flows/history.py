@@ -26,7 +26,7 @@ class Event:
 
     at: str
     what: str
-    """`promoted`, `rolled back`, `gate failed`, `failed`, …"""
+    """`promoted`, `rolled back`, `declined`, `gate failed`, `failed`, …"""
     model: str
     """Key of the weights, or empty."""
     run: str
@@ -93,7 +93,8 @@ def _ran(record: Mapping[str, Any]) -> Event:
     what = record["status"] if outcome is None else _OUTCOMES[outcome["production"]]
     model = record["stages"].get("merge", {}).get("key", "")
     why = "; ".join(outcome["reasons"]) if outcome else record.get("reason", "")
-    return Event(record["written"], what, model, record["run"], "", why, _scored(record))
+    by = (outcome or {}).get("by", "")
+    return Event(record["written"], what, model, record["run"], by, why, _scored(record))
 
 
 _OUTCOMES = {
@@ -102,6 +103,7 @@ _OUTCOMES = {
     "elsewhere": "not compared",
     "stood": "stood before",
     "waits": "waits for a yes",
+    "refused": "declined",
     "untouched": "gate failed",
 }
 

@@ -17,6 +17,7 @@ from flows.screen import WORDS
 from stages import data_charts, data_report
 from stages.compare import BASE, OVER_PRODUCTION, PRODUCTION, TUNED, compare
 from stages.identity import Json
+from stages.production import Move
 
 MOST_BYTES = 90_000
 """A page's size at most: the dashboard's database keeps every version of every page."""
@@ -50,8 +51,9 @@ def _step_row(step: Step) -> tuple[str, ...]:
     return step.stage, WORDS[step.state].replace(" ", "\u00a0"), f"`{step.key[:8]}`" if step.key else "", why
 
 
-def history_page(name: str, events: Sequence[Event]) -> str:
-    """A name's runs and moves, newest first, with the tuned model's scores over time as a chart."""
+def history_page(name: str, events: Sequence[Event], standing: Move | None) -> str:
+    """A name's runs and moves, newest first, with the tuned model's scores over time as a chart; `standing` is the move
+    that brought the model which production names."""
     runs = [event for event in reversed(events) if event.scores and event.what != "rolled back"]
     tasks = list(dict.fromkeys(task for event in runs for task in event.scores))
     bars = [
@@ -60,11 +62,12 @@ def history_page(name: str, events: Sequence[Event]) -> str:
         for event in runs[-MOST_BARS:]
         if task in event.scores
     ]
-    told = [image(interval_bars(bars, f"{tasks[0]}, with its 95 % interval"), "scores over runs")] if bars else []
+    told = [_standing(name, standing)]
+    told += [image(interval_bars(bars, f"{tasks[0]}, with its 95 % interval"), "scores over runs")] if bars else []
     rows = [
         (
-            event.at[:16].replace("T", "\u00a0"),
-            event.what,
+            event.at[:16].replace("T", "\u00a0").replace("-", "\u2011"),  # so that no line ends within it
+            event.what if event.by in ("", "gate") else f"{event.what} by {event.by}",
             f"`{event.model[:8]}`" if event.model else "",
             f"`{event.run}`" if event.run else "",
             ", ".join(f"{task} {score['value']:.3f}" for task, score in list(event.scores.items())[:3]),
@@ -73,12 +76,18 @@ def history_page(name: str, events: Sequence[Event]) -> str:
         for event in events
     ]
     told.append(_table(("when (UTC)", "what", "weights", "run", "scores", "why"), rows))
-    told.append(f"`regrow history {name}` shows the same; blue: promoted.")
+    told.append(f"Blue bars: promoted. `regrow history {name}` shows the same in a terminal.")
     return "\n\n".join(told)
 
 
+def _standing(name: str, move: Move | None) -> str:
+    if move is None:
+        return f"**{name}/production** names no model yet."
+    return f"**{name}/production** names `{move.model['key'][:8]}` of run `{move.run}`, {move.what} by {move.by}."
+
+
 MOST_BARS = 12
-"""Runs in the history's chart."""
+"""Runs in the history's chart, and tasks in the chart of scores: more make a picture that no page has room for."""
 
 
 def loss_page(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -102,13 +111,14 @@ def scores_page(scores: Mapping[str, Any], chart: bool = True) -> str:
     measured = dict(scores["tasks"])
     bars = [
         Bar(f"{_short(name)} · {model}", **task[model], tuned=model == TUNED)
-        for name, task in measured.items()
+        for name, task in list(measured.items())[:MOST_BARS]
         for model in (BASE, PRODUCTION, TUNED)
         if model in task
     ]
-    told = (
-        [image(interval_bars(bars, "score, with its 95 % interval"), "scores of the models")] if bars and chart else []
-    )
+    more = f"; the first {MOST_BARS} of {len(measured):,} tasks" if len(measured) > MOST_BARS else ""
+    told = []
+    if bars and chart:
+        told.append(image(interval_bars(bars, f"score, with its 95 % interval{more}"), "scores of the models"))
     if loss := scores["heldout_loss"]:
         measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:
@@ -165,14 +175,21 @@ def packing_page(plan: Mapping[str, Json]) -> str:
     return _table(("", "packed"), rows)
 
 
+MOST_SOURCES = 40
+"""Sources in the report's chart; its tables have all of them."""
+
+
 def _report_of(folder: Path) -> str:
     return report_page(json.loads((folder / "report.json").read_text("utf-8")))
 
 
 def report_page(report: Mapping[str, Any]) -> str:
     """What became of the data: tables, warnings, charts, and rows with what trains in them."""
+    largest = sorted(report["sources"], key=lambda source: -source["tokens"])[:MOST_SOURCES]
+    drawn = [source for source in report["sources"] if source in largest]
+    which = "each source" if len(drawn) == len(report["sources"]) else f"the {len(drawn)} largest sources"
     charts = [
-        ("Tokens of each source; green ones train", data_charts.tokens(report)),
+        (f"Tokens of {which}; green ones train", data_charts.tokens({"sources": drawn})),
         ("Rows by their tokens", data_charts.lengths(report)),
     ]
     told = [data_report.markdown(report)]
@@ -182,7 +199,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     for sample in report["samples"]:
         for pieces in sample["sequences"]:
             text = "".join(f"⟦{text}⟧" if trains else text for text, trains in pieces)
-            told.append(f"{sample['place']}\n\n{_fenced(text)}\n")
+            told.append(f"{sample['place']}\n\n{_fenced(text.rstrip())}\n")
     return "\n".join(told)
 
 

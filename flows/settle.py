@@ -32,6 +32,8 @@ class Outcome:
     """`elsewhere`: somebody moved the production ref since this run was compared with what it named. `stood`: this
     model was in production before and was replaced, so only a person puts it back. `untouched`: the gate did not pass.
     `waits`, `refused`: a person was to be asked, or said no."""
+    by: str = ""
+    """Who decided, where a person was asked."""
 
     def told(self, name: str) -> str:
         """What became of the production ref of the recipe called `name`, in words."""
@@ -42,7 +44,7 @@ class Outcome:
             "stood": f"this model was in production before: `regrow promote {name}` puts it back",
             "untouched": "",
             "waits": f"waits for a person's yes: `regrow promote {name}`",
-            "refused": f"a person said no; {name}/production was left alone",
+            "refused": f"{self.by or 'a person'} said no; {name}/production was left alone",
         }[self.production]
 
 
@@ -65,14 +67,16 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
     if not passed:
         return Outcome(False, reasons, "", False, "untouched")
     production = _promoted(run, weights, card, reasons, config.approval, answer)
+    by = answer.by if answer else ""
     if production not in ("moved", "stands"):
-        return Outcome(True, reasons, "", False, production)
+        said = [answer.why] if answer and answer.why and production == "refused" else []
+        return Outcome(True, [*reasons, *said], "", False, production, by)
     tree = delivery(weights.tree, card.tree)
     options = run.runtime.storage_options
     arrived = bool(config.to) and not delivered(config.to, tree, options)
     if arrived:
         deliver(config.to, tree, run.store, private=config.private, options=options)
-    return Outcome(True, reasons, config.to, arrived, production)
+    return Outcome(True, reasons, config.to, arrived, production, by)
 
 
 def _promoted(

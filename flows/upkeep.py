@@ -1,6 +1,5 @@
 """The flows that keep a store in order from the dashboard: promote, rollback and gc."""
 
-from dataclasses import asdict
 from typing import Any
 
 from prefect import flow
@@ -54,8 +53,10 @@ def rollback(name: Name, runtime: Runtime | None = None) -> State[Any]:
 
 
 def moved(event: str, store: Store, name: str, move: Move) -> State[Any]:
-    """Tell that production moved: an event, the name's history, the flow's state."""
-    announce(event, name, asdict(move))
+    """Tell that production moved: an event with what a run's event says, the name's history, the flow's state."""
+    record = store.read_run(move.run) or {}
+    told = {"run": move.run, "recipe": name, "reasons": [move.why], "scores": record.get("scores", {}), "by": move.by}
+    announce(event, name, {**told, "model": move.model["key"]})
     with get_client(sync_client=True) as client:
         Dashboard(client).show_history_of(store, name)
     return Completed(message=f"{name}/production now names {move.model['key'][:8]} of run {move.run} ({move.what})")

@@ -15,12 +15,14 @@ from pydantic_core import CoreSchema
 
 
 class Described(BaseModel):
-    """A model in whose JSON schema each field is described by its docstring."""
+    """A model in whose JSON schema and forms each field is called as in YAML and described by its docstring."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         found = handler(schema)
         properties = handler.resolve_ref_schema(found).get("properties", {})
+        for name in properties:
+            properties[name]["title"] = name
         for kind in cls.__mro__:
             if issubclass(kind, Described):
                 for name, text in _docstrings(kind):

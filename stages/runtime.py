@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import ByteSize, ConfigDict, Field, field_validator
 
+from stages.described import Described
 from stages.sources.credentials import check_options
 from stages.store import Store, open_store
 
@@ -31,7 +32,7 @@ def cores() -> int:
     return min(usable, 16)
 
 
-class Runtime(BaseModel):
+class Runtime(Described):
     """Where a run happens and how it uses the machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

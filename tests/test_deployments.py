@@ -1,21 +1,33 @@
-"""The files in deployments/, as far as they can be tried without their platforms: they parse, their commands are real
-commands, and the Slurm script does what it says with a stand-in for the scheduler."""
+"""The files in deployments/, as far as they can be tried without their platforms: they are valid by their platforms'
+schemas, their commands are real commands, and scripts do what they say with a stand-in for scheduler and run."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import jsonschema
+import kubernetes_validate
 import pytest
+import s3fs
 import yaml
+from prefect.server.events.schemas.automations import AutomationCreate
+from prefect.settings import Settings
+from prefect.settings.legacy import _get_valid_setting_names
 
 from flows.cli import app
 from flows.graph import ORDER
+from stages.runtime import Runtime
+from tests.conftest import S3
 
-HERE = Path(__file__).parents[1] / "deployments"
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "deployments"
 
 
 def commands() -> list[list[str]]:
@@ -34,6 +46,69 @@ def test_containers_start_commands_that_exist(command: list[str]) -> None:
         assert command[1] in {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     else:
         assert command[:3] in (["prefect", "server", "start"], ["prefect", "worker", "start"])
+
+
+def test_the_compose_file_and_the_job_are_valid_by_their_schemas() -> None:
+    schema = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    jsonschema.validate(yaml.safe_load((HERE / "compose.yaml").read_text()), json.loads(schema.read_text()))
+    kubernetes_validate.validate(yaml.safe_load((HERE / "kubernetes-job.yaml").read_text()), "1.33", strict=True)
+
+
+def settings() -> dict[str, str]:
+    """Every environment variable that one of the files sets, and where."""
+    services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
+    job = yaml.safe_load((HERE / "kubernetes-job.yaml").read_text())
+    deployments = yaml.safe_load((HERE / "prefect.yaml").read_text())["deployments"]
+    found = {name: "compose.yaml" for service in services.values() for name in service.get("environment", {})}
+    containers = job["spec"]["template"]["spec"]["containers"]
+    found |= {each["name"]: "kubernetes-job.yaml" for container in containers for each in container["env"]}
+    variables = (name for each in deployments for name in each["work_pool"]["job_variables"]["env"])
+    # Prefect reads these by their prefix; `test_a_run_outlives_the_pipe_to_its_worker` shows what ours does.
+    found |= {name: "prefect.yaml" for name in variables if not name.startswith("PREFECT_LOGGING_HANDLERS_")}
+    for script in ("Dockerfile", "slurm.sh", "runpod.sh"):
+        text = re.sub(r"(?m)^\s*#.*", "", (HERE / script).read_text())
+        found |= dict.fromkeys(re.findall(r"\b((?:PREFECT|REGROW)_\w+)", text), script)
+    return found
+
+
+def test_variables_are_read_by_somebody() -> None:
+    """A name that nobody reads is a setting that silently does nothing."""
+    known = {
+        "PREFECT": _get_valid_setting_names(Settings),
+        "REGROW": {f"REGROW_{name.upper()}" for name in Runtime.model_fields},
+    }
+    found = settings()
+    wrong = {n: at for n, at in found.items() if (kind := n.partition("_")[0]) in known and n not in known[kind]}
+    assert len(found) > 10 and not wrong
+
+
+def test_automations_are_valid() -> None:
+    for automation in yaml.safe_load((HERE / "automations.yaml").read_text())["automations"]:
+        AutomationCreate.model_validate(automation)
+
+
+def test_the_image_is_built_from_all_that_the_package_needs(tmp_path: Path) -> None:
+    """What the Dockerfile copies before it installs makes a wheel with every file of the packages, and with the list of
+    deployments that `python -m flows.deployments` registers in the container."""
+    before, _, after = (HERE / "Dockerfile").read_text().partition("RUN pip install")
+    assert "'.[all]'" in after and re.search(r"COPY configs configs", after)
+    for sources in re.findall(r"(?m)^COPY (.*) \S+$", before):
+        for source in sources.split():
+            git = subprocess.run(["git", "ls-files", source], cwd=ROOT, capture_output=True, text=True, check=True)
+            for name in git.stdout.split():
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "dist"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = (tmp_path / "dist").iterdir()
+    held = set(ZipFile(wheel).namelist())
+    packages = [f"{package}/**/*" for package in ("flows", "stages", "packing")]
+    wanted = {p.relative_to(tmp_path).as_posix() for each in packages for p in tmp_path.glob(each) if p.is_file()}
+    assert len(wanted) > 150 and wanted <= held and "flows/prefect.yaml" in held
 
 
 def test_every_stage_has_a_deployment() -> None:
@@ -78,6 +153,44 @@ def test_slurm_passes_the_warning_on_and_waits(tmp_path: Path) -> None:
     job.terminate()
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "requeued").exists()
+
+
+def run_on_a_pod(tmp_path: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """RunPod's start command, with a `regrow` that says how it was called and shows the recipe it was given."""
+    (tmp_path / "regrow").write_text('#!/bin/sh\necho "$@"\ncat "$2"\n')
+    (tmp_path / "regrow").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "XDG_DATA_HOME": str(tmp_path), **variables}
+    return subprocess.run([HERE / "runpod.sh"], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_pod_runs_a_recipe_of_the_image_or_of_a_bucket(tmp_path: Path, s3: S3) -> None:
+    recipe = ROOT / "configs" / "quickstart.yaml"
+    local = run_on_a_pod(tmp_path, RECIPE=str(recipe))
+    assert local.stdout == f"run {recipe}\n{recipe.read_text()}", local.stderr
+    s3fs.S3FileSystem(endpoint_url=s3.endpoint).put_file(str(recipe), f"{s3.bucket}/mine.yaml")
+    brought = run_on_a_pod(tmp_path, RECIPE=f"s3://{s3.bucket}/mine.yaml")
+    assert brought.stdout == f"run {tmp_path}/recipe.yaml\n{recipe.read_text()}", brought.stderr
+    nothing = run_on_a_pod(tmp_path)
+    assert nothing.returncode == 1 and "RECIPE: the recipe, e.g." in nothing.stderr
+
+
+@pytest.mark.parametrize(("code", "raised"), [(0, False), (1, True), (2, False), (4, False), (75, True)])
+def test_modal_tries_again_only_what_another_try_can_mend(
+    code: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("modal", reason="needs Modal's client: pip install modal")
+    monkeypatch.syspath_prepend(HERE)
+    import modal_app
+
+    (tmp_path / "regrow").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "regrow").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if raised:
+        with pytest.raises(RuntimeError, match="goes on where it was"):
+            modal_app.run.local("name: x")
+    else:
+        assert modal_app.run.local("name: x") == code
 
 
 LOGS = """

@@ -19,6 +19,7 @@ from flows.run import Run, start
 from flows.settle import Outcome, settle
 from stages import evaluate
 from stages.identity import Json
+from stages.production import production
 from stages.runtime import Runtime
 from stages.stage import part_action
 from stages.store import Store, open_store
@@ -92,6 +93,19 @@ class Rehearsal:
         run.record("finished", asdict(outcome))
         run.become_baseline()
         return run, outcome
+
+    def ready(self, right: int, **publish: Any) -> dict[str, Any]:
+        """What a deployment is given, with everything up to the card made already."""
+        run = self.make(self.start(right, **publish), until="evaluate")
+        recipe = self.folder / f"{right}.yaml"
+        recipe.write_text(run.loaded.text)
+        return {"recipe": str(recipe), "runtime": {"store": self.store.url, "cache": str(run.runtime.cache)}}
+
+    @property
+    def stands(self) -> str:
+        """The key of the weights in production."""
+        found = production(self.store, self.name)
+        return found.now.model["key"] if found else ""
 
     def to_run(self, right: int, **publish: Any) -> list[str]:
         """What the next run would make."""

@@ -1,38 +1,27 @@
-"""The dashboard in a real browser: whoever opens a run sees its name, its cached stages and its pages."""
+"""The dashboard in a real browser: whoever opens a run sees its name, cached stages and pages; whoever opens the form
+of a deployment is told what goes where, and starts what was filled in and nothing else."""
 
+import os
 import re
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SECONDS = 30_000
-"""Milliseconds that a page may take on a busy machine."""
+from flows.server import Api
+from tests.flows import browser
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page()
-        page.set_default_timeout(SECONDS)
-        expect.set_options(timeout=SECONDS)
+    with browser.opened() as page:
         yield page
-        browser.close()
 
 
 def test_the_run_page_shows_name_tags_and_cached_stages(page: Page, trained: Any) -> None:
@@ -51,10 +40,53 @@ def test_the_run_page_lists_the_artifacts(page: Page, trained: Any) -> None:
 
 
 def test_the_loss_curve_is_a_picture(page: Page, trained: Any) -> None:
-    page.goto(trained.tiny.api.page(trained.made))
-    page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_text("loss-curve", exact=True).first.click()
-    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    browser.open_artifact(page, trained.tiny.api.page(trained.made), "loss-curve")
     picture = page.get_by_alt_text("loss over steps")
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.naturalWidth") > 300
+
+
+@pytest.fixture(scope="module")
+def registered(prefect_api: Api) -> Api:
+    """A server with all deployments, and no worker."""
+    command = [sys.executable, "-m", "flows.deployments"]
+    subprocess.run(command, env={**os.environ, "PREFECT_API_URL": prefect_api.url}, check=True, timeout=300)
+    return prefect_api
+
+
+def started(api: Api, deployment: str) -> list[dict[str, Any]]:
+    """The runs of a deployment."""
+    body = {"deployments": {"name": {"any_": [deployment]}}}
+    found: list[dict[str, Any]] = httpx.post(f"{api.url}/flow_runs/filter", json=body).raise_for_status().json()
+    return found
+
+
+def test_the_form_of_a_stage_says_what_goes_where(page: Page, registered: Api) -> None:
+    browser.open_form(page, registered.url.removesuffix("/api"), "train")
+    expect(page.get_by_text("recipe keys to override, one a line")).to_be_visible()
+    page.get_by_role("tab", name="A recipe, written here").click()
+    expect(page.get_by_text("At its highest, after the warmup.")).to_be_visible()
+    rate = page.get_by_label("learning_rate (Optional)", exact=True)
+    assert (rate.input_value(), rate.get_attribute("max")) == ("0.0002", "1")
+    page.get_by_label("Select method").click()
+    assert page.get_by_role("option").all_inner_texts() == ["lora", "full"]
+
+
+def test_a_wrong_value_is_told_and_starts_nothing(page: Page, registered: Api) -> None:
+    browser.open_form(page, registered.url.removesuffix("/api"), "pack")
+    page.get_by_role("tab", name="A recipe, written here").click()
+    page.get_by_label("learning_rate (Optional)", exact=True).fill("7")
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_text("is not valid under any of the given schemas").first).to_be_visible()
+    assert started(registered, "pack") == []
+
+
+def test_what_is_filled_in_is_what_the_run_gets(page: Page, registered: Api) -> None:
+    browser.open_form(page, registered.url.removesuffix("/api"), "tokenize")
+    browser.stored_recipe(page).fill("quickstart")
+    page.get_by_role("switch").first.click()
+    browser.submit(page)
+    expect(page.get_by_text("Scheduled", exact=True).first).to_be_visible()
+    [run] = started(registered, "tokenize")
+    filled = {name: run["parameters"][name] for name in ("stage", "recipe", "force")}
+    assert filled == {"stage": "tokenize", "recipe": "quickstart", "force": True}

@@ -13,8 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.charts import Bar, chain, image, interval_bars, loss_curve, nice_ticks, number, smoothed, thinned
-from flows.pages import MOST_BYTES, PAGES, loss_page, packing_page, plan_page, scores_page, trimmed
+from flows.history import LATEST, Event
+from flows.pages import MOST_BYTES, PAGES, history_page, loss_page, packing_page, plan_page, scores_page, trimmed
 from flows.plan import Plan, Step
+
+LIMIT = 100_000
+"""Bytes of a page that the dashboard keeps and loads without trouble."""
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -112,9 +116,6 @@ def test_the_plan_names_every_stage_its_state_and_its_reason() -> None:
 
 
 def test_scores_show_both_models_with_their_intervals() -> None:
-    def interval(value: float) -> dict[str, float]:
-        return {"value": value, "low": value - 0.1, "high": value + 0.1}
-
     models = {"base": interval(0.2), "tuned": interval(0.7), "difference": interval(0.5), "better": "tuned"}
     scores: dict[str, Any] = {
         "tasks": {"a_very_long_task_name|with_bar": {"metric": "exact_match", "n": 1500, **models}},
@@ -125,6 +126,30 @@ def test_scores_show_both_models_with_their_intervals() -> None:
     assert "a_very_long_task_name\\|with_bar" in page
     assert "0.7" in texts(picture(page))
     assert "Nothing" in scores_page({"tasks": {}, "heldout_loss": None})
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+def test_a_suite_of_hundreds_of_tasks_still_has_a_picture_that_fits() -> None:
+    models = {name: interval(0.4) for name in ("base", "tuned", "production", "difference")}
+    over = {"difference": interval(0.1), "better": "unclear"}
+    task = {"metric": "acc,none", "n": 100, **models, "better": "tuned", "over_production": over}
+    page = trimmed(scores_page({"tasks": {f"mmlu_subject_number_{i}": task for i in range(200)}, "heldout_loss": None}))
+    assert len(page.encode()) < LIMIT
+    assert "the first 12 of 200 tasks" in " ".join(texts(picture(page)))
+    assert page.count("mmlu_subject_number_199") == 2, "the tables have all of them"
+
+
+def test_a_history_of_long_reasons_fits() -> None:
+    why = "; ".join(f"task {i}: clearly worse than the model in production, -0.500 [-0.610, -0.390]" for i in range(20))
+    scores = {f"task-{i}": interval(0.5) for i in range(20)}
+    at = "2026-11-26T00:00:00Z"
+    events = [Event(at, "gate failed", "a" * 64, f"run-{i}", "", why, scores) for i in range(LATEST)]
+    page = history_page("bot", events, None)
+    assert len(page.encode()) < LIMIT and "names no model yet" in page
+    assert trimmed(page) == page, "nothing of it is cut"
 
 
 def test_a_page_that_is_too_long_is_cut_and_says_so() -> None:

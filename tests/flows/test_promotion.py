@@ -1,6 +1,7 @@
 """`regrow promote`, `rollback` and `history`: a person moves production, with the same command line as everybody's."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.history import events_of
+from flows.pages import history_page
 from flows.promotion import promote, rollback
+from flows.settle import Answer, settle
 from stages.errors import UserError
 from stages.production import production
 from stages.runtime import Runtime
@@ -84,6 +87,32 @@ def test_a_recipe_that_asks_for_approval_waits_for_a_person(rehearsal: Rehearsal
     promote(rehearsal.store, runtime(rehearsal), "bot")
     assert delivered(rehearsal) in (run.id, rehearsal.run(10, approval=True)[0].id)
     assert rehearsal.run(10, approval=True)[1].production == "stands"
+
+
+def test_a_no_leaves_production_alone_and_is_in_the_history_with_who_said_it_and_why(rehearsal: Rehearsal) -> None:
+    good, _ = rehearsal.run(10)
+    run, outcome = rehearsal.run(20, approval=True)
+    assert outcome.production == "waits"
+    outcome = settle(run, Answer(False, "answers are too terse", "ada"))
+    run.record("finished", asdict(outcome))
+    assert outcome.production == "refused" and outcome.told("bot") == "ada said no; bot/production was left alone"
+    standing = production(rehearsal.store, "bot")
+    assert standing and standing.now.run == good.id == delivered(rehearsal)
+    events = events_of(rehearsal.store, "bot")
+    [declined] = [event for event in events if event.what == "declined"]
+    assert (declined.run, declined.by) == (run.id, "ada") and declined.why.endswith("; answers are too terse")
+    page = history_page("bot", events, standing.now)
+    assert "| declined by ada |" in page and f"names `{good.artifacts['merge'].key[:8]}` of run `{good.id}`" in page
+    assert "declined" in regrow(rehearsal, "history", "bot")
+    assert promote(rehearsal.store, runtime(rehearsal), "bot", run.id).run == run.id, "it is not lost"
+
+
+def test_a_yes_to_what_was_compared_with_a_model_that_is_gone_moves_nothing(rehearsal: Rehearsal) -> None:
+    rehearsal.run(10)
+    waiting, _ = rehearsal.run(20, approval=True)
+    other, _ = rehearsal.run(30)
+    assert settle(waiting, Answer(True, "", "ada")).production == "elsewhere"
+    assert delivered(rehearsal) == other.id
 
 
 def test_the_history_shows_runs_that_moved_nothing(rehearsal: Rehearsal) -> None:

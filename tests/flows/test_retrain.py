@@ -6,7 +6,6 @@ The models are made by hand (`rehearsal`), so that a whole retraining is its car
 import os
 import signal
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -25,24 +24,10 @@ def rehearsal(tmp_path: Path) -> Rehearsal:
     return Rehearsal(tmp_path, name=f"bot-{tmp_path.name[-8:].replace('_', '-').strip('-')}")
 
 
-def parameters(rehearsal: Rehearsal, right: int, **publish: Any) -> dict[str, Any]:
-    """What the deployment is given; everything up to the card is made already."""
-    run = rehearsal.start(right, **publish)
-    rehearsal.make(run, until="evaluate")
-    recipe = rehearsal.folder / f"{right}.yaml"
-    recipe.write_text(run.loaded.text)
-    return {"recipe": str(recipe), "runtime": {"store": rehearsal.store.url, "cache": str(run.runtime.cache)}}
-
-
-def stands(rehearsal: Rehearsal) -> str:
-    found = production(rehearsal.store, rehearsal.name)
-    return found.now.model["key"] if found else ""
-
-
 def test_a_person_is_asked_and_what_was_shown_is_what_is_promoted(raised: Raised, rehearsal: Rehearsal) -> None:
-    run = raised.send("retrain/scheduled", parameters(rehearsal, 20, approval=True))
+    run = raised.send("retrain/scheduled", rehearsal.ready(20, approval=True))
     waiting = raised.wait(run, lambda found: found.state is not None and found.state.is_paused())
-    assert stands(rehearsal) == ""
+    assert rehearsal.stands == ""
     with raised.client() as client:
         body = {"prefix": waiting.state.state_details.run_input_keyset["description"]}  # type: ignore[union-attr,index]
         shown = client._client.post(f"/flow_runs/{run}/input/filter", json=body).json()[0]["value"]
@@ -54,7 +39,7 @@ def test_a_person_is_asked_and_what_was_shown_is_what_is_promoted(raised: Raised
         client._client.post(f"/flow_runs/{run}/resume", json={"run_input": answer}).raise_for_status()
     ended = raised.ended(run)
     assert ended.state and ended.state.name == "Completed", ended.state
-    assert stands(rehearsal) == made["stages"]["merge"]["key"]
+    assert rehearsal.stands == made["stages"]["merge"]["key"]
     found = production(rehearsal.store, rehearsal.name)
     assert found and found.now.by == "ada" and "looks good" in found.now.why
 
@@ -62,12 +47,12 @@ def test_a_person_is_asked_and_what_was_shown_is_what_is_promoted(raised: Raised
 def test_two_retrainings_of_a_name_never_run_at_once_and_a_killed_one_is_told(
     raised: Raised, rehearsal: Rehearsal
 ) -> None:
-    told = parameters(rehearsal, 20)
+    told = rehearsal.ready(20)
     with lease(rehearsal.store, "retrain", rehearsal.name, 60.0, "the test"):
         run = raised.send("retrain/scheduled", told)
         raised.wait(run, lambda found: found.state is not None and found.state.is_running())
         pid = eventually(lambda: flow_process(run), bool)
-        assert stands(rehearsal) == ""
+        assert rehearsal.stands == ""
         os.kill(pid, signal.SIGKILL)
         crashed = raised.ended(run)
         assert crashed.state and crashed.state.is_crashed(), crashed.state
@@ -81,9 +66,9 @@ def test_two_retrainings_of_a_name_never_run_at_once_and_a_killed_one_is_told(
         cancelled = raised.ended(other)
         assert cancelled.state and cancelled.state.is_cancelled(), cancelled.state
         assert eventually(lambda: flow_process(other), lambda pid: not pid) == 0
-        assert stands(rehearsal) == ""
+        assert rehearsal.stands == ""
     last = raised.ended(raised.send("retrain/scheduled", told))
-    assert last.state and last.state.name == "Completed" and stands(rehearsal)
+    assert last.state and last.state.name == "Completed" and rehearsal.stands
 
 
 def flow_process(run: UUID) -> int:

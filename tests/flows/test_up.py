@@ -72,6 +72,9 @@ def test_the_form_knows_the_recipe(raised: Raised) -> None:
     assert train["method"]["enum"] and train["learning_rate"]["description"]
     assert train["learning_rate"]["exclusiveMinimum"] == 0
     assert schema["properties"]["stage"]["enum"][0] == "fetch"
+    fields = [field for model in schema["definitions"].values() for field in model.get("properties", {}).items()]
+    assert {"learning_rate", "teacher", "cache_limit"} <= {name for name, _ in fields}
+    assert [name for name, told in fields if told["title"] != name or not told.get("description")] == []
 
 
 @pytest.mark.full

@@ -103,6 +103,16 @@ def test_samples_show_just_what_trains(tmp_path: Path) -> None:
     assert shown.count("data:image/svg+xml") == 2
 
 
+def test_hundreds_of_sources_fit_a_page_of_the_dashboard(tmp_path: Path) -> None:
+    many(tmp_path / "tokens", "a", 30)
+    report = Packed(tmp_path / "tokens", tmp_path / "out").report
+    [source] = report["sources"]
+    sources = [{**source, "name": f"source-{i:03}", "tokens": 1000 + i} for i in range(300)]
+    page = report_page({**report, "sources": sources})
+    assert len(page.encode()) < 100_000
+    assert "Tokens of the 40 largest sources" in page and "| source-000 |" in page
+
+
 def test_long_samples_are_shortened(tmp_path: Path) -> None:
     shard(
         tmp_path / "tokens",
