@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 Record = Callable[[str, object], None]
 
-WORKER = ("worker-key", "worker-secret-worker-secret")
+WORKER = ("granted-key", "granted-secret-granted-secret")
+"""Not one of those that the server's configuration names: they can be neither granted nor revoked."""
 
 
 @pytest.fixture
