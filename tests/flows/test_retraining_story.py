@@ -1,9 +1,10 @@
 """Retraining as a team lives it, on a real server: new files, their training, the gate, production, and the webhook of
-an automation; and nothing new."""
+an automation; nothing new; a schedule that was late."""
 
 import json
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect.client.schemas import filters
-from prefect.client.schemas.actions import BlockDocumentCreate
+from prefect.client.schemas.actions import BlockDocumentCreate, DeploymentScheduleCreate
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
 
 from stages.production import production
 from stages.runtime import Runtime
 from stages.store import Store, open_store
 from tests.flows.conftest import tiny_recipe
 from tests.flows.raised import Raised, eventually
+from tests.flows.rehearsal import Rehearsal
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -164,3 +167,41 @@ def test_new_files_are_trained_on_and_replace_production_or_not(
     *_, published = eventually(lambda: list(told), lambda found: len(found) == 3)
     assert published == {"name": "nightly", "model": now.now.model["key"]}
     assert (tmp_path / "out/README.md").exists()
+
+
+@pytest.mark.failure(
+    what="nobody works while a schedule's runs come due",
+    outcome="one of them does the work, the others end as *CaughtUp*",
+)
+def test_a_late_schedule_is_caught_up_once(raised: Raised, tmp_path: Path) -> None:
+    """The real scheduler: the queue is paused while several runs come due, then goes on."""
+    rehearsal = Rehearsal(tmp_path, name="late")
+    run = rehearsal.make(rehearsal.start(20), until="evaluate")
+    recipe = tmp_path / "late.yaml"
+    recipe.write_text(run.loaded.text)
+    parameters = {"recipe": str(recipe), "runtime": {"store": rehearsal.store.url, "cache": str(run.runtime.cache)}}
+    with raised.client() as client:
+        deployment = client.read_deployment_by_name("retrain/scheduled")
+        [queue] = [q for q in client.read_work_queues("gpu") if q.name == "scheduled"]
+        every = DeploymentScheduleCreate(
+            schedule=IntervalSchedule(interval=timedelta(seconds=5)), active=True, slug="late", parameters=parameters
+        )
+
+        def due() -> list[FlowRun]:
+            of_deployment = filters.FlowRunFilter(
+                deployment_id=filters.FlowRunFilterDeploymentId(any_=[deployment.id]),
+                state=filters.FlowRunFilterState(name=filters.FlowRunFilterStateName(any_=["Late"])),
+            )
+            return [r for r in client.read_flow_runs(flow_run_filter=of_deployment) if r.parameters == parameters]
+
+        client.update_work_queue(queue.id, is_paused=True)
+        [schedule] = client.create_deployment_schedules(deployment.id, [every])
+        try:
+            late = eventually(due, lambda found: len(found) >= 4)
+            client.update_work_queue(queue.id, is_paused=False)
+            ended = [raised.ended(each.id) for each in late]
+        finally:
+            client.update_work_queue(queue.id, is_paused=False)
+            client.delete_deployment_schedule(deployment.id, schedule.id)
+    names = sorted(str(each.state and each.state.name) for each in ended)
+    assert names == ["CaughtUp"] * (len(late) - 1) + ["Completed"]
