@@ -5,6 +5,7 @@ import base64
 import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import time
 import urllib.error
@@ -17,7 +18,6 @@ from uuid import uuid4
 
 import pytest
 
-from tests.flows.raised import free_port
 from tests.google_server import GoogleServer, google_server
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,10 @@ def azurite() -> str:
 @pytest.fixture(scope="session")
 def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Azurite's endpoint, for as long as the session lives."""
-    folder, port = tmp_path_factory.mktemp("azurite"), free_port()
+    folder = tmp_path_factory.mktemp("azurite")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     dies_with_us = [shutil.which("setpriv"), "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     quiet = ("--silent", "--disableTelemetry", "--skipApiVersionCheck")
     command = [*dies_with_us, azurite(), "--location", str(folder), "--blobPort", str(port), *quiet]

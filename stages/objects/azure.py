@@ -17,6 +17,7 @@ from stages.errors import UserError
 from stages.objects import Entry, Versioned
 from stages.objects.network import (
     FIRST_ANSWER,
+    OPENING,
     PATIENCE,
     Place,
     chosen,
@@ -64,7 +65,7 @@ def open_azure(address: str, options: Mapping[str, str]) -> "AzureObjects":
     except ValueError as error:  # no account, or a connection string that is none; it may hold the secret
         raise UserError(f"{place.url}: no account and credentials were found; set {CREDENTIALS}") from error
     server = fs.service_client.url.partition("?")[0].rstrip("/")
-    objects = AzureObjects(fs, place._replace(server=server), patience=0)
+    objects = AzureObjects(fs, place._replace(server=server), OPENING)
     objects.read("format.json")
     return replace(objects, patience=PATIENCE)
 
@@ -205,7 +206,7 @@ class AzureObjects:
         return conditionally(write, _unmet, look)
 
     def _run(self, operation: Callable[[], Awaitable[T]]) -> T:
-        return self._patiently(lambda: self._wait(operation, None if self.patience else FIRST_ANSWER))
+        return self._patiently(lambda: self._wait(operation, FIRST_ANSWER if self.patience < PATIENCE else None))
 
     def _wait(self, operation: Callable[[], Awaitable[T]], timeout: float | None = None) -> T:
         from fsspec.asyn import sync

@@ -20,7 +20,16 @@ from stages.errors import UserError
 from stages.identity import Json
 from stages.objects import Entry, Versioned
 from stages.objects.google_api import NOTHING, GoogleApi, Refusal, unmet
-from stages.objects.network import PATIENCE, SINGLE_PUT, chosen, conditionally, place_of, taken_back, unless_gone
+from stages.objects.network import (
+    OPENING,
+    PATIENCE,
+    SINGLE_PUT,
+    chosen,
+    conditionally,
+    place_of,
+    taken_back,
+    unless_gone,
+)
 from stages.sources.urls import PLAIN_GCSFS
 from stages.transfers import Moved, nobody
 
@@ -45,7 +54,7 @@ def open_gcs(address: str, options: Mapping[str, str]) -> "GoogleObjects":
     how = {"requests_timeout": timeout, "use_listings_cache": False, "skip_instance_cache": True}
     fs = GCSFileSystem(**given, access="read_write", **how)
     server = given.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST", "")
-    api = GoogleApi(fs, place._replace(server=server), patience=0)
+    api = GoogleApi(fs, place._replace(server=server), OPENING)
     GoogleObjects(api).read("format.json")
     return GoogleObjects(replace(api, patience=PATIENCE))
 

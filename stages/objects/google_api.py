@@ -11,7 +11,16 @@ from urllib.parse import quote
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.objects.network import FIRST_ANSWER, Place, may_not_delete, may_not_write, no_bucket, patiently, refused
+from stages.objects.network import (
+    FIRST_ANSWER,
+    PATIENCE,
+    Place,
+    may_not_delete,
+    may_not_write,
+    no_bucket,
+    patiently,
+    refused,
+)
 
 T = TypeVar("T")
 
@@ -66,7 +75,7 @@ class GoogleApi:
             async with self.request(method, url, query, data, headers) as answer:
                 return Answer(answer.status, answer.headers, await answer.read())
 
-        return self.patiently(lambda: self.wait(whole, None if self.patience else FIRST_ANSWER))
+        return self.patiently(lambda: self.wait(whole, FIRST_ANSWER if self.patience < PATIENCE else None))
 
     @asynccontextmanager
     async def request(

@@ -23,6 +23,8 @@ PATIENCE = 90.0
 """Seconds for which a store that was once reached is retried before an operation fails."""
 FIRST_ANSWER = 6.0
 """Seconds for which a store that was never reached may keep silent."""
+OPENING = 3.0
+"""Seconds for which one that answers with an error of its own is tried again while it is opened."""
 SINGLE_PUT = 16 * 2**20
 """Bytes up to which a blob goes up in one request; beyond, in parts."""
 
