@@ -66,7 +66,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     control = str(programs / "pg_ctl")
     made.run(control, "--pgdata=data", "--log=log", "--options", options, "--wait", "start", **user)
     try:
-        made.run(str(programs / "createdb"), f"--maintenance-db={made.url.replace('/prefect', '/postgres')}", "prefect")
+        made.run(str(programs / "createdb"), f"--maintenance-db={made.url.removesuffix('prefect')}postgres", "prefect")
         yield made
     finally:
         made.run(control, "--pgdata=data", "--mode=fast", "stop", **user)
