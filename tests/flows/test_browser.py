@@ -72,15 +72,6 @@ def test_the_form_of_a_stage_says_what_goes_where(page: Page, registered: Api) -
     assert page.get_by_role("option").all_inner_texts() == ["lora", "full"]
 
 
-def test_a_wrong_value_is_told_and_starts_nothing(page: Page, registered: Api) -> None:
-    browser.open_form(page, registered.url.removesuffix("/api"), "pack")
-    page.get_by_role("tab", name="A recipe, written here").click()
-    page.get_by_label("learning_rate (Optional)", exact=True).fill("7")
-    page.get_by_role("button", name="Submit").click()
-    expect(page.get_by_text("is not valid under any of the given schemas").first).to_be_visible()
-    assert started(registered, "pack") == []
-
-
 def test_what_is_filled_in_is_what_the_run_gets(page: Page, registered: Api) -> None:
     browser.open_form(page, registered.url.removesuffix("/api"), "tokenize")
     browser.stored_recipe(page).fill("quickstart")
