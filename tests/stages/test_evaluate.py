@@ -410,6 +410,7 @@ def test_the_same_model_scores_the_same_bytes(chat_model: Path, tmp_path: Path) 
     assert tree_of(tmp_path / "a/output") == tree_of(tmp_path / "b/output")
 
 
+@pytest.mark.full
 def test_another_tuned_model_is_scored_alone(chat_model: Path, store: Store, tmp_path: Path) -> None:
     held = heldout(tmp_path, [[5, 6, 7, 8, 9]], [[0]], 300)
     folders = {"base": chat_model, "rows": rows(tmp_path, [{"question": "q", "answer": "a"}]), **held}

@@ -95,7 +95,8 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_each_mode_holds_less_and_what_the_plan_says(tmp_path: Path, method: str) -> None:
     """The oracle is a count of all that is alive at once, at its highest in a forward and backward pass."""
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "head_dim": 32}

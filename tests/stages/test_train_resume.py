@@ -83,7 +83,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("when", "method", "resumed"),
     [
         ("saved", "lora", (2, 3)),
-        ("renaming", "full", (1,)),
+        pytest.param("renaming", "full", (1,), marks=pytest.mark.full),
         pytest.param("saving", "lora", (1,), marks=pytest.mark.full),
     ],
 )

@@ -76,6 +76,7 @@ def test_another_machine_goes_on_where_one_was_lost(tmp_path: Path, unbroken: Bu
     assert not list(store.objects.list("checkpoints/"))
 
 
+@pytest.mark.full
 def test_a_store_that_takes_no_checkpoints_costs_the_copies_alone(tmp_path: Path, unbroken: Built) -> None:
     notes: list[str] = []
     (tmp_path / "store").mkdir()
