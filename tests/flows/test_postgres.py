@@ -12,7 +12,7 @@ import pytest
 
 from flows.up import up
 from stages.errors import UserError
-from tests.flows.raised import Raised, free_port
+from tests.flows.raised import Raised, eventually, free_port
 from tests.flows.rehearsal import Rehearsal
 from tests.flows.test_retrain import parameters
 
@@ -94,7 +94,8 @@ def test_everything_is_there_and_a_run_leaves_its_states_in_postgresql(
     finally:
         assert "down" in raised.regrow("down", "--home", str(raised.home))
     assert "nothing was up" in raised.regrow("down", "--home", str(raised.home))
-    assert postgres.ask("select count(*) from pg_stat_activity where usename = 'prefect'") == ["1"], "only who asks"
+    connected = "select count(*) from pg_stat_activity where usename = 'prefect'"
+    eventually(lambda: postgres.ask(connected), lambda rows: rows == ["1"])  # who asks
 
 
 def test_a_database_that_is_no_postgresql_is_told(tmp_path: Path) -> None:
