@@ -108,6 +108,7 @@ class SeaweedFS:
             *(*dies_with_us, weed, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-dir=data", "-s3.config=s3.json"),
             *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"),
             *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+            "-volume.max=2000",  # each bucket takes one, and there would be as many as the disk has free GB
             *(f"-{name}.port={port}" for name, port in zip(names, self.ports, strict=True)),
         ]
         environment = {**os.environ, "GOMEMLIMIT": "512MiB", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
