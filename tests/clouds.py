@@ -147,6 +147,7 @@ def google_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True)
     server.start()
+    server._api._httpd.handle_error = lambda *_: None  # it would print a traceback for every client that hangs up
     try:
         port = server._api._httpd.server_address[1]
         name = _bucket(f"http://127.0.0.1:{port}", monkeypatch)
