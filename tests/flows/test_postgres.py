@@ -14,7 +14,6 @@ from flows.up import up
 from stages.errors import UserError
 from tests.flows.raised import Raised, eventually, free_port
 from tests.flows.rehearsal import Rehearsal
-from tests.flows.test_retrain import parameters
 
 SECRET = "a-pass-word-of-the-tests"
 
@@ -84,7 +83,7 @@ def test_everything_is_there_and_a_run_leaves_its_states_in_postgresql(
         said = raised.up()
         assert SECRET not in said
         assert set(postgres.ask("select name from deployment")) >= {"recipe", "scheduled", "production"}
-        run = raised.send("retrain/scheduled", parameters(Rehearsal(tmp_path), 10))
+        run = raised.send("retrain/scheduled", Rehearsal(tmp_path).ready(10))
         ended = raised.ended(run)
         assert ended.state and ended.state.is_completed(), ended.state
         assert postgres.ask(f"select state_type from flow_run where id = '{run}'") == ["COMPLETED"]
