@@ -34,7 +34,7 @@ FAST_BYTES = 4 << 20
 """Text that a process must have seen before it loads the fast backend, which takes as long as encoding so much without:
 a day of new data costs little. Both give the same ids."""
 
-SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 32, 1000
+SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 32, 2000
 """What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
 
 
