@@ -7,6 +7,7 @@ last, by the device's own clock; peak memory; the share of `--ceiling` that the 
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -36,29 +37,35 @@ class Watch:
         import torch
 
         if torch.cuda.is_available():
+            if PROFILE and len(self.marks) in (PROFILE, PROFILE + 1):
+                self.profile()
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
 
-    def seconds(self, first: int) -> float:
-        """From the start of step `first` (counted from 0) to that of the last."""
-        begin, end = self.marks[first], self.marks[-1]
-        return float(end - begin) if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+    def seconds(self, first: int) -> list[float]:
+        """Of each step from `first` (counted from 0) to the last but one."""
+        return [
+            float(end - begin) if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+            for begin, end in itertools.pairwise(self.marks[first:])
+        ]
 
     def __call__(self, done: int, total: int, unit: str = "", **metrics: Any) -> None:
         self.ends[done] = time.perf_counter()
-        if PROFILE and done in (PROFILE, PROFILE + 1):
-            import torch
 
-            torch.cuda.synchronize()
-            if done == PROFILE:
-                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-                self.profiler.__enter__()
-            else:
-                self.profiler.__exit__(None, None, None)
-                show(self.profiler)
+    def profile(self) -> None:
+        """Begin, or end and show."""
+        import torch
+
+        torch.cuda.synchronize()
+        if self.profiler is None:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.__enter__()
+        else:
+            self.profiler.__exit__(None, None, None)
+            show(self.profiler)
 
 
 def show(profiler: Any) -> None:
@@ -153,7 +160,8 @@ def main() -> None:
         )
     ends = watch.ends
     per_step = [json.loads(line)["tokens"] for line in lines]
-    rate = sum(per_step[given.warm : -1]) / watch.seconds(given.warm)
+    seconds = watch.seconds(given.warm)
+    rate = sum(per_step[given.warm : -1]) / sum(seconds)
     share = rate * operations(given.shape, given.method, given.share) / (given.ceiling * 1e12)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
@@ -161,7 +169,8 @@ def main() -> None:
         print("LOSSES", json.dumps([round(json.loads(line)["loss"], 5) for line in lines]), flush=True)
     settings = " ".join([*given.set, *(["nf4"] if given.nf4 else [])])
     print(
-        f"OURS {given.shape} {given.method} {settings} share {given.share}: {rate:,.0f} tok/s, {100 * share:.1f} % of "
+        f"OURS {given.shape} {given.method} {settings} share {given.share}: {rate:,.0f} tok/s (steps of "
+        f"{1000 * min(seconds):.0f}-{1000 * max(seconds):.0f} ms), {100 * share:.1f} % of "
         f"{given.ceiling:.0f} TFLOP/s, peak {facts['peak_memory_bytes'] / 2**30:.1f} GiB (reserved {reserved:.1f}), "
         f"loss {facts['first_loss']:.3f} -> {facts['last_loss']:.3f}, {facts['speed']}, "
         f"first step after {ends[1] - ends[0] if 1 in ends and 0 in ends else 0:.0f} s, {where}",

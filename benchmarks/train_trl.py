@@ -11,6 +11,9 @@ from typing import Any
 
 from benchmarks import train_input
 
+EVERY = 5
+"""Steps between two logs, at which TRL waits for the device: a rate is that of so many steps, without the first."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -25,8 +28,7 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true")
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--sequence", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warm", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=15)
     given = parser.parse_args()
 
     import torch
@@ -78,7 +80,7 @@ def main() -> None:
             torch_compile=given.compile,
             use_liger_kernel=device == "cuda" and not given.no_liger,
             optim="adamw_torch_fused",
-            logging_steps=1,
+            logging_steps=EVERY,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -95,10 +97,10 @@ def main() -> None:
             callbacks=[Watch()],
         )
         trainer.train()
-    rates = sorted((sizes[i] - sizes[i - 1]) / (ends[i] - ends[i - 1]) for i in range(given.warm, len(ends)) if i > 0)
+    rates = sorted((sizes[i] - sizes[i - 1]) / (ends[i] - ends[i - 1]) for i in range(1, len(ends)))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    settings = [f"attention {given.attention}", f"rows {given.rows} x {given.global_batch // given.rows}"]
+    settings = [f"attention {attention}", f"rows {given.rows} x {given.global_batch // given.rows}"]
     settings += [name for name in ("checkpointing", "compile", "no_liger", "nf4") if getattr(given, name)]
     print(
         f"TRL  {given.shape} {given.method} {', '.join(settings)} share {given.share}: "

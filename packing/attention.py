@@ -6,7 +6,7 @@ transformers hands the boundaries (`cu_seq_lens_q`) from the model's arguments t
 builds no mask for an implementation that it knows no mask for.
 
 On a GPU in 16-bit this is one variable-length kernel: torch's (`torch.nn.attention.varlen`), or that of an installed
-flash-attn (`packing.flash`), under the name "regrow_fa2" or "regrow_fa3". Elsewhere each document is a call
+flash-attn (`packing.flash`), under the name "regrow_fa2" to "regrow_fa4". Elsewhere each document is a call
 of scaled dot product attention: its cost is the sum of squared document lengths, against the square of the sum for one
 call with a mask. (SmolLM2's 9 heads, 2,048 tokens in documents of about 60, one CPU core, forward and backward: 26 ms
 against 471 ms.)
@@ -61,7 +61,8 @@ def implementation(device: "str | torch.device", config: Any = None, kernel: Att
         raise ValueError(
             "attention flash: it needs a GPU of the generation Ampere or later"
             if capability is None or capability < flash.AMPERE
-            else "attention flash: flash-attn is not installed: pip install 'regrow[flash]', or leave attention at auto"
+            else "attention flash: flash-attn is not installed: pip install 'regrow[flash4]', or 'regrow[flash]' "
+            "before Hopper, or leave attention at auto"
         )
     chunked = getattr(config, "attention_chunk_size", None) is not None
     if chunked or not _takes_functions(config):

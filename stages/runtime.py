@@ -65,7 +65,7 @@ class Runtime(Described):
     but each layer's input (full: about a fifth slower), or all, with the inputs in the machine's memory (offloaded);
     auto: as little of it as memory allows."""
     attention: Literal["auto", "torch", "flash"] = "auto"
-    """The attention kernel on a GPU: torch's own, flash-attn's (3 on Hopper, else 2; an error where it is not
+    """The attention kernel on a GPU: torch's own, flash-attn's (the newest that runs there; an error where none is
     installed), or auto: flash-attn's where it is installed."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the decoder layers before training: auto does on a GPU, when training is long enough to win back the

@@ -31,7 +31,7 @@ KEPT = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torch_attn::_varlen_attn",
     *("flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward", "flash_attn_3::fwd"),
-    *("regrow::lora_linear", "regrow::lora_swiglu", "transformers::grouped_mm_fallback"),
+    *("regrow::flash_attn_4", "regrow::lora_linear", "regrow::lora_swiglu", "transformers::grouped_mm_fallback"),
     *("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm"),
 )
 """The operations, by namespace and name, whose results selective checkpointing keeps: most of a layer's arithmetic in a
@@ -50,11 +50,39 @@ def layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def recompute(model: nn.Module, mode: Mode) -> None:
-    """Have the decoder layers, in training mode, keep what `mode` says. A model without such layers takes only none."""
+def recompute(model: nn.Module, mode: Mode, compiled: bool = False) -> None:
+    """Have the decoder layers, in training mode, keep what `mode` says. A model without such layers takes only none.
+
+    Layers that will be `compiled` recompute within their own graphs: around them, `checkpoint` would keep torch.compile
+    out. Where a graph breaks, such a layer runs as if it were not compiled.
+    """
     assert mode == "none" or layers(model), "nothing to recompute"
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    _use(model, None if mode == "none" else _functions(mode, on_gpu))
+    inside = compiled and mode != "none"
+    _use(model, None if mode == "none" or inside else _functions(mode, on_gpu))
+    for layer in layers(model) if inside else ():
+        kind: Any = type(layer)
+        layer.__class__ = _recomputing_class(kind, mode)
+
+
+class _Recomputing:
+    """A decoder layer that recomputes within its own forward pass."""
+
+    recomputing: Recompute
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        """As the layer's own."""
+        if not self.training:
+            return super().forward(*inputs, **named)  # type: ignore[misc]
+        return self.recomputing(super().forward, *inputs, **named)  # type: ignore[misc]
+
+
+@cache  # one class for all layers of a kind, or torch.compile would compile each by itself
+def _recomputing_class(before: type, mode: Mode) -> type:
+    if issubclass(before, _Recomputing):
+        before = before.__mro__[2]
+    named = {"recomputing": staticmethod(_functions(mode, False))}
+    return type(f"Recomputing{before.__name__}", (_Recomputing, before), named)
 
 
 @contextmanager

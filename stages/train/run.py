@@ -149,7 +149,7 @@ def attempt(
         tokens = this.total * bins.global_batch * bins.sequence_length // group.size
         offloaded = plan.activation_checkpointing == "offloaded"  # its copies are no part of a graph
         compiled = not sharded and not offloaded and speed.wants_compiling(work.runtime.compile, place, tokens)
-        recompute(trained, plan.activation_checkpointing)
+        recompute(trained, plan.activation_checkpointing, compiled)
         faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
         steps = Steps(
             bins,

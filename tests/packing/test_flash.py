@@ -16,19 +16,28 @@ from packing.attention import attend, implementation
 from tests.packing.test_attention import boundaries, expected, qkv
 
 
-@pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "kernels"))
+def forget() -> None:
+    """Whatever was imported by the packages' names."""
     flash._function.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    forget()
     yield
-    flash._function.cache_clear()
-    for name in flash.MODULES.values():
-        sys.modules.pop(name, None)
+    forget()
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "kernels"))
 
 
 @pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_what_is_called_is_what_the_package_offers_and_each_document_is_by_itself(
     version: int, window: int | None
 ) -> None:
@@ -44,7 +53,7 @@ def test_what_is_called_is_what_the_package_offers_and_each_document_is_by_itsel
 
 
 @pytest.mark.usefixtures("packages")
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_capped_scores_are_those_of_our_own_steps(version: int) -> None:
     q, k, v = qkv()
     parts = [each[0].transpose(0, 1) for each in (q, k, v)]
@@ -57,7 +66,24 @@ def test_capped_scores_are_those_of_our_own_steps(version: int) -> None:
 
 @pytest.mark.usefixtures("packages")
 def test_the_newest_that_runs_on_the_gpu_is_taken() -> None:
-    assert [flash.installed(each) for each in ((9, 0), (8, 0), (10, 0), (7, 5), None)] == [3, 2, 2, None, None]
+    assert [flash.installed(each) for each in ((9, 0), (8, 0), (10, 0), (7, 5), None)] == [4, 2, 4, None, None]
+
+
+def test_the_folder_that_version_4_shares_with_version_2_is_not_taken_for_version_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    (tmp_path / "flash_attn/cute/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [flash.installed(each) for each in ((9, 0), (8, 0))] == [4, None]
+
+
+@pytest.mark.usefixtures("packages")
+def test_version_4_is_an_operation_that_torchs_own_checks_pass() -> None:
+    q, k, v = (each[0].transpose(0, 1) for each in qkv())
+    how = (q, k, v, boundaries(), 64, 0.2, None, 0.0)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(flash.flash_attn_4, how, test_utils=checks)
 
 
 def test_without_the_package_torchs_kernel_serves_and_flash_is_refused() -> None:
@@ -70,7 +96,7 @@ def test_without_the_package_torchs_kernel_serves_and_flash_is_refused() -> None
 def test_a_gpu_without_the_package_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert implementation("cuda") == "regrow"
-    with pytest.raises(ValueError, match=r"pip install 'regrow\[flash\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'regrow\[flash4\]'"):
         implementation("cuda", kernel="flash")
 
 

@@ -22,7 +22,8 @@ def adapted(folder: Path, name: str, device: str = "cpu", dtype: str = "float32"
     torch.set_num_threads(1)
     tiny.save(folder, f"{name}Config", dtype=dtype, **{**TRAINED[name], **sizes})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
-    made = adapters.adapt(model, Lora(rank=rank, experts=True), folder).to(device)
+    # In one dtype, as training holds what it adapts.
+    made = adapters.adapt(model, Lora(rank=rank, experts=True), folder).to(device, getattr(torch, dtype))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():

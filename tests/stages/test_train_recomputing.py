@@ -152,21 +152,45 @@ def test_a_model_that_changes_what_was_kept_is_told_by_name(tmp_path: Path) -> N
 
 @pytest.mark.full
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_compiled_layers_recompute_too(tmp_path: Path, mode: recomputing.Mode) -> None:
-    folder = tiny.save(tmp_path / "model", "LlamaConfig", dtype="bfloat16")
-    inputs = tiny.plan(tmp_path, tiny.documents(8))
-    config = TrainConfig.model_validate({"precision": "fp32"})
-    made = prepared(folder, config)
-    forward = forward_of(made, config, inputs)
-    expected = gradients(made, forward, "none")
-    speed.compile_layers(made)
-    for found, wanted in zip(gradients(made, forward, mode), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+def test_compiled_layers_recompute_within_their_graphs(tmp_path: Path, mode: recomputing.Mode) -> None:
+    from torch._dynamo.utils import counters
+    from transformers import AutoModelForCausalLM
+
+    torch._dynamo.reset()
+    counters.clear()
+    folder = tiny.save(tmp_path / "model", "LlamaConfig", num_hidden_layers=4)
+    made: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").train()
+    ids = torch.arange(96)[None] % 50
+
+    def measured() -> tuple[list[Tensor], int]:
+        held: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in (*made.parameters(), *made.buffers())}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = made(ids, labels=ids, use_cache=False).loss
+        return list(torch.autograd.grad(loss, list(made.parameters()))), sum(held.values())
+
+    expected, whole = measured()
+    recompute(made, mode, compiled=True)
+    assert speed.compile_layers(made) == 4
+    found, held = measured()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "all layers in one graph"
+    assert held < whole * {"selective": 0.8, "full": 0.5}[mode]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomputing.Mode) -> None:
+@pytest.mark.parametrize(
+    ("mode", "compiled"), [*((mode, False) for mode in MODES[1:]), ("selective", True), ("full", True)]
+)
+def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomputing.Mode, compiled: bool) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
     folder = tiny.save(tmp_path / "model", "LlamaConfig", dtype="bfloat16", max_position_embeddings=8192, **sizes)
     inputs = tiny.plan(tmp_path, tiny.documents(8))
@@ -181,10 +205,13 @@ def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomput
     weights = [p for p in made.parameters() if p.requires_grad]
     found, peaks = [], []
     made.train()
+    batch = to_device(objective.prepare(two_documents(bins[0], 4096)), "cuda")
+    if compiled:
+        speed.compile_layers(made)
     for each in ("none", mode):
-        recompute(made, each)
+        recompute(made, each, compiled)
+        torch.autograd.grad(loss(batch)["loss"], weights)  # whatever is compiled, is compiled now
         torch.cuda.reset_peak_memory_stats()
-        batch = to_device(objective.prepare(two_documents(bins[0], 4096)), "cuda")
         found.append(torch.autograd.grad(loss(batch)["loss"], weights))
         peaks.append(torch.cuda.max_memory_allocated())
     for one, other in zip(*found, strict=True):
