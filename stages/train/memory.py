@@ -175,8 +175,11 @@ def measure(model: Any, forward: Callable[[int], torch.Tensor], optimizer: str, 
     layer = token / text.num_hidden_layers
     tokens: dict[Mode, float] = {"none": token + 2 * layer}
     for mode in MODES[1:] if recomputing.layers(model) else ():
-        saved = (many - _kept(model, forward, TRIED[1], mode)) / TRIED[1]
-        tokens[mode] = min(token - saved + RECOMPUTED * layer + 4 * text.hidden_size * computed, tokens["none"])
+        # By the difference of two passes here, too: what is kept whatever the tokens (scales of 4-bit weights) must not
+        # count as saved for each of them.
+        less, more = (_kept(model, forward, tried, mode) for tried in TRIED)
+        kept = max(more - less, 0) / (TRIED[1] - TRIED[0])
+        tokens[mode] = min(kept + RECOMPUTED * layer + 4 * text.hidden_size * computed, tokens["none"])
     if parameters[0].device.type == "cpu" and "full" in tokens:  # inputs put aside lie in the same memory
         tokens["offloaded"] = tokens["full"]
     logits = LOSS_ROWS * text.vocab_size * (computed + 4)

@@ -13,10 +13,8 @@ import torch
 from transformers import set_seed
 
 from packing.collate import PackedBins
-from packing.isolation import check_isolation
 from stages import arithmetic, objectives
 from stages.child import SUSPENDED
-from stages.errors import UserError
 from stages.stage import Facts, Work
 from stages.train import (
     TrainConfig,
@@ -43,6 +41,7 @@ from stages.train.data import (
 from stages.train.heldout import look_of
 from stages.train.planning import plan_memory, refuse_too_big
 from stages.train.policy import Watch
+from stages.train.proofs import prove_float8, prove_isolation
 from stages.train.ranks import Group, Stopping
 from stages.train.recomputing import Mode, recompute
 from stages.train.samples import batches, one_document
@@ -53,6 +52,8 @@ from stages.train.windows import Windows
 
 FIRST = 16
 """The sequences whose activations adapters may start from."""
+TRIED = 8
+"""The sequences whose loss in 8 bits is compared with that in 16."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,15 @@ def attempt(
         trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: batches(first, place))
         faster: dict[str, Any] = {"attention": loaded.config._attn_implementation}
         faster |= speed.hold(trained, config, sharded)
-        isolation = _prove_isolation(trained, config, place)
+        isolation = prove_isolation(trained, config, place)
         with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
             tried = to_device(one_document(example), place)
             loss = objective.loss(trained, options, tried)
             baseline = objective.baseline and objective.baseline(trained, options, tried)
+        if faster.get("float8_layers"):
+            few = windows.read(range(min(TRIED, len(bins))))
+            faster["float8_loss_change"] = prove_float8(trained, config, objective, loss, few, place)
         plan = plan_memory(
             config,
             trained,
@@ -253,18 +257,3 @@ def _deterministic(stack: ExitStack) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
     torch.use_deterministic_algorithms(True)
-
-
-def _prove_isolation(trained: Any, config: TrainConfig, device: str) -> Mapping[str, float]:
-    """Packed and unpacked documents compared: on a GPU as they train, because the attention kernel is another in
-    float32; on a CPU, where it is not, in float32, which shows differences that bfloat16's own noise would hide.
-    """
-    try:
-        with quantization.exact(trained):
-            if device == "cpu":
-                with model.in_float32(trained):
-                    return check_isolation(trained)
-            with speed.autocast(trained, config, device):
-                return check_isolation(trained)
-    except ValueError as error:
-        raise UserError(f"train: {error}") from error

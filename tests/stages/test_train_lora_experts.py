@@ -88,10 +88,11 @@ def test_what_it_does_not_compute_exactly_stays_pefts(tmp_path: Path) -> None:
 def test_on_a_gpu_in_16_bits(tmp_path: Path, name: str) -> None:
     model = adapted(tmp_path, name, "cuda", "bfloat16", rank=8)
     ids = torch.randint(0, tiny.VOCABULARY, (1, 50), device="cuda")
+    exact = step(copy.deepcopy(model).float(), ids)
     expected = step(model, ids)
     assert lora_experts.quicken(model) >= 1
-    for one, other in zip(step(model, ids), expected, strict=True):
-        assert (one - other).norm() <= 0.05 * other.norm() + 1e-3
+    for found, pefts, true in zip(step(model, ids), expected, exact, strict=True):
+        assert (found - true).norm() <= 1.5 * (pefts - true).norm() + 0.02 * true.norm() + 1e-3
 
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", pytest.param("DeepseekV3", marks=pytest.mark.full)])

@@ -1,5 +1,6 @@
 """Recomputing activations changes no gradient, holds less, and the memory plan knows how much."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,21 @@ def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomput
         torch.cuda.reset_peak_memory_stats()
         found.append(torch.autograd.grad(loss(batch)["loss"], weights))
         peaks.append(torch.cuda.max_memory_allocated())
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(one.abs().max()))
+    if compiled:  # other kernels round otherwise, and a random model makes much of it
+        exact = exact_gradients(made, batch)
+        errors = [sum(float((a - b).norm() ** 2) for a, b in zip(each, exact, strict=True)) for each in found]
+        assert errors[1] < 1.5 * errors[0]
+    else:
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(one.abs().max()))
     assert peaks[1] < peaks[0]
+
+
+def exact_gradients(made: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """In float32, with nothing recomputed or compiled."""
+    plain = copy.deepcopy(made).float()
+    for layer in recomputing.layers(plain):
+        layer._compiled_call_impl = None
+    recompute(plain, "none")
+    loss = objectives.find("sft").loss(plain, objectives.options_of("sft", {}), batch)
+    return list(torch.autograd.grad(loss(batch)["loss"], [p for p in plain.parameters() if p.requires_grad]))
