@@ -112,6 +112,7 @@ def _artifact(store: Store, name: str, record: Mapping[str, Any], stage: str) ->
 def _deliver(store: Store, runtime: Runtime, card: Artifact, weights: Artifact, record: Mapping[str, Any]) -> None:
     """Bring the model to where the run's recipe publishes. Raises UserError when that place cannot be written."""
     publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    to, tree, options = publish.get("to"), delivery(weights.tree, card.tree), runtime.storage_options
+    to, tree = publish.get("to") or "", delivery(weights.tree, card.tree)
+    options = runtime.options_for(to)
     if to and not delivered(to, tree, options):
         deliver(to, tree, store, private=publish.get("private", True), options=options)

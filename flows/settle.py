@@ -72,7 +72,7 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
         said = [answer.why] if answer and answer.why and production == "refused" else []
         return Outcome(True, [*reasons, *said], "", False, production, by)
     tree = delivery(weights.tree, card.tree)
-    options = run.runtime.storage_options
+    options = run.runtime.options_for(config.to)
     arrived = bool(config.to) and not delivered(config.to, tree, options)
     if arrived:
         deliver(config.to, tree, run.store, private=config.private, options=options)

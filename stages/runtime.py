@@ -108,6 +108,12 @@ class Runtime(Described):
         there = next(place for place in (self.cache.absolute(), *self.cache.absolute().parents) if place.exists())
         return shutil.disk_usage(there).total // 2
 
+    def options_for(self, place: str) -> dict[str, str]:
+        """The storage options as far as they are meant for another place: one that the store's service serves, or any
+        where the store is a folder, which needs none. Elsewhere a key or an address of the store has no business."""
+        service = next((s for s in ("s3://", "az://", "gs://") if self.store.startswith(s)), "")
+        return self.storage_options if place.startswith(service) else {}
+
     @field_validator("trackers", mode="before")
     @classmethod
     def _names_with_commas(cls, value: Any) -> Any:

@@ -64,7 +64,7 @@ def open_store(
     """The store at a folder or URL, founded there if there is none yet; `cache` is a local folder for views, in which
     copies of what the store holds may have `cache_limit` bytes (see `stages.cache`).
 
-    `storage_options` are for S3 (see `stages.objects.open_objects`). Raises UserError when the place cannot be
+    `storage_options` are the service's (see `stages.objects.open_objects`). Raises UserError when the place cannot be
     reached, read or founded, when its server ignores conditional writes, and, if `read_only`, when there is no store.
     """
     objects = open_objects(url, storage_options or {}, read_only)

@@ -95,9 +95,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     test = f"{Path(path).stem}::{name.partition('[')[0]}"
     if report.failed:
         _SEEN[test] = NOT_HELD
+    elif report.when == "call" and report.passed:
+        _SEEN.setdefault(test, "")  # also where nothing is measured: what the page says of an earlier failure goes
     for key, value in report.user_properties if report.when == "call" else ():
         if key == "marked_after" and _SEEN.get(test) != NOT_HELD:
-            _SEEN[test] = f"{max(float(str(value)), float(_SEEN.get(test, '0 s').removesuffix(' s'))):.0f} s"
+            _SEEN[test] = f"{max(float(str(value)), float((_SEEN.get(test) or '0').removesuffix(' s'))):.0f} s"
 
 
 def pytest_sessionfinish(session: Any) -> None:

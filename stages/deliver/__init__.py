@@ -46,8 +46,8 @@ def deliver(
 ) -> None:
     """Put the tree's files there, replacing what regrow delivered earlier; nothing happens when it is there already.
 
-    `to` is a folder, an fsspec URL, or `hf://org/name` (`private` counts only there); `options` are for S3, as the
-    store's. Raises UserError when something else stands there, or when the place cannot be reached or written;
+    `to` is a folder, an fsspec URL, or `hf://org/name` (`private` counts only there); `options` are for
+    its service. Raises UserError when something else stands there, or when the place cannot be reached or written;
     BadBlob when the store's bytes turn out damaged.
     """
     if "://" not in to:

@@ -275,5 +275,7 @@ def _is_outage(error: Exception) -> bool:
     status = getattr(error, "status_code", None) or 0
     if status >= 500 or status in (408, 429) or _code(error) == "Md5Mismatch":
         return True
+    if isinstance(error.__cause__, IncompleteReadError):  # an answer cut three times: then the client says no more
+        return True
     cut = (ServiceRequestError, ServiceResponseError, IncompleteReadError, ClientError)
     return isinstance(error, (*cut, ConnectionError, TimeoutError))

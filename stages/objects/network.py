@@ -24,7 +24,7 @@ PATIENCE = 90.0
 FIRST_ANSWER = 6.0
 """Seconds for which a store that was never reached may keep silent."""
 OPENING = 3.0
-"""Seconds for which one that answers with an error of its own is tried again while it is opened."""
+"""Seconds for which one that answers with an error of its own, or not to the end, is tried again while it is opened."""
 SINGLE_PUT = 16 * 2**20
 """Bytes up to which a blob goes up in one request; beyond, in parts."""
 

@@ -17,6 +17,7 @@ from stages.errors import UserError
 from stages.objects import Entry, Versioned
 from stages.objects.network import (
     FIRST_ANSWER,
+    OPENING,
     PATIENCE,
     SINGLE_PUT,
     Place,
@@ -68,7 +69,7 @@ def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
         skip_instance_cache=True,
     )
     endpoint = given.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    objects = S3Objects(fs, place._replace(server=endpoint or ""), patience=0)
+    objects = S3Objects(fs, place._replace(server=endpoint or ""), OPENING)
     objects.read("format.json")
     return replace(objects, patience=PATIENCE)
 
@@ -198,7 +199,7 @@ class S3Objects:
     def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         from fsspec.asyn import sync
 
-        timeout = None if self.patience else FIRST_ANSWER
+        timeout = FIRST_ANSWER if self.patience < PATIENCE else None
         result: T = self._patiently(lambda: sync(self.fs.loop, operation, timeout=timeout))
         return result
 

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.conftest import S3, SeaweedFS
 from tests.flows.conftest import tiny_recipe
 from tests.flows.raised import Raised, eventually
 from tests.flows.victim import Victim
+from tests.stages.faulty_proxy import Fault, faulty_proxy
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -96,6 +98,35 @@ def test_the_key_is_revoked(make_victim: Callable[..., Victim], server: SeaweedF
     server.grant(WORKER)
     victim.left_nothing()
     assert victim.goes_on()["resumed_at_step"] > 0
+
+
+@pytest.mark.failure(
+    what="for a whole run the network drops one in ten requests to the bucket, loses or truncates the answer, is late, "
+    "or answers 500",
+    outcome="the run ends *Completed*, and has made what it makes over a good network",
+)
+def test_the_network_is_bad(make_victim: Callable[..., Victim], server: SeaweedFS, tmp_path: Path) -> None:
+    with faulty_proxy(server.endpoint) as proxy:
+        victim = make_victim(epochs=2, endpoint_url=proxy.endpoint)
+        proxy.faults, proxy.share = get_args(Fault), 0.1
+        ended = victim.raised.ended(victim.send("+publish"))
+        proxy.faults = ()
+    assert ended.state and ended.state.is_completed(), ended.state
+    assert set(proxy.suffered) == set(get_args(Fault)), proxy.suffered
+    victim.left_nothing()
+    for folder in ("quarantine/", "superseded/"):
+        assert not list(victim.store.objects.list(folder)), folder
+    calm = replace(victim, runtime=Runtime(store=str(tmp_path / "calm"), cache=tmp_path / "calm-cache"))
+    ended = calm.raised.ended(calm.send("+publish"))
+    assert ended.state and ended.state.is_completed(), ended.state
+    assert made(victim) == made(calm)
+
+
+def made(victim: Victim) -> dict[tuple[str, str, str], str]:
+    """The digest of each file of each artifact, but for the one that names the run."""
+    found = [victim.store.find(stage, key) for stage, key, _ in victim.store.manifests()]
+    files = [(artifact, file) for artifact in found if artifact for file in artifact.tree.files]
+    return {(a.stage, a.key, f.path): f.sha256 for a, f in files if f.path != "lineage.json"}
 
 
 def marked(victim: Victim, run: Any, record: Record, words: str) -> None:

@@ -3,6 +3,7 @@
 python store_driver.py race URL FOLDER NAME      commit one action with bytes of one's own, when told to on stdin
 python store_driver.py count URL FOLDER FILE     add one to a number in a file under a lease, ten times
 python store_driver.py hold URL FOLDER           take a lease and hold it until killed
+python store_driver.py upload URL FOLDER FILE    send a file and die when half of it is there
 python store_driver.py kills URL FOLDER DOES     kill a fresh process at every step of a commit or checkpoint
 """
 
@@ -19,9 +20,9 @@ from typing import Any
 
 from stages.checkpoints import drop_checkpoints, fetch_checkpoint, latest_checkpoint, save_checkpoint
 from stages.gc import collect
-from stages.identity import Action, tree_of
+from stages.identity import Action, sha256_file, tree_of
 from stages.lease import lease
-from stages.objects import Objects
+from stages.objects import Objects, blob_path
 from stages.store import Store, open_store
 
 ACTION = Action("train", {"train": 1}, {"rate": 1e-3}, {"tokens": "0" * 64})
@@ -76,6 +77,19 @@ def hold(url: str, folder: Path) -> None:
     with lease(open_store(url, folder / "cache"), "train", "0" * 64, 300.0, "the holder"):
         print("ready", flush=True)
         signal.pause()
+
+
+def upload(url: str, folder: Path, file: str) -> None:
+    objects, source, sent = open_store(url, folder / "dying").objects, Path(file), 0
+    size, sha256 = source.stat().st_size, sha256_file(source)
+
+    def moved(more: int) -> None:
+        nonlocal sent
+        sent += more
+        if size // 2 < sent < size:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    objects.upload(source, blob_path(sha256), sha256, moved)
 
 
 @dataclass(frozen=True)
@@ -235,6 +249,7 @@ if __name__ == "__main__":
         "swap": swap,
         "count": count,
         "hold": hold,
+        "upload": upload,
         "kills": kills,
     }
     does[sys.argv[1]](sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

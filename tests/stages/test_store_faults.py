@@ -77,3 +77,11 @@ def test_a_bad_network_costs_time_only(fault: Fault, proxy: FaultyProxy, bucket:
     assert last is not None and last.document == {"n": 4}
     assert verify(direct, deep=True).problems == []
     assert not list(direct.objects.list("quarantine/")), "what the network cut is not taken for a damaged store"
+
+
+def test_a_store_is_opened_although_answers_are_cut(proxy: FaultyProxy, bucket: Any, tmp_path: Path) -> None:
+    open_store(bucket.url, tmp_path / "direct").write_run("run", {})
+    proxy.faults, proxy.share = ("truncate",), 0.15
+    for n in range(8):
+        assert through(proxy, bucket, tmp_path / str(n)).read_run("run") == {}
+    assert proxy.suffered["truncate"] > 3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from stages.gc import verify
-from stages.identity import Action
+from stages.identity import Action, sha256_file
+from stages.objects import blob_path
 from stages.store import open_store
 
 CLOUDS = [pytest.param(cloud, marks=pytest.mark.full) for cloud in ("azure", "google")]
@@ -132,3 +134,24 @@ def test_an_outage_of_the_server_is_waited_out(s3_server_of_ones_own, tmp_path: 
         artifact = committing.result(timeout=120)
     assert store.find("pack", action.key) == artifact
     assert verify(store, deep=True).problems == []
+
+
+@pytest.mark.failure(
+    what="a process is killed half way through the upload of a large file",
+    outcome="nothing of the file is to be seen; the next upload brings it whole",
+)
+@pytest.mark.full
+@pytest.mark.parametrize("shared_url", ["s3", "azure", "google"], indirect=True)
+def test_an_upload_in_blocks_that_breaks_off_leaves_nothing_to_be_seen(shared_url: str, tmp_path: Path) -> None:
+    source, back = tmp_path / "model", tmp_path / "back"
+    source.write_bytes(os.urandom(72 * 2**20))  # more than Azure's client sends in one request
+    sha256 = sha256_file(source)
+    objects = open_store(shared_url, tmp_path / "cache").objects
+    with drive("upload", shared_url, tmp_path, source) as dies:
+        assert dies.wait() == -signal.SIGKILL
+    assert objects.stat(blob_path(sha256)) is None and not list(objects.list("blobs/"))
+    objects.upload(source, blob_path(sha256), sha256)
+    [entry] = objects.list("blobs/")
+    assert entry.path == blob_path(sha256) and entry.size == source.stat().st_size
+    objects.download(blob_path(sha256), back)
+    assert sha256_file(back) == sha256
