@@ -1,18 +1,21 @@
 """What a team does in the dashboard, in a real browser on the server and workers of `regrow up`: start a run from a
-form and watch it to its end."""
+form and watch it to its end, say yes or no to a model that waits for a person."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import pytest
 import yaml
 from playwright.sync_api import Page, expect
 
+from stages.production import production
 from tests.flows import browser
 from tests.flows.conftest import tiny_recipe
 from tests.flows.raised import Raised
+from tests.flows.rehearsal import Rehearsal
 
 pytestmark = [
     pytest.mark.full,
@@ -73,3 +76,60 @@ def test_a_run_is_started_from_its_form_and_watched_to_its_end(
     browser.open_artifact(page, run, "plan")
     for stage in ("fetch", "train", "publish"):
         expect(page.get_by_role("row").filter(has=page.get_by_role("cell", name=stage, exact=True))).to_be_visible()
+
+
+def waiting(page: Page, raised: Raised, rehearsal: Rehearsal) -> UUID:
+    """A retraining whose model is twice as good as the one in production; its page, as it waits for a person."""
+    run = raised.send("retrain/scheduled", rehearsal.ready(20, approval=True))
+    raised.wait(run, lambda found: found.state is not None and (found.state.is_paused() or found.state.is_final()))
+    page.goto(f"{dashboard(raised)}/v2/runs/flow-run/{run}")
+    expect(page.get_by_text("Suspended", exact=True).first).to_be_visible()
+    return run
+
+
+def answer(page: Page, promote: bool, why: str) -> None:
+    """Fill in the form that the run waits for."""
+    form = browser.approval(page)
+    expect(form.get_by_text("spelling").first).to_be_visible()
+    expect(form.get_by_text("0.500").first).to_be_visible()
+    if promote:
+        form.get_by_role("switch").click()
+    form.get_by_label("Why").fill(why)
+    form.get_by_label("Your name").fill("ada")
+    form.get_by_role("button", name="Resume").click()
+    expect(form).to_be_hidden()
+
+
+def delivered(rehearsal: Rehearsal) -> str:
+    """The run whose model is where the recipe publishes to."""
+    return str(json.loads((rehearsal.folder / "out/lineage.json").read_text())["run"])
+
+
+def test_a_yes_promotes_what_was_shown_whatever_came_meanwhile(page: Page, raised: Raised, tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path, name="asked-yes")
+    first, _ = rehearsal.run(10)
+    run = waiting(page, raised, rehearsal)
+    asked = next(record for _, record in rehearsal.store.runs() if record["run"].endswith(str(run)[-6:]))
+    newer, outcome = rehearsal.run(30, approval=True)
+    assert outcome.production == "waits" and rehearsal.stands == first.artifacts["merge"].key
+    (tmp_path / "rows.jsonl").write_text('{"question": "new", "answer": "new"}\n')
+    answer(page, True, "reads well")
+    browser.watch(page, rehearsal.name, "Completed")
+    assert rehearsal.stands == asked["stages"]["merge"]["key"] != newer.artifacts["merge"].key
+    found = production(rehearsal.store, rehearsal.name)
+    assert found and (found.now.by, found.now.run) == ("ada", asked["run"]) and "reads well" in found.now.why
+    assert delivered(rehearsal) == asked["run"]
+
+
+def test_a_no_leaves_production_alone_and_is_in_the_history(page: Page, raised: Raised, tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path, name="asked-no")
+    first, _ = rehearsal.run(10)
+    run = waiting(page, raised, rehearsal)
+    answer(page, False, "too terse")
+    browser.watch(page, rehearsal.name, "Refused")
+    state = raised.ended(run).state
+    assert state and "too terse" in str(state.message), state
+    assert rehearsal.stands == first.artifacts["merge"].key
+    assert delivered(rehearsal) == first.id
+    browser.open_artifact(page, page.url, "asked-no-history")
+    expect(page.get_by_text("declined by ada")).to_be_visible()
