@@ -34,9 +34,9 @@ def asked(run: Run) -> Answer:
 def question(run: Run) -> str:
     """What the form shows: the model, why the gate passed, the scores."""
     facts = run.artifacts["publish"].facts
-    scores = scores_page(facts["scores"], chart=False)
-    weights = run.artifacts["merge"].key[:8]
+    scores = scores_page(facts["scores"], brief=True)
+    weights, reasons = run.artifacts["merge"].key[:8], "; ".join(facts["reasons"])
     return (
-        f"## Promote {run.name}?\n\nRun `{run.id}`, weights `{weights}`. The gate: {'; '.join(facts['reasons'])}.\n\n"
-        f"{scores}\n"
+        f"## Promote {run.name}?\n\nResume with the switch below on for yes, off for no.\n\n"
+        f"Run `{run.id}`, weights `{weights}`. It passed the gate: {reasons}.\n\n{scores}\n"
     )

@@ -23,6 +23,7 @@ from flows.approval import asked
 from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
+from flows.parameters import OwnRuntime
 from flows.plan import Plan, make_plan, require_writable
 from flows.recipe import Recipe, loads
 from flows.run import Run, start
@@ -63,20 +64,20 @@ def finetune(
     exclude: Sequence[str] = (),
     force: Sequence[str] = (),
     strict: bool = False,
-    runtime: Runtime | None = None,
+    runtime: OwnRuntime = None,
     run: str = "",
 ) -> State[Any]:
     """Fine-tune a model by a recipe: make what is not in the store yet. Raises UserError, StageFailed and Suspended.
 
     Args:
-        recipe: a file on the worker's machine, the name of a recipe that ran before, or one written here.
-        settings: recipe keys to override, one a line, such as `train.learning_rate=2e-4`.
-        select: stages, such as `train`, `train+` (and all below), `+evaluate` (and all above); empty takes all.
-        exclude: stages to leave out; the same grammar.
-        force: stages to make again although they are in the store.
-        strict: make again what other code or library versions made.
-        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
-        run: an earlier run's id, to use its recipe and its sources as they were then.
+        recipe: A file on the worker's machine, the name of a recipe that ran before, or one written here.
+        settings: Recipe keys to override, each an item, such as `train.learning_rate=2e-4`.
+        select: Stages, such as `train`, `train+` (and all below), `+evaluate` (and all above); empty takes all.
+        exclude: Stages to leave out; the same grammar.
+        force: Stages to make again although they are in the store.
+        strict: Make again what other code or library versions made.
+        runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
+        run: An earlier run's id, to use its recipe and its sources as they were then.
     """
     try:
         with get_client(sync_client=True) as client:

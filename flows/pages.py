@@ -83,7 +83,8 @@ def history_page(name: str, events: Sequence[Event], standing: Move | None) -> s
 def _standing(name: str, move: Move | None) -> str:
     if move is None:
         return f"**{name}/production** names no model yet."
-    return f"**{name}/production** names `{move.model['key'][:8]}` of run `{move.run}`, {move.what} by {move.by}."
+    by = "the gate" if move.by == "gate" else move.by
+    return f"**{name}/production** names `{move.model['key'][:8]}` of run `{move.run}`, {move.what} by {by}."
 
 
 MOST_BARS = 12
@@ -106,8 +107,11 @@ def _scores_of(folder: Path) -> str:
     return scores_page(compare(folder))
 
 
-def scores_page(scores: Mapping[str, Any], chart: bool = True) -> str:
-    """The models on every task, with 95 % intervals, as a chart and as a table; a second table against production."""
+def scores_page(scores: Mapping[str, Any], brief: bool = False) -> str:
+    """The models on every task, with 95 % intervals, as a chart and as a table; a second table against production.
+
+    `brief` is for a form, which is narrow: it has no chart and names neither items nor metrics.
+    """
     measured = dict(scores["tasks"])
     bars = [
         Bar(f"{_short(name)} · {model}", **task[model], tuned=model == TUNED)
@@ -117,14 +121,14 @@ def scores_page(scores: Mapping[str, Any], chart: bool = True) -> str:
     ]
     more = f"; the first {MOST_BARS} of {len(measured):,} tasks" if len(measured) > MOST_BARS else ""
     told = []
-    if bars and chart:
+    if bars and not brief:
         told.append(image(interval_bars(bars, f"score, with its 95 % interval{more}"), "scores of the models"))
     if loss := scores["heldout_loss"]:
         measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:
         return "Nothing was measured.\n"
-    header = ("task", "items", BASE, TUNED, "difference", "better")
-    told.append(_table(header, [_score_row(name, task) for name, task in measured.items()]))
+    header = ("task", *(() if brief else ("items",)), BASE, TUNED, "difference", "better")
+    told.append(_table(header, [_score_row(name, task, brief) for name, task in measured.items()]))
     if standing := {name: task for name, task in measured.items() if PRODUCTION in task}:
         told.append("Against the model in production when the run started:")
         columns = ("task", PRODUCTION, TUNED, "difference", "better")
@@ -137,8 +141,10 @@ def _production_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
     return name, _interval(task[PRODUCTION]), _interval(task[TUNED]), _interval(over["difference"], "+"), over["better"]
 
 
-def _score_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:
+def _score_row(name: str, task: Mapping[str, Any], brief: bool) -> tuple[str, ...]:
     values = (_interval(task[BASE]), _interval(task[TUNED]), _interval(task["difference"], "+"))
+    if brief:
+        return name, *values, task["better"]
     items = f"{task['n']:,}" if "n" in task else f"{task['tokens']:,} tokens"
     return f"{name}, {task['metric']}", items, *values, task["better"]
 
@@ -188,12 +194,12 @@ def report_page(report: Mapping[str, Any]) -> str:
     largest = sorted(report["sources"], key=lambda source: -source["tokens"])[:MOST_SOURCES]
     drawn = [source for source in report["sources"] if source in largest]
     which = "each source" if len(drawn) == len(report["sources"]) else f"the {len(drawn)} largest sources"
-    charts = [
-        (f"Tokens of {which}; green ones train", data_charts.tokens({"sources": drawn})),
-        ("Rows by their tokens", data_charts.lengths(report)),
-    ]
+    charts = [(f"Tokens of {which}; green ones train", data_charts.tokens({"sources": drawn}))]
+    if len(report["lengths"]["counts"]) > 1:  # one bar is no picture
+        charts.append(("Rows by their tokens", data_charts.lengths(report)))
     told = [data_report.markdown(report)]
     told += [f"### {title}\n\n{image(_standing_alone(svg), title)}\n" for title, svg in charts]
+    told.append(f"{_lengths(report['lengths'])}\n")
     if report["samples"]:
         told.append("### Rows as they train\n\nWhat stands between ⟦ and ⟧ trains.\n")
     for sample in report["samples"]:
@@ -201,6 +207,13 @@ def report_page(report: Mapping[str, Any]) -> str:
             text = "".join(f"⟦{text}⟧" if trains else text for text, trains in pieces)
             told.append(f"{sample['place']}\n\n{_fenced(text.rstrip())}\n")
     return "\n".join(told)
+
+
+def _lengths(lengths: Mapping[str, Any]) -> str:
+    """What the chart of rows by their tokens shows, for whom its axis is not enough."""
+    marks = {"shortest": "min", "median": "median", "95th percentile": "p95", "longest": "max"}
+    told = ", ".join(f"{mark} {lengths[name]:,}" for mark, name in marks.items())
+    return f"Tokens in a row, before any cut: {told}."
 
 
 def _standing_alone(svg: str) -> str:

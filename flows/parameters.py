@@ -7,10 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.runtime import Runtime
+
 StageName = Literal["fetch", "convert", "tokenize", "pack", "score", "train", "merge", "evaluate", "publish"]
 """`flows.graph.ORDER` as a type: the choices in the dashboard's form."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 """A recipe's name."""
+
+OwnRuntime = Runtime | Annotated[None, Field(title="As the worker has it")]
+"""A run's own runtime; the title is what the form calls none."""
 
 Days = Annotated[float, Field(ge=0)]

@@ -20,6 +20,7 @@ from prefect.states import Cancelled, Completed
 
 from flows.execute import StageFailed
 from flows.finetune import failed, opened, run_name, work
+from flows.parameters import OwnRuntime
 from flows.plan import make_plan
 from flows.settle import settle
 from flows.stored import AnyRecipe, recipe_of
@@ -30,15 +31,15 @@ from stages.runtime import Runtime, from_environment, store_of
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)
-def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: Runtime | None = None) -> State[Any]:
+def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: OwnRuntime = None) -> State[Any]:
     """Train again on what is new: fetch only that, compare with the base model and production, promote or not.
 
     Raises UserError, StageFailed and Suspended.
 
     Args:
-        recipe: a file on the worker's machine, the name of a recipe that ran before, or one written here.
-        settings: recipe keys to override, one a line, such as `train.learning_rate=2e-4`.
-        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+        recipe: A file on the worker's machine, the name of a recipe that ran before, or one written here.
+        settings: Recipe keys to override, each an item, such as `train.learning_rate=2e-4`.
+        runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
     where = runtime or from_environment()
     try:

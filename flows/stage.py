@@ -11,9 +11,8 @@ from prefect.client.schemas import State
 from prefect.runtime import flow_run
 
 from flows.finetune import finetune, recipe_name
-from flows.parameters import StageName
+from flows.parameters import OwnRuntime, StageName
 from flows.stored import AnyRecipe
-from stages.runtime import Runtime
 
 
 def run_name() -> str:
@@ -27,17 +26,17 @@ def stage(
     recipe: AnyRecipe,
     settings: Sequence[str] = (),
     force: bool = False,
-    runtime: Runtime | None = None,
+    runtime: OwnRuntime = None,
     run: str = "",
 ) -> State[Any]:
     """Make one stage of a recipe, and nothing else. Raises UserError and StageFailed.
 
     Args:
-        stage: what is made; what it reads must be there already.
-        recipe: a file on the worker's machine, the name of a recipe that ran before, or one written here.
-        settings: recipe keys to override, one a line, such as `train.learning_rate=2e-4`.
-        force: make it again although it is in the store.
-        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
-        run: an earlier run's id, to use its recipe and its sources as they were then.
+        stage: What is made; what it reads must be there already.
+        recipe: A file on the worker's machine, the name of a recipe that ran before, or one written here.
+        settings: Recipe keys to override, each an item, such as `train.learning_rate=2e-4`.
+        force: Make it again although it is in the store.
+        runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
+        run: An earlier run's id, to use its recipe and its sources as they were then.
     """
     return finetune.fn(recipe, settings, select=[stage], force=[stage] if force else [], runtime=runtime, run=run)

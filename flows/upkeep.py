@@ -10,23 +10,23 @@ from prefect.states import Completed
 from flows import promotion
 from flows.dashboard import Dashboard
 from flows.finetune import announce, failed
-from flows.parameters import Days, Name
+from flows.parameters import Days, Name, OwnRuntime
 from stages import gc as garbage
 from stages.errors import UserError
 from stages.production import Move
-from stages.runtime import Runtime, from_environment, store_of
+from stages.runtime import from_environment, store_of
 from stages.store import Store
 
 
 @flow(name="promote", flow_run_name="promote {name}", persist_result=False)
-def promote(name: Name, what: str = "", anyway: bool = False, runtime: Runtime | None = None) -> State[Any]:
+def promote(name: Name, what: str = "", anyway: bool = False, runtime: OwnRuntime = None) -> State[Any]:
     """Let a name's production ref name a run's model. Raises UserError.
 
     Args:
-        name: the recipe's name.
-        what: a run, or a key of its merge or publish; empty takes the newest run.
-        anyway: promote it although its gate was not passed.
-        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+        name: The recipe's name.
+        what: A run, or a key of its merge or publish; empty takes the newest run.
+        anyway: Promote it although its gate was not passed.
+        runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
     where = runtime or from_environment()
     try:
@@ -37,12 +37,12 @@ def promote(name: Name, what: str = "", anyway: bool = False, runtime: Runtime |
 
 
 @flow(name="rollback", flow_run_name="rollback {name}", persist_result=False)
-def rollback(name: Name, runtime: Runtime | None = None) -> State[Any]:
+def rollback(name: Name, runtime: OwnRuntime = None) -> State[Any]:
     """Let a name's production ref name the model that stood there before. Raises UserError.
 
     Args:
-        name: the recipe's name.
-        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+        name: The recipe's name.
+        runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
     where = runtime or from_environment()
     try:
@@ -63,13 +63,13 @@ def moved(event: str, store: Store, name: str, move: Move) -> State[Any]:
 
 
 @flow(name="gc", persist_result=False)
-def gc(delete: bool = False, days: Days = 30.0, runtime: Runtime | None = None) -> State[Any]:
+def gc(delete: bool = False, days: Days = 30.0, runtime: OwnRuntime = None) -> State[Any]:
     """Find, and with `delete` remove, artifacts that nothing names any more. Raises UserError.
 
     Args:
-        delete: really delete; without it only the report is made.
-        days: runs younger than this keep what they used.
-        runtime: where and how fast; empty takes the worker's environment (`REGROW_*`).
+        delete: Really delete; without it only the report is made.
+        days: Runs younger than this keep what they used.
+        runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
     try:
         report = garbage.collect(store_of(runtime or from_environment()), delete=delete, run_days=days)

@@ -63,7 +63,7 @@ def started(api: Api, deployment: str) -> list[dict[str, Any]]:
 
 def test_the_form_of_a_stage_says_what_goes_where(page: Page, registered: Api) -> None:
     browser.open_form(page, registered.url.removesuffix("/api"), "train")
-    expect(page.get_by_text("recipe keys to override, one a line")).to_be_visible()
+    expect(page.get_by_text("Recipe keys to override, each an item")).to_be_visible()
     page.get_by_role("tab", name="A recipe, written here").click()
     expect(page.get_by_text("At its highest, after the warmup.")).to_be_visible()
     rate = page.get_by_label("learning_rate (Optional)", exact=True)

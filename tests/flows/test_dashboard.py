@@ -126,6 +126,8 @@ def test_scores_show_both_models_with_their_intervals() -> None:
     assert "a_very_long_task_name\\|with_bar" in page
     assert "0.7" in texts(picture(page))
     assert "Nothing" in scores_page({"tasks": {}, "heldout_loss": None})
+    brief = scores_page(scores, brief=True)
+    assert "| task | base | tuned |" in brief and "1,500" not in brief and "svg" not in brief
 
 
 def interval(value: float) -> dict[str, float]:

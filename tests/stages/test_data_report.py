@@ -101,6 +101,8 @@ def test_samples_show_just_what_trains(tmp_path: Path) -> None:
     shown = report_page(packed.report)
     assert all(f"⟦{text}⟧" in shown for s in samples for text, trains in s["sequences"][0] if trains)
     assert shown.count("data:image/svg+xml") == 2
+    alike = {**packed.report, "lengths": {**packed.report["lengths"], "edges": [33, 34], "counts": [101]}}
+    assert report_page(alike).count("data:image/svg+xml") == 1, "rows of one length are told, not drawn"
 
 
 def test_hundreds_of_sources_fit_a_page_of_the_dashboard(tmp_path: Path) -> None:
