@@ -172,7 +172,7 @@ def test_the_quickstart_teaches_what_the_base_model_cannot_do(place: Place) -> N
     assert "passed: clearly better" in done.stdout
     scores = json.loads((to / "scores.json").read_text())
     task = scores["tasks"]["reversal"]
-    assert task["n"] == 60
+    assert task["n"] == 40
     assert task["base"]["high"] < 0.1 and task["tuned"]["low"] > 0.5, "the intervals are far apart"
     assert scores["heldout_loss"]["better"] == "tuned"
     assert scores["scored_twice"] == scores["agreeing"] == 120

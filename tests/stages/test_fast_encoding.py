@@ -133,7 +133,7 @@ class TestStage:
         ]
 
 
-REAL = ("qwen3", "llama3_1", "gptoss", "deepseek_v3", "smollm2", "gemma3")
+REAL = ("qwen3", "llama3_1", "gptoss", "deepseek_v3", "gemma3")
 
 
 @pytest.mark.full

@@ -29,7 +29,7 @@ when, folder = sys.argv[1], Path(sys.argv[2])
 def die(event, arguments):
     # A real death of the whole machine while a file of the second checkpoint is copied to the store.
     here = " ".join(str(a) for a in arguments[:2])
-    if when == "uploading" and event == "os.link" and "/0000000002/files/optimizer" in here:
+    if when == "uploading" and event == "os.rename" and "/0000000002/files/optimizer" in here:
         os.kill(os.getpid(), signal.SIGKILL)
     if when == "uploaded" and event == "os.link" and "/0000000002/complete.json" in here:
         sys.addaudithook(lambda event, arguments: os.kill(os.getpid(), signal.SIGKILL) if event == "open" else None)
