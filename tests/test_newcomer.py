@@ -175,7 +175,7 @@ def test_the_quickstart_teaches_what_the_base_model_cannot_do(place: Place) -> N
     assert task["n"] == 40
     assert task["base"]["high"] < 0.1 and task["tuned"]["low"] > 0.5, "the intervals are far apart"
     assert scores["heldout_loss"]["better"] == "tuned"
-    assert scores["scored_twice"] == scores["agreeing"] == 120
+    assert scores["scored_twice"] == scores["agreeing"] == 80
 
 
 def commands() -> list[str]:

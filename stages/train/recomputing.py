@@ -60,15 +60,18 @@ def recompute(model: nn.Module, mode: Mode, compiled: bool = False) -> None:
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     inside = compiled and mode != "none"
     _use(model, None if mode == "none" or inside else _functions(mode, on_gpu))
-    for layer in layers(model) if inside else ():
+    for layer in layers(model):
         kind: Any = type(layer)
-        layer.__class__ = _recomputing_class(kind, mode)
+        plain = kind.plain if issubclass(kind, _Recomputing) else kind
+        layer.__class__ = _recomputing_class(plain, mode) if inside else plain
 
 
 class _Recomputing:
     """A decoder layer that recomputes within its own forward pass."""
 
     recomputing: Recompute
+    plain: type
+    """The layer's own class."""
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         """As the layer's own."""
@@ -79,9 +82,7 @@ class _Recomputing:
 
 @cache  # one class for all layers of a kind, or torch.compile would compile each by itself
 def _recomputing_class(before: type, mode: Mode) -> type:
-    if issubclass(before, _Recomputing):
-        before = before.__mro__[2]
-    named = {"recomputing": staticmethod(_functions(mode, False))}
+    named = {"recomputing": staticmethod(_functions(mode, False)), "plain": before}
     return type(f"Recomputing{before.__name__}", (_Recomputing, before), named)
 
 
