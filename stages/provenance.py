@@ -77,11 +77,19 @@ def _follow(paths: Sequence[Path], root: Path, found: dict[str, bytes]) -> None:
         path = waiting.pop()
         if path.as_posix() in found or path.as_posix() in _FOUNDATION or not (root / path).is_file():
             continue
-        found[path.as_posix()] = text = (root / path).read_bytes()
-        for base, names in _IMPORT.findall(text):
-            folder = Path(*base.decode().split("."))
-            waiting += [folder.with_suffix(".py"), folder / "__init__.py"]
-            waiting += [folder / f"{name.split()[0]}.py" for name in names.decode().split(",") if name.strip()]
+        found[path.as_posix()], imported = _read(root / path)
+        waiting += imported
+
+
+@cache
+def _read(file: Path) -> tuple[bytes, list[Path]]:
+    """A source file's bytes, and where what it imports of ours may lie."""
+    text, imported = file.read_bytes(), []
+    for base, names in _IMPORT.findall(text):
+        folder = Path(*base.decode().split("."))
+        imported += [folder.with_suffix(".py"), folder / "__init__.py"]
+        imported += [folder / f"{name.split()[0]}.py" for name in names.decode().split(",") if name.strip()]
+    return text, imported
 
 
 @cache

@@ -133,7 +133,9 @@ def from_environment(settings: Mapping[str, Any] | None = None) -> Runtime:
     return Runtime.model_validate({**found, **(settings or {})})
 
 
-def store_of(runtime: Runtime) -> Store:
-    """The store that the runtime names. Raises UserError as `stages.store.open_store`."""
+def store_of(runtime: Runtime, *, reached: bool = False) -> Store:
+    """The store that the runtime names. `reached` and errors as in `stages.store.open_store`."""
     options, limit = runtime.storage_options, runtime.cache_bytes
-    return open_store(runtime.store, runtime.cache, options, cache_limit=limit, read_only=runtime.read_only)
+    return open_store(
+        runtime.store, runtime.cache, options, cache_limit=limit, read_only=runtime.read_only, reached=reached
+    )

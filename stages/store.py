@@ -60,14 +60,16 @@ def open_store(
     *,
     cache_limit: float = math.inf,
     read_only: bool = False,
+    reached: bool = False,
 ) -> "Store":
     """The store at a folder or URL, founded there if there is none yet; `cache` is a local folder for views, in which
     copies of what the store holds may have `cache_limit` bytes (see `stages.cache`).
 
-    `storage_options` are the service's (see `stages.objects.open_objects`). Raises UserError when the place cannot be
-    reached, read or founded, when its server ignores conditional writes, and, if `read_only`, when there is no store.
+    `storage_options` and `reached` are those of `stages.objects.open_objects`. Raises UserError when the place cannot
+    be reached, read or founded, when its server ignores conditional writes, and, if `read_only`, when there is no
+    store.
     """
-    objects = open_objects(url, storage_options or {}, read_only)
+    objects = open_objects(url, storage_options or {}, read_only, reached)
     marker = objects.read("format.json")
     if marker is None and read_only:
         raise UserError(f"{objects.url}: there is no store here, and read-only none is founded (REGROW_READ_ONLY)")

@@ -94,7 +94,7 @@ class Streams:
     def _opened(self) -> Store:
         """The store, opened by this process: connections do not outlive a fork."""
         if self._store is None or self._store[0] != os.getpid():
-            self._store = os.getpid(), store_of(self._runtime)
+            self._store = os.getpid(), store_of(self._runtime, reached=True)
         return self._store[1]
 
 

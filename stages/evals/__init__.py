@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 
 from stages.errors import UserError
 from stages.identity import Json
@@ -51,9 +52,10 @@ class Eval:
     """An answer's score from 0 (wrong) to 1 (right)."""
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The evaluations there are: the files in this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def load(name: str) -> Eval:

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -183,9 +184,10 @@ class Reader:
     """One row to what it means. Raises BadRow."""
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The formats there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def find(name: str) -> Format:
@@ -225,7 +227,7 @@ def templated(name: str, options: Mapping[str, Any]) -> bool:
 
 def versions(name: str) -> dict[str, int]:
     """The formats that may read the rows, with their versions: all of them for `auto`."""
-    return {f"format:{one}": find(one).version for one in (names() if name == "auto" else [name])}
+    return {f"format:{one}": find(one).version for one in (names() if name == "auto" else (name,))}
 
 
 def hint(row: Row, name: str) -> str:

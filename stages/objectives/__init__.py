@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
@@ -89,9 +90,10 @@ class Objective:
         return int(bins.documents_in(numbers)) // (2 if self.counts == "pairs" else 1)
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The objectives there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def find(name: str) -> Objective:

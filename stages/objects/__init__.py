@@ -111,21 +111,22 @@ def blob_path(sha256: str) -> str:
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
-def open_objects(url: str, options: Mapping[str, str], read_only: bool = False) -> Objects:
+def open_objects(url: str, options: Mapping[str, str], read_only: bool = False, reached: bool = False) -> Objects:
     """The objects at a URL: a folder (plain path or `file://`), `s3://bucket/prefix`, `az://container/prefix`,
     `gs://bucket/prefix` or `memory://name`. If `read_only` whatever would write there raises UserError.
 
-    `options` are the service's (`OPTIONS` in its file). Raises UserError for a scheme that is not served, and for a
+    `options` are the service's (`OPTIONS` in its file). An outage is an error within seconds, unless the place was
+    `reached` before. Raises UserError for a scheme that is not served, and for a
     folder that cannot be made or written.
     """
     if read_only:
         from stages.objects.read_only import ReadOnly
 
-        return ReadOnly(_open(url, options, made=False))
-    return _open(url, options, made=True)
+        return ReadOnly(_open(url, options, False, reached))
+    return _open(url, options, True, reached)
 
 
-def _open(url: str, options: Mapping[str, str], made: bool) -> Objects:
+def _open(url: str, options: Mapping[str, str], made: bool, reached: bool) -> Objects:
     scheme, separator, rest = url.partition("://")
     if not url or (separator and not rest and scheme != "memory"):
         raise UserError(f"store {url!r}: names no place; use {_SERVED}")
@@ -141,15 +142,15 @@ def _open(url: str, options: Mapping[str, str], made: bool) -> Objects:
     if scheme == "s3":
         from stages.objects.s3 import open_s3
 
-        return open_s3(rest, options)
+        return open_s3(rest, options, reached)
     if scheme == "az":
         from stages.objects.azure import open_azure
 
-        return open_azure(rest, options)
+        return open_azure(rest, options, reached)
     if scheme == "gs":
         from stages.objects.gcs import open_gcs
 
-        return open_gcs(rest, options)
+        return open_gcs(rest, options, reached)
     raise UserError(f"store {url}: {scheme}:// is not served; use {_SERVED}")
 
 

@@ -49,9 +49,9 @@ AT_ONCE = 4
 """Blocks of one file that are on their way together."""
 
 
-def open_azure(address: str, options: Mapping[str, str]) -> "AzureObjects":
+def open_azure(address: str, options: Mapping[str, str], reached: bool = False) -> "AzureObjects":
     """The objects under `container/prefix`. Raises UserError when the container cannot be reached or read with these
-    rights, within seconds; afterwards outages are waited out for `PATIENCE` seconds."""
+    rights, within seconds; afterwards, or if it was `reached` before, outages are waited out for `PATIENCE` seconds."""
     place = place_of("az", address, "AZURE_STORAGE_ACCOUNT_KEY, …")
     given: dict[str, Any] = chosen(options, OPTIONS)
     try:
@@ -65,7 +65,7 @@ def open_azure(address: str, options: Mapping[str, str]) -> "AzureObjects":
     except ValueError as error:  # no account, or a connection string that is none; it may hold the secret
         raise UserError(f"{place.url}: no account and credentials were found; set {CREDENTIALS}") from error
     server = fs.service_client.url.partition("?")[0].rstrip("/")
-    objects = AzureObjects(fs, place._replace(server=server), OPENING)
+    objects = AzureObjects(fs, place._replace(server=server), PATIENCE if reached else OPENING)
     objects.read("format.json")
     return replace(objects, patience=PATIENCE)
 

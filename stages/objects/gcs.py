@@ -39,9 +39,9 @@ MEDIA = {"alt": "media"}
 LOOKED_AT = "name,size,updated,generation,metageneration"
 
 
-def open_gcs(address: str, options: Mapping[str, str]) -> "GoogleObjects":
+def open_gcs(address: str, options: Mapping[str, str], reached: bool = False) -> "GoogleObjects":
     """The objects under `bucket/prefix`. Raises UserError when the bucket cannot be reached or read with these rights,
-    within seconds; afterwards outages are waited out for `PATIENCE` seconds."""
+    within seconds; afterwards, or if it was `reached` before, outages are waited out for `PATIENCE` seconds."""
     place = place_of("gs", address, "GOOGLE_APPLICATION_CREDENTIALS, …")
     given: dict[str, Any] = chosen(options, OPTIONS)
     os.environ.setdefault(*PLAIN_GCSFS)
@@ -54,7 +54,7 @@ def open_gcs(address: str, options: Mapping[str, str]) -> "GoogleObjects":
     how = {"requests_timeout": timeout, "use_listings_cache": False, "skip_instance_cache": True}
     fs = GCSFileSystem(**given, access="read_write", **how)
     server = given.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST", "")
-    api = GoogleApi(fs, place._replace(server=server), OPENING)
+    api = GoogleApi(fs, place._replace(server=server), PATIENCE if reached else OPENING)
     GoogleObjects(api).read("format.json")
     return GoogleObjects(replace(api, patience=PATIENCE))
 

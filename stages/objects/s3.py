@@ -44,9 +44,9 @@ _WRITES = ("Put", "Copy", "Create", "Upload", "Complete", "Abort")
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 
 
-def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
+def open_s3(address: str, options: Mapping[str, str], reached: bool = False) -> "S3Objects":
     """The objects under `bucket/prefix`. Raises UserError when the bucket cannot be reached or read with these rights,
-    within seconds; afterwards outages are waited out for `PATIENCE` seconds."""
+    within seconds; afterwards, or if it was `reached` before, outages are waited out for `PATIENCE` seconds."""
     place = place_of("s3", address, "AWS_ACCESS_KEY_ID, …")
     given = chosen(options, OPTIONS)
     try:
@@ -69,7 +69,7 @@ def open_s3(address: str, options: Mapping[str, str]) -> "S3Objects":
         skip_instance_cache=True,
     )
     endpoint = given.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    objects = S3Objects(fs, place._replace(server=endpoint or ""), OPENING)
+    objects = S3Objects(fs, place._replace(server=endpoint or ""), PATIENCE if reached else OPENING)
     objects.read("format.json")
     return replace(objects, patience=PATIENCE)
 

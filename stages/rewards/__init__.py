@@ -18,6 +18,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,9 +100,10 @@ class RewardChoice(StageConfig):
             raise ValueError(f"{name}: {place}: {told['msg']}") from None
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The rewards there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def find(name: str) -> Reward:

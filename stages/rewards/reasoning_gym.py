@@ -18,12 +18,18 @@ class Options(StageConfig):
     """1 for full marks, 0 for everything else."""
 
 
-@cache
-def _scorer(task: str) -> Any:
+def ready(options: Options) -> None:
+    """Import the library, which takes seconds that no completion should be charged. Raises UserError without it."""
     try:
-        import reasoning_gym
+        import reasoning_gym  # noqa: F401
     except ImportError as error:
         raise UserError("the reward reasoning_gym needs that package: pip install 'regrow[data]'") from error
+
+
+@cache
+def _scorer(task: str) -> Any:
+    import reasoning_gym
+
     return reasoning_gym.get_score_answer_fn(task)
 
 
@@ -36,4 +42,4 @@ def score(completion: str, row: Row, options: Options) -> float:
     return float(found >= 1.0) if options.strict else found
 
 
-REWARD = Reward(1, score, Options, needs=lambda options: ("answer", "metadata"))
+REWARD = Reward(1, score, Options, needs=lambda options: ("answer", "metadata"), ready=ready)

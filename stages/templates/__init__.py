@@ -8,6 +8,7 @@ import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from stages.errors import UserError
@@ -42,9 +43,10 @@ NO_TOOLS = """\
 """The beginning of templates without tools: a row that needs them is refused, here and when the model is asked."""
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The templates there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def find(name: str) -> Named:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from stages.checkpoints import fetch_checkpoint, latest_checkpoint, save_checkpoint
+from stages.errors import UserError
 from stages.gc import verify
 from stages.identity import Action, tree_of
 from stages.lease import lease
@@ -33,9 +35,9 @@ def proxy(bucket: Any) -> Iterator[FaultyProxy]:
         yield proxy
 
 
-def through(proxy: FaultyProxy, bucket: Any, cache: Path) -> Store:
+def through(proxy: FaultyProxy, bucket: Any, cache: Path, reached: bool = False) -> Store:
     options = bucket.through(proxy.endpoint) if hasattr(bucket, "through") else {"endpoint_url": proxy.endpoint}
-    return open_store(bucket.url, cache, options)
+    return open_store(bucket.url, cache, options, reached=reached)
 
 
 def folder(path: Path, seed: int = 0, files: int = 6) -> Path:
@@ -85,3 +87,14 @@ def test_a_store_is_opened_although_answers_are_cut(proxy: FaultyProxy, bucket: 
     for n in range(8):
         assert through(proxy, bucket, tmp_path / str(n)).read_run("run") == {}
     assert proxy.suffered["truncate"] > 3
+
+
+def test_a_store_that_was_reached_before_is_waited_for(proxy: FaultyProxy, bucket: Any, tmp_path: Path) -> None:
+    open_store(bucket.url, tmp_path / "direct").write_run("run", {})
+    proxy.faults, proxy.share = ("500",), 1.0
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(through, proxy, bucket, tmp_path / "reached", reached=True)
+        with pytest.raises(UserError, match="cannot be reached"):
+            through(proxy, bucket, tmp_path / "new")
+        proxy.faults = ()
+        assert waiting.result().read_run("run") == {}
