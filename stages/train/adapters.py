@@ -71,6 +71,12 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     return adapted
 
 
+def lift_inputs(model: PeftModel) -> None:
+    """Let every adapter lift its layer's input to its own float32, for a model that also runs without autocast."""
+    for _, module in _adapters(model):
+        module.cast_input_dtype_enabled = True
+
+
 def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) -> None:
     """Let every A start from the directions in which its layer's inputs vary most over some batches (EVA,
     arXiv:2410.07170). `batches` are as the model takes them."""

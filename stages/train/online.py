@@ -171,7 +171,11 @@ def _load(config: TrainConfig, folder: Path, device: str) -> Any:
     frozen = config.method == "lora" and config.precision == "bf16"
     network = load_network(folder, "bf16" if frozen else "fp32", "cuda" if device == "cuda" else "cpu", packed=False)
     network.train()
-    return adapters.adapt(network, config.lora, folder) if config.method == "lora" else network
+    if config.method == "full":
+        return network
+    adapted = adapters.adapt(network, config.lora, folder)
+    adapters.lift_inputs(adapted)  # TRL generates without autocast
+    return adapted
 
 
 def _trainer(

@@ -105,6 +105,16 @@ def test_the_reward_goes_up_and_every_completion_is_kept(
     assert (output / "weights" / "model.safetensors").exists()
 
 
+def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.arithmetic.cpu_has_bf16", lambda: True)  # as on a GPU
+    lora = {"method": "lora", "precision": "bf16", "lora": {"rank": 4}}
+    _, facts = train(tmp_path, inputs, recipe(tmp_path, steps=2) | lora, allow_code=True)
+    assert facts["precision"] == "bf16"
+    assert facts["completions"] == 2 * 2 * 8
+
+
 class _Stopped(Exception):
     pass
 
