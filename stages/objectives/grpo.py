@@ -2,12 +2,11 @@
 
 The model writes a group of completions to every prompt; a completion's advantage is its reward against its group's.
 Losses are named as TRL names them: `dapo` (arXiv:2503.14476), `dr_grpo` (arXiv:2503.20783), `cispo`
-(arXiv:2506.13585), `sapo` (arXiv:2511.20347) and so on; `importance: sequence` is GSPO (arXiv:2507.18071), and
-`normalize_each` is GDPO (each reward normalised in its group before they are added up).
+(arXiv:2506.13585), `sapo` (arXiv:2511.20347) and so on; `importance: sequence` is GSPO (arXiv:2507.18071).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,8 +50,8 @@ class OnlineOptions(StageConfig):
         return self
 
 
-class GrpoOptions(OnlineOptions):
-    """Settings of group relative policy optimization."""
+class GroupOptions(OnlineOptions):
+    """What objectives have that compare a completion with its group."""
 
     beta: float = Field(default=0.0, ge=0)
     """Weight of the divergence from the model before training; 0 needs no second model in memory."""
@@ -60,18 +59,19 @@ class GrpoOptions(OnlineOptions):
     """How a step's tokens are weighed."""
     importance: Literal["token", "sequence"] = "token"
     """Whether probability ratios are a token's or the whole completion's (GSPO)."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
-    normalize_each: bool = False
-    """Normalise each reward by itself before they are added up (GDPO)."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "GrpoOptions":
+    def _fits(self) -> Self:
         if self.loss == "luspo" and self.importance != "sequence":
             raise ValueError("loss luspo works on whole completions: set importance: sequence")
-        if self.normalize_each and len(self.rewards) < 2:
-            raise ValueError("normalize_each is for several rewards: take it out, or name another reward")
         return self
+
+
+class GrpoOptions(GroupOptions):
+    """Settings of group relative policy optimization."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
 
 
 def online_settings(options: OnlineOptions) -> dict[str, Any]:
@@ -89,16 +89,19 @@ def online_settings(options: OnlineOptions) -> dict[str, Any]:
     }
 
 
-def settings(options: GrpoOptions) -> Mapping[str, Any]:
-    """TRL's arguments."""
+def group_settings(options: GroupOptions) -> dict[str, Any]:
+    """TRL's arguments that GRPO and its kin share."""
     return {
         **online_settings(options),
         "beta": options.beta,
         "loss_type": options.loss,
         "importance_sampling_level": options.importance,
-        "scale_rewards": options.scale_rewards,
-        "multi_objective_aggregation": "normalize_then_sum" if options.normalize_each else "sum_then_normalize",
     }
+
+
+def settings(options: GrpoOptions) -> Mapping[str, Any]:
+    """TRL's arguments."""
+    return {**group_settings(options), "scale_rewards": options.scale_rewards}
 
 
 OBJECTIVE = Objective(version=1, options=GrpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))

@@ -51,6 +51,7 @@ def start(home: Path, seconds: float, name: str, **environment: str) -> "subproc
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
         env=clean | environment,
     )
 

@@ -87,11 +87,16 @@ def figures(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+@pytest.mark.parametrize("objective", ["grpo", "gdpo", "rloo"])
 def test_the_reward_goes_up_and_every_completion_is_kept(
     tmp_path: Path, inputs: dict[str, Path], objective: str
 ) -> None:
-    options = {"beta": 0.0, "normalize_advantages": True} if objective == "rloo" else {}
+    options: dict[str, Any] = {"beta": 0.0, "normalize_advantages": True} if objective == "rloo" else {}
+    if objective == "gdpo":
+        letters = {"reward": str(tmp_path / "letters.py")}
+        options = {
+            "rewards": {"letters": letters, "short": {"reward": "length", "weight": 0.1, "options": {"most": 8}}}
+        }
     output, facts = train(tmp_path, inputs, recipe(tmp_path, objective, **options), allow_code=True)
     rewards = [step["reward"] for step in figures(output)]
     assert sum(rewards[-4:]) > 1.3 * sum(rewards[:4])
@@ -146,7 +151,7 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, input
         ({"rewards": {}}, "name at least one"),
         ({"rewards": {"a": {"reward": "nope"}}}, "there is no reward 'nope'"),
         ({"loss": "luspo"}, "set importance: sequence"),
-        ({"normalize_each": True}, "several rewards"),
+        ({"objective": "gdpo"}, "several rewards"),
         ({"group_size": 1}, "group_size"),
     ],
 )
