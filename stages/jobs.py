@@ -1,14 +1,15 @@
 """Makes artifacts of one stage: a job is one of them, a child process works through several, each committed at once."""
 
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stages import streams
 from stages.cache import Hold
@@ -181,24 +182,50 @@ def _portions(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 def _workplaces(cache_folder: Path, stage: str, jobs: Sequence[Job]) -> Iterator[dict[str, Path]]:
     """A folder a job that outlives failed attempts, with an empty `output`, removed when all went well.
 
-    A file lock per folder keeps two processes of this machine apart even when a lease was lost.
+    A file lock per folder keeps two processes of this machine apart even when a lease was lost, and where two stages
+    share a part. All take them in the order of the keys, so that no two wait for each other.
     """
     folders: dict[str, Path] = {}
     locks = []
     try:
-        for job in jobs:
+        for job in sorted(jobs, key=lambda job: job.action.key):
             folder = cache_folder / "work" / stage / job.action.key
             with clear_errors(cache_folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = (folder / "lock").open("w")
-                locks.append(lock)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                locks.append(_locked(folder))
                 shutil.rmtree(folder / "output", ignore_errors=True)
                 (folder / "output").mkdir()
             folders[job.name] = folder
         yield folders
         for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     finally:
         for lock in locks:
             lock.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock, once nobody else has it. Who had it may have removed the folder with the lock in it: then what
+    was waited for keeps nobody out, and all begins anew."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+        with ExitStack() as stack, suppress(FileNotFoundError):
+            lock = stack.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+                stack.pop_all()
+                return lock
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whose lock is held, and the lock at last: from then on it is somebody else's, who may be there
+    before the folder is gone."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "lock":
+                path.unlink()
+        (folder / "lock").unlink()
+        folder.rmdir()

@@ -12,6 +12,7 @@ import pytest
 
 from stages.build import Built, build
 from stages.identity import Action, File, Tree, tree_of
+from stages.jobs import Job, _workplaces
 from stages.objects import blob_path
 from stages.runtime import Runtime
 from stages.stage import Part
@@ -171,6 +172,22 @@ store = open_store(store_url, Path(cache))
 built = build(shard_stage.STAGE, shard_stage.ShardsConfig(), {"rows": tree}, store, runtime)
 print(built.hit, built.artifact.digest)
 """
+
+
+def test_a_workplace_is_there_and_empty_for_one_at_a_time(tmp_path: Path) -> None:
+    """Each removes it when it is done, while others wait for its lock; half of them ask in the other order."""
+    jobs = [Job(str(n), Action("toy", {"toy": 1}, {"n": n}, {}), {}, {}, False) for n in range(3)]
+
+    def work(number: int) -> None:
+        for _ in range(40):
+            with _workplaces(tmp_path, "toy", jobs[:: 1 if number % 2 else -1]) as folders:
+                for folder in folders.values():
+                    assert list((folder / "output").iterdir()) == []
+                    (folder / "output" / "made").touch(exist_ok=False)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert list((tmp_path / "work" / "toy").iterdir()) == []
 
 
 def test_racing_processes_build_once_and_all_adopt_it(store: Store, runtime: Runtime, tmp_path: Path) -> None:
