@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,7 +103,14 @@ class Maker:
         """Run jobs one after another in one child; return their artifacts in order."""
         artifacts: dict[str, Artifact] = {}
         started = time.monotonic()
-        with _workplaces(self.runtime.cache, self.stage.name, jobs) as folders, self.store.hold() as hold:
+        with (
+            _workplaces(self.runtime.cache, self.stage.name, jobs, self.hooks.on_wait) as (folders, waited),
+            self.store.hold() as hold,
+        ):
+            for job in (job for job in jobs if job.name in waited and not job.replace):
+                if found := self._whole(job.action):  # made by whom was waited for
+                    artifacts[job.name] = found
+            left = [job for job in jobs if job.name not in artifacts]
             tasks = [
                 Task(
                     job.name,
@@ -112,10 +120,10 @@ class Maker:
                     str(folders[job.name]),
                     {**self.where, **(job.where or {})},
                 )
-                for job in jobs
+                for job in left
             ]
-            by_name = {job.name: job for job in jobs}
-            alone = jobs[0] if len(jobs) == 1 else None
+            by_name = {job.name: job for job in left}
+            alone = left[0] if len(left) == 1 else None
             mirror = alone and Mirror(self.store, alone.action.key, folders[alone.name], self.hooks.on_wait)
             if mirror:
                 mirror.restore()
@@ -136,18 +144,19 @@ class Maker:
                 self.hooks.on_event(event)
 
             try:
-                run_in_child(
-                    self.stage.home,
-                    tasks,
-                    self.runtime.model_copy(update={"store": self.store.url, "cache": self.store.cache}).model_dump(
-                        mode="json"
-                    ),
-                    on_event,
-                    self.hooks.on_line,
-                    self.should_stop,
-                    self.runtime.silence_seconds,
-                    self.runtime.grace_seconds,
-                )
+                if tasks:
+                    run_in_child(
+                        self.stage.home,
+                        tasks,
+                        self.runtime.model_copy(update={"store": self.store.url, "cache": self.store.cache}).model_dump(
+                            mode="json"
+                        ),
+                        on_event,
+                        self.hooks.on_line,
+                        self.should_stop,
+                        self.runtime.silence_seconds,
+                        self.runtime.grace_seconds,
+                    )
             finally:
                 if mirror:
                     mirror.settle(wait=not self.should_stop())
@@ -179,23 +188,33 @@ def _portions(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 @contextmanager
-def _workplaces(cache_folder: Path, stage: str, jobs: Sequence[Job]) -> Iterator[dict[str, Path]]:
-    """A folder a job that outlives failed attempts, with an empty `output`, removed when all went well.
+def _workplaces(
+    cache_folder: Path, stage: str, jobs: Sequence[Job], on_wait: Callable[[str], None]
+) -> Iterator[tuple[dict[str, Path], set[str]]]:
+    """A folder a job that outlives failed attempts, with an empty `output`, removed when all went well; and the names
+    of the jobs that somebody else was at work on.
 
     A file lock per folder keeps two processes of this machine apart even when a lease was lost, and where two stages
     share a part. All take them in the order of the keys, so that no two wait for each other.
     """
     folders: dict[str, Path] = {}
+    waited: set[str] = set()
     locks = []
+
+    def wait(job: Job) -> None:
+        if job.name not in waited:
+            on_wait(f"waiting for another run on this machine, which is at work on {stage} {job.name}".rstrip())
+            waited.add(job.name)
+
     try:
         for job in sorted(jobs, key=lambda job: job.action.key):
             folder = cache_folder / "work" / stage / job.action.key
             with clear_errors(cache_folder):
-                locks.append(_locked(folder))
+                locks.append(_locked(folder, partial(wait, job)))
                 shutil.rmtree(folder / "output", ignore_errors=True)
                 (folder / "output").mkdir()
             folders[job.name] = folder
-        yield folders
+        yield folders, waited
         for folder in folders.values():
             _remove(folder)
     finally:
@@ -203,16 +222,20 @@ def _workplaces(cache_folder: Path, stage: str, jobs: Sequence[Job]) -> Iterator
             lock.close()
 
 
-def _locked(folder: Path) -> IO[str]:
-    """The folder's lock, once nobody else has it. Who had it may have removed the folder with the lock in it: then what
-    was waited for keeps nobody out, and all begins anew."""
+def _locked(folder: Path, wait: Callable[[], None]) -> IO[str]:
+    """The folder's lock, once nobody else has it; `wait` is called before waiting. Who had it may have removed the
+    folder with the lock in it: then what was waited for keeps nobody out, and all begins anew."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with suppress(FileExistsError):
             folder.mkdir()
         with ExitStack() as stack, suppress(FileNotFoundError):
             lock = stack.enter_context((folder / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
                 stack.pop_all()
                 return lock

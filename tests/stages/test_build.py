@@ -6,16 +6,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 
 from stages.build import Built, build
 from stages.identity import Action, File, Tree, tree_of
-from stages.jobs import Job, _workplaces
+from stages.jobs import Hooks, Job, _workplaces
 from stages.objects import blob_path
 from stages.runtime import Runtime
-from stages.stage import Part
+from stages.stage import Part, part_action
 from stages.store import BadBlob, Store, open_store
 
 TOYS = Path(__file__).parent / "toys"
@@ -162,7 +163,7 @@ import shard_stage
 from stages.build import build
 from stages.identity import Tree, File
 from stages.runtime import Runtime
-from stages.stage import Part
+from stages.stage import Part, part_action
 from stages.store import open_store
 store_url, cache, *files = sys.argv[1:]
 Path(cache).mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ def test_a_workplace_is_there_and_empty_for_one_at_a_time(tmp_path: Path) -> Non
 
     def work(number: int) -> None:
         for _ in range(40):
-            with _workplaces(tmp_path, "toy", jobs[:: 1 if number % 2 else -1]) as folders:
+            with _workplaces(tmp_path, "toy", jobs[:: 1 if number % 2 else -1], print) as (folders, _):
                 for folder in folders.values():
                     assert list((folder / "output").iterdir()) == []
                     (folder / "output" / "made").touch(exist_ok=False)
@@ -188,6 +189,25 @@ def test_a_workplace_is_there_and_empty_for_one_at_a_time(tmp_path: Path) -> Non
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     assert list((tmp_path / "work" / "toy").iterdir()) == []
+
+
+def test_a_part_that_another_run_makes_is_waited_for_and_adopted(
+    store: Store, runtime: Runtime, tmp_path: Path
+) -> None:
+    import shard_stage
+
+    tree = rows(store, tmp_path, a="one", b="two")
+    part = shard_stage.parts(shard_stage.ShardsConfig(), {"rows": tree})[0]
+    job = Job(part.name, part_action(shard_stage.STAGE, part), part.config, part.inputs, False)
+    told: Queue[str] = Queue()
+    with ThreadPoolExecutor(1) as pool:
+        with _workplaces(runtime.cache, "shards", [job], print) as (folders, _):
+            built = pool.submit(shards, store, runtime, tree, hooks=Hooks(on_wait=told.put))
+            assert told.get(timeout=60).endswith("at work on shards a")
+            (folders["a"] / "output" / "upper.txt").write_text("ONE!")
+            store.commit(job.action, folders["a"] / "output", {"rows": 1, "by": {"a": 1}}, {})
+        assert built.result(60).artifact.facts["rows"] == 2
+    assert calls(runtime) == ["b.txt"]
 
 
 def test_racing_processes_build_once_and_all_adopt_it(store: Store, runtime: Runtime, tmp_path: Path) -> None:
