@@ -12,9 +12,9 @@ set -u
 recipe=${1:?the recipe, e.g. configs/quickstart.yaml}
 export REGROW_STORE=${REGROW_STORE:-$HOME/regrow-store}
 
+trap 'kill -TERM "$!"' TERM  # before the run is there: a warning in between would end the job alone
 regrow run "$recipe" &
 run=$!
-trap 'kill -TERM "$run"' TERM
 wait "$run"
 code=$?
 # The trap ends the first wait early; the run is still saving then.
