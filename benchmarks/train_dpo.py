@@ -114,10 +114,9 @@ def ours(given: argparse.Namespace) -> tuple[list[float], list[float]]:
     import torch
 
     from packing.attention import implementation
-    from stages import generation
+    from stages import generation, scoring
     from stages.runtime import Runtime
     from stages.score import ScoreConfig
-    from stages.scoring import score
     from stages.stage import Work
     from stages.train import TrainConfig, memory, model
     from stages.train.supervise import train
@@ -156,11 +155,9 @@ def ours(given: argparse.Namespace) -> tuple[list[float], list[float]]:
         reference.mkdir(parents=True)
         began = time.perf_counter()
         scored = {"tokens": inputs["tokens"] / SHARD, "model": folder}
-        score(ScoreConfig(precision=given.precision), scored, reference, work)
+        scoring.score(ScoreConfig(precision=given.precision), scored, reference, work)
         print(f"reference: {time.perf_counter() - began:.1f} s", flush=True)
-        import stages.scoring
-
-        stages.scoring._kept.clear()
+        scoring._kept.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

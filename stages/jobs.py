@@ -194,7 +194,7 @@ def _workplaces(
     """A folder a job that outlives failed attempts, with an empty `output`, removed when all went well; and the names
     of the jobs that somebody else was at work on.
 
-    A file lock per folder keeps two processes of this machine apart even when a lease was lost, and where two stages
+    A file lock per folder keeps two processes of this machine apart even when a lease was lost, and where two runs
     share a part. All take them in the order of the keys, so that no two wait for each other.
     """
     folders: dict[str, Path] = {}
