@@ -6,6 +6,7 @@ the user's data directory (a store, a cache). The run fails naming both.
 (Linux only: it reads /proc.)
 """
 
+import getpass
 import os
 import shutil
 import sys
@@ -24,6 +25,8 @@ DATA = "data"
 
 KEPT = ("pytest-of-", "torchinductor_", "runner_storage", DATA)
 """What tools keep: pytest its last runs' folders, torch what it has compiled, Prefect's workers what they ran in."""
+COMPILERS = "torch/_inductor/compile_worker"
+"""Torch's helpers that compile for a GPU: they end with the process that started them."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +50,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while (left := _processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith(KEPT))
+    kept = (*KEPT, getpass.getuser())  # flash-attn's compiled kernels are in a folder of the user's name
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith(kept))
     told = [f"process {number}: {command}" for number, command in left.items()] + [f"file {name}" for name in files]
     if told and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -64,7 +68,9 @@ def _processes() -> dict[int, str]:
         if place.name.isdigit() and int(place.name) != os.getpid():
             try:
                 if mark in (place / "environ").read_bytes().split(b"\0"):
-                    found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+                    command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if COMPILERS not in command:
+                        found[int(place.name)] = command[:120]
             except OSError:  # it has ended, or is not ours
                 continue
     return found

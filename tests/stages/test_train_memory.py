@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stages.errors import UserError
 from stages.runtime import Runtime
-from stages.stage import Work
+from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig
 from stages.train.memory import HEADROOM, Costs, choose, nearest, smaller
 from stages.train.recomputing import MODES, Mode
@@ -102,3 +102,45 @@ def test_the_record_says_what_was_chosen_and_a_token_costs_what_it_does_however_
     costs = facts["memory_plan"]["costs"]
     assert costs["optimizer"] == 2 * costs["gradients"] == 8 * facts["trained_weights"]
     assert costs["token"]["full"] < costs["token"]["selective"] < costs["token"]["none"]
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_is_planned_smaller_and_the_losses_stay(tmp_path: Path) -> None:
+    """The allocator refuses what the device would still have, which the plan does not know of."""
+    import torch
+
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
+    inputs = {
+        "model": tiny.save(tmp_path / "model", "LlamaConfig", max_position_embeddings=4096, **sizes),
+        **tiny.plan(tmp_path, tiny.documents(3000), sequence_length=4096, global_batch=4),
+    }
+    config = {"method": "full", "max_steps": 3, "precision": "bf16"}
+    peaks = {}
+    for rows in (2, 4):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        peaks[rows], plain = train_on_gpu(tmp_path / f"plain{rows}", inputs, config, rows)
+        assert plain["notes"] == []
+    assert peaks[2] < 0.7 * peaks[4]
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.85 * peaks[4] / whole)
+    try:
+        _, facts = train_on_gpu(tmp_path / "short", inputs, config, 4)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (note,) = facts["notes"]
+    assert re.match(r"the device ran out of memory in step 1: .*; went on with micro-batch 2, activations kept", note)
+    assert facts["steps"] == 3
+    assert facts["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-2)
+
+
+def train_on_gpu(folder: Path, inputs: dict[str, Path], config: dict[str, Any], rows: int) -> tuple[int, Facts]:
+    """The peak of its memory, and the facts."""
+    import torch
+
+    (folder / "output").mkdir(parents=True)
+    runtime = {"device": "cuda", "micro_batch": rows, "activation_checkpointing": "none", "compile": "never"}
+    work = Work(folder / "work", Runtime.model_validate(runtime))
+    facts = STAGE.run(TrainConfig.model_validate(config), inputs, folder / "output", work)
+    return torch.cuda.max_memory_allocated(), facts

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages.errors import UserError
 from stages.runtime import Runtime
@@ -88,3 +89,21 @@ def test_what_one_rank_refuses_is_told_once_and_ends_all(tmp_path: Path, inputs:
 def test_more_ranks_than_sequences_a_step_are_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="9 ranks, but a step has only 8 sequences"):
         train(tmp_path, inputs, ranks=9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("method", "shard"), [("lora", "none"), ("full", "none"), ("lora", "fsdp"), ("full", "fsdp")])
+def test_two_gpus_compute_what_one_does_and_one_goes_on_where_they_stopped(
+    tmp_path: Path, inputs: dict[str, Path], method: str, shard: str
+) -> None:
+    alone, _ = train(tmp_path / "alone", inputs, method=method, device="cuda", ranks=1, micro_batch=1)
+    together, facts = train(tmp_path / "together", inputs, method=method, device="cuda", ranks=2, shard=shard)
+    assert (facts["ranks"], facts["shard"]) == (2, shard)
+    assert together == pytest.approx(alone, rel=1e-3)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "shared", inputs, warn_after(4), method=method, device="cuda", ranks=2, shard=shard)
+    assert stopped.value.code == 75
+    found, facts = train(tmp_path / "shared", inputs, method=method, device="cuda", ranks=1)
+    assert 4 <= facts["resumed_at_step"] < 18 == len(found)
+    assert found == pytest.approx(alone, rel=1e-3)
