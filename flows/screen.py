@@ -4,10 +4,10 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +17,9 @@ from flows.run import Run
 from stages.build import Built
 from stages.child import Event
 from stages.stage import Facts
+
+if TYPE_CHECKING:
+    from flows.bar import Bar
 
 STYLES = {"cached": "green", "runs": "yellow", "unknown": "yellow dim", "skipped": "dim"}
 WORDS = {"cached": "cached", "runs": "runs", "unknown": "may run", "skipped": "skipped"}
@@ -55,19 +58,6 @@ def plan_json(plan: Plan) -> str:
     return json.dumps({"recipe": plan.recipe, "steps": steps, "to_run": plan.to_run}, indent=2)
 
 
-class _Rate(ProgressColumn):
-    """Units per second, and the time that is left."""
-
-    def render(self, task: Task) -> Text:
-        if not task.total or not task.completed:
-            return Text("")
-        rate = task.completed / max(task.elapsed or 0.0, 1e-6)
-        unit = task.fields["unit"]
-        left = max(task.total - task.completed, 0) / rate
-        shown = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
-        return Text(f"{shown}  {seconds(left)} left", style="dim")
-
-
 def seconds(value: float) -> str:
     """A duration for people: `4.2 s`, `1:05`, `2:03:07`."""
     if value < 60:
@@ -82,8 +72,7 @@ class Screen:
     """Follows a run on the terminal: a live bar while a stage works, one line when it is done."""
 
     console: Console
-    progress: Progress | None = None
-    task: TaskID | None = None
+    bar: "Bar | None" = None
     started: float = 0.0
     extra: str = ""
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
@@ -95,37 +84,25 @@ class Screen:
     def _start(self, run: Run, stage: str) -> None:
         self.started, self.extra = time.monotonic(), ""
         if self.console.is_terminal:
-            self.progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description:<9}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.percentage:>3.0f}%"),
-                _Rate(),
-                TextColumn("[dim]{task.fields[extra]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.progress.start()
-            self.task = self.progress.add_task(stage, total=None, unit="", extra="")
+            from flows.bar import Bar  # not in a plan's way
+
+            self.bar = Bar(self.console, stage)
 
     def _event(self, run: Run, stage: str, event: Event) -> None:
-        if event["event"] != "tell" or self.progress is None or self.task is None:
+        if event["event"] != "tell" or self.bar is None:
             return
         if isinstance(loss := event["metrics"].get("loss"), float):
             self.extra = f"loss {loss:.3f}"
-        unit = event["unit"] or "items"
-        if self.progress.tasks[0].fields["unit"] != unit:  # another kind of work: its rate begins now
-            self.progress.reset(self.task, total=event["total"])
-        self.progress.update(self.task, completed=event["done"], total=event["total"], unit=unit, extra=self.extra)
+        self.bar.show(event["done"], event["total"], event["unit"] or "items", self.extra)
 
     def _note(self, run: Run, stage: str, message: str) -> None:
         self.console.print(f"  [yellow]{stage}[/]: {escape(message)}")
 
     def stop(self) -> None:
         """Take the live bar down, also when a stage failed."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = self.task = None
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
 
     def _finish(self, run: Run, stage: str, built: Built) -> None:
         self.stop()

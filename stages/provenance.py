@@ -52,14 +52,14 @@ def _code_digest(modules: tuple[str, ...]) -> str:
         origin = Path(spec.origin)
         root = origin.parents[module.count(".") + (origin.name == "__init__.py")]
         own = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
-        _follow([path.relative_to(root) for path in own], root, found)
+        _follow([path.relative_to(root).as_posix() for path in own], root.as_posix(), found)
     digest = hashlib.sha256()
     for name in sorted(found):
         digest.update(name.encode() + b"\0" + found[name])
     return digest.hexdigest()[:16]
 
 
-_IMPORT = re.compile(rb"^ *from ((?:stages|packing)[\w.]*) import \(?([^()\n]*)", re.M)
+_IMPORT = re.compile(rb"^ *from ((?:stages|packing)[\w.]*) import (?:\(([^()]*)\)|([^()\n]*))", re.M)
 
 _FOUNDATION = frozenset(
     f"stages/{name}.py"
@@ -71,30 +71,43 @@ _FOUNDATION = frozenset(
 """What every stage stands on and what cannot change an artifact's bytes."""
 
 
-def _follow(paths: Sequence[Path], root: Path, found: dict[str, bytes]) -> None:
+_ENDS = (".py", "/__init__.py")
+
+
+def _follow(paths: Sequence[str], root: str, found: dict[str, bytes]) -> None:
     waiting = list(paths)
     while waiting:
         path = waiting.pop()
-        if path.as_posix() in found or path.as_posix() in _FOUNDATION or not (root / path).is_file():
-            continue
-        found[path.as_posix()], imported = _read(root / path)
-        waiting += imported
+        if path not in found and path not in _FOUNDATION and (read := _read(root, path)):
+            found[path], imported = read
+            waiting += imported
 
 
 @cache
-def _read(file: Path) -> tuple[bytes, list[Path]]:
-    """A source file's bytes, and where what it imports of ours may lie."""
-    text, imported = file.read_bytes(), []
-    for base, names in _IMPORT.findall(text):
-        folder = Path(*base.decode().split("."))
-        imported += [folder.with_suffix(".py"), folder / "__init__.py"]
-        imported += [folder / f"{name.split()[0]}.py" for name in names.decode().split(",") if name.strip()]
+def _read(root: str, path: str) -> tuple[bytes, list[str]] | None:
+    """A source file's bytes, and where what it imports of ours may lie; None if there is no such file.
+
+    Paths are plain text here: a plan asks thousands of times."""
+    try:
+        text = Path(root, path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    imported = []
+    for base, several, few in _IMPORT.findall(text):
+        folder = base.decode().replace(".", "/")
+        names = [name.split()[0] for name in (several or few).decode().split(",") if name.strip()]
+        imported += [f"{place}{end}" for place in (folder, *(f"{folder}/{name}" for name in names)) for end in _ENDS]
     return text, imported
+
+
+_VERSION = re.compile(r"^Version: *(\S+) *$", re.M)
 
 
 @cache
 def _library_version(name: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        text = importlib.metadata.distribution(name).read_text("METADATA") or ""
     except importlib.metadata.PackageNotFoundError:
         return "absent"
+    found = _VERSION.search(text)  # `importlib.metadata.version` parses all of it, with the README that is in there
+    return found[1] if found else importlib.metadata.version(name)

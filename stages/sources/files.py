@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.sources import Found, hub, remote, urls, web
+from stages.sources import Found, hub, remote, urls
 from stages.sources.batches import batches, cut_batches
 from stages.sources.digests import digests
 from stages.sources.pieces import Pieces, cut
@@ -94,6 +94,8 @@ def _local(location: str, place: str) -> list[Path]:
 
 
 def _web(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> Found:
+    from stages.sources import web  # with TLS and HTTP, which a plan over local files does without
+
     name = web.name_of(url)
     if "*" in name:
         raise UserError(f"{place}: {url} is a web address, where nobody can list files: name each of them")
@@ -154,6 +156,8 @@ def _here(found: Mapping[str, Json], where: Mapping[str, Json], work: Work, targ
 def _opener(found: Mapping[str, Json], where: Mapping[str, Json]) -> remote.OpenAt:
     url, options = str(where["url"]), where.get("options", {})
     if url.startswith(("http://", "https://")):
+        from stages.sources import web
+
         return web.opener(url, options, found)
     return urls.opener(url, options, found, str(where["name"]))
 

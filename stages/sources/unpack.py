@@ -7,7 +7,6 @@ much more than it takes is refused while it is being read.
 import gzip
 import lzma
 import re
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -95,6 +94,8 @@ class _Zstandard:
 @contextmanager
 def clear_errors(name: str) -> Iterator[None]:
     """Turn what the unpacking libraries raise into one UserError."""
+    import tarfile
+
     try:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError) as error:
@@ -118,6 +119,8 @@ def members(stream: BinaryIO, suffix: str, budget: Budget) -> Iterator[tuple[str
                     with archive.open(info) as file:
                         yield _member(info.filename, cast(BinaryIO, file), budget)
         return
+    import tarfile
+
     outer = unpacked(stream, suffix, Budget(budget.name, budget.packed))  # a budget of its own: bytes count once
     with tarfile.open(fileobj=outer, mode="r|") as tar:
         for entry in tar:

@@ -25,19 +25,19 @@ def test_a_bar_tells_rate_and_time_left_and_goes() -> None:
     screen = Screen(Console(file=written, width=80, force_terminal=True, color_system=None))
     follower = screen.follower()
     follower.started(RUN, "train")
-    assert screen.progress is not None
+    assert screen.bar is not None
     for told in (event(1000), event(1500, loss=2.5)):
         follower.event(RUN, "train", told)
-        screen.progress.refresh()
+        screen.bar.progress.refresh()
     (line,) = re.findall(r"train +[^\r\n]*loss 2\.500", written.getvalue())[-1:]
     assert re.search(r" 38% [\d,]+ rows/s  [\d.:]+( s)? left loss 2\.500$", line), line
     assert len(line) <= 78
     follower.event(RUN, "train", event(1, "steps"))
-    assert screen.progress.tasks[0].completed == 1, "another kind of work has a rate of its own"
+    assert screen.bar.progress.tasks[0].completed == 1, "another kind of work has a rate of its own"
     facts = {"steps": 4, "first_loss": 3.0, "last_loss": 1.0, "tokens_per_second": 1234.0, "resumed_at_step": 0}
     artifact = Artifact({}, "0123456789abcdef", Tree(()), facts, {}, {})
     follower.finished(RUN, "train", Built(artifact, False, 1.0))
-    assert screen.progress is None
+    assert screen.bar is None
     assert re.search(
         r"✓ train +[\d.]+ s  01234567  4 steps, loss 3\.000 → 1\.000, 1,234 tokens/s\n$", written.getvalue()
     )
