@@ -26,14 +26,15 @@ TABLES = 16
 
 
 def split(model: nn.Module, wide: Iterable[str] = ()) -> None:
-    """Hold every trained weight of `model` as bfloat16 with a remainder, `parameter.low_bits`. Those whose name has
-    one of `wide` in it stay as they are (what transformers keeps in float32 for a model's sake)."""
+    """Hold every trained weight of `model` as bfloat16 with a remainder, `parameter.low_bits`, and frozen float32 ones
+    too, as all are multiplied with bfloat16. Those whose name has one of `wide` in it stay as they are (what
+    transformers keeps in float32 for a model's sake)."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or any(part in name for part in wide):
+        if any(part in name for part in wide):
             continue
         if parameter.dtype == torch.float32:
             parameter.data, remainder = _apart(parameter.data)
-        elif parameter.dtype == torch.bfloat16:
+        elif parameter.dtype == torch.bfloat16 and parameter.requires_grad:
             remainder = torch.zeros_like(parameter, dtype=torch.int16)
         else:
             continue

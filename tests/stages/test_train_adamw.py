@@ -80,11 +80,13 @@ def test_splitting_and_widening_change_no_bit(device: str) -> None:
         assert torch.equal(now, then.cpu())
 
 
-def test_what_must_stay_wide_and_what_is_frozen_are_left_alone() -> None:
+def test_what_must_stay_wide_is_left_alone_and_what_is_frozen_fits_the_rest() -> None:
     model = layers()
-    model[0].bias.requires_grad_(False)
+    frozen = model[0].bias.requires_grad_(False)
+    before = frozen.clone()
     split(model, wide=["2."])
-    assert [p.dtype == torch.bfloat16 for p in model.parameters()] == [True, False, True, False, False]
+    assert [p.dtype == torch.bfloat16 for p in model.parameters()] == [True, True, True, False, False]
+    assert torch.equal(whole(frozen), before)
     steps(model, SplitAdamW((p for p in model.parameters() if p.requires_grad), **SETTINGS), 1, "cpu")
 
 

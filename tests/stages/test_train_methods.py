@@ -218,10 +218,17 @@ def test_it_learns_and_merges_on_a_gpu(tmp_path: Path, inputs: dict[str, Path], 
         ({"freeze": ["layers", "norm", "lm_head"]}, "embed_tokens"),
     ],
 )
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_frozen_weights_keep_every_bit(
-    tmp_path: Path, inputs: dict[str, Path], full: dict[str, Any], trains: str
+    tmp_path: Path,
+    inputs: dict[str, Path],
+    full: dict[str, Any],
+    trains: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train(tmp_path, inputs, {**FULL, "full": full})
+    monkeypatch.setattr("stages.arithmetic.cpu_has_bf16", lambda: True)  # as on a GPU
+    train(tmp_path, inputs, {**FULL, "full": full, "precision": precision})
     before, after = weights(inputs["model"]), weights(tmp_path / "output/weights")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if trains in name and not ("freeze" in full and "norm" in name)}
