@@ -275,6 +275,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="TRL's")
     parser.add_argument("--no-liger", action="store_true")
     given = parser.parse_args()
+    if given.steps < given.warm + 2:  # a step is timed from its start to the next one's
+        parser.error("--steps must be at least --warm + 2")
     losses, seconds = (ours if given.side == "ours" else theirs)(given)
     timed = seconds[given.warm :]
     tokens = size(pairs(given.shape, given.pairs))
