@@ -38,6 +38,8 @@ class Take:
 
     stage: str
     select: Callable[[Tree], Tree] = lambda tree: tree
+    beside: bool = False
+    """Taken only for an objective that has a teacher beside the model while it trains."""
 
 
 def _model(tree: Tree) -> Tree:
@@ -94,6 +96,7 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
         "tokens": Take("tokenize", _tokens),
         "plan": Take("pack"),
         "reference": Take("score"),
+        "teacher": Take("fetch", _teacher, beside=True),
     },
     "merge": {
         "model": Take("fetch", _model),

@@ -237,12 +237,25 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             ("score", "top_k"),
             f"{name} learns from a teacher's likeliest tokens: say how many, e.g. `score.top_k: 32`",
         )
-    if not objective.teacher:
+    if objective.online is not None and objective.online.teacher:
+        yield from _of_teacher(recipe)
+    elif not objective.teacher:
         for path, is_set in (("fetch", "teacher"), recipe.fetch.teacher), (("score", "top_k"), recipe.score.top_k):
             if is_set is not None:
                 yield path, f"{name} learns from no teacher: take it out, or set `train.objective: distillation`"
     if "stepwise" in objective.kinds and recipe.pack.overlong == "truncate":
         yield ("pack", "overlong"), "truncate would cut steps off their labels: set it to drop or error"
+
+
+def _of_teacher(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What goes with a teacher that answers while the student trains."""
+    name, teacher = recipe.train.objective, recipe.fetch.teacher
+    if teacher is None:
+        yield ("fetch",), f"{name} needs a teacher: a better model with the same tokenizer, as `fetch.teacher`"
+    elif teacher == recipe.fetch.model:
+        yield ("fetch", "teacher"), f"it is the model that learns, and {name} needs another one: a better model"
+    if recipe.score.top_k is not None:
+        yield ("score", "top_k"), f"{name} asks its teacher about new completions, and nothing is kept: take it out"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -45,15 +45,21 @@ class Run:
         return self.loaded.recipe.name
 
     @property
+    def objective(self) -> objectives.Objective:
+        """What its training minimises."""
+        return objectives.find(self.loaded.recipe.train.objective)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe, in order."""
-        objective = objectives.find(self.loaded.recipe.train.objective)
-        scored = objective.reference or objective.teacher
+        scored = self.objective.reference or self.objective.teacher
         return tuple(stage for stage in ORDER if stage != "score" or scored)
 
     def takes(self, stage: str) -> dict[str, Take]:
         """What a stage takes of the others, by the name of its input."""
-        return {name: take for name, take in WIRING[stage].items() if take.stage in self.stages}
+        taught = self.objective.online is not None and self.objective.online.teacher
+        there = {name: take for name, take in WIRING[stage].items() if take.stage in self.stages}
+        return {name: take for name, take in there.items() if taught or not take.beside}
 
     def upstream(self, stage: str) -> list[str]:
         """The stages that a stage reads from directly, in order."""

@@ -120,7 +120,8 @@ class FetchConfig(StageConfig):
     model: ModelSource
     """The base model."""
     teacher: ModelSource | None = None
-    """For distillation: the model whose distributions are learned; the base model when left out."""
+    """For distillation and on_policy_distillation: the model whose distributions are learned, with the same tokenizer.
+    distillation takes the base model when it is left out."""
     data: dict[SourceName, DataSource] = Field(min_length=1)
     """Data sources; convert and pack use their names."""
 

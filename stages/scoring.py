@@ -18,6 +18,7 @@ from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
 from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, TOP, read_batches, read_table
+from stages.tokenizer_files import refuse_other_words
 
 TOKENS = 8192
 """Tokens in one forward pass, about."""
@@ -33,7 +34,7 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
             "read them with convert.format preference or unpaired_preference, or choose another train.objective"
         )
     if "tokenizer" in inputs:
-        _refuse_other_words(inputs["model"], inputs["tokenizer"])
+        refuse_other_words(inputs["model"], inputs["tokenizer"])
     head = _load(inputs["model"], config, work)
     if config.top_k is not None:
         return _write_top(head, config.top_k, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
@@ -51,24 +52,6 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
     if kind == "unpaired_preference":
         tokens += _write_mismatched(head, source, output / "mismatched.arrow", work)
     return {"rows": rows, "tokens": tokens}
-
-
-def _refuse_other_words(teacher: Path, student: Path) -> None:
-    """Raise UserError when the two have other tokens."""
-
-    def words(folder: Path) -> dict[str, int]:
-        document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        known = document["model"]["vocab"]
-        known = dict(known) if isinstance(known, dict) else {word: place for place, (word, *_) in enumerate(known)}
-        return known | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
-
-    theirs, ours = words(teacher), words(student)
-    odd = next((word for word in sorted({*theirs, *ours}) if theirs.get(word) != ours.get(word)), None)
-    if odd is not None:
-        raise UserError(
-            f"fetch.teacher has another tokenizer than fetch.model: {odd!r} is token {theirs.get(odd)} there and "
-            f"{ours.get(odd)} here. Distil from a teacher with the same one"
-        )
 
 
 def _write_top(head: Any, k: int, source: Path, target: Path, work: Work) -> Facts:

@@ -37,12 +37,14 @@ class NoOptions(StageConfig):
 
 @dataclass(frozen=True)
 class Online:
-    """Training on what the model itself writes: prompts in, rewards for its completions, a trainer of TRL's."""
+    """Training on what the model itself writes: prompts in, completions that a trainer of TRL's samples."""
 
     trainer: str
     """TRL's class; its config is the class of the same name with `Config`."""
     settings: Callable[[Any], Mapping[str, Any]]
     """The config's arguments, from the objective's options."""
+    teacher: bool = False
+    """Whether the trainer has `fetch.teacher` beside the model, to ask about each completion."""
 
 
 def _not_packed(*_: Any) -> Any:

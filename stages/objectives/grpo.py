@@ -15,13 +15,9 @@ from stages.rewards import RewardChoice
 from stages.stage import StageConfig
 
 
-class OnlineOptions(StageConfig):
+class SampledOptions(StageConfig):
     """What all objectives over the model's own completions have."""
 
-    rewards: dict[str, RewardChoice]
-    """What a completion is worth, by a name of yours; a completion's reward is their weighted sum."""
-    group_size: int = Field(default=8, ge=2)
-    """Completions to each prompt."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts in an optimizer step, over all devices."""
     max_new_tokens: int = Field(default=256, ge=1)
@@ -30,6 +26,15 @@ class OnlineOptions(StageConfig):
     """Of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Share of probability that is sampled from."""
+
+
+class RewardedOptions(SampledOptions):
+    """What objectives have that learn from rewards."""
+
+    rewards: dict[str, RewardChoice]
+    """What a completion is worth, by a name of yours; a completion's reward is their weighted sum."""
+    group_size: int = Field(default=8, ge=2)
+    """Completions to each prompt."""
     iterations: int = Field(default=1, ge=1)
     """How often each batch of completions is trained on."""
     epsilon: float = Field(default=0.2, gt=0)
@@ -44,13 +49,13 @@ class OnlineOptions(StageConfig):
     """Time limit of one reward for one completion, in seconds."""
 
     @model_validator(mode="after")
-    def _some_reward(self) -> "OnlineOptions":
+    def _some_reward(self) -> Self:
         if not self.rewards:
             raise ValueError("rewards: name at least one")
         return self
 
 
-class GroupOptions(OnlineOptions):
+class GroupOptions(RewardedOptions):
     """What objectives have that compare a completion with its group."""
 
     beta: float = Field(default=0.0, ge=0)
@@ -74,13 +79,20 @@ class GrpoOptions(GroupOptions):
     """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
 
 
-def online_settings(options: OnlineOptions) -> dict[str, Any]:
+def sampling_settings(options: SampledOptions) -> dict[str, Any]:
     """TRL's arguments that all online trainers share."""
     return {
-        "num_generations": options.group_size,
         "max_completion_length": options.max_new_tokens,
         "temperature": options.temperature,
         "top_p": options.top_p,
+    }
+
+
+def reward_settings(options: RewardedOptions) -> dict[str, Any]:
+    """TRL's arguments that trainers with rewards share."""
+    return {
+        **sampling_settings(options),
+        "num_generations": options.group_size,
         "num_iterations": options.iterations,
         "epsilon": options.epsilon,
         "epsilon_high": options.epsilon_high,
@@ -92,7 +104,7 @@ def online_settings(options: OnlineOptions) -> dict[str, Any]:
 def group_settings(options: GroupOptions) -> dict[str, Any]:
     """TRL's arguments that GRPO and its kin share."""
     return {
-        **online_settings(options),
+        **reward_settings(options),
         "beta": options.beta,
         "loss_type": options.loss,
         "importance_sampling_level": options.importance,

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from stages.objectives import Objective, Online
-from stages.objectives.grpo import OnlineOptions, online_settings
+from stages.objectives.grpo import RewardedOptions, reward_settings
 
 
-class RlooOptions(OnlineOptions):
+class RlooOptions(RewardedOptions):
     """Settings of REINFORCE leave-one-out."""
 
     beta: float = Field(default=0.05, ge=0)
@@ -22,7 +22,7 @@ class RlooOptions(OnlineOptions):
 def settings(options: RlooOptions) -> Mapping[str, Any]:
     """TRL's arguments."""
     own = {"beta": options.beta, "normalize_advantages": options.normalize_advantages}
-    return {**online_settings(options), **own}
+    return {**reward_settings(options), **own}
 
 
 OBJECTIVE = Objective(version=1, options=RlooOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))

@@ -1,6 +1,6 @@
-"""Online reinforcement learning: TRL's trainer over the plan's prompts, with rewards judged in processes of their own.
+"""Training on completions: TRL's trainer over the plan's prompts, with rewards judged in processes of their own, or
+with a teacher beside the model (`stages.train.teacher`).
 
-Prompts come from the plan as token ids and go to TRL as text, so every prompt is first proven to give those ids again.
 Writes what packed training writes, and `rollouts.arrow`: every completion with its prompt, its step and its rewards.
 """
 
@@ -12,25 +12,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
-from packing.collate import PackedBins
 from stages import arithmetic, objectives
 from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.judge import Judge
-from stages.objectives.grpo import OnlineOptions
+from stages.objectives.grpo import RewardedOptions, SampledOptions
+from stages.objectives.on_policy_distillation import OnPolicyOptions
 from stages.stage import Facts, Work
-from stages.train import TrainConfig, adapters, checkpoints, checks, model, optimizers, schedules
+from stages.train import TrainConfig, adapters, checkpoints, checks, model, optimizers, prompts, schedules, teacher
 from stages.train.rollouts import Recorder
-from stages.train.windows import Windows
 
 MEASURES = {
     "reward": "reward",
@@ -45,21 +44,21 @@ MEASURES = {
 """TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
 learned from those. `cut_off` is the share of completions that reached the most tokens."""
 
-Row = dict[str, Any]
-
 
 def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train `inputs["model"]` on completions of its own to the prompts in `inputs["plan"]`.
 
-    Writes `adapter/` or `weights/`, `metrics.jsonl`, `train.json` and `rollouts.arrow`. Goes on from the newest
-    checkpoint in `work.folder`. Raises UserError for what a user can mend, and SystemExit(75) after SIGTERM.
+    An objective with a teacher also reads `inputs["teacher"]`. Writes `adapter/` or `weights/`, `metrics.jsonl`,
+    `train.json` and `rollouts.arrow`. Goes on from the newest checkpoint in `work.folder`. Raises UserError for what a
+    user can mend, and SystemExit(75) after SIGTERM.
     """
     started = time.monotonic()
     objective = objectives.find(config.objective)
     assert objective.online is not None
     options = objectives.options_of(config.objective, config.objective_options)
-    assert isinstance(options, OnlineOptions)
-    if any(choice.code for choice in options.rewards.values()) and not work.runtime.allow_code:
+    assert isinstance(options, SampledOptions)
+    choices = options.rewards if isinstance(options, RewardedOptions) else {}
+    if any(choice.code for choice in choices.values()) and not work.runtime.allow_code:
         raise UserError(
             "train.objective_options.rewards names a Python file: it runs with all your rights, so say that it may: "
             "`--allow-code` or REGROW_ALLOW_CODE=1"
@@ -70,15 +69,34 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     checks.refuse_device(config, device)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], local_files_only=True)
-    rows = _prompts(inputs, work, tokenizer, objective.kinds, options)
+    if objective.online.teacher:
+        teacher.refuse(config, inputs)
+    rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices)
     steps = -(-len(rows) // options.prompts_per_step)
-    total = config.max_steps or math.ceil(config.epochs * steps) * options.iterations
+    iterations = _group_and_iterations(options)[1]
+    total = config.max_steps or math.ceil(config.epochs * steps) * iterations
+    asked = prompts.order(len(rows), -(-total // iterations) * options.prompts_per_step, config.seed)
     stop = threading.Event()
-    with _asked_by_sigterm(stop), _judge(options, work) as judge:
+    with ExitStack() as stack:
+        stack.enter_context(_asked_by_sigterm(stop))
+        judge = stack.enter_context(_judge(options, work)) if isinstance(options, RewardedOptions) else None
         set_seed(config.seed)
         trained = _load(config, inputs["model"], device)
         recorder = Recorder(judge, work.folder / "rollouts")
-        trainer = _trainer(config, options, objective.online, trained, tokenizer, rows, total, device, work, recorder)
+        given: dict[str, Any] = {"model": trained, "processing_class": tokenizer}
+        if objective.online.teacher:
+            given["teacher_model"] = teacher.load(config, inputs, device, trained)
+        else:
+            given["reward_funcs"] = recorder.functions(lambda: trainer.state.global_step)
+        arguments = _arguments(config, options, objective.online, total, device, work)
+        optimizer = optimizers.make(trained, config)
+        trainer = _kind(objective.online, options, config.seed, work, recorder)(
+            args=arguments,
+            train_dataset=Dataset.from_list([rows[i] for i in asked]),
+            optimizers=(optimizer, LambdaLR(optimizer, schedules.multiplier(config, total))),
+            **given,
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Saving(work.runtime.save_seconds, stop))
         checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
         resumed = int(checkpoint.name) if checkpoint else 0
@@ -93,73 +111,37 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         _write(config, trained, history, inputs["model"], output)
         written = recorder.write(output / "rollouts.arrow")
-    return {
+    facts = {
         "steps": len(history),
         "resumed_at_step": resumed,
         "skipped_checkpoints": list(skipped),
         "prompts": len(rows),
         "completions": written,
-        "unscored": dict(judge.unscored),
         "trained_weights": model.trainable(trained),
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
-        "first_reward": history[0]["reward"],
-        "last_reward": history[-1]["reward"],
-        "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
         "device": device,
         "precision": config.precision,
         "seconds_to_prepare": round(ready - started, 2),
         "seconds_of_training": round(done - ready, 2),
         "completions_per_second": round(written / (done - ready), 2),
     }
-
-
-def _prompts(
-    inputs: Mapping[str, Path], work: Work, tokenizer: Any, kinds: Sequence[str], options: OnlineOptions
-) -> list[Row]:
-    """The plan's prompts in its order: their text and what rewards may look at. Raises UserError at one that does not
-    become the same tokens again, or lacks a column that a reward reads."""
-    bins = PackedBins(inputs["tokens"], inputs["plan"])
-    windows = Windows(bins, work.show)
-    if bins.kind not in kinds:
-        raise UserError(
-            f"an online objective trains on rows of kind prompt, and the plan holds rows of kind {bins.kind}: read the "
-            "data with convert.format: prompt_only"
-        )
-    from stages import rewards
-
-    needed = {
-        column: name
-        for name, choice in options.rewards.items()
-        for reward, parsed in [rewards.load(choice)]
-        for column in reward.needs(parsed)
+    if judge is None:
+        return facts
+    return facts | {
+        "unscored": dict(judge.unscored),
+        "first_reward": history[0]["reward"],
+        "last_reward": history[-1]["reward"],
+        "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
     }
-    rows: list[Row] = []
-    windows.begin(range(bins.steps), 0)
-    for number in range(len(bins)):
-        windows.reach(number // bins.global_batch)
-        packed = bins[number]
-        begin = 0
-        for length, document in zip(packed.lengths.tolist(), packed.documents.tolist(), strict=True):
-            ids = packed.ids[begin : begin + length].tolist()
-            begin += length
-            text, columns = tokenizer.decode(ids), bins.extra(document)
-            if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-                raise UserError(
-                    f"train: a prompt holds the text of a control token, which generation would take for one: "
-                    f"{text[:300]!r}. Take such rows out with a filter"
-                )
-            for column, name in needed.items():
-                if column not in columns:
-                    has = ", ".join(columns) or "none"
-                    raise UserError(
-                        f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
-                    )
-            rows.append({"prompt": text, "columns": json.dumps(columns)})
-    return rows
 
 
-def _judge(options: OnlineOptions, work: Work) -> Judge:
+def _group_and_iterations(options: SampledOptions) -> tuple[int, int]:
+    """Completions to each prompt, and how often each batch of them is trained on."""
+    return (options.group_size, options.iterations) if isinstance(options, RewardedOptions) else (1, 1)
+
+
+def _judge(options: RewardedOptions, work: Work) -> Judge:
     otherwise = 0.0 if options.on_error == "zero" else None
     return Judge(options.rewards, seconds=options.reward_seconds, workers=work.runtime.workers, otherwise=otherwise)
 
@@ -178,34 +160,24 @@ def _load(config: TrainConfig, folder: Path, device: str) -> Any:
     return adapted
 
 
-def _trainer(
-    config: TrainConfig,
-    options: OnlineOptions,
-    online: objectives.Online,
-    trained: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    total: int,
-    device: str,
-    work: Work,
-    recorder: Recorder,
+def _arguments(
+    config: TrainConfig, options: SampledOptions, online: objectives.Online, total: int, device: str, work: Work
 ) -> Any:
-    """TRL's trainer, with our optimizer, schedule, rewards and checkpoints."""
-    from datasets import Dataset
-
-    trl = importlib.import_module("trl")
+    """TRL's config."""
     aside = work.folder / "unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     wanted, recompute = work.runtime.micro_batch, work.runtime.activation_checkpointing
     at_once = min(1 if wanted == "auto" else wanted, options.prompts_per_step)
     while options.prompts_per_step % at_once:
         at_once -= 1
-    arguments = getattr(trl, online.trainer.replace("Trainer", "Config"))(
+    group, _ = _group_and_iterations(options)
+    kind = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))
+    return kind(
         **online.settings(options),
         output_dir=str(aside),
         max_steps=total,
         shuffle_dataset=False,
-        per_device_train_batch_size=at_once * options.group_size,
+        per_device_train_batch_size=at_once * group,
         gradient_accumulation_steps=options.prompts_per_step // at_once,
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_gradient_norm,
@@ -220,11 +192,15 @@ def _trainer(
         disable_tqdm=True,
         report_to=[],
     )
-    asked = -(-total // options.iterations) * options.prompts_per_step
-    optimizer = optimizers.make(trained, config)
-    schedule = LambdaLR(optimizer, schedules.multiplier(config, total))
 
-    class Trainer(getattr(trl, online.trainer)):  # type: ignore[misc]
+
+def _kind(online: objectives.Online, options: SampledOptions, seed: int, work: Work, recorder: Recorder) -> type:
+    """TRL's trainer, with our checkpoints and names."""
+    kind = getattr(importlib.import_module("trl"), online.trainer)
+    if isinstance(options, OnPolicyOptions):
+        kind = teacher.sampling(kind, options.student_share, seed, recorder.keep)
+
+    class Trainer(kind):  # type: ignore[misc]
         """Its checkpoints are complete or invisible, and its figures have our names."""
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -248,16 +224,7 @@ def _trainer(
             saved = checkpoints.publish(folder, work.folder / "checkpoints", step)
             work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
 
-    trainer = Trainer(
-        model=trained,
-        reward_funcs=recorder.functions(lambda: trainer.state.global_step),
-        args=arguments,
-        train_dataset=Dataset.from_list([rows[i] for i in _order(len(rows), asked, config.seed)]),
-        processing_class=tokenizer,
-        optimizers=(optimizer, schedule),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return Trainer
 
 
 @contextmanager
@@ -285,14 +252,6 @@ class _Saving(TrainerCallback):  # type: ignore[misc]
             control.should_save, control.should_training_stop = True, asked
             self.saved = time.monotonic()
         return control
-
-
-def _order(rows: int, total: int, seed: int) -> list[int]:
-    """Which prompt is asked when: the plan's order, then permutations of it. Written out for all epochs, so that a step
-    number alone says what is asked: TRL's own shuffling would begin anew in a run that goes on."""
-    epochs = [np.arange(rows)]
-    epochs += [np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(1, -(-total // rows))]
-    return [int(row) for row in np.concatenate(epochs)[:total]]
 
 
 def _write(config: TrainConfig, trained: Any, history: Sequence[Mapping[str, Any]], source: Path, output: Path) -> None:

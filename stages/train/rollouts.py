@@ -23,16 +23,19 @@ ROLLOUTS = pa.schema(
 
 
 class Recorder:
-    """Judges completions once for all rewards, and keeps what was written: a file a batch, in `folder`."""
+    """Judges completions once for all rewards, if there are any, and keeps what was written: a file a batch, in
+    `folder`."""
 
-    def __init__(self, judge: Judge, folder: Path) -> None:
+    def __init__(self, judge: Judge | None, folder: Path) -> None:
         self.judge, self.folder = judge, folder
         folder.mkdir(parents=True, exist_ok=True)
         self._scores: dict[str, list[float]] = {}
 
     def functions(self, step: Callable[[], int]) -> list[Callable[..., list[float]]]:
         """One reward function a reward, as TRL calls them one after another on the same batch."""
-        names = list(self.judge.choices)
+        judge = self.judge
+        assert judge is not None
+        names = list(judge.choices)
 
         def function(name: str) -> Callable[..., list[float]]:
             def score(prompts: list[str], completions: list[str], columns: list[str], **_: Any) -> list[float]:
@@ -41,8 +44,8 @@ class Recorder:
                         {**json.loads(text), "rendered_prompt": prompt}
                         for text, prompt in zip(columns, prompts, strict=True)
                     ]
-                    self._scores = self.judge.score(list(zip(completions, rows, strict=True)))
-                    self._keep(step(), prompts, completions)
+                    self._scores = judge.score(list(zip(completions, rows, strict=True)))
+                    self.keep(step(), prompts, completions)
                 return self._scores[name]
 
             score.__name__ = name
@@ -66,10 +69,8 @@ class Recorder:
                 count += len(table)
         return count
 
-    def _files(self) -> Iterable[Path]:
-        return sorted(self.folder.glob("*.arrow"))
-
-    def _keep(self, step: int, prompts: Sequence[str], completions: Sequence[str]) -> None:
+    def keep(self, step: int, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        """Write down a batch of the step after `step` ones, with the rewards that were found last."""
         rewards = [{name: scores[i] for name, scores in self._scores.items()} for i in range(len(prompts))]
         rows = [
             {"step": step + 1, "prompt": prompt, "completion": completion, "rewards": list(reward.items())}
@@ -80,3 +81,6 @@ class Recorder:
         with pa.OSFile(str(path) + ".new", "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
             writer.write_table(pa.Table.from_pylist([*earlier, *rows], schema=ROLLOUTS))
         Path(str(path) + ".new").rename(path)
+
+    def _files(self) -> Iterable[Path]:
+        return sorted(self.folder.glob("*.arrow"))

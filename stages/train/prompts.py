@@ -1,0 +1,71 @@
+"""The plan's prompts as an online trainer asks them.
+
+They come from the plan as token ids and go to TRL as text, so every prompt is first proven to give those ids again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packing.collate import PackedBins
+from stages import rewards
+from stages.errors import UserError
+from stages.rewards import RewardChoice
+from stages.stage import Work
+from stages.train.windows import Windows
+
+Row = dict[str, Any]
+
+
+def read(
+    inputs: Mapping[str, Path], work: Work, tokenizer: Any, kinds: Sequence[str], choices: Mapping[str, RewardChoice]
+) -> list[Row]:
+    """The plan's prompts in its order: their text and what rewards may look at. Raises UserError at one that does not
+    become the same tokens again, or lacks a column that a reward reads."""
+    bins = PackedBins(inputs["tokens"], inputs["plan"])
+    windows = Windows(bins, work.show)
+    if bins.kind not in kinds:
+        raise UserError(
+            f"an online objective trains on rows of kind prompt, and the plan holds rows of kind {bins.kind}: read the "
+            "data with convert.format: prompt_only"
+        )
+    needed = {
+        column: name
+        for name, choice in choices.items()
+        for reward, parsed in [rewards.load(choice)]
+        for column in reward.needs(parsed)
+    }
+    rows: list[Row] = []
+    windows.begin(range(bins.steps), 0)
+    for number in range(len(bins)):
+        windows.reach(number // bins.global_batch)
+        packed = bins[number]
+        begin = 0
+        for length, document in zip(packed.lengths.tolist(), packed.documents.tolist(), strict=True):
+            ids = packed.ids[begin : begin + length].tolist()
+            begin += length
+            text, columns = tokenizer.decode(ids), bins.extra(document)
+            if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+                raise UserError(
+                    f"train: a prompt holds the text of a control token, which generation would take for one: "
+                    f"{text[:300]!r}. Take such rows out with a filter"
+                )
+            for column, name in needed.items():
+                if column not in columns:
+                    has = ", ".join(columns) or "none"
+                    raise UserError(
+                        f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
+                    )
+            rows.append({"prompt": text, "columns": json.dumps(columns)})
+    return rows
+
+
+def order(rows: int, total: int, seed: int) -> list[int]:
+    """Which prompt is asked when: the plan's order, then permutations of it. Written out for all epochs, so that a step
+    number alone says what is asked: TRL's own shuffling would begin anew in a run that goes on."""
+    epochs = [np.arange(rows)]
+    epochs += [np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(1, -(-total // rows))]
+    return [int(row) for row in np.concatenate(epochs)[:total]]
