@@ -17,6 +17,7 @@ import yaml
 from flows.server import own_server
 from tests.flows.raised import free_port
 from tests.flows.served import serving
+from tests.stages.tiny import other_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -60,13 +61,17 @@ class Place:
         """`regrow run` for two steps, publishing below the home."""
         return self.regrow("run", recipe, *self.settings(recipe))
 
-    def settings(self, recipe: str) -> list[str]:
-        """The overrides that make a recipe short."""
+    def settings(self, recipe: str, teacher: Path | None = None) -> list[str]:
+        """The overrides that make a recipe short. A teacher is what the quickstart publishes, unless it is given."""
         to = f"publish.to={self.home / 'out' / Path(recipe).stem}"
         whole = yaml.safe_load((ROOT / recipe).read_text())
         limits = [f"evaluate.tasks.{name}.limit=4" for name in whole.get("evaluate", {}).get("tasks", {})]
         for name, source in whole["fetch"]["data"].items():
             limits.append(f"fetch.data.{name}.{'size' if 'reasoning_gym' in source else 'first'}={ROWS}")
+        if "teacher" in whole["fetch"]:
+            if teacher is None:
+                self.run("configs/quickstart.yaml")
+            limits.append(f"fetch.teacher={{path: {teacher or self.home / 'out' / 'quickstart'}}}")
         return [word for setting in (*TWO_STEPS, *limits, to) for word in ("--set", setting)]
 
 
@@ -89,10 +94,11 @@ def api(place: Place, prepared_home: Callable[[Path], Path]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in CONFIGS if p.stem not in SLOW])
-def test_every_recipe_trains_two_steps(place: Place, path: Path, tiny_model: Path, api: str) -> None:
+def test_every_recipe_trains_two_steps(place: Place, path: Path, tiny_model: Path, tmp_path: Path, api: str) -> None:
     """With a tiny model: the full suite takes the real one, and goes to the end."""
     recipe = str(path.relative_to(ROOT))
-    arguments = ("+train", "--set", f"fetch.model={{path: {tiny_model}}}", *place.settings(recipe))
+    settings = place.settings(recipe, other_weights(tiny_model, tmp_path / "teacher"))
+    arguments = ("+train", "--set", f"fetch.model={{path: {tiny_model}}}", *settings)
     done = place.regrow("run", recipe, *arguments, PREFECT_API_URL=api)
     assert done.stderr == "" and "✓ train" in done.stdout
     place.regrow("plan", recipe, "train", "--check", *arguments[1:])

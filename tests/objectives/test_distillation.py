@@ -22,7 +22,7 @@ from stages.stage import Work
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages.packed import Packed, turns
-from tests.stages.tiny import write_tokens
+from tests.stages.tiny import other_weights, write_tokens
 
 K = 5
 
@@ -42,14 +42,7 @@ def inputs(tmp_path: Path, tiny_model: Path) -> dict[str, Path]:
     written = write_tokens(place, 258, rows)
     counts = {**written, "kind": "conversation", "rows": 40, "dropped": {}, "source": "chat", "split": "train"}
     (place / "counts.json").write_text(json.dumps(counts))
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    teacher.save_pretrained(tmp_path / "teacher")
-    for path in tiny_model.glob("*token*"):
-        (tmp_path / "teacher" / path.name).write_bytes(path.read_bytes())
-    score(tmp_path / "teacher", tiny_model, place, tmp_path / "reference/chat/00000")
+    score(other_weights(tiny_model, tmp_path / "teacher"), tiny_model, place, tmp_path / "reference/chat/00000")
     plan = Packed(tmp_path / "tokens", tmp_path / "plan", sequence_length=64, global_batch=4).output
     found = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan, "reference": tmp_path / "reference"}
     return found

@@ -21,6 +21,7 @@ from stages.tables import read_table
 from stages.train import STAGE, TrainConfig
 from tests.stages.packed import Packed
 from tests.stages.test_train_online import figures, prompts, train
+from tests.stages.tiny import other_weights
 
 ASKED = ("say one\n", "say twenty\n", "say three hundred\n", "say four\n")
 HELDOUT = ("tell me five\n", "say nothing\n", "six\n")
@@ -29,21 +30,7 @@ HELDOUT = ("tell me five\n", "say nothing\n", "six\n")
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A model like the student, whose weights are others."""
-    folder = tmp_path_factory.mktemp("teacher")
-    return taught_by(folder, tiny_model)
-
-
-def taught_by(folder: Path, student: Path, tokens: int | None = None) -> Path:
-    network = AutoModelForCausalLM.from_pretrained(student)
-    if tokens is not None:
-        network.resize_token_embeddings(tokens, mean_resizing=False)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    network.save_pretrained(folder)
-    for path in student.glob("*token*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return other_weights(tiny_model, tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture
@@ -190,7 +177,7 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, input
 def test_a_teacher_padded_to_more_tokens_teaches_and_one_with_fewer_is_refused(
     tmp_path: Path, inputs: dict[str, Path], tiny_model: Path
 ) -> None:
-    wide = taught_by(tmp_path / "wide", tiny_model, 300)
+    wide = other_weights(tiny_model, tmp_path / "wide", tokens=300)
     _, facts = train(tmp_path / "1", {**inputs, "teacher": wide}, recipe(1))
     assert facts["first_loss"] > 0.01
     with pytest.raises(UserError, match=r"fetch.teacher gives 2\d\d tokens a probability and fetch.model 300"):

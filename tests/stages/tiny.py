@@ -46,6 +46,23 @@ def save(folder: Path, config_name: str, *, dtype: str = "float32", **changes: A
     return folder
 
 
+def other_weights(model: Path, folder: Path, tokens: int | None = None) -> Path:
+    """A model like another, with its tokenizer and other weights; its head of so many `tokens`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model)
+    if tokens is not None:
+        network.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    network.save_pretrained(folder)
+    for path in (*model.glob("*token*"), *model.glob("chat_template*")):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
 def documents(count: int = 60, seed: int = 0) -> list[list[int]]:
     """Documents of 4 to 20 tokens that count upwards from a random start: easy to learn."""
     random = np.random.default_rng(seed)
