@@ -9,10 +9,11 @@ commas or spaces, `--exclude` with the same grammar.
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages import objectives
 from stages.errors import UserError
 from stages.identity import Tree
 from stages.stage import Stage
@@ -38,8 +39,19 @@ class Take:
 
     stage: str
     select: Callable[[Tree], Tree] = lambda tree: tree
-    beside: bool = False
-    """Taken only for an objective that has a teacher beside the model while it trains."""
+    wanted: Callable[[Any], bool] = lambda config: True
+    """Whether a stage with that config reads it. Where it does not, there is no such input."""
+    named: Callable[[Any], Collection[str]] | None = None
+    """Of a folder of things by name: which of them the config asks for; there is no such input where that is none."""
+
+    def asked(self, config: Any) -> bool:
+        """Whether a stage with that config reads it at all."""
+        return self.wanted(config) and (self.named is None or bool(self.named(config)))
+
+    def of(self, tree: Tree, config: Any) -> Tree:
+        """What a stage with that config reads of the artifact."""
+        found = self.select(tree)
+        return found if self.named is None else found.select(*(f"{name}/*" for name in sorted(self.named(config))))
 
 
 def _model(tree: Tree) -> Tree:
@@ -48,6 +60,21 @@ def _model(tree: Tree) -> Tree:
 
 def _teacher(tree: Tree) -> Tree:
     return tree.folder("teacher")
+
+
+def _taught(config: Any) -> bool:
+    """Whether an objective has the teacher beside the model while it trains."""
+    online = objectives.find(config.objective).online
+    return online is not None and online.teacher
+
+
+def _reward_models(tree: Tree) -> Tree:
+    return tree.folder("reward_models")
+
+
+def _asked_to_judge(config: Any) -> Collection[str]:
+    asked: Mapping[Any, str] = config.reward_models
+    return set(asked.values())
 
 
 def _tokenizer(tree: Tree) -> Tree:
@@ -96,7 +123,8 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
         "tokens": Take("tokenize", _tokens),
         "plan": Take("pack"),
         "reference": Take("score"),
-        "teacher": Take("fetch", _teacher, beside=True),
+        "teacher": Take("fetch", _teacher, _taught),
+        "reward_models": Take("fetch", _reward_models, named=_asked_to_judge),
     },
     "merge": {
         "model": Take("fetch", _model),
@@ -108,6 +136,7 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
         "weights": Take("merge"),
         "rows": Take("fetch", _data),
         "plan": Take("pack"),
+        "reward_models": Take("fetch", _reward_models, named=_asked_to_judge),
     },
     "publish": {"weights": Take("merge"), "scores": Take("evaluate"), "plan": Take("pack")},
 }

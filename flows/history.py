@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.promotion import records_of
+from stages.compare import UNBOUNDED
 from stages.errors import UserError
 from stages.identity import Json
 from stages.production import Move, production
@@ -81,7 +82,8 @@ STYLES = {
 
 
 def _scores(event: Event) -> str:
-    return ", ".join(f"{100 * score['value']:.1f}" for score in list(event.scores.values())[:3])
+    shown = list(event.scores.values())[:3]
+    return ", ".join(f"{s['value']:.3f}" if UNBOUNDED in s else f"{100 * s['value']:.1f}" for s in shown)
 
 
 def _moved(move: Move, record: Mapping[str, Any] | None) -> Event:

@@ -19,7 +19,7 @@ from flows.plan import Plan, make_plan
 from flows.run import Run
 from flows.screen import Screen
 from flows.settle import Outcome, settle
-from stages.compare import OVER_PRODUCTION, PRODUCTION
+from stages.compare import OVER_PRODUCTION, PRODUCTION, UNBOUNDED
 from stages.identity import Json
 
 EXIT_GATE = 4
@@ -117,7 +117,10 @@ def _scores(scores: Json) -> Table:
     for name in ("base", "tuned", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     for task, told in scores["tasks"].items():
-        _rows(table, f"{task} % of {told['n']}", told, 100, 1)
+        if UNBOUNDED in told:
+            _rows(table, f"{task}, reward of {told['n']}", told, 1, 2)
+        else:
+            _rows(table, f"{task} % of {told['n']}", told, 100, 1)
     if loss := scores["heldout_loss"]:
         _rows(table, "held-out loss", loss, 1, 2)
     return table

@@ -15,7 +15,7 @@ from flows.history import Event
 from flows.plan import Plan, Step
 from flows.screen import WORDS
 from stages import data_charts, data_report
-from stages.compare import BASE, OVER_PRODUCTION, PRODUCTION, TUNED, compare
+from stages.compare import BASE, OVER_PRODUCTION, PRODUCTION, TUNED, UNBOUNDED, compare
 from stages.identity import Json
 from stages.production import Move
 
@@ -57,7 +57,7 @@ def history_page(name: str, events: Sequence[Event], standing: Move | None) -> s
     runs = [event for event in reversed(events) if event.scores and event.what != "rolled back"]
     tasks = list(dict.fromkeys(task for event in runs for task in event.scores))
     bars = [
-        Bar(event.at[5:16].replace("T", " "), **event.scores[task], tuned=event.what == "promoted")
+        _bar(event.at[5:16].replace("T", " "), event.scores[task], event.what == "promoted")
         for task in tasks[:1]
         for event in runs[-MOST_BARS:]
         if task in event.scores
@@ -113,16 +113,11 @@ def scores_page(scores: Mapping[str, Any], brief: bool = False) -> str:
     `brief` is for a form, which is narrow: it has no chart and names neither items nor metrics.
     """
     measured = dict(scores["tasks"])
-    bars = [
-        Bar(f"{_short(name)} · {model}", **task[model], tuned=model == TUNED)
-        for name, task in list(measured.items())[:MOST_BARS]
-        for model in (BASE, PRODUCTION, TUNED)
-        if model in task
-    ]
-    more = f"; the first {MOST_BARS} of {len(measured):,} tasks" if len(measured) > MOST_BARS else ""
     told = []
-    if bars and not brief:
-        told.append(image(interval_bars(bars, f"score, with its 95 % interval{more}"), "scores of the models"))
+    if not brief:
+        rewarded = {name: task for name, task in measured.items() if UNBOUNDED in task}
+        told += _chart("score", {name: task for name, task in measured.items() if name not in rewarded})
+        told += _chart("reward", rewarded)  # of another scale
     if loss := scores["heldout_loss"]:
         measured["held-out rows"] = {**loss, "metric": "loss, nats a token"}
     if not measured:
@@ -134,6 +129,23 @@ def scores_page(scores: Mapping[str, Any], brief: bool = False) -> str:
         columns = ("task", PRODUCTION, TUNED, "difference", "better")
         told.append(_table(columns, [_production_row(name, task) for name, task in standing.items()]))
     return "\n\n".join(told)
+
+
+def _chart(what: str, tasks: Mapping[str, Any]) -> list[str]:
+    """The models' values in each task; nothing where there is no task."""
+    bars = [
+        _bar(f"{_short(name)} · {model}", task[model], model == TUNED)
+        for name, task in list(tasks.items())[:MOST_BARS]
+        for model in (BASE, PRODUCTION, TUNED)
+        if model in task
+    ]
+    more = f"; the first {MOST_BARS} of {len(tasks):,} tasks" if len(tasks) > MOST_BARS else ""
+    label = f"{what}, with its 95 % interval{more}"
+    return [image(interval_bars(bars, label), f"{what}s of the models")] if bars else []
+
+
+def _bar(label: str, value: Mapping[str, Any], tuned: bool) -> Bar:
+    return Bar(label, value["value"], value["low"], value["high"], tuned)
 
 
 def _production_row(name: str, task: Mapping[str, Any]) -> tuple[str, ...]:

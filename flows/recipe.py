@@ -200,6 +200,12 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         if task.source and task.source not in sources:
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
             yield ("evaluate", "tasks", name, "source"), hint
+    for section in ("train", "evaluate"):
+        for path, named in getattr(recipe, section).reward_models.items():
+            if named not in recipe.fetch.reward_models:
+                have = _listed(list(recipe.fetch.reward_models))
+                told = f"there is no reward model `{named}`; fetch.reward_models has {have}"
+                yield (section, *path), f"{told}: name it there, e.g. `reward_models: {{judge: {{path: out/reward}}}}`"
     yield from _of_objective(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds

@@ -14,6 +14,7 @@ from typing import Any
 from flows.graph import ORDER, WIRING, Take, stage_named, upstream
 from flows.recipe import Loaded
 from stages import objectives
+from stages.compare import UNBOUNDED
 from stages.errors import UserError
 from stages.formats import own
 from stages.identity import Action, File, Json, Tree
@@ -57,9 +58,8 @@ class Run:
 
     def takes(self, stage: str) -> dict[str, Take]:
         """What a stage takes of the others, by the name of its input."""
-        taught = self.objective.online is not None and self.objective.online.teacher
-        there = {name: take for name, take in WIRING[stage].items() if take.stage in self.stages}
-        return {name: take for name, take in there.items() if taught or not take.beside}
+        config = self.config(stage)
+        return {n: take for n, take in WIRING[stage].items() if take.stage in self.stages and take.asked(config)}
 
     def upstream(self, stage: str) -> list[str]:
         """The stages that a stage reads from directly, in order."""
@@ -78,7 +78,8 @@ class Run:
                     f"{stage} reads what {above} makes, and {above} has not been made with these settings: "
                     f"select `+{stage}` to make it too"
                 )
-        inputs = {name: take.select(self.artifacts[take.stage].tree) for name, take in self.takes(stage).items()}
+        config = self.config(stage)
+        inputs = {n: take.of(self.artifacts[take.stage].tree, config) for n, take in self.takes(stage).items()}
         if stage == "evaluate" and (rival := self.rival()) is not None:
             inputs["production"] = rival.tree
         return inputs
@@ -142,7 +143,8 @@ class Run:
     def headline_scores(self) -> dict[str, Json]:
         """The tuned model's score in each task, as the card has it."""
         tasks = self.artifacts["publish"].facts["scores"]["tasks"]
-        return {name: task["tuned"] for name, task in tasks.items()}
+        kept = (UNBOUNDED,)  # which says how the number is to be shown
+        return {name: {**task["tuned"], **{k: task[k] for k in kept if k in task}} for name, task in tasks.items()}
 
     def become_baseline(self) -> None:
         """Make this run's stages what the next plan's reasons compare with; of a stage it left out, the last run's."""

@@ -5,6 +5,7 @@
                             "difference": {...}, "better": "tuned" | "base" | "unclear"}},
      "heldout_loss": {"base": {...}, "tuned": {...}, "difference": {...}, "better": ..., "tokens": n}}
 
+A task that a reward model scores has `"unbounded": true`: its values are means of numbers of any size and sign.
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
 excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences.
 Held-out pairs of preferences are a task, `heldout_preferences`, whose entry also has "margin", with the models'
@@ -15,12 +16,12 @@ Once a model stands in production, each entry also has its score and what the tu
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from stages.identity import Json
-from stages.intervals import Interval, bootstrap, paired_difference, share
+from stages.intervals import Interval, bootstrap, mean, paired_difference, share
 
 BASE, PRODUCTION, TUNED = "base", "production", "tuned"
 """The models, as they are called in parts, scores and reports."""
@@ -30,6 +31,9 @@ OVER_PRODUCTION = "over_production"
 
 HELDOUT_LOSS = "heldout_loss"
 """What is measured beside the tasks: the loss over the plan's held-out rows."""
+
+UNBOUNDED = "unbounded"
+"""Set for a task whose scores are rewards: no shares of 1, but numbers of any size and sign."""
 
 PREFERENCES = "heldout_preferences"
 """The task whose items are the plan's held-out judged answers, measured in the same pass."""
@@ -57,8 +61,9 @@ def compare(scores: Path) -> dict[str, Json]:
     checks = {"scored_twice": 0, "agreeing": 0}
     for name in _tasks(scores):
         items = list(_items(scores, name))
+        unbounded = json.loads((scores / BASE / name / "scores.json").read_text()).get(UNBOUNDED, False)
         for leaf in dict.fromkeys(item.task for item in items):
-            tasks[leaf] = _compared([item for item in items if item.task == leaf])
+            tasks[leaf] = _compared([item for item in items if item.task == leaf], unbounded)
         if name == HELDOUT_LOSS and (margins := _margins(scores)):
             tasks[items[0].task]["margin"] = margins
         for model in _models(scores, name):
@@ -123,20 +128,26 @@ def _margins(scores: Path) -> Json:
     return {**of_model, **_difference(paired_difference(found[BASE], found[TUNED]), BASE, more_is_better=True)}
 
 
-def _compared(items: list[Item]) -> dict[str, Json]:
+def _compared(items: list[Item], unbounded: bool) -> dict[str, Json]:
+    value = mean if unbounded else share  # no number is a share there, not even 0 or 1
+
+    def against(scores: list[float], model: str) -> dict[str, Json]:
+        found = mean([b - a for a, b in zip(scores, tuned, strict=True)]) if unbounded else None
+        return _difference(found or paired_difference(scores, tuned), model, more_is_better=True)
+
     base, tuned = [item.base_score for item in items], [item.tuned_score for item in items]
     compared: dict[str, Json] = {
         "metric": items[0].metric,
+        **({UNBOUNDED: True} if unbounded else {}),
         "n": len(items),
-        BASE: share(base).document,
-        TUNED: share(tuned).document,
-        **_difference(paired_difference(base, tuned), BASE, more_is_better=True),
+        BASE: value(base).document,
+        TUNED: value(tuned).document,
+        **against(base, BASE),
     }
     production = [item.production_score for item in items if item.production_score is not None]
     if production:
-        difference = paired_difference(production, tuned)
-        compared[PRODUCTION] = share(production).document
-        compared[OVER_PRODUCTION] = _difference(difference, PRODUCTION, more_is_better=True)
+        compared[PRODUCTION] = value(production).document
+        compared[OVER_PRODUCTION] = against(production, PRODUCTION)
     return compared
 
 
@@ -178,7 +189,7 @@ def report(scores: Json) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for name, task in measured.items():
-        shown = _nats if name == "held-out rows" else _percent
+        shown = _shown(name, task)
         lines.append(
             f"| {name} | {task['metric']} | {task['n']} | {shown(task[BASE])} | {shown(task[TUNED])} "
             f"| {shown(task['difference'], signed=True)} | {task['better']} |"
@@ -193,23 +204,27 @@ def report(scores: Json) -> str:
             "| --- | ---: | ---: | ---: | --- |",
         ]
     for name, task in standing.items():
-        shown, over = _nats if name == "held-out rows" else _percent, task[OVER_PRODUCTION]
+        shown, over = _shown(name, task), task[OVER_PRODUCTION]
         lines.append(
             f"| {name} | {shown(task[PRODUCTION])} | {shown(task[TUNED])} "
             f"| {shown(over['difference'], signed=True)} | {over['better']} |"
         )
     for name, task in scores["tasks"].items():
         if margin := task.get("margin"):
-            told = ", ".join(f"{model} {_nats(margin[model], signed=True)}" for model in (BASE, TUNED))
+            told = ", ".join(f"{model} {_plain(margin[model], signed=True)}" for model in (BASE, TUNED))
             lines += ["", f"Margin in {name}, nats a token: {told}."]
     bars = [
         f"{name:<24.24} {model:<10} {_bar(task[model]['value'])} {task[model]['value']:6.1%}"
         for name, task in scores["tasks"].items()
         for model in (BASE, PRODUCTION, TUNED)
-        if model in task
+        if model in task and UNBOUNDED not in task
     ]
     text = "\n".join(lines) + "\n\nIn brackets: 95 % intervals; differences are paired, item by item.\n"
     return text + ("\n```text\n" + "\n".join(bars) + "\n```\n" if bars else "")
+
+
+def _shown(name: str, task: Json) -> Callable[..., str]:
+    return _plain if name == "held-out rows" or UNBOUNDED in task else _percent
 
 
 def _percent(interval: Json, *, signed: bool = False) -> str:
@@ -217,7 +232,7 @@ def _percent(interval: Json, *, signed: bool = False) -> str:
     return f"{value} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
 
 
-def _nats(interval: Json, *, signed: bool = False) -> str:
+def _plain(interval: Json, *, signed: bool = False) -> str:
     value = f"{interval['value']:+.3f}" if signed else f"{interval['value']:.3f}"
     return f"{value} ({interval['low']:.3f} to {interval['high']:.3f})"
 

@@ -12,18 +12,19 @@ A part writes `scores.json` and, for a task, `samples.jsonl`: one line an item w
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from stages import evals, harness
+from stages import evals, harness, reward_models
 from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
 from stages.evals import Options
 from stages.formats import BadRow
-from stages.generation import Precision, generate, load
+from stages.generation import Precision, Turn, generate, load
 from stages.harness import Sample
 from stages.identity import Json, Tree
 from stages.rows import read_rows
@@ -35,7 +36,8 @@ EXACT_MATCH = "exact_match"
 
 
 class Task(StageConfig):
-    """One task: rows of ours (`source`), scored through lm-eval or by an eval of our own, or a task lm-eval ships."""
+    """One task: rows of ours (`source`), scored through lm-eval, by an eval of our own or by a reward model, or a task
+    that lm-eval ships."""
 
     source: str = ""
     """A source of `fetch.data` whose rows are the items; best one with `split: heldout`."""
@@ -43,6 +45,8 @@ class Task(StageConfig):
     """A task or group that lm-eval ships, by name, e.g. `gsm8k`."""
     eval: str = ""
     """An eval of stages/evals/ that asks and scores `source` without lm-eval."""
+    reward_model: str = ""
+    """A model of `fetch.reward_models` that says what answers to `source` are worth: any number, and more is better."""
     metric: str = ""
     """`exact_match` for a source; for an lm-eval task one of its metrics, empty for its first."""
     limit: int | None = Field(default=None, ge=1)
@@ -70,9 +74,19 @@ class Task(StageConfig):
             raise ValueError("`eval` scores rows of a `source`, not an lm-eval task")
         if self.source and self.metric not in ("", EXACT_MATCH):
             raise ValueError(f"rows of a source are scored by {EXACT_MATCH!r}, or by an `eval`; not by {self.metric!r}")
+        if self.reward_model and (self.lm_eval or self.eval or self.metric):
+            raise ValueError("`reward_model` scores rows of a `source`, without `lm_eval`, `eval` or `metric`")
         if self.eval:
             evals.load(self.eval)
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only a task with a reward model has, so that all others keep their keys."""
+        told: dict[str, Any] = plain(self)
+        if not self.reward_model:
+            told.pop("reward_model", None)
+        return told
 
     @property
     def options(self) -> Options:
@@ -115,6 +129,12 @@ class EvaluateConfig(StageConfig):
                 raise ValueError(f"{name!r} cannot name a task: use letters, digits, '_' and '-'")
         return tasks
 
+    @property
+    def reward_models(self) -> dict[tuple[str, ...], str]:
+        """The models of `fetch.reward_models` that its tasks ask, by the place in this section that names them."""
+        asked = {name: task.reward_model for name, task in self.tasks.items() if task.reward_model}
+        return {("tasks", name, "reward_model"): model for name, model in asked.items()}
+
 
 class Measure(StageConfig):
     """One part: a task, or the held-out loss when there is none."""
@@ -128,7 +148,7 @@ def check(config: EvaluateConfig) -> None:
 
     Takes some seconds where tasks of lm-eval are named, to read its index.
     """
-    if any(not task.eval for task in config.tasks.values()):
+    if any(not task.eval and not task.reward_model for task in config.tasks.values()):
         harness.require()
     harness.check_names([task.lm_eval for task in config.tasks.values() if task.lm_eval])
 
@@ -138,7 +158,7 @@ def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
     a task's source is not in `fetch.data`."""
     plan = inputs["plan"].select(*HELDOUT_FILES)
     measures: dict[str, tuple[Measure, dict[str, Tree]]] = {
-        name: (Measure(task=task, precision=config.precision), _rows(name, task, inputs["rows"]))
+        name: (Measure(task=task, precision=config.precision), _read_by(name, task, inputs))
         for name, task in config.tasks.items()
     }
     if config.heldout_loss:
@@ -155,6 +175,11 @@ def _models(inputs: Mapping[str, Tree]) -> Iterator[tuple[str, Tree]]:
     if PRODUCTION in inputs:
         yield PRODUCTION, inputs[PRODUCTION]
     yield TUNED, inputs["weights"]
+
+
+def _read_by(name: str, task: Task, inputs: Mapping[str, Tree]) -> dict[str, Tree]:
+    judge = {"reward_model": inputs["reward_models"].folder(task.reward_model)} if task.reward_model else {}
+    return {**_rows(name, task, inputs["rows"]), **judge}
 
 
 def _rows(name: str, task: Task, rows: Tree) -> dict[str, Tree]:
@@ -182,6 +207,8 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
     started = time.monotonic()
     if config.task is None:
         facts = _measure_loss(config, inputs, output, work)
+    elif config.task.reward_model:
+        facts = _write(output, _judged(config, config.task, inputs, work), {"unbounded": True})
     elif config.task.eval:
         facts = _write(output, _ask(config, config.task, inputs, work), {})
     elif config.task.source:
@@ -218,9 +245,51 @@ def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) ->
     """An eval of our own: its examples, answered through plain transformers, scored by it."""
     chosen = evals.load(task.eval)
     examples = chosen.examples(_read(inputs["rows"], task), task.options)
+    turns = [[{"role": "user", "content": example.question}] for example in examples]
+    answers = _answers(config, task, turns, inputs, work)
+    return [
+        Sample("", i, e.question, e.target, answer, task.eval, chosen.score(e, answer, task.options))
+        for i, (e, answer) in enumerate(zip(examples, answers, strict=True))
+    ]
+
+
+def _judged(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) -> list[Sample]:
+    """Answers to conversations, and what the reward model says that they are worth."""
+    from transformers import AutoTokenizer
+
+    asked = [(row[0], reward_models.turns_of(row, task.question)) for row in _read(inputs["rows"], task)]
+    tokenizer = AutoTokenizer.from_pretrained(inputs["reward_model"], local_files_only=True)
+    for place, turns in asked:
+        with _named(place):
+            reward_models.text_of(tokenizer, turns, "")  # what it does not take is told before anything is answered
+    answers = _answers(config, task, [turns for _, turns in asked], inputs, work)
+    judging = load(inputs["reward_model"], config.precision, work.runtime.device)  # which lets the other model go
+    judge = reward_models.RewardModel(judging.network, judging.tokenizer)
+    samples = []
+    for number, ((place, turns), answer) in enumerate(zip(asked, answers, strict=True)):
+        with _named(place):
+            worth = judge.worth(reward_models.text_of(judge.tokenizer, turns, answer))
+        shown = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
+        samples.append(Sample("", number, shown, "", answer, f"reward by {task.reward_model}", worth))
+        work.tell(number + 1, len(asked), "answers judged")
+    return samples
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the row that a reward model cannot judge."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"evaluate.tasks: {place}: {error}. Leave such rows out, or lower `max_new_tokens`") from error
+
+
+def _answers(
+    config: Measure, task: Task, asked: Sequence[Sequence[Turn]], inputs: Mapping[str, Path], work: Work
+) -> list[str]:
     model = load(inputs["weights"], config.precision, work.runtime.device)
-    prompts = [model.prompt(example.question) for example in examples]
-    answers = generate(
+    prompts = [model.ask(turns) for turns in asked]
+    return generate(
         model,
         prompts,
         task.max_new_tokens,
@@ -228,10 +297,6 @@ def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) ->
         work.runtime.eval_batch,
         lambda done: work.tell(done, len(prompts), "items"),
     )
-    return [
-        Sample("", i, e.question, e.target, answer, task.eval, chosen.score(e, answer, task.options))
-        for i, (e, answer) in enumerate(zip(examples, answers, strict=True))
-    ]
 
 
 def _ask_through_harness(
@@ -308,8 +373,9 @@ def _write(output: Path, samples: Sequence[Sample], more: Mapping[str, Json]) ->
 def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
     """The evals whose versions enter the key: those asked for, and exact match where a source is scored twice."""
     tasks = config.tasks.values() if isinstance(config, EvaluateConfig) else [config.task] if config.task else []
-    names = {task.eval or EXACT_MATCH for task in tasks if task.source}
-    return {f"eval:{name}": evals.load(name).version for name in sorted(names)}
+    judged = {"reward_model": reward_models.VERSION} if any(task.reward_model for task in tasks) else {}
+    names = {task.eval or EXACT_MATCH for task in tasks if task.source and not task.reward_model}
+    return {**{f"eval:{name}": evals.load(name).version for name in sorted(names)}, **judged}
 
 
 STAGE = Stage(

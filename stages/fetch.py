@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from stages import reward_models
 from stages.identity import Tree
 from stages.sources import Found, credentials, files, folder, hub, new_tokens, package, reasoning
 from stages.sources.pieces import Pieces
@@ -122,8 +123,18 @@ class FetchConfig(StageConfig):
     teacher: ModelSource | None = None
     """For distillation and on_policy_distillation: the model whose distributions are learned, with the same tokenizer.
     distillation takes the base model when it is left out."""
+    reward_models: dict[SourceName, ModelSource] = Field(default_factory=dict)
+    """Models of the objective `reward`, by a name of yours, for train's rewards and evaluate's tasks to ask."""
     data: dict[SourceName, DataSource] = Field(min_length=1)
     """Data sources; convert and pack use their names."""
+
+    @field_validator("reward_models")
+    @classmethod
+    def _as_they_are(cls, models: dict[str, ModelSource]) -> dict[str, ModelSource]:
+        for name, model in models.items():
+            if model.new_tokens:
+                raise ValueError(f"{name}: new_tokens are for a model that is trained, and this one only judges")
+        return models
 
 
 class FetchPart(StageConfig):
@@ -144,6 +155,10 @@ def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     resolved = [_model_part("model", config.model)]
     if config.teacher is not None:
         resolved.append(_model_part("teacher", config.teacher))
+    for name, model in config.reward_models.items():
+        resolved.append(_model_part(f"reward_models/{name}", model, {"judges": True}))
+        if model.path is not None:  # told before anything is fetched
+            reward_models.check(Path(model.path).expanduser(), f"fetch.reward_models.{name}")
     for name, source in config.data.items():
         kind, shards = _resolve_data(source, f"fetch.data.{name}")
         for number, found in enumerate(shards):
@@ -157,12 +172,11 @@ def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     return resolved
 
 
-def _model_part(name: str, model: ModelSource) -> Part:
-    kind, found = _resolve_model(model, f"fetch.{name}")
+def _model_part(name: str, model: ModelSource, marks: Mapping[str, Any] | None = None) -> Part:
+    kind, found = _resolve_model(model, f"fetch.{name.replace('/', '.')}")
     added = {"new_tokens": list(model.new_tokens)} if model.new_tokens else {}
-    return Part(
-        name, {"kind": kind, "found": {**found.identity, **added}, "source": "", "split": ""}, where=found.where
-    )
+    identity = {**found.identity, **added, **(marks or {})}
+    return Part(name, {"kind": kind, "found": identity, "source": "", "split": ""}, where=found.where)
 
 
 def _resolve_model(model: ModelSource, place: str) -> tuple[str, Found]:
@@ -200,6 +214,8 @@ def run(config: FetchPart, inputs: Mapping[str, Path], output: Path, work: Work)
     """Bring one part in: a model's folder, or pieces of data as `stages.sources.pieces` writes them."""
     if not config.source:
         brought = _BRING_MODEL[config.kind](config.found, work.where, output, work)
+        if config.found.get("judges"):
+            reward_models.check(output, "fetch.reward_models: what was fetched")
         tokens = config.found.get("new_tokens")
         return {**brought, **new_tokens.add(output, tokens)} if tokens else brought
     pieces = Pieces(output, {"source": config.source, "split": config.split}, config.source)

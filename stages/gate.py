@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from stages.compare import OVER_PRODUCTION
+from stages.compare import OVER_PRODUCTION, UNBOUNDED
 from stages.identity import Json
 from stages.stage import StageConfig
 
@@ -20,7 +20,8 @@ class Thresholds(StageConfig):
     require: Literal["better", "not_worse", "nothing"] = "not_worse"
     """In every task: `better` wants the difference's 95 % interval above 0, `not_worse` refuses one below 0."""
     min_gain: float | None = Field(default=None, ge=-1, le=1)
-    """The least difference, tuned minus the other, in every task: 0.05 is five points of a hundred."""
+    """The least difference, tuned minus the other, in every task: 0.05 is five points of a hundred. What a reward model
+    scores has no such points: `require` decides there."""
     max_heldout_loss_increase: float | None = None
     """The most by which the held-out loss may rise, in nats a trained token; negative asks for a fall."""
 
@@ -76,8 +77,14 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
     if not counted and (gate.require == "better" or gate.min_gain is not None):
         yield "the gate asks for a gain, and no task was evaluated"
     for other in _others(gate):
+        compared = [task for task in counted.values() if _against(other, task) is not None]
+        if other.thresholds.min_gain is not None and compared and all(UNBOUNDED in task for task in compared):
+            yield (
+                f"min_gain against {other.words} is in shares of 1, and every task that counts is scored by a reward "
+                "model: ask for `require: better` instead"
+            )
         for name, task in counted.items():
-            yield from _task_failures(other, name, _against(other, task))
+            yield from _task_failures(other, name, _against(other, task), UNBOUNDED in task)
         yield from _loss_failures(other, scores["heldout_loss"])
 
 
@@ -86,7 +93,7 @@ def _against(other: _Other, entry: Json) -> Json:
     return entry if other.name == "base" else entry.get(OVER_PRODUCTION)
 
 
-def _task_failures(other: _Other, name: str, compared: Json) -> Iterator[str]:
+def _task_failures(other: _Other, name: str, compared: Json, unbounded: bool) -> Iterator[str]:
     if compared is None:
         return
     wanted, difference = other.thresholds, compared["difference"]
@@ -95,7 +102,7 @@ def _task_failures(other: _Other, name: str, compared: Json) -> Iterator[str]:
         yield f"{name}: not clearly better than {other.words}, {told}"
     if wanted.require == "not_worse" and compared["better"] == other.name:
         yield f"{name}: clearly worse than {other.words}, {told}"
-    if wanted.min_gain is not None and difference["value"] < wanted.min_gain:
+    if wanted.min_gain is not None and not unbounded and difference["value"] < wanted.min_gain:
         over = "" if other.name == "base" else f" over {other.words}"
         yield f"{name}: gains {told}{over}, and the gate asks for {wanted.min_gain:+.3f}"
 

@@ -11,6 +11,8 @@ from stages.errors import UserError
 
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
+Turn = dict[str, str]
+"""`role` and `content`."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,22 @@ class Model:
 
     def prompt(self, question: str) -> str:
         """The question as the model expects it: through its chat template when it has one, else as it stands."""
+        return self.ask([{"role": "user", "content": question}])
+
+    def ask(self, turns: Sequence[Turn]) -> str:
+        """A conversation as the model is to go on with it. Raises UserError for one that its chat template does not
+        take, and for one of several turns where there is none."""
+        if not self.chats and len(turns) == 1:
+            return turns[0]["content"]
         if not self.chats:
-            return question
-        turns = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            raise UserError("the model has no chat template, so it can be asked a question, and no conversation")
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(f"the model's chat template does not take the turns {roles}: {error}") from error
 
 
 def load(folder: Path, precision: Precision, device: Device, packed: bool = False) -> Model:

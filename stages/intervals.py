@@ -83,6 +83,11 @@ def share(scores: Sequence[float]) -> Interval:
     """The mean of a model's scores: Wilson when they are all 0 or 1, else a bootstrap over items."""
     if _binary(scores):
         return wilson(round(sum(scores)), len(scores))
+    return mean(scores)
+
+
+def mean(scores: Sequence[float]) -> Interval:
+    """The mean of scores of any size and sign, with a bootstrap over items."""
     return bootstrap(scores, [1.0] * len(scores))
 
 
@@ -98,7 +103,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interv
         pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
         table = [pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))]
         return newcombe(*table)
-    return bootstrap([b - a for a, b in zip(first, second, strict=True)], [1.0] * len(first))
+    return mean([b - a for a, b in zip(first, second, strict=True)])
 
 
 def bootstrap(amounts: Sequence[float], weights: Sequence[float]) -> Interval:

@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -40,11 +41,12 @@ class _Job(NamedTuple):
 class _Worker:
     """A process that scores one item at a time, in lines of JSON. It ends when its input does."""
 
-    def __init__(self, choices: Mapping[str, RewardChoice]) -> None:
+    def __init__(self, choices: Mapping[str, RewardChoice], models: Mapping[str, Path]) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "stages.judge"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        self._send({name: choice.model_dump(mode="json") for name, choice in choices.items()})
+        chosen = {name: choice.model_dump(mode="json") for name, choice in choices.items()}
+        self._send([chosen, {name: str(folder) for name, folder in models.items()}])
         self.job: _Job | None = None
         self.until = math.inf
         self.gone = False
@@ -83,15 +85,22 @@ class Judge:
     """Rewards by name, ready to score. Use it as a context: its processes end with it.
 
     `seconds` is an item's time limit; `otherwise` what an item counts that cannot be scored, or None to raise UserError
-    there. `unscored` counts those by the reward's name. Raises UserError when a reward does not load.
+    there. `unscored` counts those by the reward's name; `models` are the folders of the reward models they ask. Raises
+    UserError when a reward does not load.
     """
 
     def __init__(
-        self, choices: Mapping[str, RewardChoice], *, seconds: float, workers: int = 1, otherwise: float | None = None
+        self,
+        choices: Mapping[str, RewardChoice],
+        *,
+        seconds: float,
+        workers: int = 1,
+        otherwise: float | None = None,
+        models: Mapping[str, Path] | None = None,
     ) -> None:
-        self.choices, self.seconds, self.otherwise = choices, seconds, otherwise
+        self.choices, self.seconds, self.otherwise, self.models = choices, seconds, otherwise, models or {}
         self.unscored: Counter[str] = Counter()
-        self._workers = [_Worker(choices) for _ in range(max(1, workers))]
+        self._workers = [_Worker(choices, self.models) for _ in range(max(1, workers))]
         try:
             for worker in self._workers:
                 worker.ready()
@@ -139,7 +148,7 @@ class Judge:
 
     def _replace(self, worker: _Worker) -> None:
         worker.end()
-        fresh = _Worker(self.choices)
+        fresh = _Worker(self.choices, self.models)
         self._workers[self._workers.index(worker)] = fresh
         fresh.ready()
 
@@ -168,10 +177,11 @@ def _serve() -> None:
         answers.flush()
 
     try:
-        plain = json.loads(sys.stdin.readline())
+        plain, folders = json.loads(sys.stdin.readline())
+        models = {name: Path(folder) for name, folder in folders.items()}
         rewards = {name: load(RewardChoice.model_validate(choice)) for name, choice in plain.items()}
         for reward, options in rewards.values():
-            reward.ready(options)
+            reward.ready(options, models)
     except UserError as error:
         answer(str(error))
         return

@@ -51,8 +51,11 @@ class Reward:
     options: type[StageConfig] = NoOptions
     needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
     """The columns that a prompt's row must have."""
-    ready: Callable[[Any], None] = lambda options: None
-    """Called once in every process that scores, before the first completion: `ready(options)`."""
+    model: Callable[[Any], str] = lambda options: ""
+    """Which of `fetch.reward_models` it asks, by name; empty for none."""
+    ready: Callable[[Any, Mapping[str, Path]], None] = lambda options, models: None
+    """Called once in every process that scores, before the first completion: `ready(options, models)`, with the folders
+    of the models that the recipe's rewards ask."""
 
 
 class RewardChoice(StageConfig):

@@ -3,7 +3,9 @@
 Scorers may give a little for a wrong answer; `strict` counts only full marks.
 """
 
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
@@ -18,7 +20,7 @@ class Options(StageConfig):
     """1 for full marks, 0 for everything else."""
 
 
-def ready(options: Options) -> None:
+def ready(options: Options, models: Mapping[str, Path]) -> None:
     """Import the library, which takes seconds that no completion should be charged. Raises UserError without it."""
     try:
         import reasoning_gym  # noqa: F401

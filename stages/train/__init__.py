@@ -208,6 +208,18 @@ class TrainConfig(StageConfig):
             raise ValueError("; ".join(wrong))
         return self
 
+    @property
+    def reward_models(self) -> dict[tuple[str, ...], str]:
+        """The models of `fetch.reward_models` that its rewards ask, by the place in this section that names them."""
+        asked: dict[tuple[str, ...], str] = {}
+        for name, given in self.objective_options.get("rewards", {}).items():
+            choice = rewards.RewardChoice.model_validate(given)
+            if choice.reward != rewards.OWN:  # whose code may not be run yet
+                reward, options = rewards.load(choice)
+                if model := reward.model(options):
+                    asked["objective_options", "rewards", name, "options", "model"] = model
+        return asked
+
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train. See `stages.train.run.attempt` for inputs, files and errors."""

@@ -79,7 +79,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     stop = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(_asked_by_sigterm(stop))
-        judge = stack.enter_context(_judge(options, work)) if isinstance(options, RewardedOptions) else None
+        judge = stack.enter_context(_judge(options, inputs, work)) if isinstance(options, RewardedOptions) else None
         set_seed(config.seed)
         trained = _load(config, inputs["model"], device)
         recorder = Recorder(judge, work.folder / "rollouts")
@@ -141,9 +141,16 @@ def _group_and_iterations(options: SampledOptions) -> tuple[int, int]:
     return (options.group_size, options.iterations) if isinstance(options, RewardedOptions) else (1, 1)
 
 
-def _judge(options: RewardedOptions, work: Work) -> Judge:
+def _judge(options: RewardedOptions, inputs: Mapping[str, Path], work: Work) -> Judge:
     otherwise = 0.0 if options.on_error == "zero" else None
-    return Judge(options.rewards, seconds=options.reward_seconds, workers=work.runtime.workers, otherwise=otherwise)
+    folder = inputs.get("reward_models")
+    return Judge(
+        options.rewards,
+        seconds=options.reward_seconds,
+        workers=work.runtime.workers,
+        otherwise=otherwise,
+        models={place.name: place for place in folder.iterdir()} if folder else {},
+    )
 
 
 def _load(config: TrainConfig, folder: Path, device: str) -> Any:

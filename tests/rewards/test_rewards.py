@@ -154,8 +154,7 @@ def reward_model(tmp_path: Path, tiny_model: Path) -> Path:
 def test_a_reward_model_scores_prompt_and_completion(reward_model: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    choice = RewardChoice(reward="reward_model", options={"model": str(reward_model)})
-    assert len(choice.options["digest"]) == 64
+    choice = RewardChoice(reward="reward_model", options={"model": "kind"})
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     asked = [{"role": "user", "content": "hi"}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -163,14 +162,10 @@ def test_a_reward_model_scores_prompt_and_completion(reward_model: Path) -> None
     model = AutoModelForSequenceClassification.from_pretrained(reward_model)
     model.config.pad_token_id = None
     expected = float(model(tokenizer(chat, add_special_tokens=False, return_tensors="pt")["input_ids"]).logits)
-    with Judge({"worth": choice}, seconds=20) as judge:
+    with Judge({"worth": choice}, seconds=20, models={"kind": reward_model}) as judge:
         found = judge.score([("yes", {"rendered_prompt": prompt})])
         assert found["worth"] == [pytest.approx(expected, rel=1e-4)]
         with pytest.raises(UserError, match=r"the reward worth: .*its chat template opens an answer with"):
             judge.score([("yes", {"rendered_prompt": "Question: hi"})])
-
-
-def test_a_folder_without_a_reward_model_is_refused_when_the_recipe_is_read(tmp_path: Path, tiny_model: Path) -> None:
-    for folder, told in ((tmp_path, "holds no model"), (tiny_model, "is no reward model")):
-        with pytest.raises(ValidationError, match=told):
-            RewardChoice(reward="reward_model", options={"model": str(folder)})
+        with pytest.raises(UserError, match=r"the reward worth: .*reads 256 tokens at most"):
+            judge.score([("yes" * 90, {"rendered_prompt": prompt})])

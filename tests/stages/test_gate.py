@@ -153,6 +153,8 @@ def test_stricter_requirements_pass_less(gate: Gate, items: list[tuple[int, int]
 
 def test_the_recipes_in_the_documentation_are_right() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
-    tasks, gate = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S))
+    tasks, judged, gate = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S))
     assert set(EvaluateConfig.model_validate(tasks["evaluate"]).tasks) == {"reversal", "quick", "maths"}
+    asked = EvaluateConfig.model_validate(judged["evaluate"]).reward_models
+    assert {*asked.values()} == {*judged["fetch"]["reward_models"]}
     assert PublishConfig.model_validate(gate["publish"]).gate.production.require == "not_worse"
