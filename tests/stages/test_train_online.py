@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,39 @@ def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
     _, facts = train(tmp_path, inputs, recipe(tmp_path, steps=2) | lora, allow_code=True)
     assert facts["precision"] == "bf16"
     assert facts["completions"] == 2 * 2 * 8
+
+
+def test_a_reward_model_is_asked_by_its_name(tmp_path: Path, tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from stages import heads
+
+    judge = tmp_path / "models/kind"
+    shutil.copytree(tiny_model, judge)
+    heads.save({"weight": torch.randn(1, 32, generator=torch.Generator().manual_seed(4))}, tmp_path)
+    heads.convert(judge, tmp_path / heads.HEAD)
+    asked = [f"<|im_start|>user\nsay {word}<|im_end|>\n<|im_start|>assistant\n" for word in ("one", "two")]
+    prompts(tmp_path / "tokens", tiny_model, asked)
+    plan = Packed(tmp_path / "tokens", tmp_path / "plan").output
+    given = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan, "reward_models": judge.parent}
+    config = recipe(
+        tmp_path,
+        steps=1,
+        rewards={"kind": {"reward": "reward_model", "options": {"model": "kind"}}},
+        group_size=2,
+        reward_seconds=60,
+    )
+    output, facts = train(tmp_path, given, config)
+    assert facts["unscored"] == {}
+    model = AutoModelForSequenceClassification.from_pretrained(judge)
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    for row in read_table(output / "rollouts.arrow").to_pylist():
+        text = row["prompt"] + row["completion"] + "<|im_end|>\n"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            expected = float(model.score(model.model(ids).last_hidden_state[0, -1]))
+        assert dict(row["rewards"])["kind"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 class _Stopped(Exception):
