@@ -21,7 +21,7 @@ from tests.objectives import test_kto, test_reward_models
 from tests.stages import test_train_online
 from tests.stages.packed import Packed, turns
 
-PAIRS, ONLINE = ("cpo", "dpo", "orpo", "reward", "simpo"), ("gdpo", "grpo", "rloo")
+PAIRS, ONLINE = ("cpo", "dpo", "orpo", "reward", "simpo"), ("gdpo", "grpo", "on_policy_distillation", "rloo")
 KINDS = {
     **dict.fromkeys(PAIRS, test_reward_models.pairs),
     "process_reward": test_reward_models.solutions,
@@ -110,6 +110,9 @@ def test_completions_are_made_and_judged_on_a_gpu(
         config["objective_options"] |= {"beta": 0.0}
     if objective == "gdpo":
         config["objective_options"]["rewards"]["short"] = {"reward": "length", "options": {"most": 8}}
+    if objective == "on_policy_distillation":
+        config["objective_options"] = {"prompts_per_step": 16, "max_new_tokens": 12}
+        inputs["teacher"] = teacher(tiny_model, tmp_path / "teacher")
     output, facts = test_train_online.train(tmp_path, inputs, config, device="cuda", allow_code=True)
     assert facts["completions"] == 3 * 2 * 8
     assert (output / "rollouts.arrow").exists()
