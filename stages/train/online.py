@@ -90,7 +90,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             given["reward_funcs"] = recorder.functions(lambda: trainer.state.global_step)
         arguments = _arguments(config, options, objective.online, total, device, work)
         optimizer = optimizers.make(trained, config)
-        trainer = _kind(objective.online, options, config.seed, work, recorder)(
+        kind = _kind(objective.online, options, config.seed, recorder)
+        trainer = _ours(kind, work)(
             args=arguments,
             train_dataset=Dataset.from_list([rows[i] for i in asked]),
             optimizers=(optimizer, LambdaLR(optimizer, schedules.multiplier(config, total))),
@@ -201,11 +202,16 @@ def _arguments(
     )
 
 
-def _kind(online: objectives.Online, options: SampledOptions, seed: int, work: Work, recorder: Recorder) -> type:
-    """TRL's trainer, with our checkpoints and names."""
-    kind = getattr(importlib.import_module("trl"), online.trainer)
+def _kind(online: objectives.Online, options: SampledOptions, seed: int, recorder: Recorder) -> type:
+    """TRL's trainer; where nothing is rewarded, one that keeps the completions itself."""
+    kind: type = getattr(importlib.import_module("trl"), online.trainer)
     if isinstance(options, OnPolicyOptions):
-        kind = teacher.sampling(kind, options.student_share, seed, recorder.keep)
+        return teacher.sampling(kind, options.student_share, seed, recorder.keep)
+    return kind
+
+
+def _ours(kind: type, work: Work) -> type:
+    """A trainer with our checkpoints and names."""
 
     class Trainer(kind):  # type: ignore[misc]
         """Its checkpoints are complete or invisible, and its figures have our names."""

@@ -34,8 +34,12 @@ def load(config: TrainConfig, inputs: Mapping[str, Path], device: str, trained: 
             f"train: {config.objective} reads the weights of lm_head themselves, past an adapter that stands there: "
             "take it out of train.lora.targets, modules_to_save and new_tokens"
         )
-    precision = "bf16" if config.precision == "bf16" else "fp32"
-    network = load_network(inputs["teacher"], precision, "cuda" if device == "cuda" else "cpu", packed=False)
+    network = load_network(
+        inputs["teacher"],
+        "bf16" if config.precision == "bf16" else "fp32",
+        "cuda" if device == "cuda" else "cpu",
+        packed=False,
+    )
     theirs, ours = (each.get_output_embeddings().weight.shape[0] for each in (network, trained))
     if theirs < ours:
         raise UserError(
@@ -52,6 +56,8 @@ def sampling(kind: type, share: float, seed: int, keep: Keep) -> type:
     teacher those of the others, and all are kept."""
 
     class Trainer(kind):  # type: ignore[misc]
+        model_wrapped: Any
+
         def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **more: Any) -> list[list[int]]:
             step, student = self.state.global_step, self.model_wrapped
             # Drawn by the step, so that a run that goes on draws the same.
