@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from stages import arithmetic, objectives
 from stages.child import SUSPENDED
@@ -68,7 +68,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
     checks.refuse_device(config, device)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
-    tokenizer = AutoTokenizer.from_pretrained(inputs["model"], local_files_only=True)
+    tokenizer = prompts.plain_tokenizer(inputs["model"])
     if objective.online.teacher:
         teacher.refuse(config, inputs)
     rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from packing.collate import PackedBins
 from stages import rewards
@@ -18,6 +20,14 @@ from stages.stage import Work
 from stages.train.windows import Windows
 
 Row = dict[str, Any]
+
+
+def plain_tokenizer(folder: Path) -> Any:
+    """A model's tokenizer that adds no begin or end token to a text: the plan's prompts have what the template gave
+    them, and TRL asks without saying that nothing should be added."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    return tokenizer
 
 
 def read(
@@ -48,7 +58,7 @@ def read(
             ids = packed.ids[begin : begin + length].tolist()
             begin += length
             text, columns = tokenizer.decode(ids), bins.extra(document)
-            if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            if tokenizer(text)["input_ids"] != ids:  # as TRL calls it
                 raise UserError(
                     f"train: a prompt holds the text of a control token, which generation would take for one: "
                     f"{text[:300]!r}. Take such rows out with a filter"

@@ -179,6 +179,33 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, input
     assert read_table(parts / "rollouts.arrow").to_pylist() == read_table(whole / "rollouts.arrow").to_pylist()
 
 
+def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tokenizer puts before a text that is not rendered yet."""
+    from transformers import LlamaForCausalLM
+
+    beginning = shutil.copytree(tiny_model, tmp_path / "model")
+    document = json.loads((beginning / "tokenizer.json").read_text())
+    begin, text = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    named = {"<|im_start|>": {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}}
+    template = {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text], "special_tokens": named}
+    (beginning / "tokenizer.json").write_text(json.dumps({**document, "post_processor": template}))
+    prompts(tmp_path / "tokens", beginning, ["<|im_start|>say one\n"])
+    plan = Packed(tmp_path / "tokens", tmp_path / "plan").output
+    asked: list[list[int]] = []
+    generate = LlamaForCausalLM.generate
+
+    def listening(self: Any, **given: Any) -> Any:
+        asked.extend(given["input_ids"].tolist())
+        return generate(self, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", listening)
+    inputs = {"model": beginning, "tokens": tmp_path / "tokens", "plan": plan}
+    train(tmp_path, inputs, recipe(tmp_path, steps=1, prompts_per_step=1), allow_code=True)
+    assert asked and all(ids[:2].count(0) == 1 for ids in asked)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
