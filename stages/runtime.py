@@ -55,9 +55,9 @@ class Runtime(Described):
     """Processes that work on a mapped stage's parts at once; by default one a core, 16 at most."""
     ranks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes that train together, one a device; auto: as many as there are CUDA devices, or one."""
-    shard: Literal["none", "fsdp"] = "none"
+    shard: Literal["none", "fsdp", "zero2", "zero3"] = "none"
     """How ranks hold the model: each all of it, or each a part of weights, gradients and optimizer (fsdp: PyTorch's
-    `fully_shard`)."""
+    `fully_shard`; zero3: DeepSpeed's ZeRO), or of gradients and optimizer alone (zero2)."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Packed sequences per forward pass (the global batch is recipe); auto: as many as help and fit into memory."""
     activation_checkpointing: Literal["auto", "none", "selective", "full", "offloaded"] = "auto"

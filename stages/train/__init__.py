@@ -30,7 +30,8 @@ This file holds the recipe section and declares the stage; the work is in the fi
     memory.py        the memory plan; planning.py: for one attempt
     metrics.py       a step's figures; trackers.py: where else they go
     policy.py        what happens when the loss jumps
-    ranks.py         several processes, one training; sharding.py cuts the model over them
+    ranks.py         several processes, one training; sharding.py cuts the model over them, or zero.py
+                     does through DeepSpeed
     proofs.py        what must hold of the model before it trains
     run.py           one attempt: all of it in order; results.py: what it leaves
     supervise.py     the stage function: attempts, until one comes to its end

@@ -162,8 +162,18 @@ def smaller(micro_batch: int, recompute: Mode, least: Mode) -> tuple[int, Mode] 
     return None if recompute in (least, "offloaded") else (1, least)
 
 
-def measure(model: Any, forward: Callable[[int], torch.Tensor], optimizer: str, precision: str, shards: int) -> Costs:
-    """What training `model` costs. `forward(tokens)` runs the loss on about so many tokens and returns it."""
+def measure(
+    model: Any,
+    forward: Callable[[int], torch.Tensor],
+    optimizer: str,
+    precision: str,
+    ranks: int,
+    shard: str = "none",
+) -> Costs:
+    """What training `model` costs each of `ranks` that hold it as `shard` says (`stages.runtime`).
+
+    `forward(tokens)` runs the loss on about so many tokens and returns it.
+    """
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(_bytes(p) for p in parameters) + sum(_bytes(b) for b in model.buffers())
@@ -184,10 +194,12 @@ def measure(model: Any, forward: Callable[[int], torch.Tensor], optimizer: str, 
         tokens["offloaded"] = tokens["full"]
     logits = LOSS_ROWS * text.vocab_size * (computed + 4)
     gradients = sum(_bytes(p) for p in trained)
+    parts = ranks if shard != "none" else 1
+    updated = gradients // parts if shard.startswith("zero") else 0  # DeepSpeed updates a copy of a rank's own part
     return Costs(
-        weights // shards,
-        gradients // shards,
-        int(sum(_state_bytes(p, optimizer) for p in trained)) // shards,
+        (weights if shard == "zero2" else weights // parts) + updated,
+        gradients // parts,
+        int(sum(_state_bytes(p, optimizer) for p in trained)) // parts,
         tokens,
         logits + fixed,
     )

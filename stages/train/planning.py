@@ -39,15 +39,13 @@ def plan_memory(
     recompute: Mode | Literal["auto"],
 ) -> memory.Plan:
     """The memory plan, rank 0's on every rank. Raises UserError when nothing fits."""
-    sharded = shard != "none" and group.size > 1
-    place = "cpu" if sharded else device
+    place = "cpu" if shard != "none" else device
 
     def forward(tokens: int) -> torch.Tensor:
         with speed.autocast(trained, config, place):
             return loss(to_device(objective.prepare(two_documents(example, tokens)), place))["loss"]
 
-    shards = group.size if sharded else 1
-    costs = memory.measure(trained, forward, config.optimizer, config.precision, shards)
+    costs = memory.measure(trained, forward, config.optimizer, config.precision, group.size, shard)
     room, length = memory.room(device), bins.sequence_length
     frozen = sum(p.numel() for p in trained.parameters()) * (4 if config.precision == "fp32" else 2)
     if recompute != "auto" and recompute not in costs.token:

@@ -44,7 +44,7 @@ from stages.train.policy import Watch
 from stages.train.proofs import prove_float8, prove_isolation
 from stages.train.ranks import Group, Stopping
 from stages.train.recomputing import Mode, recompute
-from stages.train.samples import batches, one_document
+from stages.train.samples import batches, one_document, two_documents
 from stages.train.sharding import shard
 from stages.train.trainer import PackedTrainer, make_trainer
 from stages.train.training import Training
@@ -52,6 +52,8 @@ from stages.train.windows import Windows
 
 FIRST = 16
 """The sequences whose activations adapters may start from."""
+FEW = 16
+"""Tokens of a batch whose loss does not matter."""
 TRIED = 8
 """The sequences whose loss in 8 bits is compared with that in 16."""
 
@@ -117,7 +119,8 @@ def attempt(
         if work.runtime.deterministic:
             _deterministic(stack)
         set_seed(config.seed)
-        sharded = work.runtime.shard == "fsdp" and group.size > 1
+        how = work.runtime.shard if group.size > 1 else "none"
+        sharded = how != "none"
         place = "cpu" if sharded else this.device
         if sharded:
             checks.refuse_shards(config)
@@ -146,7 +149,7 @@ def attempt(
             loss,
             group,
             this.device,
-            work.runtime.shard,
+            how,
             this.micro_batch,
             this.activation_checkpointing,
         )
@@ -170,13 +173,15 @@ def attempt(
         counted, size = metrics.counted_weights(trained), model.trainable(trained)
         if checkpoint:
             state.load_weights(trained, checkpoint)
-        computed = shard(trained, loss, group.size, this.device) if sharded else loss
+        computed = shard(trained, loss, group.size, this.device) if how == "fsdp" else loss
         trainer = make_trainer(
             trained,
             Training(
                 config=config,
                 steps=steps,
                 loss=computed,
+                shard=how,
+                example=objective.prepare(two_documents(example, FEW)),
                 baseline=baseline,
                 look=look_of(config, objective, heldout, trained, computed, baseline, this.device, group, sharded),
                 work=work,
@@ -227,7 +232,7 @@ def attempt(
         "precision": config.precision,
         "device_name": torch.cuda.get_device_name() if this.device == "cuda" else "cpu",
         "ranks": group.size,
-        "shard": work.runtime.shard if group.size > 1 else "none",
+        "shard": how,
         "memory_plan": plan.record(),
         "seconds_to_prepare": round(ready - started, 2),
     }

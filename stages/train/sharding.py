@@ -16,7 +16,7 @@ class Loss(nn.Module):
         self.model, self.loss, self.ranks = model, loss, ranks
 
     def forward(self, batch: Batch) -> Sums:
-        """The objective's sums, the loss times the ranks: `fully_shard` takes the mean of their gradients."""
+        """The objective's sums, the loss times the ranks: `fully_shard` and DeepSpeed take the mean of gradients."""
         sums = self.loss(batch)
         return {**sums, "loss": sums["loss"] * self.ranks}
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.errors import UserError
+from stages.train import zero
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -64,6 +65,8 @@ def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
     """A tensor's copy in the CPU's memory, gathered where it is sharded; empty if not to `keep`. All ranks call it."""
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
+    elif hasattr(tensor, "ds_id"):
+        tensor = zero.whole(tensor)
     return tensor.detach().to("cpu", copy=True) if keep else torch.empty(0)
 
 

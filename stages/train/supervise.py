@@ -22,7 +22,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.streams import Streams
-from stages.train import TrainConfig, trackers
+from stages.train import TrainConfig, trackers, zero
 from stages.train.data import open_bins
 from stages.train.memory import ACTIVATIONS, smaller
 from stages.train.policy import MOST_LEFT_OUT, Upset
@@ -34,10 +34,13 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     """Train, however many attempts and ranks it takes. See `stages.train.run.attempt` for inputs, files and errors."""
     bins, runtime = open_bins(inputs), work.runtime
     device = _device(runtime.device)
+    # accelerate imports DeepSpeed where there is one, and it would look around and say so.
+    os.environ["DS_ACCELERATOR"] = device
     devices = _devices(device)
     ranks = _ranks(runtime, devices, bins.global_batch)
     if ranks > 1 and runtime.shard != "none":
-        _refuse_sharded(config)
+        zero.require(runtime.shard)
+        refuse_sharded(config, runtime.shard)
     total = config.max_steps or math.ceil(config.epochs * bins.steps)
     reporting = trackers.chosen(runtime, work.folder.name)
     this = Attempt(device, runtime.micro_batch, runtime.activation_checkpointing, total, trackers=reporting)
@@ -173,7 +176,7 @@ def _devices(device: str) -> list[str]:
     return seen or [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _refuse_sharded(config: TrainConfig) -> None:
+def refuse_sharded(config: TrainConfig, shard: str) -> None:
     """Raise UserError for what needs whole weights between steps."""
     asked = {
         "quantize": config.quantize,
@@ -186,6 +189,11 @@ def _refuse_sharded(config: TrainConfig) -> None:
         raise UserError(
             f"{', '.join(found)} and sharded ranks do not go together yet: set the runtime's shard to none, or take "
             "it out of the recipe"
+        )
+    if shard in zero.STAGES and config.precision == "fp16":
+        raise UserError(
+            f"train.precision fp16 and the runtime's shard {shard} do not go together: set the precision to bf16, or "
+            "shard to fsdp"
         )
 
 

@@ -9,6 +9,7 @@ optimizer, schedule, clipping, the loop.
 import copy
 import json
 import shutil
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from stages.errors import UserError
+from stages.objectives import Batch, Sums
 from stages.train import optimizers, schedules, speed, state
 from stages.train.adamw import SplitAdamW, is_split
 from stages.train.between import Between
@@ -30,6 +32,7 @@ from stages.train.policy import Spike, Upset, Watch
 from stages.train.progress import Progress
 from stages.train.saving import Saving
 from stages.train.training import Training
+from stages.train.zero import STAGES, Zero
 
 
 def make_trainer(model: Any, training: Training) -> "PackedTrainer":
@@ -55,6 +58,8 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more than one is several ranks, never DataParallel
     optimizer = optimizers.make(model, config)
+    if training.shard in STAGES:
+        optimizer, training = _cut(model, training, optimizer)
     schedule = LambdaLR(optimizer, schedules.multiplier(config, len(training.steps)))
     trainer = PackedTrainer(model=model, args=arguments, train_dataset=training.steps, optimizers=(optimizer, schedule))
     between = make_between(
@@ -72,6 +77,26 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
     return trainer
 
 
+def _cut(model: Any, training: Training, optimizer: Any) -> tuple[Zero, Training]:
+    """Have DeepSpeed cut what training holds over the ranks: the optimizer and the training to go on with."""
+
+    def loss(batch: Batch) -> Sums:
+        with speed.autocast(model, training.config, training.device):  # the engine switches off the one around it
+            return training.loss(batch)
+
+    made = Zero(
+        model,
+        loss,
+        optimizer,
+        STAGES[training.shard],
+        training.group.size,
+        training.device,
+        training.config.max_gradient_norm,
+        to_device(training.example, training.device),
+    )
+    return made, replace(training, loss=made.loss)
+
+
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """Overrides where the Trainer counts on batches of examples, and where it waits for the device."""
 
@@ -82,6 +107,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     saver: Saver
     queue: Queue
     watch: Watch
+
+    @property
+    def zero(self) -> Zero | None:
+        """The optimizer, where DeepSpeed cuts over ranks what training holds."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        return optimizer if isinstance(optimizer, Zero) else None
 
     def begin(self, training: Training, between: Between) -> None:
         """Set up what lives as long as the training."""
@@ -115,13 +146,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         total = torch.zeros((), device=self.args.device)
         self._measures: dict[str, torch.Tensor] = {}
         baseline = self._baseline(inputs)
-        for each in inputs["batches"]:
+        for number, each in enumerate(inputs["batches"], 1):
             torch.manual_seed(each["seed"])
             with self.accelerator.autocast():
                 sums = self.training.loss(speed.marked(to_device(each["batch"], self.args.device)) | baseline)
                 share = each["counts"] / max(inputs["count"], 1)
                 loss = sums["loss"] * share
-            self.accelerator.backward(loss)
+            if self.zero:
+                self.zero.backward(loss, last=number == len(inputs["batches"]))
+            else:
+                self.accelerator.backward(loss)
             total += loss.detach()
             for name, measure in sums.items():
                 if name != "loss":
@@ -129,7 +163,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         group = self.training.group
         for measure in self._measures.values():
             group.sum(measure)
-        if self.training.work.runtime.shard == "none":
+        if self.training.shard == "none":
             if inputs["batches"]:
                 group.sum_gradients(model.parameters())
             return group.sum(total)
@@ -149,12 +183,16 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return {"baseline": {name: self.training.group.sum(mean) for name, mean in means.items()}}
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.zero:
+            return self.zero.norm  # the engine clips in its step, see `_maybe_log_save_evaluate`
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """The gradient's norm; split weights are clipped in the optimizer's kernel, which reads gradients anyway."""
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        if isinstance(optimizer, Zero):
+            return optimizer.norm
         if isinstance(optimizer, SplitAdamW):
             return optimizer.clip(self.args.max_grad_norm)
         norm: torch.Tensor = super()._clip_grad_norm(model)
@@ -179,6 +217,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             steps = self.training.steps
             entry = {"step": position + 1, "learning_rate": float(learning_rate)}
             entry |= {"tokens": steps.tokens(position), "trained_tokens": steps.trained(position)}
+            grad_norm = self.zero.norm if self.zero else grad_norm
             norm = grad_norm if isinstance(grad_norm, torch.Tensor) else torch.tensor(float(grad_norm))
             self.queue.put(entry, loss=loss, grad_norm=norm.to(loss.device), **self._measures)
         ending = self.control.should_save or self.control.should_training_stop
@@ -232,7 +271,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Copy the training's state and have it written beside the training."""
         keep = self.training.group.rank == 0
         weights = state.weights_of(self.model, keep)
-        optimizer = state.state_of(self.optimizer, keep)
+        optimizer = self.zero.state_dict(keep) if self.zero else state.state_of(self.optimizer, keep)
         if not keep:
             return
         scheduler = self.lr_scheduler.state_dict()

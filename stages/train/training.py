@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.objectives import LossSums
+from stages.objectives import Batch, LossSums
 from stages.stage import Work
 from stages.train import TrainConfig
 from stages.train.data import Steps
@@ -18,6 +18,10 @@ class Training:
     config: TrainConfig
     steps: Steps
     loss: LossSums
+    shard: str
+    """How ranks hold the model (`stages.runtime`); `none` with one."""
+    example: Batch
+    """A small batch, prepared, on the CPU."""
     baseline: LossSums | None
     """What the losses of a step are compared with; see `stages.objectives.Objective`."""
     work: Work

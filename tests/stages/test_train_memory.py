@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig
-from stages.train.memory import HEADROOM, Costs, choose, nearest, smaller
+from stages.train.memory import HEADROOM, Costs, choose, measure, nearest, smaller
 from stages.train.recomputing import MODES, Mode
 from tests.stages import tiny
 
@@ -144,3 +146,21 @@ def train_on_gpu(folder: Path, inputs: dict[str, Path], config: dict[str, Any], 
     work = Work(folder / "work", Runtime.model_validate(runtime))
     facts = STAGE.run(TrainConfig.model_validate(config), inputs, folder / "output", work)
     return torch.cuda.max_memory_allocated(), facts
+
+
+@pytest.mark.parametrize(
+    ("shard", "weights", "others"),
+    [("none", 4, 4), ("fsdp", 1, 1), ("zero2", 4 + 1, 1), ("zero3", 1 + 1, 1)],
+)
+def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int, others: int) -> None:
+    """In quarters of the model; DeepSpeed keeps a copy of the part that a rank updates."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
+
+    def forward(tokens: int) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
+        return found
+
+    quarter = sum(p.numel() for p in model.parameters())  # of float32: a byte of four
+    costs = measure(model, forward, "adamw_torch_fused", "fp32", 4, shard)
+    held = (costs.weights, costs.gradients, costs.optimizer)
+    assert held == pytest.approx((weights * quarter, others * quarter, 2 * others * quarter), rel=0.01)

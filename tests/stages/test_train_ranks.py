@@ -3,16 +3,18 @@
 import json
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig
+from stages.train import STAGE, TrainConfig, supervise, zero
 from tests.stages import tiny
 
 CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32", "lora": {"rank": 4}}
@@ -36,6 +38,25 @@ def train(
     facts = STAGE.run(TrainConfig.model_validate({**CONFIG, "method": method}), inputs, output, work)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines], facts
+
+
+def figures(folder: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """What two trainings wrote, up to the rounding of sums."""
+    [file], [like] = ([*folder.joinpath("output").rglob("*.safetensors")] for folder in (one, other))
+    found, wanted = load_file(file), load_file(like)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=1e-3)
+
+
+def needs(shard: str) -> None:
+    # Not imported here: the ranks do that, and what it says while they do is looked at.
+    if shard in zero.STAGES and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: pip install -c constraints.txt 'regrow[deepspeed]'")
 
 
 def warn_after(step: int) -> Any:
@@ -63,19 +84,59 @@ def test_two_ranks_of_four_are_one_of_eight_and_one_goes_on_where_two_were_stopp
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("shard", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_sharded_model_goes_on_where_one_rank_was_stopped_and_back(
-    tmp_path: Path, inputs: dict[str, Path], method: str
+    tmp_path: Path, inputs: dict[str, Path], method: str, shard: str
 ) -> None:
+    needs(shard)
     alone, _ = train(tmp_path / "alone", inputs, method=method, micro_batch=1)
     with pytest.raises(SystemExit):
         train(tmp_path / "shared", inputs, warn_after(3), method=method, micro_batch=1)
     with pytest.raises(SystemExit):
-        train(tmp_path / "shared", inputs, warn_after(8), method=method, ranks=2, micro_batch=1, shard="fsdp")
-    found, facts = train(tmp_path / "shared", inputs, method=method, ranks=2, micro_batch=1, shard="fsdp")
-    assert (facts["ranks"], facts["shard"]) == (2, "fsdp")
+        train(tmp_path / "shared", inputs, warn_after(8), method=method, ranks=2, micro_batch=1, shard=shard)
+    found, facts = train(tmp_path / "shared", inputs, method=method, ranks=2, micro_batch=1, shard=shard)
+    assert (facts["ranks"], facts["shard"]) == (2, shard)
     assert facts["resumed_at_step"] >= 8
     assert found == pytest.approx(alone, rel=1e-5)
+    norms = figures(tmp_path / "alone", "grad_norm")
+    assert figures(tmp_path / "shared", "grad_norm") == pytest.approx(norms, rel=1e-3)
+    assert_same_weights(tmp_path / "shared", tmp_path / "alone")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("begun", ["zero2", "zero3"])
+def test_what_deepspeed_began_goes_on_in_another_way_and_on_one_rank(
+    tmp_path: Path, inputs: dict[str, Path], begun: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    needs(begun)
+    alone, _ = train(tmp_path / "alone", inputs, micro_batch=1)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "shared", inputs, warn_after(3), ranks=2, micro_batch=1, shard=begun)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "shared", inputs, warn_after(8), ranks=2, micro_batch=1, shard="fsdp")
+    found, facts = train(tmp_path / "shared", inputs, micro_batch=1)
+    assert facts["resumed_at_step"] >= 8
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert_same_weights(tmp_path / "shared", tmp_path / "alone")
+    said = "".join(capfd.readouterr()).lower()
+    assert "memory plan" in said
+    assert "deepspeed" not in said
+
+
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_deepspeed_that_is_not_installed_is_told_with_the_extra_before_anything_is_read(
+    tmp_path: Path, inputs: dict[str, Path], shard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    broken = {**inputs, "model": tmp_path / "none"}
+    with pytest.raises(UserError, match=rf"shard is {shard}, which needs DeepSpeed: pip install 'regrow\[deepspeed\]'"):
+        train(tmp_path, broken, ranks=2, shard=shard)
+
+
+def test_half_precision_is_not_for_deepspeed(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"fp16 and the runtime's shard zero2 do not go together: set .* to bf16"):
+        supervise.refuse_sharded(TrainConfig.model_validate({"precision": "fp16"}), "zero2")
 
 
 @pytest.mark.full
@@ -93,10 +154,12 @@ def test_more_ranks_than_sequences_a_step_are_refused(tmp_path: Path, inputs: di
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("method", "shard"), [("lora", "none"), ("full", "none"), ("lora", "fsdp"), ("full", "fsdp")])
+@pytest.mark.parametrize("shard", ["none", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_gpus_compute_what_one_does_and_one_goes_on_where_they_stopped(
     tmp_path: Path, inputs: dict[str, Path], method: str, shard: str
 ) -> None:
+    needs(shard)
     alone, _ = train(tmp_path / "alone", inputs, method=method, device="cuda", ranks=1, micro_batch=1)
     together, facts = train(tmp_path / "together", inputs, method=method, device="cuda", ranks=2, shard=shard)
     assert (facts["ranks"], facts["shard"]) == (2, shard)
