@@ -92,7 +92,7 @@ class Zero(torch.optim.Optimizer):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         described: dict[str, Any] = super().state_dict()
-        held = next(iter(self._inner.state.values()), {})
+        held: dict[str, Any] = next(iter(self._inner.state.values()), {})
         self._link()
         for number, parameter in enumerate(self._parameters()) if held else ():
             state = described["state"][number] = {}
