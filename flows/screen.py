@@ -154,9 +154,11 @@ def _trained(facts: Facts) -> Iterator[str]:
     yield f"{facts['steps']:,} steps"
     if "first_reward" in facts:
         yield f"reward {facts['first_reward']:.3f} → {facts['last_reward']:.3f}"
-        yield f"{facts['completions_per_second']:,.1f} completions/s"
     else:
         yield f"loss {facts['first_loss']:.3f} → {facts['last_loss']:.3f}"
+    if "completions_per_second" in facts:
+        yield f"{facts['completions_per_second']:,.1f} completions/s"
+    else:
         yield f"{facts['tokens_per_second']:,.0f} tokens/s"
     if share := facts.get("model_flop_utilisation"):
         yield f"{share:.0%} of the device's FLOPs"

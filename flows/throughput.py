@@ -20,8 +20,8 @@ def slower(before: Facts | None, now: Facts) -> str | None:
     which compare whatever the model, the lengths of rows and what trains."""
     if before is None or any(before.get(name) != now.get(name) for name in ("device_name", "ranks")):
         return None
-    was, is_now = before.get("model_flops_per_second"), now["model_flops_per_second"]
-    if not was or is_now >= NOTICED * was:
+    was, is_now = before.get("model_flops_per_second"), now.get("model_flops_per_second")
+    if not was or not is_now or is_now >= NOTICED * was:  # trainings on completions have none
         return None
     return (
         f"slower than the last training of this recipe by {1 - is_now / was:.0%}: {is_now / 1e12:.3g} TFLOP/s "

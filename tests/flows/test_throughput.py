@@ -18,3 +18,8 @@ def test_a_training_that_lost_a_fifth_of_its_speed_says_so() -> None:
 def test_noise_and_other_machines_say_nothing(now: dict[str, object]) -> None:
     assert slower(BEFORE, {**BEFORE, "model_flops_per_second": 400e12, **now}) is None
     assert slower(None, BEFORE) is None
+
+
+def test_trainings_on_completions_have_nothing_to_compare() -> None:
+    facts = {"device": "cuda", "completions_per_second": 400.0}
+    assert slower(facts, {**facts, "completions_per_second": 40.0}) is None
