@@ -371,9 +371,10 @@ def _write(output: Path, samples: Sequence[Sample], more: Mapping[str, Json]) ->
 
 
 def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
-    """The evals whose versions enter the key: those asked for, and exact match where a source is scored twice."""
+    """What scores, with the version that enters the key: the evals asked for, exact match where a source is scored
+    twice, and reward models."""
     tasks = config.tasks.values() if isinstance(config, EvaluateConfig) else [config.task] if config.task else []
-    judged = {"reward_model": reward_models.VERSION} if any(task.reward_model for task in tasks) else {}
+    judged = {"reward_models": reward_models.VERSION} if any(task.reward_model for task in tasks) else {}
     names = {task.eval or EXACT_MATCH for task in tasks if task.source and not task.reward_model}
     return {**{f"eval:{name}": evals.load(name).version for name in sorted(names)}, **judged}
 

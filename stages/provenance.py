@@ -37,9 +37,9 @@ def made_by(stage: Stage[Any], config: StageConfig) -> dict[str, Json]:
 
 
 def plugin_module(plugin: str) -> str:
-    """`format:alpaca` is the module `stages.formats.alpaca`."""
-    kind, _, name = plugin.partition(":")
-    return f"stages.{kind}s.{name}"
+    """`format:alpaca` is the module `stages.formats.alpaca`; what is no plug-in of a kind, `stages` itself has."""
+    kind, colon, name = plugin.partition(":")
+    return f"stages.{kind}s.{name}" if colon else f"stages.{plugin}"
 
 
 @cache

@@ -3,7 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
-from stages import provenance
+from stages import evaluate, provenance
 from stages.train import STAGE
 
 
@@ -27,6 +27,15 @@ def test_code_counts_however_it_is_imported(tmp_path: Path) -> None:
     assert {name: text.decode() for name, text in found.items()} == {
         name: text for name, text in files.items() if name not in {"stages/nobody.py", *foundation}
     }
+
+
+def test_the_code_of_a_reward_model_that_judges_counts() -> None:
+    told = [
+        provenance.made_by(evaluate.STAGE, evaluate.EvaluateConfig.model_validate({"tasks": {"a": task}}))["code"]
+        for task in ({"source": "x", "eval": "exact_match"}, {"source": "x", "reward_model": "judge"})
+    ]
+    assert provenance.plugin_module("reward_models") == "stages.reward_models"
+    assert all(told)
 
 
 def test_versions_are_those_that_are_installed() -> None:
