@@ -220,3 +220,33 @@ def test_every_make_target_in_the_docs_exists() -> None:
     pages = (ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md")))
     named = {t for page in pages for t in re.findall(r"`make ([a-z-]+)`", page.read_text())}
     assert named <= targets
+
+
+@pytest.mark.full
+def test_a_reward_model_is_trained_published_and_judges_answers(place: Place, tiny_model: Path, tmp_path: Path) -> None:
+    """With a tiny model, by two runs of the command."""
+    judge = tmp_path / "judge"
+    settings = (*place.settings("configs/reward.yaml"), "--set", f"publish.to={judge}")
+    place.regrow("run", "configs/reward.yaml", "--set", f"fetch.model={{path: {tiny_model}}}", *settings)
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]}
+        for n in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "name": "judged",
+        "fetch": {
+            "model": {"path": str(tiny_model)},
+            "reward_models": {"terse": {"path": str(judge)}},
+            "data": {"rows": {"files": str(tmp_path / "rows.jsonl")}},
+        },
+        "pack": {"sequence_length": 128},
+        "train": {"max_steps": 2},
+        "evaluate": {"tasks": {"worth": {"source": "rows", "reward_model": "terse", "limit": 4, "max_new_tokens": 4}}},
+        "publish": {"to": str(tmp_path / "out"), "gate": {"require": "nothing"}},
+    }
+    (tmp_path / "judged.yaml").write_text(yaml.safe_dump(recipe))
+    told = place.regrow("run", str(tmp_path / "judged.yaml"))
+    assert told.stderr == "" and re.search(r"worth, reward of 4 +-?\d+\.\d\d \[", told.stdout), told.stdout
+    assert "nothing to do" in place.regrow("run", str(tmp_path / "judged.yaml"), PREFECT_API_URL=NOBODY).stdout
+    place.regrow("plan", str(tmp_path / "judged.yaml"), "--check")
