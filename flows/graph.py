@@ -77,6 +77,15 @@ def _asked_to_judge(config: Any) -> Collection[str]:
     return set(asked.values())
 
 
+def _templates(tree: Tree) -> Tree:
+    return tree.select("*/chat_template.jinja")
+
+
+def _in_environment(config: Any) -> bool:
+    """Whether prompts are rendered once more, with an environment's tools."""
+    return config.objective_options.get("environment") is not None
+
+
 def _tokenizer(tree: Tree) -> Tree:
     return _model(tree).select(*TOKENIZER_FILES)
 
@@ -125,11 +134,12 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
         "reference": Take("score"),
         "teacher": Take("fetch", _teacher, _taught),
         "reward_models": Take("fetch", _reward_models, named=_asked_to_judge),
+        "templates": Take("convert", _templates, _in_environment),
     },
     "merge": {
         "model": Take("fetch", _model),
         "trained": Take("train"),
-        "templates": Take("convert", lambda tree: tree.select("*/chat_template.jinja")),
+        "templates": Take("convert", _templates),
     },
     "evaluate": {
         "base": Take("fetch", _model),

@@ -249,8 +249,22 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         for path, is_set in (("fetch", "teacher"), recipe.fetch.teacher), (("score", "top_k"), recipe.score.top_k):
             if is_set is not None:
                 yield path, f"{name} learns from no teacher: take it out, or set `train.objective: distillation`"
+    yield from _of_environment(recipe)
     if "stepwise" in objective.kinds and recipe.pack.overlong == "truncate":
         yield ("pack", "overlong"), "truncate would cut steps off their labels: set it to drop or error"
+
+
+def _of_environment(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What training in an environment asks of convert."""
+    if recipe.train.objective_options.get("environment") is None:
+        return
+    for source in recipe.fetch.data:
+        part = recipe.convert.of(source)
+        if part.format != "own" and not part.options.get("keep_messages"):
+            place = ("convert", "sources", source) if source in recipe.convert.sources else ("convert",)
+            told = "an environment renders prompts again, with its tools, so it needs their messages"
+            yield place, f"{told}: set `format: prompt_only` and `options: {{keep_messages: true}}`"
+            return
 
 
 def _of_teacher(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -145,6 +145,14 @@ class Judge:
                 if worker.gone:
                     self._replace(worker)
                 scores[job.name][job.place] = self._judged(job, answer)
+
+    def hear(self, name: str, ask: Callable[[], float], item: Item) -> float:
+        """A score that something else gives, held to the same rules. Raises UserError as the policy says."""
+        try:
+            answer: float | str = float(ask())
+        except Exception as error:  # whatever a user's code raises
+            answer = f"{type(error).__name__}: {error}"
+        return self._judged(_Job(name, 0, item), answer)
 
     def _replace(self, worker: _Worker) -> None:
         worker.end()

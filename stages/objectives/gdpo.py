@@ -21,7 +21,7 @@ class GdpoOptions(GroupOptions):
 
     @model_validator(mode="after")
     def _several(self) -> Self:
-        if len(self.rewards) < 2:
+        if len(self.rewards) + bool(self.environment) < 2:
             raise ValueError("gdpo is for several rewards: name another one, or choose grpo")
         return self
 

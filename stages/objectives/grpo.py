@@ -10,9 +10,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.environments import EnvironmentChoice
 from stages.objectives import Objective, Online
 from stages.rewards import RewardChoice
 from stages.stage import StageConfig
+
+ENVIRONMENT = "environment"
+"""What the reward is called that an environment gives."""
 
 
 class SampledOptions(StageConfig):
@@ -31,8 +35,10 @@ class SampledOptions(StageConfig):
 class RewardedOptions(SampledOptions):
     """What objectives have that learn from rewards."""
 
-    rewards: dict[str, RewardChoice]
+    rewards: dict[str, RewardChoice] = Field(default_factory=dict)
     """What a completion is worth, by a name of yours; a completion's reward is their weighted sum."""
+    environment: EnvironmentChoice | None = None
+    """What the model acts on with tools while it writes; it may have a reward of its own."""
     group_size: int = Field(default=8, ge=2)
     """Completions to each prompt."""
     iterations: int = Field(default=1, ge=1)
@@ -50,8 +56,10 @@ class RewardedOptions(SampledOptions):
 
     @model_validator(mode="after")
     def _some_reward(self) -> Self:
-        if not self.rewards:
+        if not self.rewards and not self.environment:
             raise ValueError("rewards: name at least one")
+        if self.environment and ENVIRONMENT in self.rewards:
+            raise ValueError(f"rewards: the environment's own is called {ENVIRONMENT}: choose another name")
         return self
 
 
@@ -108,6 +116,7 @@ def group_settings(options: GroupOptions) -> dict[str, Any]:
         "beta": options.beta,
         "loss_type": options.loss,
         "importance_sampling_level": options.importance,
+        "max_tool_calling_iterations": options.environment.turns if options.environment else None,
     }
 
 

@@ -2,9 +2,9 @@
 reward minus the mean reward of the other completions to its prompt."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.objectives import Objective, Online
 from stages.objectives.grpo import RewardedOptions, reward_settings
@@ -17,6 +17,12 @@ class RlooOptions(RewardedOptions):
     """Weight of the divergence from the model before training, which is taken off the reward."""
     normalize_advantages: bool = False
     """Bring a batch's advantages to mean 0 and standard deviation 1."""
+
+    @model_validator(mode="after")
+    def _no_environment(self) -> Self:
+        if self.environment:
+            raise ValueError("environment: rloo has none in TRL: choose grpo or gdpo")
+        return self
 
 
 def settings(options: RlooOptions) -> Mapping[str, Any]:

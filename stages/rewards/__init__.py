@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from stages import own_code
 from stages.errors import UserError
 from stages.identity import Json
 from stages.stage import StageConfig
@@ -77,9 +77,9 @@ class RewardChoice(StageConfig):
         named = values.get("reward") if isinstance(values, Mapping) else None
         if isinstance(named, str) and named.endswith(".py") and not values.get("code"):
             try:
-                return {**values, "reward": OWN, "code": Path(named).expanduser().read_text("utf-8")}
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"reward: cannot read {named}: {error} (looked from {Path.cwd()})") from None
+                return {**values, "reward": OWN, "code": own_code.read(named, "reward")}
+            except UserError as error:
+                raise ValueError(str(error)) from None
         return values
 
     @field_validator("reward")
@@ -128,12 +128,6 @@ def load(choice: RewardChoice) -> tuple[Reward, StageConfig]:
     if choice.reward != OWN:
         reward = find(choice.reward)
         return reward, reward.options.model_validate(choice.options)
-    module = ModuleType("own_reward")
-    try:
-        exec(compile(choice.code, "<your reward>", "exec"), module.__dict__)
-    except Exception as error:  # whatever the user's own code raises
-        raise UserError(f"your reward fails when it is loaded: {type(error).__name__}: {error}") from error
-    found = module.__dict__.get("REWARD")
-    if not isinstance(found, Reward):
-        raise UserError("your reward has no REWARD: expected `REWARD = Reward(1, score)` from stages.rewards")
+    expected = "`REWARD = Reward(1, score)` from stages.rewards"
+    found = own_code.load(choice.code, "reward", "REWARD", Reward, expected)
     return found, found.options.model_validate(choice.options)

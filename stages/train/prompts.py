@@ -31,10 +31,15 @@ def plain_tokenizer(folder: Path) -> Any:
 
 
 def read(
-    inputs: Mapping[str, Path], work: Work, tokenizer: Any, kinds: Sequence[str], choices: Mapping[str, RewardChoice]
+    inputs: Mapping[str, Path],
+    work: Work,
+    tokenizer: Any,
+    kinds: Sequence[str],
+    choices: Mapping[str, RewardChoice],
+    messages: bool = False,
 ) -> list[Row]:
-    """The plan's prompts in its order: their text and what rewards may look at. Raises UserError at one that does not
-    become the same tokens again, or lacks a column that a reward reads."""
+    """The plan's prompts in its order: their text, or their `messages` to render once more, and what rewards may look
+    at. Raises UserError at one that does not become the same tokens again, or lacks a column that a reward reads."""
     bins = PackedBins(inputs["tokens"], inputs["plan"])
     windows = Windows(bins, work.show)
     if bins.kind not in kinds:
@@ -69,8 +74,26 @@ def read(
                     raise UserError(
                         f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
                     )
-            rows.append({"prompt": text, "columns": json.dumps(columns)})
+            said = columns.pop("messages", None)
+            if messages:
+                _refuse_other(text, said, tokenizer)
+            rows.append({"prompt": said if messages else text, "columns": json.dumps(columns)})
     return rows
+
+
+def _refuse_other(text: str, messages: Any, tokenizer: Any) -> None:
+    """Raise UserError for messages that do not become the prompt again."""
+    if messages is None:
+        raise UserError(
+            "an environment needs the prompts' messages: set `convert.options: {keep_messages: true}` beside "
+            "`convert.format: prompt_only`"
+        )
+    again = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if again != text:
+        raise UserError(
+            f"train: a prompt's messages are rendered as {again[-200:]!r} now, and were as {text[-200:]!r}. In an "
+            "environment a row can have no tools of its own, and a chat template no date"
+        )
 
 
 def order(rows: int, total: int, seed: int) -> list[int]:

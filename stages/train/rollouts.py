@@ -1,7 +1,8 @@
 """What a model wrote while it trained, and what that was worth: judged once, kept a file a batch, joined at the end."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pyarrow as pa
 
 from stages.identity import Json
 from stages.judge import Judge
+from stages.objectives.grpo import ENVIRONMENT
 from stages.tables import read_table
+from stages.train.episodes import Episodes
 
 ROLLOUTS = pa.schema(
     [
@@ -31,21 +34,30 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         self._scores: dict[str, list[float]] = {}
 
-    def functions(self, step: Callable[[], int]) -> list[Callable[..., list[float]]]:
-        """One reward function a reward, as TRL calls them one after another on the same batch."""
+    def functions(self, step: Callable[[], int], episodes: Episodes | None = None) -> list[Callable[..., list[float]]]:
+        """One reward function a reward, as TRL calls them one after another on the same batch; the last one is that of
+        the environment, where `episodes` have one."""
         judge = self.judge
         assert judge is not None
-        names = list(judge.choices)
+        names = [*judge.choices, *([ENVIRONMENT] if episodes and episodes.weights else [])]
 
         def function(name: str) -> Callable[..., list[float]]:
-            def score(prompts: list[str], completions: list[str], columns: list[str], **_: Any) -> list[float]:
+            def score(prompts: list[Any], completions: list[Any], columns: list[str], **given: Any) -> list[float]:
                 if name == names[0]:
-                    rows: list[Mapping[str, Json]] = [
-                        {**json.loads(text), "rendered_prompt": prompt}
-                        for text, prompt in zip(columns, prompts, strict=True)
-                    ]
+                    rows: list[dict[str, Json]] = [json.loads(text) for text in columns]
+                    if episodes:
+                        prompts, shown, completions = episodes.texts(prompts, completions, given["completion_ids"])
+                    else:
+                        shown = completions
+                    for row, prompt in zip(rows, prompts, strict=True):
+                        row["rendered_prompt"] = prompt
                     self._scores = judge.score(list(zip(completions, rows, strict=True)))
-                    self.keep(step(), prompts, completions)
+                    if episodes and episodes.weights:
+                        self._scores[ENVIRONMENT] = [
+                            judge.hear(ENVIRONMENT, partial(episodes.reward, place), (completion, row))
+                            for place, completion, row in zip(given["environments"], completions, rows, strict=True)
+                        ]
+                    self.keep(step(), prompts, shown)
                 return self._scores[name]
 
             score.__name__ = name

@@ -1,0 +1,134 @@
+"""Environments: what a model acts on while it is trained, through tools that it calls; one a file, named in a recipe by
+its file's name.
+
+    train:
+      objective: grpo
+      objective_options:
+        environment: {name: ./guessing.py, turns: 5}
+
+An environment is a class, of the shape that TRL's `environment_factory` asks for. `reset(**row)` begins an episode with
+the columns of the prompt's row, and may return text that is added to the prompt. Every other public method is a tool:
+the model sees its name, its annotated arguments and its docstring (Google's style), and reads what it returns as text.
+`get_reward()`, if there is one, says what the episode was worth. One object serves one episode at a time, many one after
+another.
+
+A file declares `ENVIRONMENT = Environment(version, make)`. A path, `name: ./mine.py`, is a file of the user's own with
+`ENVIRONMENT` in it, and needs `--allow-code`.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from stages import own_code
+from stages.errors import UserError
+from stages.stage import StageConfig
+
+__all__ = ["Environment", "EnvironmentChoice", "NoOptions", "find", "load", "names"]
+
+OWN = "own"
+
+
+class NoOptions(StageConfig):
+    """An environment without settings."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One environment."""
+
+    version: int
+    """Bumped when the same calls would be answered otherwise."""
+    make: Callable[[Any], type]
+    """From its options to the class."""
+    options: type[StageConfig] = NoOptions
+
+
+class EnvironmentChoice(StageConfig):
+    """The environment of a recipe."""
+
+    name: str
+    """A file in `stages/environments/`, or the path of one's own."""
+    options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """The environment's own settings."""
+    weight: float = 1.0
+    """The share of its reward, if it has one, in the sum of all rewards."""
+    turns: int = Field(default=8, ge=1)
+    """How often the model may call tools in an episode: with several at once, that is one turn."""
+    seconds: float = Field(default=30.0, gt=0)
+    """Time limit of one call, in seconds."""
+    code: str = ""
+    """The text of one's own file, read when the recipe is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_own(cls, values: Any) -> Any:
+        """A path becomes the file's text, which enters the key in its place."""
+        named = values.get("name") if isinstance(values, Mapping) else None
+        if isinstance(named, str) and named.endswith(".py") and not values.get("code"):
+            try:
+                return {**values, "name": OWN, "code": own_code.read(named, "environment")}
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != OWN:
+            find(name)
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _fit(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name")
+        if name in (None, OWN):
+            return given
+        try:
+            return find(name).options.model_validate(given).model_dump(mode="json")
+        except ValidationError as error:
+            told = error.errors()[0]
+            place = ".".join(map(str, told["loc"]))
+            raise ValueError(f"{name}: {place}: {told['msg']}") from None
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The environments there are."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def find(name: str) -> Environment:
+    """The environment of that name. Raises UserError listing the choices."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        choices = ", ".join(names())
+        raise UserError(f"there is no environment {name!r}: {hint}There are {choices}, and paths of your own .py")
+    environment = importlib.import_module(f"{__name__}.{name}").ENVIRONMENT
+    assert isinstance(environment, Environment)
+    return environment
+
+
+def load(choice: EnvironmentChoice) -> type:
+    """The class that a recipe asks for; a user's own file is run, which must have been allowed by then.
+
+    Raises UserError when that file fails, declares no ENVIRONMENT, or refuses its options.
+    """
+    if choice.name == OWN:
+        expected = "`ENVIRONMENT = Environment(1, lambda options: MyClass)` from stages.environments"
+        environment = own_code.load(choice.code, "environment", "ENVIRONMENT", Environment, expected)
+    else:
+        environment = find(choice.name)
+    try:
+        return environment.make(environment.options.model_validate(choice.options))
+    except ValidationError as error:
+        told = error.errors()[0]
+        raise UserError(f"environment.options.{'.'.join(map(str, told['loc']))}: {told['msg']}") from None

@@ -1,0 +1,124 @@
+"""TRL's trainers as online training runs them: their arguments, their checkpoints, and figures under our names."""
+
+import importlib
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from stages import objectives
+from stages.objectives.grpo import RewardedOptions, SampledOptions
+from stages.objectives.on_policy_distillation import OnPolicyOptions
+from stages.stage import Work
+from stages.train import TrainConfig, checkpoints, teacher
+from stages.train.rollouts import Recorder
+
+MEASURES = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "cut_off",
+    "frac_reward_zero_std": "equal_groups",
+    "clip_ratio/region_mean": "clip_fraction",
+    "entropy": "entropy",
+    "tools/call_frequency": "tool_calls",
+    "tools/failure_frequency": "tool_failures",
+}
+"""TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
+learned from those. `cut_off` is the share of completions that reached the most tokens. `tool_calls` are an
+episode's, and `tool_failures` the share of them that gave an error."""
+
+
+def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
+    """Completions to each prompt, and how often each batch of them is trained on."""
+    return (options.group_size, options.iterations) if isinstance(options, RewardedOptions) else (1, 1)
+
+
+def arguments(
+    config: TrainConfig, options: SampledOptions, online: objectives.Online, total: int, device: str, work: Work
+) -> Any:
+    """TRL's config."""
+    aside = work.folder / "unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    wanted, recompute = work.runtime.micro_batch, work.runtime.activation_checkpointing
+    at_once = min(1 if wanted == "auto" else wanted, options.prompts_per_step)
+    while options.prompts_per_step % at_once:
+        at_once -= 1
+    group, _ = group_and_iterations(options)
+    kind = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))
+    return kind(
+        **online.settings(options),
+        output_dir=str(aside),
+        max_steps=total,
+        shuffle_dataset=False,
+        per_device_train_batch_size=at_once * group,
+        gradient_accumulation_steps=options.prompts_per_step // at_once,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_gradient_norm,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        seed=config.seed,
+        use_cpu=device == "cpu",
+        gradient_checkpointing=recompute not in ("auto", "none"),
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def kind_of(online: objectives.Online, options: SampledOptions, seed: int, recorder: Recorder) -> type:
+    """TRL's trainer; where nothing is rewarded, one that keeps the completions itself."""
+    kind: type = getattr(importlib.import_module("trl"), online.trainer)
+    if isinstance(options, OnPolicyOptions):
+        return teacher.sampling(kind, options.student_share, seed, recorder.keep)
+    return kind
+
+
+def ours(kind: type, work: Work) -> type:
+    """A trainer with our checkpoints and names."""
+
+    class Trainer(kind):  # type: ignore[misc]
+        """Its checkpoints are complete or invisible, and its figures have our names."""
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs, start_time)
+            entry = self.state.log_history[-1]
+            if "loss" not in entry:
+                return
+            for theirs, ours in MEASURES.items():
+                if theirs in entry:
+                    entry[ours] = entry[theirs]
+            step = self.state.global_step
+            shown = ("loss", "reward", "equal_groups", "completion_length")
+            told = {name: entry[name] for name in shown if name in entry}
+            work.tell(step, self.state.max_steps, "steps", learning_rate=entry["learning_rate"], **told)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            saved = checkpoints.publish(folder, work.folder / "checkpoints", step)
+            work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
+
+    return Trainer
+
+
+class Saving(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop."""
+
+    def __init__(self, seconds: float, stop: threading.Event) -> None:
+        self.seconds, self.stop, self.saved = seconds, stop, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        asked = self.stop.is_set()
+        if state.global_step < state.max_steps and (asked or time.monotonic() - self.saved >= self.seconds):
+            control.should_save, control.should_training_stop = True, asked
+            self.saved = time.monotonic()
+        return control

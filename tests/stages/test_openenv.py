@@ -1,0 +1,119 @@
+"""The environment `openenv`: what a server of OpenEnv's offers becomes tools, and its answers are told.
+
+With REGROW_OPENENV_PYTHON, a Python that has `openenv-core`, against a real server too.
+"""
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.environments import EnvironmentChoice, load
+from stages.errors import UserError
+from tests.stages import openenv_stand_in
+
+REAL = os.environ.get("REGROW_OPENENV_PYTHON", "")
+
+
+@pytest.fixture(params=["stand-in fields", "stand-in mcp", "real fields", "real mcp"])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """What a server offers, and its address."""
+    which, kind = request.param.split()
+    if which == "stand-in":
+        with openenv_stand_in.serving(kind) as url:
+            yield kind, url
+        return
+    if not REAL:
+        pytest.skip("REGROW_OPENENV_PYTHON names no Python with openenv-core")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([REAL, str(Path(__file__).with_name("openenv_server.py")), kind, str(port)])
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield kind, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def opened(url: str, **options: Any) -> Any:
+    return load(EnvironmentChoice(name="openenv", options={"url": url, "columns": ["seed"], **options}))
+
+
+def test_its_actions_are_tools_that_can_be_described(served: tuple[str, str]) -> None:
+    from transformers.utils import get_json_schema
+
+    kind, url = served
+    tool = opened(url).step if kind == "fields" else opened(url).guess
+    told = get_json_schema(tool)["function"]
+    assert told["name"] == ("step" if kind == "fields" else "guess")
+    assert told["description"] == "Guess the number."
+    assert told["parameters"]["required"] == ["number"]
+    assert list(told["parameters"]["properties"]) == ["number"]
+    assert told["parameters"]["properties"]["number"]["type"] == "integer"
+
+
+def test_an_episode_is_played_and_added_up(served: tuple[str, str]) -> None:
+    kind, url = served
+    place = opened(url)()
+    act = place.step if kind == "fields" else place.guess
+    assert place.reset(seed=3, other="not asked for") == "\n\n1 to 4"
+    assert act(number=1) == "no"
+    if kind == "fields":
+        assert place.get_reward() == -0.25
+        with pytest.raises(RuntimeError, match="no such number"):
+            act(number=9)
+        assert act(number=3) == "yes\nThe episode has ended."
+        assert place.get_reward() == 0.75
+        with pytest.raises(RuntimeError, match="has ended"):
+            act(number=3)
+    else:
+        assert act(number=3) == "yes"
+    with pytest.raises(RuntimeError):  # the server's own words
+        place.reset(seed=2)
+        act(nmber=2)
+    assert act(number=2).startswith("yes")
+
+
+def test_two_episodes_at_once_do_not_meet(served: tuple[str, str]) -> None:
+    kind, url = served
+    shape = opened(url)
+    one, two = shape(), shape()
+    one.reset(seed=1)
+    two.reset(seed=2)
+    said = [(place.step if kind == "fields" else place.guess)(number=1)[:3].strip() for place in (one, two)]
+    assert said == ["yes", "no"]
+
+
+def test_where_no_server_is_says_so() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no OpenEnv server answers at {url}"):
+            opened(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"), [("localhost:8000", "expected http://HOST:PORT"), ("http://me:pw@host:1", "take them out")]
+)
+def test_an_address_that_cannot_be_is_refused(url: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        EnvironmentChoice(name="openenv", options={"url": url})
+
+
+def test_a_name_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'openenv'"):
+        EnvironmentChoice(name="opnenv")
