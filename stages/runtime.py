@@ -82,6 +82,8 @@ class Runtime(Described):
     trackers: tuple[Tracker, ...] | None = None
     """Where a training's figures go besides `metrics.jsonl`; by default TensorBoard, if it is installed. As a variable,
     names with commas between."""
+    vllm_url: str = "http://localhost:8000"
+    """Where the server is that writes completions for `vllm: {mode: server}`."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """The device's dense bfloat16 TFLOP/s, for the model FLOP utilisation, where regrow does not know the card."""
     eval_batch: int = Field(default=32, ge=1)

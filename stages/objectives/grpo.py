@@ -19,6 +19,24 @@ ENVIRONMENT = "environment"
 """What the reward is called that an environment gives."""
 
 
+class VllmChoice(StageConfig):
+    """vLLM, which writes completions many times faster than the model that trains. It is told the new weights before
+    every batch, and what still differs between the two is corrected by importance sampling."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """Within the training's process, on its GPU; or a server started by `vllm serve`, at the runtime's `vllm_url`."""
+    memory: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the GPU's memory that it takes where it is colocated; 0.3 when left out."""
+    sleep: bool = False
+    """Give that memory back while a step trains: slower, for models that need it."""
+
+    @model_validator(mode="after")
+    def _of_the_server(self) -> Self:
+        if self.mode == "server" and (self.memory is not None or self.sleep):
+            raise ValueError("memory and sleep are set where the server is started: take them out, or colocate it")
+        return self
+
+
 class SampledOptions(StageConfig):
     """What all objectives over the model's own completions have."""
 
@@ -39,6 +57,8 @@ class RewardedOptions(SampledOptions):
     """What a completion is worth, by a name of yours; a completion's reward is their weighted sum."""
     environment: EnvironmentChoice | None = None
     """What the model acts on with tools while it writes; it may have a reward of its own."""
+    vllm: VllmChoice | None = None
+    """Write completions with vLLM; the model that trains writes them itself when left out."""
     group_size: int = Field(default=8, ge=2)
     """Completions to each prompt."""
     iterations: int = Field(default=1, ge=1)

@@ -36,6 +36,7 @@ from stages.train import (
     prompts,
     schedules,
     teacher,
+    vllm_engine,
 )
 from stages.train.episodes import Episodes, template_in
 from stages.train.rollouts import Recorder
@@ -53,26 +54,23 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     assert objective.online is not None
     options = objectives.options_of(config.objective, config.objective_options)
     assert isinstance(options, SampledOptions)
-    choices = options.rewards if isinstance(options, RewardedOptions) else {}
-    acts = options.environment if isinstance(options, RewardedOptions) else None
-    if not work.runtime.allow_code:
-        if any(choice.code for choice in choices.values()):
-            raise own_code.not_allowed("train.objective_options.rewards")
-        if acts and acts.code:
-            raise own_code.not_allowed("train.objective_options.environment")
+    rewarded = options if isinstance(options, RewardedOptions) else None
     device = "cuda" if work.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     if device != "cuda" and work.runtime.device == "cuda":
         raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
     checks.refuse_device(config, device)
+    if rewarded:
+        _refuse(rewarded, device, work)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
     tokenizer = prompts.plain_tokenizer(inputs["model"])
     if objective.online.teacher:
         teacher.refuse(config, inputs)
     episodes = None
-    if acts:
+    if rewarded and rewarded.environment:
         tokenizer.chat_template = template_in(inputs["templates"])
-        episodes = Episodes(acts, tokenizer)
-    rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, messages=acts is not None)
+        episodes = Episodes(rewarded.environment, tokenizer)
+    choices = rewarded.rewards if rewarded else {}
+    rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, messages=episodes is not None)
     steps = -(-len(rows) // options.prompts_per_step)
     iterations = online_trainer.group_and_iterations(options)[1]
     total = config.max_steps or math.ceil(config.epochs * steps) * iterations
@@ -80,7 +78,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     stop = threading.Event()
     with ExitStack() as stack:
         stack.enter_context(_asked_by_sigterm(stop))
-        judge = stack.enter_context(_judge(options, inputs, work)) if isinstance(options, RewardedOptions) else None
+        judge = stack.enter_context(_judge(rewarded, inputs, work)) if rewarded else None
         set_seed(config.seed)
         trained = _load(config, inputs["model"], device)
         recorder = Recorder(judge, work.folder / "rollouts")
@@ -92,11 +90,13 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         arguments = online_trainer.arguments(config, options, objective.online, total, device, work)
         if episodes:
             given["environment_factory"] = episodes.kind
-            arguments.reward_weights += episodes.weights
+            arguments["reward_weights"] += episodes.weights
+        if rewarded and rewarded.vllm:
+            arguments |= vllm_engine.arguments(rewarded, rows, tokenizer, work.runtime)
         optimizer = optimizers.make(trained, config)
         kind = online_trainer.kind_of(objective.online, options, config.seed, recorder)
         trainer = online_trainer.ours(kind, work)(
-            args=arguments,
+            args=online_trainer.settings_of(objective.online)(**arguments),
             train_dataset=Dataset.from_list([rows[i] for i in asked]),
             optimizers=(optimizer, LambdaLR(optimizer, schedules.multiplier(config, total))),
             **given,
@@ -139,6 +139,17 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "last_reward": history[-1]["reward"],
         "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
     }
+
+
+def _refuse(options: RewardedOptions, device: str, work: Work) -> None:
+    """Raise UserError for what may not or cannot run here."""
+    if not work.runtime.allow_code:
+        if any(choice.code for choice in options.rewards.values()):
+            raise own_code.not_allowed("train.objective_options.rewards")
+        if options.environment and options.environment.code:
+            raise own_code.not_allowed("train.objective_options.environment")
+    if options.vllm:
+        vllm_engine.refuse(device)
 
 
 def _judge(options: RewardedOptions, inputs: Mapping[str, Path], work: Work) -> Judge:

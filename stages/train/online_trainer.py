@@ -27,10 +27,12 @@ MEASURES = {
     "entropy": "entropy",
     "tools/call_frequency": "tool_calls",
     "tools/failure_frequency": "tool_failures",
+    "sampling/sampling_logp_difference/mean": "vllm_difference",
 }
 """TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
 learned from those. `cut_off` is the share of completions that reached the most tokens. `tool_calls` are an
-episode's, and `tool_failures` the share of them that gave an error."""
+episode's, and `tool_failures` the share of them that gave an error. `vllm_difference` is how far
+vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean."""
 
 
 def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
@@ -40,8 +42,8 @@ def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
 
 def arguments(
     config: TrainConfig, options: SampledOptions, online: objectives.Online, total: int, device: str, work: Work
-) -> Any:
-    """TRL's config."""
+) -> dict[str, Any]:
+    """What TRL's config is made of."""
     aside = work.folder / "unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     wanted, recompute = work.runtime.micro_batch, work.runtime.activation_checkpointing
@@ -49,27 +51,32 @@ def arguments(
     while options.prompts_per_step % at_once:
         at_once -= 1
     group, _ = group_and_iterations(options)
-    kind = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))
-    return kind(
+    return {
         **online.settings(options),
-        output_dir=str(aside),
-        max_steps=total,
-        shuffle_dataset=False,
-        per_device_train_batch_size=at_once * group,
-        gradient_accumulation_steps=options.prompts_per_step // at_once,
-        learning_rate=config.learning_rate,
-        max_grad_norm=config.max_gradient_norm,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
-        seed=config.seed,
-        use_cpu=device == "cpu",
-        gradient_checkpointing=recompute not in ("auto", "none"),
-        save_strategy="no",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=[],
-    )
+        "output_dir": str(aside),
+        "max_steps": total,
+        "shuffle_dataset": False,
+        "per_device_train_batch_size": at_once * group,
+        "gradient_accumulation_steps": options.prompts_per_step // at_once,
+        "learning_rate": config.learning_rate,
+        "max_grad_norm": config.max_gradient_norm,
+        "bf16": config.precision == "bf16",
+        "fp16": config.precision == "fp16",
+        "seed": config.seed,
+        "use_cpu": device == "cpu",
+        "gradient_checkpointing": recompute not in ("auto", "none"),
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+
+
+def settings_of(online: objectives.Online) -> type:
+    """TRL's config for its trainer."""
+    kind: type = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))
+    return kind
 
 
 def kind_of(online: objectives.Online, options: SampledOptions, seed: int, recorder: Recorder) -> type:

@@ -1,0 +1,46 @@
+"""vLLM as the writer of completions, through TRL's trainers: what must hold, and TRL's arguments for it."""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.errors import UserError
+from stages.objectives.grpo import RewardedOptions
+from stages.runtime import Runtime
+
+SHARE = 0.3
+"""Of the GPU's memory, where the recipe does not say how much."""
+
+
+def refuse(device: str) -> None:
+    """Raise UserError where it cannot run."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("train.objective_options.vllm needs vLLM, which is not installed: pip install 'regrow[vllm]'")
+    if device != "cuda":
+        raise UserError("train.objective_options.vllm needs a GPU: take it out, and the model itself writes on the CPU")
+
+
+def arguments(
+    options: RewardedOptions, prompts: Sequence[Mapping[str, Any]], tokenizer: Any, runtime: Runtime
+) -> dict[str, Any]:
+    """TRL's arguments, for a recipe that asks for it and the prompts it will be asked."""
+    choice = options.vllm
+    assert choice is not None
+    # vespo weighs tokens itself, and TRL asks for a correction by tokens beside it.
+    correction = {"vllm_importance_sampling_mode": "token_truncate"} if getattr(options, "loss", "") == "vespo" else {}
+    if choice.mode == "server":
+        where = {"vllm_server_base_url": runtime.vllm_url}
+        return {"use_vllm": True, "vllm_mode": "server", **where, **correction}
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    length = None  # the model's own, in an environment: prompts grow there by tools and by what reset adds
+    if not options.environment:
+        length = max(len(tokenizer(row["prompt"])["input_ids"]) for row in prompts) + options.max_new_tokens
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": choice.memory or SHARE,
+        "vllm_enable_sleep_mode": choice.sleep,
+        "vllm_max_model_length": length,
+        **correction,
+    }
