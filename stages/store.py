@@ -11,7 +11,7 @@ Layout below the store's URL::
     quarantine/                 what did not hold the bytes its name says
     format.json                 the layout's version
 
-Opening and finding import neither s3fs nor fsspec unless the URL asks for them.
+Opening and finding import neither s3fs nor fsspec unless the URL asks for them, and `s3://` seldom does.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Objects in an S3 bucket, through s3fs: conditional PUTs of small objects, ordinary PUTs of blobs.
+"""Objects in an S3 bucket, through s3fs: conditional PUTs of small objects, ordinary PUTs of blobs. What is only looked
+at is asked of obstore first (`stages.objects.s3_looks`), so that s3fs is not imported where nothing else is done.
 
 Conditions are set on single PUTs only (conditional multipart completion is not atomic on every server) and a refused
 one is recognised by its error code, because servers differ in the rest. s3fs's listing cache is off: it would show
@@ -8,9 +9,13 @@ others' objects never and deleted ones for ever.
 import base64
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from stages.errors import UserError
@@ -32,6 +37,7 @@ from stages.objects.network import (
     taken_back,
     unless_gone,
 )
+from stages.objects.s3_looks import Looks, Unclear, looks_into
 from stages.transfers import Moved, nobody
 
 T = TypeVar("T")
@@ -49,38 +55,66 @@ def open_s3(address: str, options: Mapping[str, str], reached: bool = False) -> 
     within seconds; afterwards, or if it was `reached` before, outages are waited out for `PATIENCE` seconds."""
     place = place_of("s3", address, "AWS_ACCESS_KEY_ID, …")
     given = chosen(options, OPTIONS)
-    try:
-        import s3fs
-    except ImportError as error:
-        raise UserError(f"store {place.url}: needs s3fs; pip install 'regrow[s3]'") from error
-    region = given.pop("region_name", None)
-    fs = s3fs.S3FileSystem(
-        **given | {"anon": given.get("anon", "").lower() in ("1", "true", "yes")},
-        client_kwargs={"region_name": region} if region else {},
-        config_kwargs={
-            "connect_timeout": 4,
-            "read_timeout": 60,
-            "retries": {"mode": "standard", "max_attempts": 2},
-            "max_pool_connections": 32,
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )
+    missing = next((name for name in ("obstore", "s3fs") if find_spec(name) is None), None)
+    if missing:
+        raise UserError(f"store {place.url}: needs {missing}; pip install 'regrow[s3]'")
+    anonymous = given.get("anon", "").lower() in ("1", "true", "yes")
+    looks = looks_into(place, given, anonymous)
     endpoint = given.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    objects = S3Objects(fs, place._replace(server=endpoint or ""), PATIENCE if reached else OPENING)
-    objects.read("format.json")
+    patience, place = PATIENCE if reached else OPENING, place._replace(server=endpoint or "")
+    objects = S3Objects(_client_of(given, anonymous), place, patience, looks)
+    if looks is None:
+        objects.client()  # what it takes to import is no outage
+        objects.read("format.json")
     return replace(objects, patience=PATIENCE)
+
+
+def _client_of(given: Mapping[str, str], anonymous: bool) -> Callable[[], Any]:
+    """Gives the one s3fs client, which is made when it is first asked for."""
+    lock = Lock()
+
+    @cache
+    def client() -> Any:
+        import s3fs
+
+        named = {name: value for name, value in given.items() if name != "region_name"}
+        return s3fs.S3FileSystem(
+            **named | {"anon": anonymous},
+            client_kwargs={"region_name": given["region_name"]} if given.get("region_name") else {},
+            config_kwargs={
+                "connect_timeout": 4,
+                "read_timeout": 60,
+                "retries": {"mode": "standard", "max_attempts": 2},
+                "max_pool_connections": 32,
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            },
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+
+    def one() -> Any:
+        with lock:
+            return client()
+
+    return one
 
 
 @dataclass(frozen=True)
 class S3Objects:
     """See `Objects`. A version is the ETag."""
 
-    fs: Any
+    client: Callable[[], Any]
+    """Gives the s3fs client."""
     place: Place
     patience: float
+    looks: Looks | None
+    """What is asked first where nothing is written and little is read."""
+
+    @property
+    def fs(self) -> Any:
+        """The s3fs client."""
+        return self.client()
 
     def hasty(self) -> "S3Objects":
         return replace(self, patience=0)
@@ -93,6 +127,9 @@ class S3Objects:
         return None
 
     def read(self, path: str) -> Versioned | None:
+        if self.looks:
+            with suppress(Unclear):
+                return self.looks.read(path)
         found = self._get(path)
         return found and found[0]
 
@@ -133,10 +170,17 @@ class S3Objects:
         self._transfer(lambda heard: self.fs.get_file(source, str(target), callback=heard), moved)
 
     def stat(self, path: str) -> Entry | None:
+        if self.looks:
+            with suppress(Unclear):
+                return self.looks.stat(path)
         head = unless_gone(lambda: self._call("head_object", Key=self.place.key(path)))
         return None if head is None else Entry(path, head["ContentLength"], head["LastModified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[Entry]:
+        if self.looks:
+            with suppress(Unclear):
+                yield from self.looks.list(prefix)
+                return
         more: dict[str, str] = {}
         while True:
             page = self._call("list_objects_v2", Prefix=self.place.key(prefix), **more)

@@ -329,7 +329,7 @@ def test_a_conditional_write_whose_answer_was_lost_is_known_as_ours(s3, tmp_path
                 raise ConnectionError("the answer is lost")
             return answer
 
-    deaf = replace(objects, fs=Deaf())
+    deaf = replace(objects, client=Deaf)
     version = deaf.create("refs/a.json", b"1")
     assert version is not None and objects.read("refs/a.json") == (b"1", version)
     assert objects.create("refs/a.json", b"1") is None  # the same bytes, but not ours
