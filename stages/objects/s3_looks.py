@@ -21,6 +21,8 @@ CLIENT: "ClientConfig" = {"allow_http": True, "connect_timeout": "2s", "read_tim
 """How little patience looks have: s3fs has more."""
 MANY = 10_000
 """Objects beyond which a list is left to s3fs, which gives it page by page."""
+_PROCESS = os.getpid()
+"""Where obstore works: in a process that was forked later it would wait for threads that are not there."""
 _ENDPOINT = re.compile(r"https?://[\w.-]+(:\d+)?/?")
 _OF_S3FS = ("ignore_configured_endpoint_urls", "s3", "services", "use_dualstack_endpoint", "use_fips_endpoint")
 """Settings that botocore obeys and obstore does not, by their names in the configuration file."""
@@ -41,7 +43,7 @@ class Looks(NamedTuple):
     def read(self, path: str) -> Versioned | None:
         """See `Objects`. Raises Unclear."""
         try:
-            found = self.store.get(self.place.key(path))
+            found = self._asked().get(self.place.key(path))
             data, version = bytes(found.bytes()), found.meta["e_tag"]
         except Exception as error:
             if isinstance(error, FileNotFoundError) and "<Code>NoSuchKey</Code>" in str(error):
@@ -54,7 +56,7 @@ class Looks(NamedTuple):
     def stat(self, path: str) -> Entry | None:
         """See `Objects`. Raises Unclear."""
         try:
-            found = self.store.head(self.place.key(path))
+            found = self._asked().head(self.place.key(path))
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -65,7 +67,7 @@ class Looks(NamedTuple):
         """See `Objects`; all at once. Raises Unclear."""
         entries: list[Entry] = []
         try:
-            for page in self.store.list(self.place.key(prefix).rstrip("/"), chunk_size=1000):
+            for page in self._asked().list(self.place.key(prefix).rstrip("/"), chunk_size=1000):
                 entries += (Entry(self.place.path(o["path"]), o["size"], o["last_modified"].timestamp()) for o in page)
                 if len(entries) > MANY:
                     raise Unclear
@@ -74,6 +76,11 @@ class Looks(NamedTuple):
         if not all(entry.size for entry in entries):  # may stand for folders: obstore drops the slash that tells
             raise Unclear
         return entries
+
+    def _asked(self) -> "S3Store":
+        if os.getpid() != _PROCESS:
+            raise Unclear
+        return self.store
 
 
 def looks_into(place: Place, options: Mapping[str, str], anonymous: bool) -> Looks | None:
@@ -118,8 +125,9 @@ def _access(options: Mapping[str, str], anonymous: bool) -> _Access | None:
     environment do not say. None for what s3fs alone can do."""
     endpoint = options.get("endpoint_url") or _variable("ENDPOINT_URL_S3") or _variable("ENDPOINT_URL")
     stated = anonymous or "key" in options or bool(_variable("ACCESS_KEY_ID") and _variable("SECRET_ACCESS_KEY"))
+    profile = options.get("profile") or _variable("PROFILE") or _variable("DEFAULT_PROFILE")
     session = None
-    if not stated or "profile" in options or (_has_files() and not endpoint):
+    if profile or not stated or (_has_files() and not endpoint):
         from botocore.session import Session
 
         session = Session(profile=options.get("profile"))
@@ -129,15 +137,14 @@ def _access(options: Mapping[str, str], anonymous: bool) -> _Access | None:
     region = options.get("region_name") or _variable("DEFAULT_REGION") or settings.get("region") or "us-east-1"
     endpoint = endpoint or settings.get("endpoint_url") or f"https://s3.{region}.amazonaws.com"
     authorities = endpoint.startswith("https") and (_variable("CA_BUNDLE") or settings.get("ca_bundle"))
-    credentials = None
-    if not anonymous:
-        credentials = _credentials(options, session)
-        if credentials is None:
-            return None
+    credentials = None if anonymous else _credentials(options, session)
+    if credentials is None and not anonymous:
+        return None
     return _Access(endpoint, region, authorities or "", credentials)
 
 
 def _credentials(options: Mapping[str, str], session: Any) -> "Callable[[], S3Credential] | None":
+    """What obstore asks for credentials. None where there are none, or where s3fs would have to ask again."""
     if "key" in options or session is None:
         names = ("key", "secret", "token")
         variables = map(_variable, ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))

@@ -4,6 +4,7 @@ answers 500. Which request suffers is drawn from a seed, so that a failure can b
 
 import http.client
 import random
+import ssl
 import threading
 import time
 from collections import Counter
@@ -99,12 +100,14 @@ _INTERNAL_ERROR = b'<?xml version="1.0"?><Error><Code>InternalError</Code><Messa
 
 
 @contextmanager
-def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
+def faulty_proxy(upstream: str, tls: ssl.SSLContext | None = None) -> Iterator[FaultyProxy]:
     """A proxy on a port of its own, faultless until told otherwise."""
     proxy = FaultyProxy(upstream)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy}))
     server.daemon_threads = True
-    proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    proxy.endpoint = f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -2,13 +2,16 @@
 cannot tell."""
 
 import json
+import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,20 @@ def test_a_long_list_comes_page_by_page(filled: S3, monkeypatch: pytest.MonkeyPa
     assert sorted(entry.path for entry in objects.list("refs/")) == [f"refs/{n}.json" for n in range(3)]
 
 
+def test_a_forked_process_opens_the_store_anew(filled: S3) -> None:
+    code = (
+        "import os, sys\n"
+        "from stages.objects.s3 import open_s3\n"
+        "before = open_s3(sys.argv[1], {})\n"
+        "assert before.looks.read('runs/run.json').data == b'{}'\n"
+        "if not os.fork():\n"
+        "    after = open_s3(sys.argv[1], {})\n"
+        "    os._exit(int(after.read('runs/run.json').data != b'{}' or len(list(after.list('runs/'))) != 1))\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, filled.url.removeprefix("s3://")], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("fault", ["drop", "truncate", "500"])
 def test_what_a_look_cannot_tell_is_asked_of_s3fs(filled: S3, fault: Fault) -> None:
     with faulty_proxy(filled.endpoint) as proxy:
@@ -165,6 +182,20 @@ def test_settings_of_obstores_own_change_nothing(filled: S3, monkeypatch: pytest
     assert in_a_fresh_process(filled, endpoint_url=filled.endpoint) == set()
 
 
+def test_a_server_whose_certificate_a_company_signed(
+    filled: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    authority, tls = signed(tmp_path)
+    with faulty_proxy(filled.endpoint, tls) as proxy:
+        options = {"endpoint_url": proxy.endpoint}
+        assert looks_into(Place("s3", filled.bucket, "store"), options, anonymous=False) is None
+        with pytest.raises(UserError, match="certificate verify failed"):
+            objects_of(filled, **options)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        assert in_a_fresh_process(filled, **options) == set()
+
+
 @pytest.mark.parametrize("status", [200, 307])
 def test_a_page_that_answers_instead_of_the_server_is_not_read(s3: S3, status: int) -> None:
     with (
@@ -172,6 +203,34 @@ def test_a_page_that_answers_instead_of_the_server_is_not_read(s3: S3, status: i
         serving(status, {"Location": page}, b"") as portal,
     ):
         assert looks_into(Place("s3", s3.bucket, "store"), {"endpoint_url": portal}, anonymous=False) is None
+
+
+def signed(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """An authority's certificate, and what a server on the loopback needs to show one that it signed."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now = datetime.now(UTC)
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("authority", "server")}
+    names = {name: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in keys}
+    address = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    for name in keys:
+        made = (
+            x509.CertificateBuilder(names["authority"], names[name], keys[name].public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(name == "authority", None), critical=True)
+            .add_extension(address, critical=False)
+            .sign(keys["authority"], hashes.SHA256())
+        )
+        (folder / f"{name}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(keys["server"].private_bytes(serialization.Encoding.PEM, *plain))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(folder / "server.pem", folder / "key.pem")
+    return folder / "authority.pem", tls
 
 
 @contextmanager
