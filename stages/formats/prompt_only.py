@@ -19,7 +19,7 @@ class PromptWording(Wording):
     """The same, and what is kept of a prompt."""
 
     keep_messages: bool = False
-    """Keep the turns as messages too, under `messages`: an environment asks for them."""
+    """Keep the turns as messages too, under `prompt`: an environment asks for them."""
 
 
 def convert(row: Row, options: Options) -> Example:
@@ -31,13 +31,13 @@ def convert(row: Row, options: Options) -> Example:
     read = {field, options.name("system"), options.name("tools")}
     extra = {name: value for name, value in row.items() if name not in read}
     if options.own.keep_messages:
-        if "messages" in extra:
+        if "prompt" in extra:
             raise BadRow(
-                "two prompts", "has a column messages, where keep_messages puts the turns: rename or remove it"
+                "two prompts", "has a column prompt beside the one that is read, where keep_messages puts the turns: remove it"
             )
         if any(turn.role == "text" for turn in turns):
             raise BadRow("no messages", f"{field} is raw text: keep_messages needs turns, so leave wording at chat")
-        extra["messages"] = [_message(turn) for turn in turns]
+        extra["prompt"] = [_message(turn) for turn in turns]
     return Example([Conversation(prompt_of(turns), offered(row, options))], extra)
 
 

@@ -74,7 +74,7 @@ def read(
                     raise UserError(
                         f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
                     )
-            said = columns.pop("messages", None)
+            said = columns.pop("prompt", None)
             if messages:
                 _refuse_other(text, said, tokenizer)
             rows.append({"prompt": said if messages else text, "columns": json.dumps(columns)})

@@ -103,7 +103,7 @@ def given(folder: Path, model: Path, messages: bool = True) -> dict[str, Path]:
     said = [{"role": "user", "content": "guess"}]
     text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, chat_template=TEMPLATE)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    kept = {"messages": said} if messages else {}
+    kept = {"prompt": said} if messages else {}
     rows = [
         {
             "row": number,
