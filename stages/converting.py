@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages import chat_template, filters, formats
+from stages import chat_template, filters, formats, own_code
 from stages.convert import ConvertPart
 from stages.filters import LeftOut
-from stages.formats import BadRow, Reader, auto, own
+from stages.formats import BadRow, Reader, auto
 from stages.forms import Formed, Forms
 from stages.marks import kind_of
 from stages.rows import Place, Row, read_rows
@@ -38,7 +38,7 @@ _tokenizer = lru_cache(maxsize=1)(read_tokenizer)
 def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Convert one shard. Raises UserError naming file and row at the first bad one, or drops and counts them."""
     if config.format == "own" and not work.runtime.allow_code:
-        raise UserError(own.NOT_ALLOWED)
+        raise own_code.not_allowed("convert.format")
     source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
     name = "/".join(part for part in (work.where.get("name") or source["source"], source.get("member")) if part)
     first = source.get("first", 1)

@@ -72,7 +72,8 @@ class Place:
             if teacher is None:
                 self.run("configs/quickstart.yaml")
             limits.append(f"fetch.teacher={{path: {teacher or self.home / 'out' / 'quickstart'}}}")
-        return [word for setting in (*TWO_STEPS, *limits, to) for word in ("--set", setting)]
+        allowed = ["--allow-code"] if "environment" in whole["train"].get("objective_options", {}) else []
+        return [*allowed, *(word for setting in (*TWO_STEPS, *limits, to) for word in ("--set", setting))]
 
 
 @pytest.fixture(scope="module")

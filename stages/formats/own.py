@@ -18,8 +18,6 @@ from stages import own_code
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row
 
-NOT_ALLOWED = str(own_code.not_allowed("convert.format"))
-
 
 def read(path: str) -> str:
     """The text of a user's own format. Raises UserError when there is no such file."""

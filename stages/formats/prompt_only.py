@@ -33,7 +33,8 @@ def convert(row: Row, options: Options) -> Example:
     if options.own.keep_messages:
         if "prompt" in extra:
             raise BadRow(
-                "two prompts", "has a column prompt beside the one that is read, where keep_messages puts the turns: remove it"
+                "two prompts",
+                "has a column prompt beside the one that is read, where keep_messages puts the turns: remove it",
             )
         if any(turn.role == "text" for turn in turns):
             raise BadRow("no messages", f"{field} is raw text: keep_messages needs turns, so leave wording at chat")

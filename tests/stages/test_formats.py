@@ -325,6 +325,32 @@ def test_bad_rows_of_the_others_are_told(name: str, row: Any, says: str) -> None
         reader(name)(row)
 
 
+class TestKeptMessages:
+    SAID: ClassVar = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"}]
+
+    def test_a_prompt_stands_beside_its_other_columns(self) -> None:
+        made = reader("prompt_only", {"keep_messages": True})({"prompt": self.SAID, "answer": "5"})
+        assert isinstance(made, Example)
+        assert made.extra == {"answer": "5", "prompt": self.SAID}
+
+    def test_a_text_is_a_users_and_calls_are_kept(self) -> None:
+        keep = reader("prompt_only", {"keep_messages": True}, fields={"prompt": "question"})
+        assert keep({"question": "2 + 3?"}).extra == {"prompt": [{"role": "user", "content": "2 + 3?"}]}
+        said = [*self.SAID, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}]
+        assert keep({"question": said}).extra["prompt"][2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+    @pytest.mark.parametrize(
+        ("own", "row", "says"),
+        [
+            ({"wording": "text"}, {"question": "q"}, "question is raw text: keep_messages needs turns"),
+            ({}, {"question": "q", "prompt": "other"}, "has a column prompt beside the one that is read"),
+        ],
+    )
+    def test_what_cannot_be_kept_is_told(self, own: dict[str, Any], row: Any, says: str) -> None:
+        with pytest.raises(BadRow, match=says):
+            reader("prompt_only", {"keep_messages": True, **own}, fields={"prompt": "question"})(row)
+
+
 class TestFields:
     TURNS: ClassVar = [
         {"role": "system", "text": "You are {who[name]}.", "optional": True},
