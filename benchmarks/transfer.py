@@ -4,7 +4,8 @@
 
 The server is SeaweedFS on this machine, so the network costs nothing and what the client computes costs most. regrow's
 download holds the sha256 that it checks on the way in, as `store.view` does; hashing before an upload is part of making
-an artifact and is told by itself.
+an artifact and is told by itself. One side's copies are removed before the other's turn, so the folder for temporary
+files (TMPDIR) needs room for three: the source, the server's and the download.
 """
 
 import os
@@ -58,15 +59,19 @@ def compare(home: Path, endpoint: str, gigabytes: float, rounds: int) -> None:
     tree = Tree((File("model.safetensors", size, sha256),))
     works = {
         "s3fs put": lambda: fs.put_file(str(source), "transfer/plain"),
-        "regrow upload": lambda: store.objects.upload(source, blob_path(sha256), sha256),
         "s3fs get": lambda: fs.get_file("transfer/plain", str(home / "plain")),
+        "regrow upload": lambda: store.objects.upload(source, blob_path(sha256), sha256),
         "regrow view": lambda: viewed(store, tree),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds):
-        for name in list(works) if turn % 2 == 0 else ["regrow upload", "s3fs put", "regrow view", "s3fs get"]:
+        for name in list(works) if turn % 2 == 0 else ["regrow upload", "regrow view", "s3fs put", "s3fs get"]:
             times[name].append(timed(works[name]))
             shutil.rmtree(home / "cache" / "verified", ignore_errors=True)
+            if name in ("s3fs get", "regrow view"):
+                (home / "plain").unlink(missing_ok=True)
+                fs.call_s3("delete_bucket", Bucket="transfer")  # with all in it: an object's room is freed much later
+                fs.call_s3("create_bucket", Bucket="transfer")
     print(f"{gigabytes:g} GB, {rounds} rounds, median and each; hashing once {hashing[0]:.1f} s")
     for name, taken in times.items():
         each = " ".join(f"{t:.1f}" for t in taken)
