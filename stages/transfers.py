@@ -1,12 +1,15 @@
-"""How far long transfers to and from a store have come, for whoever shows it.
+"""How far long transfers to and from a store have come, for whoever shows it; digests that are found on the way.
 
 with watching(show), moving("uploaded", 2_000_000_000) as moved: ...    # `moved(n)`: n bytes more are there
 """
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
 
 LONG = 64 * 2**20
 """Bytes from which a transfer is worth telling."""
@@ -55,3 +58,60 @@ def moving(what: str, size: int) -> Iterator[Moved]:
 
     moved(0)
     yield moved
+
+
+class Growing:
+    """The sha256 of a file that is written from beginning to end, found while it grows: to hash 20 GB afterwards
+    takes as long as to bring them. Use it as a context around the writing; `sha256` is there when that went well."""
+
+    BLOCK = 8 * 2**20
+    UNWRITTEN = 2**20
+    """More than a file object may keep back of what it was given."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.sha256 = path, ""
+        self._there, self._ended = 0, False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def grew(self, more: int) -> None:
+        """So many bytes more were written."""
+        with self._changed:
+            self._there += more
+            self._changed.notify()
+
+    def __enter__(self) -> "Growing":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+        if error is not None:
+            self.sha256 = ""
+
+    def _follow(self) -> None:
+        with suppress(OSError):  # nothing was written, for which the writing has an error
+            self.sha256 = self._hashed()
+
+    def _hashed(self) -> str:
+        digest, read = hashlib.sha256(), 0
+        while (end := self._written(read)) is not None:
+            with self.path.open("rb") as file:
+                file.seek(read)
+                while read < end and (block := file.read(min(self.BLOCK, end - read))):
+                    digest.update(block)
+                    read += len(block)
+        with self.path.open("rb") as file:
+            file.seek(read)
+            while block := file.read(self.BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _written(self, read: int) -> int | None:
+        """Waits until there is more to read, and gives how far it goes for sure; None when all is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._there - read > self.BLOCK + self.UNWRITTEN)
+            return None if self._ended else self._there - self.UNWRITTEN

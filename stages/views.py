@@ -120,8 +120,8 @@ def release(cache: Path, file: File) -> None:
             _record(cache, found).unlink()
 
 
-def intact(cache: Path, path: Path, file: File) -> bool:
-    """Whether a local file holds exactly that blob. Hashes it unless that was done before."""
+def intact(cache: Path, path: Path, file: File, sha256: str | None = None) -> bool:
+    """Whether a local file holds exactly that blob. Hashes it unless that was done before, or its `sha256` is known."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -132,7 +132,7 @@ def intact(cache: Path, path: Path, file: File) -> bool:
     seal = f"{file.sha256} {found.st_size} {found.st_mtime_ns}"
     if record.exists() and record.read_text() == seal:
         return True
-    if sha256_file(path) != file.sha256:
+    if (sha256 or sha256_file(path)) != file.sha256:
         return False
     if time.time_ns() - found.st_mtime_ns > FRESH:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -222,8 +222,8 @@ def _brought(objects: Objects, cache: Path, aside: Path, file: File, moved: Move
     part = target.with_name(f"{target.name}{PART}")
     for _ in range(2):  # a download may be damaged on its way
         try:
-            objects.download(blob_path(file.sha256), part, moved)
-            if intact(cache, part, file):
+            found = objects.download(blob_path(file.sha256), part, moved)
+            if intact(cache, part, file, found):
                 part.chmod(0o444)
                 _cache(part, _cached(cache, file.sha256))
                 part.rename(target)

@@ -83,8 +83,9 @@ class Objects(Protocol):
     def touch(self, entry: Entry) -> bool:
         """Make an object look written just now. Return False if it is gone."""
 
-    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
-        """Copy an object to a new local file; `moved` as in `upload`. Raises FileNotFoundError."""
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> str | None:
+        """Copy an object to a new local file; `moved` as in `upload`. Gives the file's sha256 where it was found on the
+        way. Raises FileNotFoundError."""
 
     def stat(self, path: str) -> Entry | None:
         """Size and time of an object, or None."""

@@ -42,8 +42,8 @@ class ReadOnly:
     def touch(self, entry: Entry) -> bool:
         self._refuse(f"renewing {entry.path}")
 
-    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
-        self.objects.download(path, target, moved)
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> str | None:
+        return self.objects.download(path, target, moved)
 
     def stat(self, path: str) -> Entry | None:
         return self.objects.stat(path)

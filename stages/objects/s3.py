@@ -38,7 +38,7 @@ from stages.objects.network import (
     unless_gone,
 )
 from stages.objects.s3_looks import Looks, Unclear, looks_into
-from stages.transfers import Moved, nobody
+from stages.transfers import Growing, Moved, nobody
 
 T = TypeVar("T")
 
@@ -149,7 +149,11 @@ class S3Objects:
             moved(source.stat().st_size)
         else:
             target, how = self._object(path), {"chunksize": SINGLE_PUT, "max_concurrency": 4}
-            self._transfer(lambda heard: self.fs.put_file(str(source), target, callback=heard, **how), moved)
+
+            def attempt(heard: Moved) -> None:
+                self.fs.put_file(str(source), target, callback=_hearing(heard), **how)
+
+            self._patiently(lambda: taken_back(attempt, moved))
 
     def touch(self, entry: Entry) -> bool:
         """By a copy onto itself, which the server does without sending the bytes."""
@@ -165,9 +169,20 @@ class S3Objects:
 
         return unless_gone(copy) or False
 
-    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> str:
         source = self._object(path)
-        self._transfer(lambda heard: self.fs.get_file(source, str(target), callback=heard), moved)
+
+        def attempt(heard: Moved) -> str:
+            with Growing(target) as growing:  # s3fs writes in order, also what it asks for in parallel
+
+                def arrived(more: int) -> None:
+                    growing.grew(more)
+                    heard(more)
+
+                self.fs.get_file(source, str(target), callback=_hearing(arrived))
+            return growing.sha256
+
+        return self._patiently(lambda: taken_back(attempt, moved))
 
     def stat(self, path: str) -> Entry | None:
         if self.looks:
@@ -247,18 +262,6 @@ class S3Objects:
         result: T = self._patiently(lambda: sync(self.fs.loop, operation, timeout=timeout))
         return result
 
-    def _transfer(self, operation: Callable[[Any], None], moved: Moved) -> None:
-        from fsspec.callbacks import Callback
-
-        def attempt(heard: Moved) -> None:
-            class Heard(Callback):  # type: ignore[misc]
-                def relative_update(self, inc: int = 1) -> None:
-                    heard(inc)
-
-            operation(Heard())
-
-        self._patiently(lambda: taken_back(attempt, moved))
-
     def _patiently(self, operation: Callable[[], T]) -> T:
         check = "the endpoint (storage_options endpoint_url or AWS_ENDPOINT_URL)"
         return patiently(operation, self.patience, self.place, _is_outage, self._told, check)
@@ -288,6 +291,17 @@ class S3Objects:
             at = self.place.at
             return UserError(f"{self.url}: the server answers {code}{at}; check the bucket's name and region")
         return None
+
+
+def _hearing(heard: Moved) -> Any:
+    """What fsspec tells of the bytes it moved."""
+    from fsspec.callbacks import Callback
+
+    class Heard(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            heard(inc)
+
+    return Heard()
 
 
 def _code(error: BaseException) -> str:
