@@ -1,16 +1,18 @@
 """The environment of `configs/tools.yaml`: a calculator that a model learns to use.
 
-An episode is worth 1 when the model asked for the sum in question, and a little when it asked for another one.
+An episode is worth 1 when the model asked for the sum in question; for another one, a little for each of the question's
+numbers that stand in it. (To give something for any call at all teaches to copy the example, and nothing more.)
 """
 
 import ast
 import operator
+import re
 
 from stages.environments import Environment
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-ASIDE = 0.2
-"""What a call is worth that computes something else."""
+ASIDE = 0.5
+"""What a call is worth that has all the right numbers, and another result."""
 EXAMPLE = """
 Use the tool. For 1 + 2 you would say:
 <tool_call>
@@ -21,9 +23,9 @@ Use the tool. For 1 + 2 you would say:
 class Calculator:
     """Computes what it is asked."""
 
-    def reset(self, answer: str, **row: object) -> str:
+    def reset(self, prompt: list[dict[str, str]], answer: str, **row: object) -> str:
         """Begin with a question; the example is added to it."""
-        self.answer, self.worth = answer, 0.0
+        self.numbers, self.answer, self.worth = set(re.findall(r"\d+", prompt[-1]["content"])), answer, 0.0
         return EXAMPLE
 
     def calculate(self, expression: str) -> str:
@@ -33,7 +35,8 @@ class Calculator:
             expression: What to compute, such as 1 + 2.
         """
         result = str(value(ast.parse(expression.strip(), mode="eval").body))
-        self.worth = max(self.worth, 1.0 if result == self.answer else ASIDE)
+        there = self.numbers & set(re.findall(r"\d+", expression))
+        self.worth = max(self.worth, 1.0 if result == self.answer else ASIDE * len(there) / len(self.numbers))
         return result
 
     def get_reward(self) -> float:

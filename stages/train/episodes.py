@@ -77,7 +77,7 @@ def _limited(choice: EnvironmentChoice, controls: Sequence[str]) -> type["_Limit
 
 
 class _Limited:
-    """An environment whose calls end after `seconds`, which is told the columns of its row, and whose reward the
+    """An environment whose calls end after `seconds`, which is told its prompt and row, and whose reward the
     recorder asks, beside the others, instead of TRL."""
 
     inner: type
@@ -89,14 +89,14 @@ class _Limited:
         self._inner: Any = None
         self._stuck = False
 
-    def reset(self, columns: str, **_: Any) -> str | None:
+    def reset(self, prompt: Any, columns: str, **_: Any) -> str | None:
         """Begin an episode; what hung in the last one is left behind. Raises UserError when the environment fails."""
-        if self._inner is None or self._stuck:
+        if self._stuck:
             self._inner, self._stuck = None, False
         row = json.loads(columns)
         try:
             self._inner = self._inner or self._call(self.inner)
-            told = self._call(self._inner.reset, **row)
+            told = self._call(self._inner.reset, prompt=prompt, **row)
             if told is not None:
                 self._refuse_control(told)
         except Exception as error:  # whatever a user's code raises

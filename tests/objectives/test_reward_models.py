@@ -183,7 +183,9 @@ def test_the_process_reward_loss_is_cross_entropy_at_the_ends_of_steps(inputs: d
 
 
 @pytest.mark.parametrize(
-    ("inputs", "method"), [("reward", "lora"), ("reward", "full"), ("process_reward", "lora")], indirect=["inputs"]
+    ("inputs", "method"),
+    [("reward", "lora"), pytest.param("reward", "full", marks=pytest.mark.full), ("process_reward", "lora")],
+    indirect=["inputs"],
 )
 def test_it_learns_and_is_transformers_own_classifier(tmp_path: Path, inputs: dict[str, Path], method: str) -> None:
     objective = _objective(inputs)

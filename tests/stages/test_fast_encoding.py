@@ -75,7 +75,10 @@ CUTTING = {
 }
 
 
-@pytest.mark.parametrize("kind", CUTTING)
+SLOW = ("a token that ends in a digit", "a token that is a digit")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.full if k in SLOW else []) for k in CUTTING])
 @given(st.lists(st.text("0123456789½²٣ a<x2\ne\u0301", max_size=12), min_size=1, max_size=4))
 @settings(max_examples=30, deadline=None)
 def test_ids_of_tokenizers_that_cut_at_digits(kind: str, texts: list[str]) -> None:

@@ -30,7 +30,8 @@ from stages.environments import Environment
 class Guessing:
     """The row says which number is hidden."""
 
-    def reset(self, number, **row):
+    def reset(self, prompt, number, **row):
+        assert prompt[-1]["content"] == "guess"
         self.number, self.won = number, 0.0
         return " 1 to 4"
 
@@ -148,6 +149,7 @@ def train(folder: Path, inputs: dict[str, Path], config: dict[str, Any]) -> tupl
     return figures, output, facts
 
 
+@pytest.mark.full
 def test_the_model_learns_from_what_its_calls_were_worth(tmp_path: Path, caller: Path) -> None:
     figures, output, facts = train(tmp_path, given(tmp_path, caller), recipe(tmp_path))
     rewards = [step["reward"] for step in figures]
@@ -190,6 +192,7 @@ def test_rewards_of_the_recipe_are_given_the_last_answer(tmp_path: Path, caller:
     assert ended and all(dict(row["rewards"])["short"] == 1.0 for row in ended)
 
 
+@pytest.mark.full
 def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, caller: Path) -> None:
     inputs, config = given(tmp_path, caller), recipe(tmp_path, steps=3)
     whole, _, _ = train(tmp_path / "whole", inputs, config)
@@ -227,7 +230,7 @@ def test_a_tool_that_hangs_is_told_to_the_model_and_counted(tmp_path: Path, call
         (("return self.won", "raise KeyError('lost')"), "the reward environment: KeyError: 'lost'"),
         (('return " 1 to 4"', "raise OSError('no such game')"), "reset fails: OSError: no such game"),
         (('return " 1 to 4"', 'return "<|im_end|>"'), "holds the control token"),
-        (("def reset(self, number, **row):", "def begin(self, number, **row):"), "no method `reset`"),
+        (("def reset(self, prompt, number", "def begin(self, prompt, number"), "no method `reset`"),
         (("def guess", "def _guess"), "no tool"),
         (("number: int", "number"), "tool guess cannot be described to the model"),
         (("def guess", "async def guess"), "guess is async"),

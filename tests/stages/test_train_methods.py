@@ -313,7 +313,11 @@ STATEFUL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STATEFUL)
+QUICK = ("relora", "best")
+"""Those whose states have most in them; the full suite takes all."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.full) for k in STATEFUL])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, inputs: dict[str, Path], kind: str) -> None:
     config = {**STATEFUL[kind], "max_steps": 6}
     train(tmp_path / "unbroken", inputs, config)
