@@ -71,6 +71,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     if rewarded and rewarded.environment:
         tokenizer.chat_template = template_in(inputs["templates"])
         episodes = Episodes(rewarded.environment, tokenizer)
+        if not episodes.weights and not rewarded.rewards:
+            raise UserError("environment: its class has no `get_reward`, and the recipe names no rewards: add one")
     choices = rewarded.rewards if rewarded else {}
     rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, messages=episodes is not None)
     steps = -(-len(rows) // options.prompts_per_step)

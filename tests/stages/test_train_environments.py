@@ -232,6 +232,7 @@ def test_a_tool_that_hangs_is_told_to_the_model_and_counted(tmp_path: Path, call
         (('return " 1 to 4"', 'return "<|im_end|>"'), "holds the control token"),
         (("def reset(self, prompt, number", "def begin(self, prompt, number"), "no method `reset`"),
         (("def guess", "def _guess"), "no tool"),
+        (("def get_reward", "def _reward_of"), "no `get_reward`, and the recipe names no rewards"),
         (("number: int", "number"), "tool guess cannot be described to the model"),
         (("def guess", "async def guess"), "guess is async"),
         (("ENVIRONMENT = ", "OTHER = "), "has no ENVIRONMENT"),
