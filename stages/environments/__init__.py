@@ -16,23 +16,18 @@ A file declares `ENVIRONMENT = Environment(version, make)`. A path, `name: ./min
 `ENVIRONMENT` in it, and needs `--allow-code`.
 """
 
-import difflib
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from stages import own_code
+from stages import choices, own_code
+from stages.choices import OWN
 from stages.errors import UserError
 from stages.stage import StageConfig
 
 __all__ = ["Environment", "EnvironmentChoice", "NoOptions", "find", "load", "names"]
-
-OWN = "own"
 
 
 class NoOptions(StageConfig):
@@ -70,13 +65,7 @@ class EnvironmentChoice(StageConfig):
     @classmethod
     def _read_own(cls, values: Any) -> Any:
         """A path becomes the file's text, which enters the key in its place."""
-        named = values.get("name") if isinstance(values, Mapping) else None
-        if isinstance(named, str) and named.endswith(".py") and not values.get("code"):
-            try:
-                return {**values, "name": OWN, "code": own_code.read(named, "environment")}
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return values
+        return choices.with_own_code(values, "name", "environment")
 
     @field_validator("name")
     @classmethod
@@ -89,32 +78,19 @@ class EnvironmentChoice(StageConfig):
     @classmethod
     def _fit(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("name")
-        if name in (None, OWN):
+        if name is None or name == OWN:
             return given
-        try:
-            return find(name).options.model_validate(given).model_dump(mode="json")
-        except ValidationError as error:
-            told = error.errors()[0]
-            place = ".".join(map(str, told["loc"]))
-            raise ValueError(f"{name}: {place}: {told['msg']}") from None
+        return choices.fitted(name, find(name).options, given)
 
 
-@cache
 def names() -> tuple[str, ...]:
     """The environments there are."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return choices.names(__name__)
 
 
 def find(name: str) -> Environment:
     """The environment of that name. Raises UserError listing the choices."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        choices = ", ".join(names())
-        raise UserError(f"there is no environment {name!r}: {hint}There are {choices}, and paths of your own .py")
-    environment = importlib.import_module(f"{__name__}.{name}").ENVIRONMENT
-    assert isinstance(environment, Environment)
-    return environment
+    return choices.find(__name__, name, "environment", Environment)
 
 
 def load(choice: EnvironmentChoice) -> type:

@@ -45,7 +45,7 @@ class Looks(NamedTuple):
         try:
             found = self._asked().get(self.place.key(path))
             data, version = bytes(found.bytes()), found.meta["e_tag"]
-        except Exception as error:
+        except Exception as error:  # whatever else obstore raises, s3fs meets it again and tells it
             if isinstance(error, FileNotFoundError) and "<Code>NoSuchKey</Code>" in str(error):
                 return None
             raise Unclear from error
@@ -59,7 +59,7 @@ class Looks(NamedTuple):
             found = self._asked().head(self.place.key(path))
         except FileNotFoundError:
             return None
-        except Exception as error:
+        except Exception as error:  # as above
             raise Unclear from error
         return Entry(path, found["size"], found["last_modified"].timestamp())
 
@@ -71,7 +71,7 @@ class Looks(NamedTuple):
                 entries += (Entry(self.place.path(o["path"]), o["size"], o["last_modified"].timestamp()) for o in page)
                 if len(entries) > MANY:
                     raise Unclear
-        except Exception as error:
+        except Exception as error:  # as above
             raise Unclear from error
         if not all(entry.size for entry in entries):  # may stand for folders: obstore drops the slash that tells
             raise Unclear

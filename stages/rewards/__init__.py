@@ -13,26 +13,21 @@ row, and knows nothing of the model that trains. Scoring happens in processes of
 `--allow-code`.
 """
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stages import own_code
-from stages.errors import UserError
+from stages import choices, own_code
+from stages.choices import OWN
 from stages.identity import Json
 from stages.stage import StageConfig
 
 __all__ = ["NoOptions", "Reward", "RewardChoice", "find", "load", "names"]
 
 Row = Mapping[str, Json]
-OWN = "own"
 
 
 class NoOptions(StageConfig):
@@ -74,13 +69,7 @@ class RewardChoice(StageConfig):
     @classmethod
     def _read_own(cls, values: Any) -> Any:
         """A path becomes the file's text, which enters the key in its place."""
-        named = values.get("reward") if isinstance(values, Mapping) else None
-        if isinstance(named, str) and named.endswith(".py") and not values.get("code"):
-            try:
-                return {**values, "reward": OWN, "code": own_code.read(named, "reward")}
-            except UserError as error:
-                raise ValueError(str(error)) from None
-        return values
+        return choices.with_own_code(values, "reward", "reward")
 
     @field_validator("reward")
     @classmethod
@@ -93,31 +82,19 @@ class RewardChoice(StageConfig):
     @classmethod
     def _fit(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("reward")
-        if name in (None, OWN):
+        if name is None or name == OWN:
             return given
-        try:
-            return find(name).options.model_validate(given).model_dump(mode="json")
-        except ValidationError as error:
-            told = error.errors()[0]
-            place = ".".join(map(str, told["loc"]))
-            raise ValueError(f"{name}: {place}: {told['msg']}") from None
+        return choices.fitted(name, find(name).options, given)
 
 
-@cache
 def names() -> tuple[str, ...]:
     """The rewards there are."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return choices.names(__name__)
 
 
 def find(name: str) -> Reward:
     """The reward of that name. Raises UserError listing the choices."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no reward {name!r}: {hint}There are {', '.join(names())}, and paths of your own .py")
-    reward = importlib.import_module(f"{__name__}.{name}").REWARD
-    assert isinstance(reward, Reward)
-    return reward
+    return choices.find(__name__, name, "reward", Reward)
 
 
 def load(choice: RewardChoice) -> tuple[Reward, StageConfig]:

@@ -44,6 +44,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages import environments, objectives, rewards
+from stages.choices import OWN
 from stages.stage import Facts, Stage, StageConfig, Work
 from stages.train import checks, optimizers
 
@@ -215,7 +216,7 @@ class TrainConfig(StageConfig):
         asked: dict[tuple[str, ...], str] = {}
         for name, given in self.objective_options.get("rewards", {}).items():
             choice = rewards.RewardChoice.model_validate(given)
-            if choice.reward != rewards.OWN:  # whose code may not be run yet
+            if choice.reward != OWN:  # whose code may not be run yet
                 reward, options = rewards.load(choice)
                 if model := reward.model(options):
                     asked["objective_options", "rewards", name, "options", "model"] = model

@@ -35,7 +35,7 @@ class Episodes:
         self.tokenizer = tokenizer
         self.kind = _limited(choice, tuple(tokenizer.added_tokens_encoder))
         self.weights = [choice.weight] if self.kind.rewarded else []
-        _refuse_template(tokenizer)
+        _set_response_template(tokenizer)
 
     def reward(self, place: "_Limited") -> float:
         """What the episode was worth that an environment is in."""
@@ -121,7 +121,7 @@ class _Limited:
         def run() -> None:
             try:
                 done.append(function(**given))
-            except Exception as error:
+            except Exception as error:  # raised again below, by whoever asked
                 failed.append(error)
 
         thread = threading.Thread(target=run, daemon=True)  # which nothing can stop, and which must not keep us alive
@@ -155,7 +155,7 @@ def template_in(folder: Path) -> str:
     return texts.pop()
 
 
-def _refuse_template(tokenizer: Any) -> None:
+def _set_response_template(tokenizer: Any) -> None:
     """Give the tokenizer a way to read calls out of answers. Raises UserError for a template that has none."""
     if not chat_template_utils.supports_tool_calling(tokenizer):
         raise UserError(
