@@ -100,6 +100,9 @@ class SeaweedFS:
     def start(self) -> None:
         """Return when a PUT was acknowledged."""
         weed = self.weed
+        disk = shutil.disk_usage(self.folder)
+        if disk.free < disk.total / 100:  # the server says only that it has no capacity, and only to who writes
+            raise RuntimeError(f"SeaweedFS takes nothing on a disk with less than 1 % free: {self.folder}. Make room.")
         (self.folder / "s3.json").write_text(json.dumps({"identities": IDENTITIES}))
         (self.folder / "data").mkdir(exist_ok=True)
         dies_with_us = [shutil.which("setpriv"), "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
