@@ -48,8 +48,10 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
+    # A server that somebody has up takes a run that is silent for 90 s for dead (`flows.deployments`).
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
-"""Prefect in this process: log to the API, show nothing on the terminal. What the user has set wins."""
+"""Prefect in this process: log to the API, say on the terminal nothing, and often that we live. The user's own wins."""
 
 PROFILE = """\
 active = "regrow"
