@@ -17,7 +17,7 @@ from flows.execute import StageFailed
 from flows.server import Api
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.store import open_store
+from stages.store import BadBlob, open_store
 from tests.conftest import S3
 
 GOOD = {"messages": [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi"}]}
@@ -177,6 +177,7 @@ def test_a_full_disk(user: User, prefect_api: Api) -> None:
         (StageFailed("train failed: RuntimeError"), 1, "train failed: RuntimeError"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (UserError("rows.jsonl: no"), 2, "rows.jsonl: no"),
+        (BadBlob({"ab" * 32: "is missing"}), 1, "the store is damaged: blob abababababab… is missing; `regrow verify`"),
         (Suspended("saved its state"), 75, "saved its state"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
