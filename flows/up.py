@@ -24,15 +24,15 @@ def home_of(folder: Path | None) -> Path:
     return (folder or default_home() / "prefect").expanduser().absolute()
 
 
-def devices() -> int:
-    """GPUs of this machine that may be used."""
+def devices() -> list[str]:
+    """GPUs of this machine that may be used: numbers or UUIDs, as `CUDA_VISIBLE_DEVICES` has them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+        return [name for name in map(str.strip, visible.split(",")) if name not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return sum(line.startswith("GPU ") for line in told.splitlines())
+    return [str(n) for n in range(sum(line.startswith("GPU ") for line in told.splitlines()))]
 
 
 def up(home: Path, port: int = PORT, host: str = "127.0.0.1", database: str = "") -> Settings:
@@ -127,7 +127,7 @@ def _register(home: Path, settings: Settings) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"the server did not start within {START_SECONDS:.0f} s; its log: {home / 'server.log'}")
         time.sleep(0.1)
-    register(Path(settings.folder), settings.devices)
+    register(Path(settings.folder), len(settings.devices))
 
 
 def _async_url(database: str) -> str:

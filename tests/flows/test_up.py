@@ -12,7 +12,8 @@ from prefect.client.schemas.actions import DeploymentScheduleUpdate
 from prefect.client.schemas.objects import DeploymentSchedule
 
 from flows.deployments import SILENT, listed
-from flows.up import running, status
+from flows.keeper import Settings, State, environment, read, write
+from flows.up import devices, running, status
 from tests.flows.raised import Raised, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -155,3 +156,22 @@ def test_an_open_server_needs_a_password(raised: Raised, tmp_path: Any, monkeypa
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     told = raised.regrow("up", "--home", str(tmp_path), "--host", "0.0.0.0", expect=2)
     assert "PREFECT_SERVER_API_AUTH_STRING" in told
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        ("2,3", ["", "2", "3"]),
+        ("GPU-8f3a, MIG-21bc", ["", "GPU-8f3a", "MIG-21bc"]),
+        ("-1", ["-1", "-1"]),
+    ],
+)
+def test_each_worker_sees_one_of_the_gpus_that_may_be_used(
+    visible: str, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    write(tmp_path, State(Settings("127.0.0.1", 4200, devices(), "")))
+    state = read(tmp_path)
+    assert state is not None
+    workers = state.settings.parts[1:]
+    assert [environment(tmp_path, state.settings, worker)["CUDA_VISIBLE_DEVICES"] for worker in workers] == seen
