@@ -38,11 +38,13 @@ def devices() -> list[str]:
 def up(home: Path, port: int = PORT, host: str = "127.0.0.1", database: str = "") -> Settings:
     """Bring everything up, or what is missing of it, and register the deployments. Returns when runs can be sent.
 
-    Raises UserError when the port is taken, when the server would be open to a network without a password, when the
-    database is no PostgreSQL, and when the server does not start.
+    Raises UserError when the port is taken, when the host is an address of IPv6, when the server would be open to a
+    network without a password, when the database is no PostgreSQL, and when the server does not start.
     """
     database = _async_url(database)
-    if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+    if ":" in host:
+        raise UserError(f"--host {host}: expected a name or an address of IPv4, such as 127.0.0.1; IPv6 is not served")
+    if host not in ("127.0.0.1", "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise UserError(
             f"--host {host}: other machines could start runs here; set PREFECT_SERVER_API_AUTH_STRING=user:password "
             "(and PREFECT_API_AUTH_STRING for those who use it)"

@@ -13,7 +13,8 @@ from prefect.client.schemas.objects import DeploymentSchedule
 
 from flows.deployments import SILENT, listed
 from flows.keeper import Settings, State, environment, read, write
-from flows.up import devices, running, status
+from flows.up import devices, running, status, up
+from stages.errors import UserError
 from tests.flows.raised import Raised, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +157,13 @@ def test_an_open_server_needs_a_password(raised: Raised, tmp_path: Any, monkeypa
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     told = raised.regrow("up", "--home", str(tmp_path), "--host", "0.0.0.0", expect=2)
     assert "PREFECT_SERVER_API_AUTH_STRING" in told
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "[::1]"])
+def test_an_address_of_ipv6_is_refused(host: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--host .*IPv6 is not served"):
+        up(tmp_path / "home", host=host)
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(
