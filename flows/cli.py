@@ -131,7 +131,13 @@ def plan_command(
 
 @app.command()
 def show(
-    what: Annotated[str | None, typer.Argument(help="A run's id, or the first digits of an artifact's key.")] = None,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run's id, a recipe's name (its last run), or the first digits of an artifact's key "
+            "(STAGE/DIGITS narrows it)."
+        ),
+    ] = None,
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
     as_json: AsJson = False,
