@@ -14,6 +14,7 @@ import yaml
 
 from flows import cli
 from flows.execute import StageFailed
+from flows.options import runtime_of
 from flows.server import Api
 from stages.child import Suspended
 from stages.errors import UserError
@@ -104,6 +105,24 @@ def test_a_recipe_that_is_none(user: User) -> None:
 def test_a_store_that_cannot_be_written(user: User) -> None:
     user.write([GOOD])
     assert user.refused("--store", "/proc/store").startswith("/proc/store")
+
+
+@pytest.mark.parametrize("content", [b"- store: mine\n", b"store\n", b"store: [\n", b"\xff\xfe", b"42: 1\n"])
+def test_a_runtime_file_that_is_none(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "runtime.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"runtime\.yaml") as refused:
+        runtime_of(None, file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_that_does_not_start(user: User) -> None:
+    user.write([GOOD])
+    broken = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////proc/nowhere/prefect.db"}
+    told = User(user.folder, user.model, broken).refused()
+    assert told.startswith("Prefect's server did not start and ended with exit code ")
+    log = Path(told.rpartition("its log: ")[2])
+    assert "unable to open database file" in log.read_text()
 
 
 def refused_by_a_stage(user: User, prefect_api: Api, rows: list[Any], without: str, **sections: Any) -> str:
