@@ -66,7 +66,7 @@ Home = Annotated[Path | None, typer.Option("--home", help="The folder with the s
 def up(
     home: Home = None,
     port: Annotated[int, typer.Option("--port", help="The dashboard's port.")] = 4200,
-    host: Annotated[str, typer.Option("--host", help="The address it listens on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="The name or IPv4 address it listens on.")] = "127.0.0.1",
     database: Annotated[
         str, typer.Option("--database", envvar="REGROW_DATABASE", help="A PostgreSQL URL instead of SQLite.")
     ] = "",

@@ -33,6 +33,7 @@ from pathlib import Path
 from uuid import UUID
 
 from stages.child import PR_SET_PDEATHSIG
+from stages.errors import UserError
 from stages.runtime import default_home
 
 PORT = 4200
@@ -93,7 +94,7 @@ class Api:
 def serving(home: Path | None = None) -> Iterator[Api]:
     """Have a Prefect API: `PREFECT_API_URL` or a profile's when there is one, else a server of our own.
 
-    Prefect must not have been imported yet: it sets up its logging then. Raises RuntimeError when the server does not
+    Prefect must not have been imported yet: it sets up its logging then. Raises UserError when the server does not
     start, naming its log.
     """
     for name, value in QUIET.items():
@@ -213,7 +214,8 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", api: Api, log: Path)
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.05)
-    raise RuntimeError(f"Prefect's server did not start (exit code {process.poll()}); its log: {log}")
+    how = f"within {START_SECONDS:.0f} s" if process.poll() is None else f"and ended with exit code {process.poll()}"
+    raise UserError(f"Prefect's server did not start {how}; its log: {log}")
 
 
 @contextmanager
