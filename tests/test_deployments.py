@@ -181,6 +181,40 @@ def test_slurm_passes_the_warning_on_and_waits(tmp_path: Path) -> None:
     assert (tmp_path / "requeued").exists()
 
 
+def test_slurm_passes_a_warning_on_that_comes_before_the_run(tmp_path: Path) -> None:
+    """Bash warns itself, right before it starts the run: the run ends by it once, and the job is queued again."""
+    warn = """trap 'case $BASH_COMMAND in regrow*) trap - DEBUG; kill -TERM $$; esac' DEBUG\n"""
+    (tmp_path / "warn.sh").write_text(warn)
+    for name, text in (("regrow", "exec sleep 60"), ("scontrol", "touch requeued")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "BASH_ENV": str(tmp_path / "warn.sh")}
+    done = subprocess.run(
+        [HERE / "slurm.sh", "recipe.yaml"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert (tmp_path / "requeued").exists()
+
+
+def test_a_run_may_use_the_time_that_its_platform_gives_it(tmp_path: Path) -> None:
+    """Between the warning and the end: less than the platform waits, and more than the default."""
+    (tmp_path / "regrow").write_text("#!/bin/sh\necho $REGROW_GRACE_SECONDS\n")
+    (tmp_path / "regrow").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("REGROW_GRACE_SECONDS", None)
+
+    def in_slurm(**variables: str) -> float:
+        command = [HERE / "slurm.sh", "recipe.yaml"]
+        return float(subprocess.run(command, env=environment | variables, capture_output=True, timeout=60).stdout)
+
+    warned = re.search(r"--signal=B:TERM@(\d+)", (HERE / "slurm.sh").read_text())
+    assert warned and 30 < in_slurm() < float(warned[1]) and in_slurm(REGROW_GRACE_SECONDS="5") == 5
+    pod = yaml.safe_load((HERE / "kubernetes-job.yaml").read_text())["spec"]["template"]["spec"]
+    grace = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}["REGROW_GRACE_SECONDS"]
+    assert 30 < float(grace) < pod["terminationGracePeriodSeconds"]
+
+
 def run_on_a_pod(tmp_path: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     """RunPod's start command, with a `regrow` that says how it was called and shows the recipe it was given."""
     (tmp_path / "regrow").write_text('#!/bin/sh\necho "$@"\ncat "$2"\n')
