@@ -250,8 +250,10 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             if is_set is not None:
                 yield path, f"{name} learns from no teacher: take it out, or set `train.objective: distillation`"
     yield from _of_environment(recipe)
-    if "stepwise" in objective.kinds and recipe.pack.overlong == "truncate":
-        yield ("pack", "overlong"), "truncate would cut steps off their labels: set it to drop or error"
+    lost = {"stepwise": "steps off their labels", "prompt": "off where the model is to answer"}
+    for kind in objective.kinds:
+        if kind in lost and recipe.pack.overlong == "truncate":
+            yield ("pack", "overlong"), f"truncate would cut {lost[kind]}: set it to drop or error"
 
 
 def _of_environment(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

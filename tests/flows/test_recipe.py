@@ -55,6 +55,10 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
         ("  objective: dpo\nconvert:\n  format: messages", "the objective dpo trains on preference: choose another"),
         ("  objective: dpo\n  objective_options: {bta: 1}", "dpo has no option 'bta': did you mean beta?"),
         ("evaluate:\n  tasks:\n    t: {source: chatz}", "r.yaml:10: there is no data source `chatz`"),
+        (
+            "  objective: on_policy_distillation\npack:\n  overlong: truncate",
+            "r.yaml:10: truncate would cut off where the model is to answer: set it to drop or error",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, expected: str) -> None:
