@@ -207,6 +207,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
                 told = f"there is no reward model `{named}`; fetch.reward_models has {have}"
                 yield (section, *path), f"{told}: name it there, e.g. `reward_models: {{judge: {{path: out/reward}}}}`"
     yield from _of_objective(recipe)
+    yield from _of_heldout(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds
     for source in sources:
@@ -250,8 +251,30 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
             if is_set is not None:
                 yield path, f"{name} learns from no teacher: take it out, or set `train.objective: distillation`"
     yield from _of_environment(recipe)
-    if "stepwise" in objective.kinds and recipe.pack.overlong == "truncate":
-        yield ("pack", "overlong"), "truncate would cut steps off their labels: set it to drop or error"
+    lost = {"stepwise": "steps off their labels", "prompt": "off where the model is to answer"}
+    for kind in objective.kinds:
+        if kind in lost and recipe.pack.overlong == "truncate":
+            yield ("pack", "overlong"), f"truncate would cut {lost[kind]}: set it to drop or error"
+
+
+def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What looks at held-out rows, where no row would be one."""
+    pack = recipe.pack
+    shares = {name: pack.of(name).heldout_fraction for name in recipe.fetch.data}
+    if any(source.split == "heldout" for source in recipe.fetch.data.values()):
+        return
+    if any(pack.heldout_fraction if share is None else share for share in shares.values()):
+        return
+    told = (
+        "is of rows held out, and the recipe holds no rows out: set `pack.heldout_fraction`, or give a source "
+        "`split: heldout`"
+    )
+    if recipe.train.evaluate_every is not None:
+        yield ("train", "evaluate_every"), f"the loss that `train.evaluate_every` looks at {told}"
+    gate = recipe.publish.gate
+    for place, thresholds in ((("gate",), gate), (("gate", "production"), gate.production)):
+        if thresholds.max_heldout_loss_increase is not None:
+            yield ("publish", *place, "max_heldout_loss_increase"), f"the loss that this bounds {told}"
 
 
 def _of_environment(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

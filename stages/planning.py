@@ -44,11 +44,7 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         raise UserError(_nothing_left(taken, config))
     labels = _labels(files, shards, rows, chosen)
     if len(labels) == 1:
-        (label,) = labels
-        raise UserError(
-            f"all {len(np.unique(chosen))} rows that train are labelled {label}: there is nothing to tell apart. Add "
-            f"some that are labelled {'false' if label == 'true' else 'true'}, or train on these with objective: sft"
-        )
+        raise UserError(_all_alike(shards[0].kind, *labels, len(np.unique(chosen))))
 
     settings = config.model_dump(include={"sequence_length", "global_batch", "max_documents", "seed"})
     tokens_of_shard = np.bincount(
@@ -127,14 +123,24 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
 
 
 def _labels(files: Files, shards: Sequence[Shard], rows: Rows, chosen: Numbers) -> dict[str, int]:
-    """How often each label trains, where rows are single answers with labels."""
+    """How often each label trains, where answers or their steps have labels."""
     found: Counter[str] = Counter()
-    for number, shard in enumerate(files.in_turn(shards if shards[0].kind == "unpaired_preference" else ())):
+    labelled = shards[0].kind in ("unpaired_preference", "stepwise")
+    for number, shard in enumerate(files.in_turn(shards if labelled else ())):
         column = read_table(files.tokens / shard.path / "tokens.arrow")["extra"]
         extras = column.take(rows.place[chosen[rows.shard[chosen] == number]])
         for each in pc.value_counts(extras).to_pylist():
-            found[json.dumps(json.loads(each["values"])["label"])] += each["counts"]
+            extra = json.loads(each["values"])
+            for label in extra.get("labels", [extra.get("label")]):
+                found[json.dumps(label)] += each["counts"]
     return dict(sorted(found.items()))
+
+
+def _all_alike(kind: str, label: str, rows: int) -> str:
+    """Why labels of which all say the same are refused, and how to mend it."""
+    other = "false" if label == "true" else "true"
+    told = f"{rows} rows that train are labelled {label}: there is nothing to tell apart. Add some labelled {other}"
+    return f"all steps of the {told}" if kind == "stepwise" else f"all {told}, or train on these with objective: sft"
 
 
 def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:

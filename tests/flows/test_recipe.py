@@ -55,10 +55,37 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
         ("  objective: dpo\nconvert:\n  format: messages", "the objective dpo trains on preference: choose another"),
         ("  objective: dpo\n  objective_options: {bta: 1}", "dpo has no option 'bta': did you mean beta?"),
         ("evaluate:\n  tasks:\n    t: {source: chatz}", "r.yaml:10: there is no data source `chatz`"),
+        (
+            "  objective: on_policy_distillation\npack:\n  overlong: truncate",
+            "r.yaml:10: truncate would cut off where the model is to answer: set it to drop or error",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, expected: str) -> None:
     assert expected in loaded(tmp_path, GOOD + line + "\n")
+
+
+HELDOUT = "held out, and the recipe holds no rows out: set `pack.heldout_fraction`, or give a source `split: heldout`"
+
+
+@pytest.mark.parametrize(
+    ("asks", "place"),
+    [
+        ("  evaluate_every: 5\n", "r.yaml:8: the loss that `train.evaluate_every` looks at is of rows "),
+        ("publish: {gate: {max_heldout_loss_increase: 0.1}}\n", "r.yaml:8: the loss that this bounds is of rows "),
+        ("publish: {gate: {production: {max_heldout_loss_increase: 0}}}\n", "r.yaml:8: the loss that this bounds is of rows "),
+    ],
+)
+def test_a_look_at_heldout_rows_needs_some(tmp_path: Path, asks: str, place: str) -> None:
+    assert loaded(tmp_path, GOOD + asks) == place + HELDOUT
+    path = tmp_path / "r.yaml"
+    for held in ("{heldout_fraction: 0.1}", "{sources: {chats: {heldout_fraction: 0.1}}}"):
+        path.write_text(GOOD + asks + f"pack: {held}\n")
+        load(path)
+    path.write_text(GOOD.replace("train:", "    probe: {files: b.jsonl, split: heldout}\ntrain:") + asks)
+    load(path)
+    none = "pack: {heldout_fraction: 0.1, sources: {chats: {heldout_fraction: 0.0}}}\n"
+    assert HELDOUT in loaded(tmp_path, GOOD + asks + none)
 
 
 def test_sources_rendered_with_different_templates_are_refused(tmp_path: Path) -> None:

@@ -167,5 +167,5 @@ def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, inputs:
 
 def test_labels_of_one_class_only_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
     judged(tmp_path / "tokens", labels=(True,))
-    with pytest.raises(UserError, match=r"all 40 rows that train are labelled true.*some that are labelled false"):
+    with pytest.raises(UserError, match=r"all 40 rows that train are labelled true.*Add some labelled false"):
         Packed(tmp_path / "tokens", tmp_path / "plan")

@@ -231,6 +231,22 @@ def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, inputs:
     assert (parts / heads.HEAD).read_bytes() == (whole / heads.HEAD).read_bytes()
 
 
+def test_steps_that_are_all_labelled_alike_are_refused(tmp_path: Path) -> None:
+    made: list[dict[str, Any]] = []
+    for number, labels in enumerate(([True, True], [True])):
+        told = [(0, 3, 1, 0, "user", TRAIN_NO)]
+        told += [(3 + 2 * n, 5 + 2 * n, 1, 1 + n, "text", 0) for n in range(len(labels))]
+        ids = list(range(30, 30 + told[-1][1]))
+        row = {"row": 1 + number, "ids": ids, "spans": spans(*told), "identity": number.to_bytes(16, "big")}
+        made.append({**row, "extra": json.dumps({"labels": labels})})
+    put(tmp_path / "tokens", "stepwise", made)
+    with pytest.raises(UserError, match=r"all steps of the 2 rows that train are labelled true: .* Add some labelled false$"):
+        Packed(tmp_path / "tokens", tmp_path / "plan")
+    made.append({**made[0], "row": 3, "identity": bytes([3] * 16), "extra": json.dumps({"labels": [True, False]})})
+    put(tmp_path / "tokens", "stepwise", made)
+    assert Packed(tmp_path / "tokens", tmp_path / "other").facts["labels"] == {"false": 1, "true": 4}
+
+
 RECIPE = """
 name: judge
 fetch: {{model: {{path: m}}, data: {{rows: {{files: rows.jsonl}}}}}}
