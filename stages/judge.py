@@ -133,10 +133,11 @@ class Judge:
             left = min(worker.until for worker in busy) - time.monotonic()
             outputs = {worker.process.stdout.fileno(): worker for worker in busy if worker.process.stdout}
             ready = [outputs[number] for number in select.select(outputs, [], [], max(0.0, left))[0]]
+            now = time.monotonic()  # replacing one worker takes long, and the others may answer meanwhile
             for worker in busy:
                 if worker in ready:
                     answer = worker.answer()
-                elif time.monotonic() >= worker.until:
+                elif now >= worker.until:
                     answer, worker.gone = f"no score within {self.seconds:g} s", True
                 else:
                     continue

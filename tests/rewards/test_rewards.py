@@ -110,6 +110,42 @@ def test_what_cannot_be_scored_counts_otherwise_and_the_rest_goes_on(own: Reward
         assert judge.unscored == {"mine": 5}
 
 
+SLOW_TO_LOAD = """
+import time
+from pathlib import Path
+from stages.rewards import Reward
+
+HUNG, LOADING = Path("FOLDER/hung"), Path("FOLDER/loading")
+if HUNG.exists():
+    LOADING.touch()
+    time.sleep(SECONDS)
+
+def score(completion, row, options):
+    if completion == "hang":
+        HUNG.touch()
+        time.sleep(1000)
+    if completion == "half":
+        time.sleep(SECONDS / 2)
+    if completion == "late":
+        while not LOADING.exists():
+            time.sleep(0.01)
+    return len(completion)
+
+REWARD = Reward(1, score)
+"""
+
+
+def test_who_answers_while_another_worker_is_replaced_has_answered(tmp_path: Path) -> None:
+    seconds = 1.0
+    path = tmp_path / "mine.py"
+    path.write_text(SLOW_TO_LOAD.replace("FOLDER", str(tmp_path)).replace("SECONDS", str(seconds)))
+    choice = RewardChoice(reward=str(path))
+    with Judge({"mine": choice}, seconds=seconds, workers=2, otherwise=0.0) as judge:
+        # The second worker begins with "late" half a time limit after "hang", and ends it while a third one loads.
+        assert judge.score([(text, {}) for text in ("hang", "half", "late")])["mine"] == [0.0, 4.0, 4.0]
+        assert judge.unscored == {"mine": 1}
+
+
 @pytest.mark.parametrize(
     ("completion", "told"),
     [
