@@ -144,8 +144,13 @@ def test_a_killed_keeper_is_replaced_and_takes_the_others_over(raised: Raised) -
     eventually(lambda: killed.alive, lambda alive: not alive)
     assert {name: found for name, found, _ in status(raised.home)}["keeper"] is None
     assert "down" in raised.regrow("status", "--home", str(raised.home), expect=1)
-    raised.up()
+    raised.regrow("up", "--home", str(raised.home))  # with the port that it had
     assert {name: raised.part(name) for name in parts} == parts
+
+
+def test_what_is_up_is_not_quietly_left_as_it_was(raised: Raised) -> None:
+    told = raised.regrow("up", "--home", str(raised.home), "--port", str(raised.port + 1), expect=2)
+    assert f"it is up at {raised.url}" in told and "regrow down" in told
 
 
 def test_two_homes_do_not_share_a_port(raised: Raised, tmp_path: Any) -> None:
