@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from prefect.settings.legacy import _get_valid_setting_names
 from flows.cli import app
 from flows.graph import ORDER
 from stages.runtime import Runtime
-from tests.conftest import S3
+from tests.conftest import S3, SeaweedFS, free_ports
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "deployments"
@@ -52,6 +53,44 @@ def test_the_compose_file_and_the_job_are_valid_by_their_schemas() -> None:
     schema = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
     jsonschema.validate(yaml.safe_load((HERE / "compose.yaml").read_text()), json.loads(schema.read_text()))
     kubernetes_validate.validate(yaml.safe_load((HERE / "kubernetes-job.yaml").read_text()), "1.33", strict=True)
+
+
+def test_the_store_of_the_compose_file_is_there_as_it_starts(tmp_path: Path) -> None:
+    """Its own command, on other ports, with its own keys: what the workers read first finds a bucket."""
+    compose = yaml.safe_load((HERE / "compose.yaml").read_text())
+    service = compose["services"]["store"]
+    keys = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for name, value in service["environment"].items()}
+    server = SeaweedFS(tmp_path, free_ports(5))
+    ports = dict(zip(("s3", "master", "volume", "filer", "admin"), server.ports, strict=True))
+    command = [part.replace("/data", str(tmp_path / "data")) for part in service["command"]]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "log").open("wb") as log:
+        server.process = subprocess.Popen(
+            [server.weed, *command, "-webdav=false"],
+            env={**os.environ, **keys, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+        )
+    try:
+        fs = s3fs.S3FileSystem(
+            key=keys["AWS_ACCESS_KEY_ID"],
+            secret=keys["AWS_SECRET_ACCESS_KEY"],
+            endpoint_url=server.endpoint,
+            skip_instance_cache=True,
+        )
+        bucket = compose["services"]["worker-cpu"]["environment"]["REGROW_STORE"].removeprefix("s3://").split("/")[0]
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                assert fs.ls(bucket, refresh=True) == []
+                break
+            except OSError:
+                assert server.process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+    finally:
+        server.kill()
 
 
 def test_pages_of_other_sites_may_not_start_runs() -> None:
