@@ -42,7 +42,7 @@ def test_every_deployment_is_registered_with_its_pool_and_queue(raised: Raised) 
     retrain = found["retrain/scheduled"]
     assert retrain.global_concurrency_limit.limit == 1
     assert {s.slug: (s.active, s.schedule.timezone) for s in retrain.schedules} == {
-        "nightly": (False, "Europe/Berlin"),
+        "nightly": (False, "UTC"),
         "every-six-hours": (False, "UTC"),
     }
 

@@ -299,7 +299,7 @@ def test_the_best_weights_are_kept_and_training_stops_when_it_gets_worse(
 
 def test_looking_needs_rows_that_are_held_out(tmp_path: Path, inputs: dict[str, Path]) -> None:
     without = {**inputs, **tiny.plan(tmp_path, ROWS)}
-    with pytest.raises(UserError, match="the plan holds no rows out"):
+    with pytest.raises(UserError, match=r"no rows out: set pack\.heldout_fraction, or `split: heldout` on a source"):
         train(tmp_path, without, {**SMALL, "evaluate_every": 1})
 
 
