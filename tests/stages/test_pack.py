@@ -241,6 +241,16 @@ def test_truncation_cuts_the_end_and_counts(tmp_path: Path) -> None:
     assert sorted(labels(packed.bins)) == [list(range(8, 18)), list(range(8, 64))]
 
 
+def test_prompts_longer_than_a_sequence_are_dropped_and_counted(tmp_path: Path) -> None:
+    prompts = [{**row(("user", size)), "extra": "{}"} for size in (3, 90, 5)]
+    shard(tmp_path / "tokens", "asked/00000", prompts, kind="prompt")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out")
+    assert packed.facts["dropped"] == {"overlong": 1}
+    assert packed.rows() == {("asked/00000", 0), ("asked/00000", 2)}
+    with pytest.raises(UserError, match=r"asked/00000, row 102: 93 tokens do not fit into pack\.sequence_length 64"):
+        Packed(tmp_path / "tokens", tmp_path / "other", overlong="error")
+
+
 def test_overlong_rows_as_an_error_are_named(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     asked = ("user", 3), ("assistant", 4)
