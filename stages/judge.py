@@ -147,10 +147,10 @@ class Judge:
                     self._replace(worker)
                 scores[job.name][job.place] = self._judged(job, answer)
 
-    def hear(self, name: str, ask: Callable[[], float], item: Item) -> float:
+    def hear(self, name: str, ask: Callable[[], Any], item: Item) -> float:
         """A score that something else gives, held to the same rules. Raises UserError as the policy says."""
         try:
-            answer: float | str = float(ask())
+            answer: float | str = _number(ask())
         except Exception as error:  # whatever a user's code raises
             answer = f"{type(error).__name__}: {error}"
         return self._judged(_Job(name, 0, item), answer)
@@ -176,6 +176,14 @@ class Judge:
         )
 
 
+def _number(given: Any) -> float:
+    """What a reward gave. Raises TypeError for anything but one number, which a text never is."""
+    with suppress(TypeError, ValueError):
+        if not isinstance(given, str | bytes):
+            return float(given)
+    raise TypeError(f"it gave the {type(given).__name__} {repr(given)[:SHOWN]}, expected a number for each completion")
+
+
 def _serve() -> None:
     """A worker's life: load the rewards, then answer one item after another. What they print goes to the log."""
     answers = os.fdopen(os.dup(1), "w")
@@ -199,7 +207,7 @@ def _serve() -> None:
         name, completion, row = json.loads(line)
         reward, options = rewards[name]
         try:
-            answer(float(reward.score(completion, row, options)))
+            answer(_number(reward.score(completion, row, options)))
         except Exception as error:  # whatever a reward's code raises
             answer(f"{type(error).__name__}: {error}")
 

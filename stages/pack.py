@@ -90,7 +90,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
 STAGE = Stage(
     name="pack",
     artifact="plan",
-    version=5,
+    version=6,
     config=PackConfig,
     run=run,
     streamed=frozenset({"tokens"}),

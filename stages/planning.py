@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from packing.plan import Plan
 from stages import accounts, data_report, plan_files, selection
 from stages.contamination import find_contamination
+from stages.equal_sides import equal_sides
 from stages.near_duplicates import near_duplicates
 from stages.pack import PackConfig
 from stages.samples import samples
-from stages.selection import CONTAMINATED, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
+from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, UserError, Work
 from stages.tables import read_table
 from stages.tokenized import Files, Numbers, Rows, Shard, find_shards, read_rows
@@ -101,6 +102,7 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
         config.deduplicate,
         must_train=shards[0].kind != "prompt",
     )
+    reasons[equal_sides(files, shards, rows, reasons == KEPT)] = EQUAL_SIDES
     like: dict[int, tuple[int, float]] = {}
     if config.near_duplicates is not None:
         kept = reasons == KEPT
@@ -165,6 +167,7 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
     mends = {
         "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
         "nothing to train on": f"look at pack.train_on ({config.train_on}) and at the rows' own train flags",
+        "identical sides": "raise pack.sequence_length, or look at what the chat template leaves of the answers",
         "in held-out": "give other rows to the sources with split: heldout",
         "not sampled": "raise the weights in pack.sources",
     }

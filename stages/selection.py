@@ -18,13 +18,16 @@ REASONS = (
     "nothing to train on",
     "in held-out",
     "duplicate",
+    "identical sides",
     "near-duplicate",
     "contaminated",
     "beyond the limit",
     "not sampled",
 )
 """Why pack drops a row, and the order in which reasons are looked for."""
-KEPT, OVERLONG, NOTHING, IN_HELDOUT, DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, LIMITED, UNSAMPLED = range(9)
+KEPT, OVERLONG, NOTHING, IN_HELDOUT, DUPLICATE, EQUAL_SIDES, NEAR_DUPLICATE, CONTAMINATED, LIMITED, UNSAMPLED = range(
+    len(REASONS) + 1
+)
 
 Reasons = NDArray[np.uint8]
 

@@ -74,7 +74,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         if not episodes.weights and not rewarded.rewards:
             raise UserError("environment: its class has no `get_reward`, and the recipe names no rewards: add one")
     choices = rewarded.rewards if rewarded else {}
-    rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, messages=episodes is not None)
+    room, again = options.max_new_tokens, episodes is not None
+    rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, room, messages=again)
     steps = -(-len(rows) // options.prompts_per_step)
     iterations = online_trainer.group_and_iterations(options)[1]
     total = config.max_steps or math.ceil(config.epochs * steps) * iterations

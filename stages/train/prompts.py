@@ -4,19 +4,21 @@ They come from the plan as token ids and go to TRL as text, so every prompt is f
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from packing.collate import PackedBins
 from stages import rewards
 from stages.errors import UserError
 from stages.rewards import RewardChoice
 from stages.stage import Work
+from stages.tables import read_table
 from stages.train.windows import Windows
 
 Row = dict[str, Any]
@@ -36,10 +38,12 @@ def read(
     tokenizer: Any,
     kinds: Sequence[str],
     choices: Mapping[str, RewardChoice],
+    new_tokens: int,
     messages: bool = False,
 ) -> list[Row]:
     """The plan's prompts in its order: their text, or their `messages` to render once more, and what rewards may look
-    at. Raises UserError at one that does not become the same tokens again, or lacks a column that a reward reads."""
+    at. Raises UserError at one that does not become the same tokens again, leaves no room for a completion of
+    `new_tokens`, or lacks a column that a reward reads."""
     bins = PackedBins(inputs["tokens"], inputs["plan"])
     windows = Windows(bins, work.show)
     if bins.kind not in kinds:
@@ -53,6 +57,8 @@ def read(
         for reward, parsed in [rewards.load(choice)]
         for column in reward.needs(parsed)
     }
+    described = AutoConfig.from_pretrained(inputs["model"], local_files_only=True).get_text_config()
+    context = getattr(described, "max_position_embeddings", None) or math.inf
     rows: list[Row] = []
     windows.begin(range(bins.steps), 0)
     for number in range(len(bins)):
@@ -62,6 +68,12 @@ def read(
         for length, document in zip(packed.lengths.tolist(), packed.documents.tolist(), strict=True):
             ids = packed.ids[begin : begin + length].tolist()
             begin += length
+            if length + new_tokens > context:
+                raise UserError(
+                    f"train: {_place(inputs['plan'], bins.paths, document)}: a prompt of {length} tokens and "
+                    f"max_new_tokens {new_tokens} are more than the {context} positions of the model: lower "
+                    "train.objective_options.max_new_tokens, or pack.sequence_length, beyond which prompts are dropped"
+                )
             text, columns = tokenizer.decode(ids), bins.extra(document)
             if tokenizer(text)["input_ids"] != ids:  # as TRL calls it
                 raise UserError(
@@ -79,6 +91,12 @@ def read(
                 _refuse_other(text, said, tokenizer)
             rows.append({"prompt": said if messages else text, "columns": json.dumps(columns)})
     return rows
+
+
+def _place(plan: Path, shards: Sequence[str], document: int) -> str:
+    """The row that a document of the plan is, for an error message."""
+    (row,) = read_table(plan / "documents.arrow").slice(document, 1).to_pylist()
+    return f"{shards[row['shard']]} row {row['number']}"
 
 
 def _refuse_other(text: str, messages: Any, tokenizer: Any) -> None:

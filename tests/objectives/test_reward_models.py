@@ -240,7 +240,7 @@ def test_steps_that_are_all_labelled_alike_are_refused(tmp_path: Path) -> None:
         row = {"row": 1 + number, "ids": ids, "spans": spans(*told), "identity": number.to_bytes(16, "big")}
         made.append({**row, "extra": json.dumps({"labels": labels})})
     put(tmp_path / "tokens", "stepwise", made)
-    with pytest.raises(UserError, match=r"all steps of the 2 rows that train are labelled true: .* Add some labelled false$"):
+    with pytest.raises(UserError, match=r"all steps of the 2 rows that train are labelled true: .* labelled false$"):
         Packed(tmp_path / "tokens", tmp_path / "plan")
     made.append({**made[0], "row": 3, "identity": bytes([3] * 16), "extra": json.dumps({"labels": [True, False]})})
     put(tmp_path / "tokens", "stepwise", made)

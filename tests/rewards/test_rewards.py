@@ -67,6 +67,7 @@ def test_a_reward_that_does_not_fit_is_named(choice: dict[str, Any], told: str) 
 
 
 OWN = """
+import numpy
 import time
 from stages.rewards import Reward
 
@@ -79,7 +80,8 @@ def score(completion, row, options):
     if completion == "die":
         import os
         os._exit(3)
-    return {"nan": float("nan"), "words": "many"}.get(completion, len(completion))
+    wrong = {"nan": float("nan"), "words": "1.5", "several": [1.0, 2.0], "none": None, "array": numpy.ones(2)}
+    return wrong.get(completion, numpy.float32(len(completion)))
 
 REWARD = Reward(1, score)
 """
@@ -153,7 +155,10 @@ def test_who_answers_while_another_worker_is_replaced_has_answered(tmp_path: Pat
         ("hang", "no score within 0.5 s"),
         ("nan", "expected a finite number"),
         ("die", "its process died"),
-        ("words", "ValueError"),
+        ("words", "it gave the str '1.5', expected a number for each completion"),
+        ("several", "it gave the list [1.0, 2.0], expected a number for each completion"),
+        ("none", "it gave the NoneType None, expected a number"),
+        ("array", "it gave the ndarray array([1., 1.]), expected a number"),
     ],
 )
 def test_or_is_told_with_reward_completion_and_row(own: RewardChoice, completion: str, told: str) -> None:

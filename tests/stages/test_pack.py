@@ -241,6 +241,16 @@ def test_truncation_cuts_the_end_and_counts(tmp_path: Path) -> None:
     assert sorted(labels(packed.bins)) == [list(range(8, 18)), list(range(8, 64))]
 
 
+def test_prompts_longer_than_a_sequence_are_dropped_and_counted(tmp_path: Path) -> None:
+    prompts = [{**row(("user", size)), "extra": "{}"} for size in (3, 90, 5)]
+    shard(tmp_path / "tokens", "asked/00000", prompts, kind="prompt")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out")
+    assert packed.facts["dropped"] == {"overlong": 1}
+    assert packed.rows() == {("asked/00000", 0), ("asked/00000", 2)}
+    with pytest.raises(UserError, match=r"asked/00000, row 102: 93 tokens do not fit into pack\.sequence_length 64"):
+        Packed(tmp_path / "tokens", tmp_path / "other", overlong="error")
+
+
 def test_overlong_rows_as_an_error_are_named(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     asked = ("user", 3), ("assistant", 4)
@@ -358,10 +368,11 @@ def test_a_window_reads_its_own_shards_and_has_the_mix_of_the_whole(tmp_path: Pa
 
 
 def pair(chosen: int, rejected: int | None) -> list[dict[str, Any]]:
-    """A preference row: two sequences that share a prompt; None for no answer."""
+    """A preference row: two sequences that share a prompt and end otherwise; None for no answer."""
     first = row(("user", 3), ("assistant", chosen))
     second = row(("user", 3), *([] if rejected is None else [("assistant", rejected)]))
-    return [{**first, "extra": '{"margin": 0.5}'}, {**second, "identity": first["identity"]}]
+    other = [*second["ids"][:-1], 1000]
+    return [{**first, "extra": '{"margin": 0.5}'}, {**second, "ids": other, "identity": first["identity"]}]
 
 
 def test_the_two_answers_of_a_preference_are_packed_side_by_side(tmp_path: Path) -> None:
@@ -396,6 +407,22 @@ def test_a_pair_is_cut_to_equal_shares(tmp_path: Path) -> None:
     assert packed.facts["truncated"] == 1
     with pytest.raises(UserError, match="a row here is 2 documents"):
         Packed(tmp_path / "tokens", tmp_path / "other", max_documents=1)
+
+
+def test_a_pair_whose_answers_are_one_once_cut_is_dropped_and_counted(tmp_path: Path) -> None:
+    pairs = [pair(90, 95), pair(9, 9), pair(90, 20)]
+    trimmed = pair(6, 6)
+    trimmed[1]["ids"] = trimmed[0]["ids"]
+    rows = [{**each, "row": number} for number, both in enumerate([*pairs, trimmed]) for each in both]
+    shard(tmp_path / "tokens", "judged/00000", rows, kind="preference", count=4)
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", overlong="truncate")
+    assert packed.facts["dropped"] == {"identical sides": 2}
+    assert packed.rows() == {("judged/00000", place) for place in (2, 3, 4, 5)}
+    (account,) = packed.report["sources"]
+    assert account["places"] == {"identical sides": ["judged/00000, row 1", "judged/00000, row 4"]}
+    shard(tmp_path / "same", "judged/00000", rows[:2], kind="preference", count=1)
+    with pytest.raises(UserError, match=r"of 1, 1 identical sides\. To mend it, raise pack\.sequence_length"):
+        Packed(tmp_path / "same", tmp_path / "other", overlong="truncate")
 
 
 def test_sources_of_two_kinds_do_not_train_together(tmp_path: Path) -> None:

@@ -247,6 +247,17 @@ def test_what_a_run_needs_is_asked_for_before_anything_is_loaded(tmp_path: Path,
         train(tmp_path / "2", inputs, missing)
 
 
+def test_a_prompt_that_leaves_no_room_for_its_completion_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    prompts(tmp_path / "tokens", tiny_model, ["say one\n", "x" * 245, "x" * 244])
+    plan = Packed(tmp_path / "tokens", tmp_path / "plan", sequence_length=256).output
+    inputs = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan}
+    told = r"asked/00000 row 1: a prompt of 245 tokens and max_new_tokens 12 are more than the 256 .* lower "
+    with pytest.raises(UserError, match=told):
+        train(tmp_path / "1", inputs, recipe(tmp_path, steps=1), allow_code=True)
+    _, facts = train(tmp_path / "2", inputs, recipe(tmp_path, steps=1, max_new_tokens=11), allow_code=True)
+    assert facts["prompts"] == 3
+
+
 def test_a_reward_that_fails_stops_the_run_or_counts_zero(tmp_path: Path, tiny_model: Path) -> None:
     prompts(tmp_path / "tokens", tiny_model, ["say one\n", "say two\n"], answer="refuse")
     inputs = {
