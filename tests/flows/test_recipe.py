@@ -74,7 +74,10 @@ HELDOUT = "held out, and the recipe holds no rows out: set `pack.heldout_fractio
     [
         ("  evaluate_every: 5\n", "r.yaml:8: the loss that `train.evaluate_every` looks at is of rows "),
         ("publish: {gate: {max_heldout_loss_increase: 0.1}}\n", "r.yaml:8: the loss that this bounds is of rows "),
-        ("publish: {gate: {production: {max_heldout_loss_increase: 0}}}\n", "r.yaml:8: the loss that this bounds is of rows "),
+        (
+            "publish: {gate: {production: {max_heldout_loss_increase: 0}}}\n",
+            "r.yaml:8: the loss that this bounds is of rows ",
+        ),
     ],
 )
 def test_a_look_at_heldout_rows_needs_some(tmp_path: Path, asks: str, place: str) -> None:
