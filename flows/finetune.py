@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import State
 from prefect.events import emit_event
+from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
@@ -163,8 +164,8 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
         outcome = settle(run) if "publish" in states else None
-    except BaseException:
-        run.record_failure()
+    except BaseException as error:
+        run.record_end(Suspended("suspended in the dashboard") if isinstance(error, Pause) else error)
         raise
     run.record("finished", asdict(outcome) if outcome else None)
     run.become_baseline()
