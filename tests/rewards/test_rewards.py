@@ -1,5 +1,6 @@
 """Rewards: what each is worth, found by themselves; and the judge, which nothing that a reward does can stop."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,9 @@ def test_a_file_that_fails_is_told_before_anything_is_scored(tmp_path: Path) -> 
         Judge({"mine": RewardChoice(reward=str(path))}, seconds=1)
 
 
+ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.fixture
 def reward_model(tmp_path: Path, tiny_model: Path) -> Path:
     """A folder as the objective `reward` publishes it."""
@@ -149,6 +153,25 @@ def reward_model(tmp_path: Path, tiny_model: Path) -> Path:
     heads.save({"weight": weight}, tmp_path)
     heads.convert(folder, tmp_path / heads.HEAD)
     return folder
+
+
+def processes() -> int:
+    """How many processes score for this one."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return sum(b"stages.judge" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+
+def test_a_reward_model_is_in_memory_once_however_many_workers_there_are(reward_model: Path, own: RewardChoice) -> None:
+    worth = RewardChoice(reward="reward_model", options={"model": "kind"})
+    models = {"kind": reward_model}
+    with Judge({"worth": worth}, seconds=60, workers=3, models=models):
+        assert processes() == 1
+    with Judge({"mine": own, "worth": worth}, seconds=60, workers=2, models=models) as judge:
+        assert processes() == 2 + 1
+        found = judge.score([("x" * n, {"rendered_prompt": ASKED}) for n in range(5)])
+        assert found["mine"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert len(set(found["worth"])) == 5
+    assert processes() == 0
 
 
 def test_a_reward_model_scores_prompt_and_completion(reward_model: Path) -> None:
