@@ -10,7 +10,6 @@ This file holds the recipe section and declares the stage; the work is in the fi
     data.py          optimizer steps as lists of micro-batches; samples.py: single batches, to try the model on
     windows.py       the shards that steps read, on the disk
     model.py         the model that is trained, and what is written at the end
-    quantization.py  frozen weights in 4 or 8 bits
     freezing.py      which weights train, for the method full; patterns.py: their names
     adapters.py      LoRA and its kin; folding.py: adapters that start as a part of the weights
     neftune.py       noise on the embeddings

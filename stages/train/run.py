@@ -13,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from packing.collate import PackedBins
-from stages import arithmetic, objectives
+from stages import arithmetic, objectives, quantization
 from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.stage import Facts, Work
@@ -25,7 +25,6 @@ from stages.train import (
     metrics,
     model,
     optimizers,
-    quantization,
     results,
     speed,
     state,
