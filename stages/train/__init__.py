@@ -45,7 +45,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from stages import environments, objectives, rewards
 from stages.choices import OWN
 from stages.stage import Facts, Stage, StageConfig, Work
-from stages.train import checks, optimizers
+from stages.train import checks, optimizers, patterns
 
 Name = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -87,7 +87,10 @@ class Lora(StageConfig):
     def _some_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
             raise ValueError("name at least one layer, or leave it out for all-linear")
-        return targets if isinstance(targets, str) else tuple(sorted(set(targets)))
+        if isinstance(targets, str):
+            return targets
+        patterns.refuse_broken(targets)
+        return tuple(sorted(set(targets)))
 
     @field_validator("modules_to_save", "new_tokens")
     @classmethod
@@ -119,6 +122,7 @@ class Full(StageConfig):
     @field_validator("only", "freeze")
     @classmethod
     def _sorted(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        patterns.refuse_broken(names)
         return tuple(sorted(set(names)))
 
 
