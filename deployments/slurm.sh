@@ -11,10 +11,16 @@
 set -u
 recipe=${1:?the recipe, e.g. configs/quickstart.yaml}
 export REGROW_STORE=${REGROW_STORE:-$HOME/regrow-store}
+export REGROW_GRACE_SECONDS=${REGROW_GRACE_SECONDS:-270}  # of the 300 s that --signal gives
 
-trap 'kill -TERM "$!"' TERM  # before the run is there: a warning in between would end the job alone
+# The warning goes to this script alone, which passes it on; one that comes before the run is there is passed on later.
+run= warned=
+trap 'warned=yes; ${run:+kill -TERM "$run"}' TERM
 regrow run "$recipe" &
-run=$!
+early=$warned run=$!
+if [ -n "$early" ]; then
+    kill -TERM "$run"
+fi
 wait "$run"
 code=$?
 # The trap ends the first wait early; the run is still saving then.
@@ -22,7 +28,8 @@ while kill -0 "$run" 2>/dev/null; do
     wait "$run"
     code=$?
 done
-if [ "$code" -eq 75 ]; then
+# 75: the run saved its state. 143: the warning came before there was anything to save.
+if [ "$code" -eq 75 ] || [ "$code" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

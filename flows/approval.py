@@ -25,9 +25,10 @@ class Approval(RunInput):
 
 
 def asked(run: Run) -> Answer:
-    """What the person said; the first call suspends the flow run and does not return."""
+    """What the person said of exactly these weights; the first call suspends the flow run and does not return."""
     form = Approval.with_initial_data(description=question(run))
-    given = suspend_flow_run(wait_for_input=form, timeout=DAYS * 24 * 3600, key="approval")
+    key = f"approval-{run.artifacts['merge'].digest[:16]}"
+    given = suspend_flow_run(wait_for_input=form, timeout=DAYS * 24 * 3600, key=key)
     return Answer(given.promote, given.why, given.by or "somebody in the dashboard")
 
 

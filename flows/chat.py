@@ -164,7 +164,7 @@ def load(tuned: Path, base: Path | None, device: Device, sampling: Sampling, sys
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tuned, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tuned, **generation.FROM_FOLDER)
     except (OSError, ValueError) as error:
         raise UserError(f"{tuned}: the model's tokenizer does not load: {error}") from error
     if tokenizer.pad_token is None:

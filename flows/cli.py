@@ -23,6 +23,7 @@ from flows.run import Run, start
 from stages.child import Suspended
 from stages.errors import UserError
 from stages.runtime import store_of
+from stages.store import BadBlob
 
 EXIT_FAILED, EXIT_USER, EXIT_WOULD_RUN, EXIT_GATE = 1, 2, 3, 4
 EXIT_SUSPENDED, EXIT_INTERRUPTED = 75, 130
@@ -130,7 +131,13 @@ def plan_command(
 
 @app.command()
 def show(
-    what: Annotated[str | None, typer.Argument(help="A run's id, or the first digits of an artifact's key.")] = None,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run's id, a recipe's name (its last run), or the first digits of an artifact's key "
+            "(STAGE/DIGITS narrows it)."
+        ),
+    ] = None,
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
     as_json: AsJson = False,
@@ -226,6 +233,9 @@ def main() -> None:
         code = _complain(error, EXIT_USER, error)
     except Suspended as error:
         code = _complain(error, EXIT_SUSPENDED, error)
+    except BadBlob as error:  # met outside a stage, which would have mended it
+        mend = "`regrow verify` says whose it is, and `regrow run RECIPE --force STAGE` makes that again"
+        code = _complain(f"the store is damaged: {error}; {mend}", EXIT_FAILED, error)
     except (StageFailed, OSError) as error:  # OSError: a full disk is said by the system better than by us
         code = _complain(error, EXIT_FAILED, error)
     sys.exit(code)

@@ -50,11 +50,14 @@ def listed(here: Path) -> list[dict[str, Any]]:
     return found
 
 
-def register(here: Path, devices: int = 1) -> None:
-    """Make pools, queues, automation and deployments, or bring those that are there up to date."""
+def register(here: Path, devices: int | None = None) -> None:
+    """Make pools, queues, automation and deployments, or bring those that are there up to date.
+
+    The pool `gpu` runs one run for each of the `devices`; unless they are given, as many as it does already, or one.
+    """
     with get_client(sync_client=True) as client:
-        for pool, limit in (("cpu", None), ("gpu", max(1, devices))):
-            _pool(client, pool, limit)
+        _pool(client, "cpu", None)
+        _pool(client, "gpu", None if devices is None else max(1, devices))
         for deployment in listed(here):
             _deployment(client, deployment)
     _watch()
@@ -62,11 +65,13 @@ def register(here: Path, devices: int = 1) -> None:
 
 def _pool(client: SyncPrefectClient, name: str, limit: int | None) -> None:
     template = ProcessWorker.get_default_base_job_template()
+    first = limit or (1 if name == "gpu" else None)
     try:
-        pool = WorkPoolCreate(name=name, type="process", base_job_template=template, concurrency_limit=limit)
+        pool = WorkPoolCreate(name=name, type="process", base_job_template=template, concurrency_limit=first)
         client.create_work_pool(pool)
     except ObjectAlreadyExists:
-        client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
+        if limit is not None:
+            client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
     for queue, priority in QUEUES.items():
         with suppress(ObjectAlreadyExists):
             client.create_work_queue(name=queue, work_pool_name=name, priority=priority)

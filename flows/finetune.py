@@ -81,8 +81,8 @@ def finetune(
     """
     try:
         with get_client(sync_client=True) as client:
-            this, _ = opened(client, recipe, settings, runtime or from_environment(), run)
-            return work(client, this, select, exclude, force, strict)
+            this, earlier = opened(client, recipe, settings, runtime or from_environment(), run)
+            return work(client, this, select, exclude, force, strict, resumed=earlier and not run)
     except (UserError, StageFailed, Suspended) as error:
         return failed(error)
 
@@ -116,14 +116,18 @@ def work(
     exclude: Sequence[str] = (),
     force: Sequence[str] = (),
     strict: bool = False,
+    resumed: bool = False,
 ) -> State[Any]:
-    """Plan and drive a run, ask a person where the recipe wants it, and say how it ended."""
+    """Plan and drive a run, ask a person where the recipe wants it, and say how it ended.
+
+    A run that is `resumed` does not make again what it has made again already.
+    """
     plan = make_plan(run, select, exclude, force, strict)
     require_writable(run, plan)
     again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
     label(client, run)
     dashboard = Dashboard(client)
-    outcome = drive(run, plan, again, dashboard)
+    outcome = drive(run, plan, again, dashboard, resumed)
     if outcome is None:
         return Completed()
     if outcome.production == "waits" and deployment.id:
@@ -144,10 +148,10 @@ def label(client: SyncPrefectClient, run: Run) -> None:
     client.update_flow_run(flow_run.id, name=name, tags=sorted({*flow_run.tags, *found}))
 
 
-def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) -> Outcome | None:
+def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard, resumed: bool = False) -> Outcome | None:
     """Execute the plan's steps in order, deliver what was published, keep the run's record.
 
-    The stages in `again` are made although they are in the store.
+    The stages in `again` are made although they are in the store; where the run is `resumed`, unless it made them.
     """
     if "evaluate" in plan.to_run:
         evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
@@ -159,7 +163,7 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
             for step in plan.steps:
                 if step.state != "skipped":
                     reads = [states[s] for s in run.upstream(step.stage) if s in states]
-                    make = stage_task(run, step.stage, step.stage in again)
+                    make = stage_task(run, step.stage, step.stage in again, resumed)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
         outcome = settle(run) if "publish" in states else None
@@ -171,13 +175,13 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard) ->
     return outcome
 
 
-def stage_task(run: Run, stage: str, force: bool) -> Task[[list[Any]], Any]:
+def stage_task(run: Run, stage: str, force: bool, resumed: bool = False) -> Task[[list[Any]], Any]:
     """The task of one stage. What it `reads` draws the dashboard's graph; the artifacts themselves are in the run."""
 
     @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
     def make(reads: list[Reference]) -> State[Any]:
         try:
-            built = execute(run, stage, force=force)
+            built = execute(run, stage, force=force and not (resumed and run.has_made(stage)))
         except (UserError, StageFailed, Suspended) as error:
             return failed(error)
         made = Reference(stage=stage, key=built.artifact.key, digest=built.artifact.digest)

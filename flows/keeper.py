@@ -46,8 +46,9 @@ class Settings:
 
     host: str
     port: int
-    devices: int
-    """GPUs; 0 where there are none, and one worker for the pool `gpu` computes on the CPU."""
+    devices: list[str]
+    """GPUs, as `CUDA_VISIBLE_DEVICES` names them; none where there is none, and one worker for the pool `gpu` computes
+    on the CPU."""
     folder: str
     """Where `regrow up` was called: relative paths of recipes start there."""
     database: str = ""
@@ -61,7 +62,7 @@ class Settings:
     @property
     def parts(self) -> list[str]:
         """The server, then the workers."""
-        return ["server", "worker-cpu", *(f"worker-gpu-{n}" for n in range(max(1, self.devices)))]
+        return ["server", "worker-cpu", *(f"worker-gpu-{n}" for n in range(max(1, len(self.devices))))]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def read(home: Path) -> State | None:
     except FileNotFoundError:
         return None
     keeper = Process(*told["keeper"]) if told["keeper"] else None
+    if isinstance(counted := told["settings"]["devices"], int):  # by a version that did not name them
+        told["settings"]["devices"] = [str(n) for n in range(counted)]
     return State(Settings(**told["settings"]), keeper, {name: Process(*p) for name, p in told["parts"].items()})
 
 
@@ -112,7 +115,9 @@ def environment(home: Path, settings: Settings, part: str) -> dict[str, str]:
     found |= {"PREFECT_API_URL": settings.api, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
     found.setdefault("PREFECT_CLIENT_MAX_RETRIES", CLIENT_RETRIES)
     if settings.devices:
-        found["CUDA_VISIBLE_DEVICES"] = part.removeprefix("worker-gpu-") if part != "worker-cpu" else ""
+        found["CUDA_VISIBLE_DEVICES"] = ""
+        if part != "worker-cpu":
+            found["CUDA_VISIBLE_DEVICES"] = settings.devices[int(part.removeprefix("worker-gpu-"))]
     return found
 
 

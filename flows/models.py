@@ -17,6 +17,7 @@ from stages.errors import UserError
 from stages.identity import Tree
 from stages.production import production
 from stages.runtime import Runtime
+from stages.sources import folder as whole
 from stages.store import Store
 
 BASE = WIRING["merge"]["model"]
@@ -87,6 +88,8 @@ def _of_folder(folder: Path, store: Store) -> Chosen:
             f"{folder}: holds no model (no config.json). A model's folder is what `publish.to` names, or any that "
             "transformers saved"
         )
+    names = [path.name for path in folder.iterdir()]
+    whole.check(names, names, str(folder))
     try:
         stages = json.loads((folder / "lineage.json").read_text())["stages"]
     except (OSError, ValueError, KeyError):  # not one of ours

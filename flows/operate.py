@@ -65,13 +65,14 @@ Home = Annotated[Path | None, typer.Option("--home", help="The folder with the s
 @app.command()
 def up(
     home: Home = None,
-    port: Annotated[int, typer.Option("--port", help="The dashboard's port.")] = 4200,
-    host: Annotated[str, typer.Option("--host", help="The address it listens on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option("--port", help="The dashboard's port; 4200 at first.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="The name or IPv4 address; 127.0.0.1 at first.")] = None,
     database: Annotated[
-        str, typer.Option("--database", envvar="REGROW_DATABASE", help="A PostgreSQL URL instead of SQLite.")
-    ] = "",
+        str | None, typer.Option("--database", envvar="REGROW_DATABASE", help="A PostgreSQL URL instead of SQLite.")
+    ] = None,
 ) -> None:
-    """Bring up a server, a worker for the CPU and one a GPU, and register every deployment."""
+    """Bring up a server, a worker for the CPU and one a GPU, and register every deployment. What is not said is as it
+    was last time."""
     from flows.up import home_of
     from flows.up import up as bring_up
 

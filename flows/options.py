@@ -19,13 +19,8 @@ console = Console(highlight=False)
 
 
 def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -> Runtime:
-    """Flags over file over environment over defaults."""
-    found: dict[str, Any] = {}
-    if file is not None:
-        try:
-            found = yaml.safe_load(file.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{file}: not a runtime file: {error}") from None
+    """Flags over file over environment over defaults. Raises UserError for what is no runtime."""
+    found = _read(file) if file is not None else {}
     if store:
         found["store"] = store
     if allow_code:
@@ -36,3 +31,13 @@ def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise UserError(f"runtime `{name}`: {first['msg']} (from {file or f'REGROW_{name.upper()}'})") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not a runtime file: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict | None):
+        raise UserError(f"{file}: not a runtime file: expected settings by name, such as `store: s3://bucket/prefix`")
+    return found or {}

@@ -30,7 +30,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of all eight stages, in order."""
+    """The steps of all the stages that the recipe has a use for, in order."""
 
     recipe: str
     run: str

@@ -2,7 +2,8 @@
 recipe says. Plain store code: no Prefect.
 
 Both move the ref only if it still says what was read when the command started: what somebody else did meanwhile stands,
-and the command says so.
+and the command says so. Both look first whether the store holds what is to be delivered. Where the delivery fails all
+the same, the ref has moved, and `promote` for the model that it names delivers it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,31 +15,37 @@ from flows.run import production_of
 from flows.settle import named
 from stages.deliver import deliver, delivered, delivery
 from stages.errors import UserError
-from stages.production import Move, person, production
+from stages.identity import Json
+from stages.production import Move, Name, person, production
 from stages.production import promote as moved
 from stages.production import rollback as moved_back
 from stages.runtime import Runtime
-from stages.store import Artifact, Store
+from stages.store import Artifact, BadBlob, Store
 
 DIGITS = 4
 """A key may be named by so many of its first digits."""
 
 
 def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, anyway: bool = False) -> Move:
-    """Let `name`'s production ref name the model of a run, of a card's or weights' key, or of its newest run.
+    """Let `name`'s production ref name the model of a run, of a card's or weights' key, or of its newest run, and
+    deliver it. Where the ref names it already but it was not delivered, it is delivered now; the move is the old one.
 
     Raises UserError when there is no such model, when its gate was not passed (unless `anyway`), when it stands there
-    already, when its files are gone, and when somebody moved the ref at the same moment.
+    already and was delivered, when its files are gone, when somebody moved the ref at the same moment, and, after the
+    move, when it cannot be delivered; BadBlob then when the store's bytes turn out damaged.
     """
     seen = production(store, name)
     record = _record(store, name, what)
-    card, weights = (_artifact(store, name, record, stage) for stage in ("publish", "merge"))
+    run = record["run"]
+    card, weights = (_artifact(store, name, run, stage, record["stages"][stage]) for stage in ("publish", "merge"))
     reasons = "; ".join(card.facts["reasons"])
     if not card.facts["passed"] and not anyway:
         raise UserError(
-            f"{name}: the gate was not passed by run {record['run']}: {reasons}. Promote it all the same with --anyway"
+            f"{name}: the gate was not passed by run {run}: {reasons}. Promote it all the same with --anyway"
         )
     if seen is not None and seen.now.model == named(weights):
+        if _deliver(store, runtime, record, card, weights):
+            return seen.now
         raise UserError(f"{name}/production already names this model (merge {weights.key[:12]})")
     compared = production_of(record)
     move = moved(
@@ -47,7 +54,7 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
         seen,
         model=named(weights),
         card=named(card),
-        run=record["run"],
+        run=run,
         compared=compared.rival(weights.digest) if compared else None,
         why=reasons if card.facts["passed"] else f"although the gate was not passed: {reasons}",
         by=person(),
@@ -57,21 +64,40 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: production moved at this moment and was left as it is now; look at `regrow history {name}` and "
             "repeat the command if you still want it"
         )
-    _deliver(store, runtime, card, weights, record)
+    _deliver(store, runtime, record, card, weights)
     return move
 
 
 def rollback(store: Store, runtime: Runtime, name: str) -> Move:
-    """Let `name`'s production ref name the model that stood before. Raises UserError as `stages.production.rollback`,
-    and when that model's files are gone."""
-    move = moved_back(store, name)
-    record = store.read_run(move.run)
-    found = [
-        store.recall(stage, of["key"], of["digest"]) for stage, of in (("publish", move.card), ("merge", move.model))
-    ]
-    if record is not None and found[0] is not None and found[1] is not None:
-        _deliver(store, runtime, found[0], found[1], record)
+    """Let `name`'s production ref name the model that stood before, and deliver it. Raises UserError as
+    `stages.production.rollback`, and before the move when the model's files or its run's record are gone; after it as
+    `promote`."""
+    move = moved_back(_Whole(**vars(store)), name)
+    _deliver(store, runtime, *_moved_to(store, name, move.run, move.card, move.model))
     return move
+
+
+class _Whole(Store):
+    """A store whose production refs come to name only what it can deliver. The check is part of the move, because what
+    a rollback goes back to is known only then."""
+
+    def swap_ref(self, name: str, expected: str | None, new: Mapping[str, Json]) -> bool:
+        """As any store's. Raises UserError before anything moves."""
+        _moved_to(self, name.partition("/")[0], new["run"], new["card"], new["model"])
+        return super().swap_ref(name, expected, new)
+
+
+def _moved_to(
+    store: Store, name: str, run: str, card: Name, weights: Name
+) -> tuple[Mapping[str, Any], Artifact, Artifact]:
+    """The run's record, the card and the weights of a move. Raises UserError when the store has lost one of them."""
+    record = store.read_run(run)
+    if record is None:
+        raise UserError(
+            f"{name}: run {run} is no longer on record in {store.url}, so nothing says where its model goes; name "
+            f"another one with `regrow promote {name} RUN`, or run its recipe again"
+        )
+    return record, _artifact(store, name, run, "publish", card), _artifact(store, name, run, "merge", weights)
 
 
 def _record(store: Store, name: str, what: str | None) -> Mapping[str, Any]:
@@ -98,21 +124,26 @@ def records_of(store: Store, name: str) -> Iterator[dict[str, Any]]:
     return (record for _, record in store.runs() if record.get("recipe") == name)
 
 
-def _artifact(store: Store, name: str, record: Mapping[str, Any], stage: str) -> Artifact:
-    entry = record["stages"][stage]
+def _artifact(store: Store, name: str, run: str, stage: str, entry: Name) -> Artifact:
     found = store.recall(stage, entry["key"], entry["digest"])
     missing = store.missing(found.tree) if found else [f"{stage} {entry['key'][:12]}"]
     if found is None or missing:
-        raise UserError(
-            f"{name}: what run {record['run']} made is no longer in {store.url} ({missing[0]}); run its recipe again"
-        )
+        raise UserError(f"{name}: what run {run} made is no longer in {store.url} ({missing[0]}); run its recipe again")
     return found
 
 
-def _deliver(store: Store, runtime: Runtime, card: Artifact, weights: Artifact, record: Mapping[str, Any]) -> None:
-    """Bring the model to where the run's recipe publishes. Raises UserError when that place cannot be written."""
+def _deliver(store: Store, runtime: Runtime, record: Mapping[str, Any], card: Artifact, weights: Artifact) -> bool:
+    """Bring the model to where the run's recipe publishes; False when it is there already, or nowhere is asked for.
+    Raises UserError when that place cannot be written, and BadBlob."""
     publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
     to, tree = publish.get("to") or "", delivery(weights.tree, card.tree)
     options = runtime.options_for(to)
-    if to and not delivered(to, tree, options):
+    try:
+        if not to or delivered(to, tree, options):
+            return False
         deliver(to, tree, store, private=publish.get("private", True), options=options)
+    except (UserError, BadBlob) as error:
+        name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
+        error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")
+        raise
+    return True

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas import State, filters
+from prefect.client.schemas import FlowRun, State, filters
 from prefect.client.schemas.objects import StateType
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
@@ -49,7 +49,6 @@ def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: OwnRuntime
             owner = f"retraining {name}, flow run {flow_run.name}"
             log = get_run_logger()
             with lease(store, "retrain", name, where.lease_seconds, owner, log.info):
-                catch_up(client)
                 return new(client, recipe, settings, where)
     except (UserError, StageFailed, Suspended) as error:
         return failed(error)
@@ -57,7 +56,12 @@ def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: OwnRuntime
 
 def new(client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], runtime: Runtime) -> State[Any]:
     """Do the run if there is anything to do."""
-    run, goes_on = opened(client, recipe, settings, runtime)
+    looked, goes_on = datetime.now(UTC), False
+    try:
+        run, goes_on = opened(client, recipe, settings, runtime)
+    finally:
+        if not goes_on:  # else it works on what it saw long ago
+            catch_up(client, looked)
     if goes_on or make_plan(run).to_run:
         return work(client, run)
     outcome = settle(run)
@@ -67,8 +71,8 @@ def new(client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], r
     return Completed(name="NothingNew", message=message)
 
 
-def catch_up(client: SyncPrefectClient) -> None:
-    """Mark the runs of this schedule that are due as well: this one does their work."""
+def catch_up(client: SyncPrefectClient, looked: datetime) -> None:
+    """Mark the runs of this schedule that were due when this one looked at the sources: it does their work."""
     if not deployment.id:
         return
     me = client.read_flow_run(UUID(flow_run.id))
@@ -76,10 +80,18 @@ def catch_up(client: SyncPrefectClient) -> None:
         flow_run_filter=filters.FlowRunFilter(
             deployment_id=filters.FlowRunFilterDeploymentId(any_=[UUID(deployment.id)]),
             state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-            expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+            expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=looked),
         )
     )
-    for other in due:
-        if other.id != me.id and other.auto_scheduled and other.parameters == me.parameters:
-            caught: State[None] = Cancelled(name="CaughtUp", message=f"{me.name} does its work")
-            client.set_flow_run_state(other.id, caught, force=True)
+    for other in done_by(me, due):
+        caught: State[None] = Cancelled(name="CaughtUp", message=f"{me.name} does its work")
+        client.set_flow_run_state(other.id, caught, force=True)
+
+
+def done_by(me: FlowRun, due: Sequence[FlowRun]) -> list[FlowRun]:
+    """Of the runs that are due, those whose work this one does: the schedule's, with its parameters, that never began.
+
+    One that did is due again because it goes on: a person may have said yes to what it made.
+    """
+    same = [run for run in due if run.id != me.id and run.parameters == me.parameters]
+    return [run for run in same if run.auto_scheduled and run.run_count == 0]

@@ -104,6 +104,12 @@ class Run:
             return None
         return action_of(stage_named(stage), self.config(stage), self.inputs(stage), self.parts, self.where(stage))
 
+    def has_made(self, stage: str) -> bool:
+        """Whether the stage's artifact is in the store because this run made it."""
+        action = self.action(stage)
+        found = self.store.find(stage, action.key) if action else None
+        return found is not None and found.provenance.get("run") == self.id
+
     def where(self, stage: str) -> dict[str, Json]:
         """Name, locations and lineage for the stage that needs them."""
         if stage != "publish":

@@ -43,7 +43,9 @@ def prepare(
     """
     chosen = _engine(engine)
     _check_free(host, port)
-    # Both servers ask requests to name the model as they were given it: a link gives it its short name.
+    # Both servers ask requests to name the model as they were given it: a link gives it its short name. Each port has
+    # its own, as a server that let its model go reads it again from there.
+    places = places / str(port)
     places.mkdir(parents=True, exist_ok=True)
     link = places / name
     aside = places / f".{name}-{os.getpid()}"

@@ -33,6 +33,7 @@ from pathlib import Path
 from uuid import UUID
 
 from stages.child import PR_SET_PDEATHSIG
+from stages.errors import UserError
 from stages.runtime import default_home
 
 PORT = 4200
@@ -48,8 +49,10 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
+    # A server that somebody has up takes a run that is silent for 90 s for dead (`flows.deployments`).
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
-"""Prefect in this process: log to the API, show nothing on the terminal. What the user has set wins."""
+"""Prefect in this process: log to the API, say on the terminal nothing, and often that we live. The user's own wins."""
 
 PROFILE = """\
 active = "regrow"
@@ -91,7 +94,7 @@ class Api:
 def serving(home: Path | None = None) -> Iterator[Api]:
     """Have a Prefect API: `PREFECT_API_URL` or a profile's when there is one, else a server of our own.
 
-    Prefect must not have been imported yet: it sets up its logging then. Raises RuntimeError when the server does not
+    Prefect must not have been imported yet: it sets up its logging then. Raises UserError when the server does not
     start, naming its log.
     """
     for name, value in QUIET.items():
@@ -211,7 +214,8 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", api: Api, log: Path)
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(0.05)
-    raise RuntimeError(f"Prefect's server did not start (exit code {process.poll()}); its log: {log}")
+    how = f"within {START_SECONDS:.0f} s" if process.poll() is None else f"and ended with exit code {process.poll()}"
+    raise UserError(f"Prefect's server did not start {how}; its log: {log}")
 
 
 @contextmanager

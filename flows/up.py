@@ -24,30 +24,38 @@ def home_of(folder: Path | None) -> Path:
     return (folder or default_home() / "prefect").expanduser().absolute()
 
 
-def devices() -> int:
-    """GPUs of this machine that may be used."""
+def devices() -> list[str]:
+    """GPUs of this machine that may be used: numbers or UUIDs, as `CUDA_VISIBLE_DEVICES` has them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+        return [name for name in map(str.strip, visible.split(",")) if name not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return sum(line.startswith("GPU ") for line in told.splitlines())
+    return [str(n) for n in range(sum(line.startswith("GPU ") for line in told.splitlines()))]
 
 
-def up(home: Path, port: int = PORT, host: str = "127.0.0.1", database: str = "") -> Settings:
+def up(home: Path, port: int | None = None, host: str | None = None, database: str | None = None) -> Settings:
     """Bring everything up, or what is missing of it, and register the deployments. Returns when runs can be sent.
 
-    Raises UserError when the port is taken, when the server would be open to a network without a password, when the
-    database is no PostgreSQL, and when the server does not start.
+    What is None is as the home had it last: after a reboot the same server is up again, with the same database. Raises
+    UserError when it is up and other than asked for, when the port is taken, when the host is an address of IPv6, when
+    the server would be open to a network without a password, when the database is no PostgreSQL, and when the server
+    does not start.
     """
-    database = _async_url(database)
-    if host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+    state = read(home)
+    last = state.settings if state else Settings("127.0.0.1", PORT, [], "")
+    port, host = port or last.port, host or last.host
+    database = last.database if database is None else _async_url(database)
+    if state and kept(state) and (host, port, database) != (last.host, last.port, last.database):
+        raise UserError(f"it is up at {last.api}, and not as asked for now: `regrow down` first")
+    if ":" in host:
+        raise UserError(f"--host {host}: expected a name or an address of IPv4, such as 127.0.0.1; IPv6 is not served")
+    if host not in ("127.0.0.1", "localhost") and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise UserError(
             f"--host {host}: other machines could start runs here; set PREFECT_SERVER_API_AUTH_STRING=user:password "
             "(and PREFECT_API_AUTH_STRING for those who use it)"
         )
-    state = read(home)
     if state is None or not kept(state):
         home.mkdir(parents=True, exist_ok=True)
         if not (home / "profiles.toml").exists():
@@ -127,7 +135,7 @@ def _register(home: Path, settings: Settings) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"the server did not start within {START_SECONDS:.0f} s; its log: {home / 'server.log'}")
         time.sleep(0.1)
-    register(Path(settings.folder), settings.devices)
+    register(Path(settings.folder), len(settings.devices))
 
 
 def _async_url(database: str) -> str:

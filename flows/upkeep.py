@@ -15,12 +15,12 @@ from stages import gc as garbage
 from stages.errors import UserError
 from stages.production import Move
 from stages.runtime import from_environment, store_of
-from stages.store import Store
+from stages.store import BadBlob, Store
 
 
 @flow(name="promote", flow_run_name="promote {name}", persist_result=False)
 def promote(name: Name, what: str = "", anyway: bool = False, runtime: OwnRuntime = None) -> State[Any]:
-    """Let a name's production ref name a run's model. Raises UserError.
+    """Let a name's production ref name a run's model. Raises UserError and BadBlob.
 
     Args:
         name: The recipe's name.
@@ -31,14 +31,14 @@ def promote(name: Name, what: str = "", anyway: bool = False, runtime: OwnRuntim
     where = runtime or from_environment()
     try:
         move = promotion.promote(store_of(where), where, name, what or None, anyway)
-    except UserError as error:
+    except (UserError, BadBlob) as error:
         return failed(error)
     return moved("regrow.model.published", store_of(where), name, move)
 
 
 @flow(name="rollback", flow_run_name="rollback {name}", persist_result=False)
 def rollback(name: Name, runtime: OwnRuntime = None) -> State[Any]:
-    """Let a name's production ref name the model that stood there before. Raises UserError.
+    """Let a name's production ref name the model that stood there before. Raises UserError and BadBlob.
 
     Args:
         name: The recipe's name.
@@ -47,7 +47,7 @@ def rollback(name: Name, runtime: OwnRuntime = None) -> State[Any]:
     where = runtime or from_environment()
     try:
         move = promotion.rollback(store_of(where), where, name)
-    except UserError as error:
+    except (UserError, BadBlob) as error:
         return failed(error)
     return moved("regrow.model.rolled-back", store_of(where), name, move)
 

@@ -35,6 +35,9 @@ HELDOUT_LOSS = "heldout_loss"
 UNBOUNDED = "unbounded"
 """Set for a task whose scores are rewards: no shares of 1, but numbers of any size and sign."""
 
+CUT = "cut_questions"
+"""How many questions, over all models, lost their beginning because they are longer than the model's context."""
+
 PREFERENCES = "heldout_preferences"
 """The task whose items are the plan's held-out judged answers, measured in the same pass."""
 
@@ -58,7 +61,7 @@ class Item(NamedTuple):
 def compare(scores: Path) -> dict[str, Json]:
     """The scores of the models, from the folder that evaluate made. Without held-out rows, `heldout_loss` is null."""
     tasks: dict[str, Json] = {}
-    checks = {"scored_twice": 0, "agreeing": 0}
+    checks = {"scored_twice": 0, "agreeing": 0, CUT: 0}
     for name in _tasks(scores):
         items = list(_items(scores, name))
         unbounded = json.loads((scores / BASE / name / "scores.json").read_text()).get(UNBOUNDED, False)
@@ -213,6 +216,8 @@ def report(scores: Json) -> str:
         if margin := task.get("margin"):
             told = ", ".join(f"{model} {_plain(margin[model], signed=True)}" for model in (BASE, TUNED))
             lines += ["", f"Margin in {name}, nats a token: {told}."]
+    if lost := scores.get(CUT):
+        lines += ["", f"**{lost} questions are longer than the model's context and lost their beginning.**"]
     bars = [
         f"{name:<24.24} {model:<10} {_bar(task[model]['value'])} {task[model]['value']:6.1%}"
         for name, task in scores["tasks"].items()

@@ -24,7 +24,7 @@ from stages import evals, harness, reward_models
 from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
 from stages.evals import Options
 from stages.formats import BadRow
-from stages.generation import Precision, Turn, generate, load
+from stages.generation import Precision, Turn, cut, generate, load
 from stages.harness import Sample
 from stages.identity import Json, Tree
 from stages.rows import read_rows
@@ -208,9 +208,10 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
     if config.task is None:
         facts = _measure_loss(config, inputs, output, work)
     elif config.task.reward_model:
-        facts = _write(output, _judged(config, config.task, inputs, work), {"unbounded": True})
+        samples, told = _judged(config, config.task, inputs, work)
+        facts = _write(output, samples, {"unbounded": True, **told})
     elif config.task.eval:
-        facts = _write(output, _ask(config, config.task, inputs, work), {})
+        facts = _write(output, *_ask(config, config.task, inputs, work))
     elif config.task.source:
         facts = _write(output, *_ask_through_harness(config, config.task, inputs, work))
     else:
@@ -241,19 +242,22 @@ def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, wor
     return {"heldout_tokens": sum(found.tokens), **({"heldout_items": len(found.samples)} if found.samples else {})}
 
 
-def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) -> list[Sample]:
+def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) -> tuple[list[Sample], dict[str, Json]]:
     """An eval of our own: its examples, answered through plain transformers, scored by it."""
     chosen = evals.load(task.eval)
     examples = chosen.examples(_read(inputs["rows"], task), task.options)
     turns = [[{"role": "user", "content": example.question}] for example in examples]
-    answers = _answers(config, task, turns, inputs, work)
-    return [
+    answers, told = _answers(config, task, turns, inputs, work)
+    samples = [
         Sample("", i, e.question, e.target, answer, task.eval, chosen.score(e, answer, task.options))
         for i, (e, answer) in enumerate(zip(examples, answers, strict=True))
     ]
+    return samples, told
 
 
-def _judged(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) -> list[Sample]:
+def _judged(
+    config: Measure, task: Task, inputs: Mapping[str, Path], work: Work
+) -> tuple[list[Sample], dict[str, Json]]:
     """Answers to conversations, and what the reward model says that they are worth."""
     from transformers import AutoTokenizer
 
@@ -262,7 +266,7 @@ def _judged(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work)
     for place, turns in asked:
         with _named(place):
             reward_models.text_of(tokenizer, turns, "")  # what it does not take is told before anything is answered
-    answers = _answers(config, task, [turns for _, turns in asked], inputs, work)
+    answers, told = _answers(config, task, [turns for _, turns in asked], inputs, work)
     judging = load(inputs["reward_model"], config.precision, work.runtime.device)  # which lets the other model go
     judge = reward_models.RewardModel(judging.network, judging.tokenizer)
     samples = []
@@ -272,7 +276,7 @@ def _judged(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work)
         shown = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
         samples.append(Sample("", number, shown, "", answer, f"reward by {task.reward_model}", worth))
         work.tell(number + 1, len(asked), "answers judged")
-    return samples
+    return samples, told
 
 
 @contextmanager
@@ -286,10 +290,11 @@ def _named(place: str) -> Iterator[None]:
 
 def _answers(
     config: Measure, task: Task, asked: Sequence[Sequence[Turn]], inputs: Mapping[str, Path], work: Work
-) -> list[str]:
+) -> tuple[list[str], dict[str, Json]]:
+    """The answers, and what is to be known of the questions."""
     model = load(inputs["weights"], config.precision, work.runtime.device)
     prompts = [model.ask(turns) for turns in asked]
-    return generate(
+    answers = generate(
         model,
         prompts,
         task.max_new_tokens,
@@ -297,6 +302,7 @@ def _answers(
         work.runtime.eval_batch,
         lambda done: work.tell(done, len(prompts), "items"),
     )
+    return answers, {"cut_questions": cut(model, prompts, task.max_new_tokens)}
 
 
 def _ask_through_harness(
@@ -307,6 +313,7 @@ def _ask_through_harness(
     own = evals.load(EXACT_MATCH)
     examples = own.examples(_read(inputs["rows"], task), task.options)
     model = load(inputs["weights"], config.precision, work.runtime.device)
+    lost = cut(model, [model.prompt(example.question) for example in examples], task.max_new_tokens)
     samples = harness.exact_match(
         model,
         examples,
@@ -325,7 +332,7 @@ def _ask_through_harness(
         Sample("", s.item, e.question, e.target, s.answer, s.metric, s.score)
         for e, s in zip(examples, samples, strict=True)
     ]
-    return shown, {"scored_twice": len(samples), "agreeing": agreeing}
+    return shown, {"scored_twice": len(samples), "agreeing": agreeing, "cut_questions": lost}
 
 
 def _items(work: Work) -> harness.Answered:
@@ -382,7 +389,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=3,
+    version=4,
     config=EvaluateConfig,
     run=run,
     parts=parts,

@@ -18,12 +18,15 @@ class Thresholds(StageConfig):
     """What the tuned model must show against another one."""
 
     require: Literal["better", "not_worse", "nothing"] = "not_worse"
-    """In every task: `better` wants the difference's 95 % interval above 0, `not_worse` refuses one below 0."""
+    """In every task: `better` wants the difference's 95 % interval above 0, `not_worse` refuses one below 0.
+
+    Both refuse a held-out loss that clearly rose, unless `max_heldout_loss_increase` bounds it; without a task,
+    `better` wants one that clearly fell."""
     min_gain: float | None = Field(default=None, ge=-1, le=1)
     """The least difference, tuned minus the other, in every task: 0.05 is five points of a hundred. What a reward model
     scores has no such points: `require` decides there."""
     max_heldout_loss_increase: float | None = None
-    """The most by which the held-out loss may rise, in nats a trained token; negative asks for a fall."""
+    """The most by which the held-out loss may rise, clearly or not, in nats a trained token; below 0 wants a fall."""
 
 
 class Gate(Thresholds):
@@ -53,7 +56,7 @@ def decide(gate: Gate, scores: Json) -> dict[str, Json]:
         return {"passed": True, "reasons": ["nothing was measured, so nothing speaks against it"]}
     standing = any(OVER_PRODUCTION in entry for entry in [*counted.values(), *([loss] if loss else [])])
     others = _others(gate)[: 2 if standing else 1]
-    return {"passed": True, "reasons": [_summary(other) for other in others]}
+    return {"passed": True, "reasons": [_summary(other, bool(counted), bool(loss)) for other in others]}
 
 
 def _others(gate: Gate) -> list[_Other]:
@@ -74,7 +77,8 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
             yield f"{name}: the gate asks for this task, and it was not evaluated"
     if scores.get("agreeing") != scores.get("scored_twice"):
         yield f"lm-eval and our own scorer agree on only {scores['agreeing']} of {scores['scored_twice']} answers"
-    if not counted and (gate.require == "better" or gate.min_gain is not None):
+    loss = scores["heldout_loss"]
+    if not counted and (gate.min_gain is not None or (gate.require == "better" and not loss)):
         yield "the gate asks for a gain, and no task was evaluated"
     for other in _others(gate):
         compared = [task for task in counted.values() if _against(other, task) is not None]
@@ -85,7 +89,7 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
             )
         for name, task in counted.items():
             yield from _task_failures(other, name, _against(other, task), UNBOUNDED in task)
-        yield from _loss_failures(other, scores["heldout_loss"])
+        yield from _loss_failures(other, loss, alone=not counted)
 
 
 def _against(other: _Other, entry: Json) -> Json:
@@ -107,26 +111,38 @@ def _task_failures(other: _Other, name: str, compared: Json, unbounded: bool) ->
         yield f"{name}: gains {told}{over}, and the gate asks for {wanted.min_gain:+.3f}"
 
 
-def _loss_failures(other: _Other, loss: Json) -> Iterator[str]:
-    most = other.thresholds.max_heldout_loss_increase
-    if most is None:
-        return
+def _loss_failures(other: _Other, loss: Json, alone: bool) -> Iterator[str]:
+    """What speaks against the held-out loss; `alone` where no task was measured beside it."""
+    most, require = other.thresholds.max_heldout_loss_increase, other.thresholds.require
     if loss is None:
-        yield "the gate bounds the held-out loss, and pack held out no rows (`pack.heldout_fraction`)"
+        if most is not None:
+            yield "the gate bounds the held-out loss, and pack held out no rows (`pack.heldout_fraction`)"
         return
     compared = _against(other, loss)
-    if compared is not None and compared["difference"]["value"] > most:
-        over = "" if other.name == "base" else f" against {other.words}"
-        yield (
-            f"held-out loss changes by {compared['difference']['value']:+.4f} nats a token{over}, and the gate allows "
-            f"{most:+.4f}"
-        )
+    if compared is None:
+        return
+    change = compared["difference"]
+    over = "" if other.name == "base" else f" against {other.words}"
+    if most is not None:
+        if change["value"] > most:
+            yield f"held-out loss changes by {change['value']:+.4f} nats a token{over}, and the gate allows {most:+.4f}"
+        return
+    told = f"{change['value']:+.4f} nats a token (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
+    if require != "nothing" and compared["better"] == other.name:
+        yield f"held-out loss: clearly worse than {other.words}, {told}"
+    elif require == "better" and alone and compared["better"] != "tuned":
+        yield f"held-out loss: not clearly better than {other.words}, {told}"
 
 
-def _summary(other: _Other) -> str:
+def _summary(other: _Other, tasks: bool, loss: bool) -> str:
+    """Why it passed, of what was measured."""
     words = {
-        "better": f"clearly better than {other.words} in every task",
-        "not_worse": f"not clearly worse than {other.words} in any task",
-        "nothing": f"the gate asks for nothing against {other.words} in the tasks",
+        "better": f"clearly better than {other.words}",
+        "not_worse": f"not clearly worse than {other.words}",
+        "nothing": f"the gate asks for nothing against {other.words}",
     }
-    return words[other.thresholds.require]
+    require = other.thresholds.require
+    if require == "better" and tasks:
+        return f"{words[require]} in every task" + (", the held-out loss not clearly worse" if loss else "")
+    measured = [*(["in any task"] if tasks else []), *(["in held-out loss"] if loss else [])]
+    return f"{words[require]} {' or '.join(measured)}"

@@ -14,6 +14,9 @@ Device = Literal["auto", "cpu", "cuda"]
 Turn = dict[str, str]
 """`role` and `content`."""
 
+FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""For transformers: nothing is looked up on a network, and no code that lies beside a model is run or asked about."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -71,7 +74,7 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
 
     network = load_network(folder, precision, device, packed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)
     except (OSError, ValueError) as error:
         raise UserError(f"the model's tokenizer does not load: {error}") from error
     if tokenizer.pad_token is None:
@@ -95,7 +98,7 @@ def load_network(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arithmetic.fitting(precision, device)]
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **FROM_FOLDER)
         small = quantization.settings(quantize, device, dtype) if quantize else {}
         kind = getattr(transformers, heads.classifier(folder) or "AutoModelForCausalLM")
         network = kind.from_pretrained(
@@ -103,7 +106,8 @@ def load_network(
             config=config,
             dtype=dtype,
             attn_implementation=implementation(device, config) if packed else None,
-            local_files_only=True,
+            use_safetensors=True,  # the other format is pickle, which runs what is in it
+            **FROM_FOLDER,
             **small,
         )
     except (OSError, ValueError) as error:
@@ -123,23 +127,22 @@ def generate(
     """Greedy answers in the order of `prompts`, each cut at its first stop string; `answered` hears how many are done.
 
     Longest prompts first, so that a batch holds prompts of like length and memory peaks at once; prompts longer than
-    the model's context lose their beginning.
+    the model's context lose their beginning (`cut` counts them). Raises UserError for answers that leave no room.
     """
     import torch
     from transformers import StopStringCriteria
 
     tokenizer, network = model.tokenizer, model.network
-    begins_with_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-    ids = [tokenizer(text, add_special_tokens=not begins_with_bos)["input_ids"] for text in prompts]
+    room = _room(model, max_new_tokens)
+    ids = _encoded(model, prompts)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), prompts[i]))
-    context = getattr(network.config, "max_position_embeddings", None)
     criteria = [StopStringCriteria(tokenizer, list(stop))] if stop else []
     answers = [""] * len(ids)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         padded = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
-        if context is not None:
-            padded = {name: tensor[:, -(context - max_new_tokens) :] for name, tensor in padded.items()}
+        if room is not None:
+            padded = {name: tensor[:, -room:] for name, tensor in padded.items()}
         with torch.inference_mode():
             made = network.generate(
                 **{name: tensor.to(network.device) for name, tensor in padded.items()},
@@ -153,6 +156,31 @@ def generate(
             answers[i] = _cut(text, stop)
         answered(start + len(chosen))
     return answers
+
+
+def cut(model: Model, prompts: Sequence[str], max_new_tokens: int) -> int:
+    """How many of the prompts lose their beginning, because the answer would not fit into the model's context."""
+    room = _room(model, max_new_tokens)
+    return 0 if room is None else sum(len(ids) > room for ids in _encoded(model, prompts))
+
+
+def _room(model: Model, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have; None where the model has no longest context."""
+    context = getattr(model.network.config, "max_position_embeddings", None)
+    if context is not None and context <= max_new_tokens:
+        raise UserError(
+            f"an answer of {max_new_tokens} tokens (`max_new_tokens`) leaves no room for a question: the model's "
+            f"context is {context}"
+        )
+    return None if context is None else int(context) - max_new_tokens
+
+
+def _encoded(model: Model, prompts: Sequence[str]) -> list[list[int]]:
+    """The prompts as training has them: what a chat template wrote is all there is; a plain text gets the begin token
+    that the tokenizer puts before one, if it does."""
+    bos = model.tokenizer.bos_token
+    plain = not model.chats and not (bos is not None and prompts and prompts[0].startswith(bos))
+    return [list(model.tokenizer(text, add_special_tokens=plain)["input_ids"]) for text in prompts]
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

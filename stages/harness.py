@@ -230,7 +230,9 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
             self.done = min(self.total, self.done + batch)
             answered(self.done, self.total)
 
-    return Counting(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch)
+    # A chat template writes the begin token where it wants one; with None, lm-eval puts one before it all the same.
+    begin = False if model.chats else None
+    return Counting(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch, add_bos_token=begin)
 
 
 def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> list[Sample]:

@@ -5,16 +5,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
-from stages import streams
+from stages import child, streams
 from stages.cache import Hold
-from stages.child import Event, Task, run_in_child
+from stages.child import Task, run_in_child
 from stages.identity import Action, Json, Tree
 from stages.mirror import Mirror
 from stages.objects import clear_errors
@@ -31,6 +32,9 @@ PORTION_PARTS = 256
 PORTION_BYTES = 4 << 30
 """Parts, and bytes of their inputs, that one child works through: views and locks of these are held at once."""
 
+OVER = "stopped because another part failed, or the run was interrupted"
+"""Why a part's work ends that nothing is wrong with."""
+
 WHOLE = ""
 """The task name of a stage that is not mapped."""
 
@@ -39,7 +43,7 @@ WHOLE = ""
 class Hooks:
     """How the outside follows a build."""
 
-    on_event: Callable[[Event], None] = lambda event: None
+    on_event: Callable[[child.Event], None] = lambda event: None
     on_line: Callable[[str], None] = lambda line: None
     on_wait: Callable[[str], None] = lambda message: None
 
@@ -86,8 +90,7 @@ class Maker:
         shares = [jobs[n::workers] for n in range(min(workers, len(jobs)))]
         groups = shares if self.stage.exclusive else [group for share in shares for group in _portions(share)]
         if workers > 1 and len(groups) > 1:
-            with ThreadPoolExecutor(workers) as pool:
-                results = [a for group in pool.map(self.make, groups) for a in group]
+            results = _make_at_once(self, groups, workers)
         else:
             results = [a for group in groups for a in self.make(group)]
         by_key = {artifact.key: artifact for artifact in results}
@@ -128,7 +131,7 @@ class Maker:
             if mirror:
                 mirror.restore()
 
-            def on_event(event: Event) -> None:
+            def on_event(event: child.Event) -> None:
                 nonlocal started
                 if event["event"] == "task":
                     job = by_name[event["name"]]
@@ -169,6 +172,23 @@ class Maker:
         streamed = {name: tree for name, tree in job.inputs.items() if name in self.stage.streamed}
         viewed = {name: self.store.view(tree, hold) for name, tree in job.inputs.items() if name not in streamed}
         return viewed | streams.prepare(work, streamed)
+
+
+def _make_at_once(maker: Maker, groups: Sequence[Sequence[Job]], workers: int) -> list[Artifact]:
+    """Groups of jobs in children side by side. Once one fails, or whoever waits is interrupted, the others end too."""
+    over = Event()
+    stoppable = replace(maker, should_stop=lambda: maker.should_stop() or (OVER if over.is_set() else ""))
+    with ThreadPoolExecutor(workers) as pool:
+        made = [pool.submit(stoppable.make, group) for group in groups]
+        try:
+            done, _ = wait(made, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [artifact for future in made for artifact in future.result()]
 
 
 def _portions(jobs: Sequence[Job]) -> Iterator[list[Job]]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.rewards import RewardChoice, load
+from stages.rewards import RewardChoice, load, model_of
 
 Item = tuple[str, Mapping[str, Json]]
 """A completion and its prompt's row."""
@@ -47,6 +47,8 @@ class _Worker:
         )
         chosen = {name: choice.model_dump(mode="json") for name, choice in choices.items()}
         self._send([chosen, {name: str(folder) for name, folder in models.items()}])
+        self.choices = choices
+        """The rewards that it scores."""
         self.job: _Job | None = None
         self.until = math.inf
         self.gone = False
@@ -85,7 +87,8 @@ class Judge:
     """Rewards by name, ready to score. Use it as a context: its processes end with it.
 
     `seconds` is an item's time limit; `otherwise` what an item counts that cannot be scored, or None to raise UserError
-    there. `unscored` counts those by the reward's name; `models` are the folders of the reward models they ask. Raises
+    there. `unscored` counts those by the reward's name; `models` are the folders of the reward models they ask. Rewards
+    that ask a model share a process beside the `workers`: as many copies of one would not fit into memory. Raises
     UserError when a reward does not load.
     """
 
@@ -100,7 +103,10 @@ class Judge:
     ) -> None:
         self.choices, self.seconds, self.otherwise, self.models = choices, seconds, otherwise, models or {}
         self.unscored: Counter[str] = Counter()
-        self._workers = [_Worker(choices, self.models) for _ in range(max(1, workers))]
+        asking = {name: choice for name, choice in choices.items() if model_of(choice)}
+        others = {name: choice for name, choice in choices.items() if name not in asking}
+        shares = [share for share in (asking, *[others] * max(1, workers)) if share]
+        self._workers = [_Worker(share, self.models) for share in shares]
         try:
             for worker in self._workers:
                 worker.ready()
@@ -122,21 +128,23 @@ class Judge:
     def score(self, items: Sequence[Item]) -> dict[str, list[float]]:
         """Every reward's score of every item, in their order. Raises UserError as the policy says."""
         scores = {name: [math.nan] * len(items) for name in self.choices}
-        jobs = deque(_Job(name, place, item) for name in self.choices for place, item in enumerate(items))
+        jobs = {name: deque(_Job(name, place, item) for place, item in enumerate(items)) for name in self.choices}
         while True:
             for worker in self._workers:
-                if worker.job is None and jobs:
-                    worker.give(jobs.popleft(), self.seconds)
+                waiting = next((jobs[name] for name in worker.choices if jobs[name]), None)
+                if worker.job is None and waiting:
+                    worker.give(waiting.popleft(), self.seconds)
             busy = [worker for worker in self._workers if worker.job]
             if not busy:
                 return scores
             left = min(worker.until for worker in busy) - time.monotonic()
             outputs = {worker.process.stdout.fileno(): worker for worker in busy if worker.process.stdout}
             ready = [outputs[number] for number in select.select(outputs, [], [], max(0.0, left))[0]]
+            now = time.monotonic()  # replacing one worker takes long, and the others may answer meanwhile
             for worker in busy:
                 if worker in ready:
                     answer = worker.answer()
-                elif time.monotonic() >= worker.until:
+                elif now >= worker.until:
                     answer, worker.gone = f"no score within {self.seconds:g} s", True
                 else:
                     continue
@@ -156,7 +164,7 @@ class Judge:
 
     def _replace(self, worker: _Worker) -> None:
         worker.end()
-        fresh = _Worker(self.choices, self.models)
+        fresh = _Worker(worker.choices, self.models)
         self._workers[self._workers.index(worker)] = fresh
         fresh.ready()
 

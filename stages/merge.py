@@ -38,6 +38,8 @@ TEXTS = (
 """What the logits are compared on: prose, arithmetic, code, data, and letters beyond ASCII."""
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+ROOM = 1.2
+"""Of a GPU's memory to the model's size in float32: for the adapter, a matrix's update, and logits."""
 EXACT = 1e-3
 """Largest difference of logits, relative to the largest logit, that float32 arithmetic in another order explains."""
 NOISE = 5e-3
@@ -81,10 +83,10 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     trained = inputs["trained"]
     merged = (trained / "adapter").is_dir()
     assert merged or (trained / "weights").is_dir(), f"{trained} holds neither adapter/ nor weights/"
-    facts = (
+    facts, where = (
         _merge(inputs["model"], trained / "adapter", output, work)
         if merged
-        else _pass_on(inputs["model"], trained, output)
+        else (_pass_on(inputs["model"], trained, output), {})
     )
     head = trained / "head.safetensors"
     if head.exists():
@@ -97,7 +99,7 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     if not changed:
         facts["warning"] = "training changed nothing: the result is identical to the model before training"
     (output / "merge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    return facts
+    return facts | where
 
 
 def _put_template(templates: Path, output: Path) -> None:
@@ -130,16 +132,18 @@ def _pass_on(model: Path, trained: Path, output: Path) -> Facts:
     return {"method": "full"}
 
 
-def _merge(model: Path, adapter: Path, output: Path, work: Work) -> Facts:
+def _merge(model: Path, adapter: Path, output: Path, work: Work) -> tuple[Facts, Facts]:
+    """What is true of the result, and where it was computed, which is not."""
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = AutoConfig.from_pretrained(model, local_files_only=True).dtype or torch.float32
-    device = "cuda" if work.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     probes = _probes(model)
     work.tell(0, 3, "models")
-    base = _load(model, device)
+    base = _load(model, "cpu")
+    device = _device(base, work.runtime.device)
+    base = base.to(device)
     before = _logits(base, probes)
     work.tell(1, 3, "models")
     adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
@@ -160,12 +164,23 @@ def _merge(model: Path, adapter: Path, output: Path, work: Work) -> Facts:
     likeness = compare(before, wanted, saved)
     require_kept(likeness, dtype)
     work.tell(3, 3, "models")
-    return {
-        "method": "lora",
-        "dtype": _name(dtype),
-        "update_kept": share,
-        "likeness": asdict(likeness),
-    }
+    facts: Facts = {"method": "lora", "dtype": _name(dtype), "update_kept": share, "likeness": asdict(likeness)}
+    return facts, {"device": device}
+
+
+def _device(model: Any, wanted: str) -> str:
+    """Where to compute: on the GPU if there is one, it is not unwanted, and it has the memory."""
+    import torch
+
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    size = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+    return "cuda" if fits(size, torch.cuda.mem_get_info()[0]) else "cpu"
+
+
+def fits(size: int, free: int) -> bool:
+    """Whether a model of so many bytes, its adapter and the matrices that are made of both go into free memory."""
+    return size * ROOM <= free
 
 
 def _round(wide: Any, narrow: Any) -> float | None:

@@ -4,6 +4,7 @@ The rule: what affects speed, place or logging, but not the training mathematics
 variables (`REGROW_STORE=s3://bucket/prefix`), by a YAML file named with `--runtime`, or by flags.
 """
 
+import difflib
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, ConfigDict, Field, field_validator
 
 from stages.described import Described
+from stages.errors import UserError
 from stages.sources.credentials import check_options
 from stages.store import Store, open_store
 
@@ -92,8 +94,6 @@ class Runtime(Described):
     """Life of a stage's lease without renewal, in seconds."""
     allow_code: bool = False
     """Whether a recipe may bring Python of its own, such as a dataset format: it runs with your rights."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much regrow itself logs."""
 
     @field_validator("storage_options")
     @classmethod
@@ -125,13 +125,20 @@ class Runtime(Described):
 def from_environment(settings: Mapping[str, Any] | None = None) -> Runtime:
     """The runtime from `settings` (flags and file, already merged) over `REGROW_*` variables over defaults.
 
-    Raises pydantic's ValidationError when a value does not fit its field.
+    Raises pydantic's ValidationError when a value does not fit its field, and UserError for a variable that is almost
+    one of ours, which would otherwise change nothing and say nothing.
     """
-    found = {
-        name: os.environ[variable]
-        for name in Runtime.model_fields
-        if (variable := f"REGROW_{name.upper()}") in os.environ and name != "storage_options"
-    }
+    known = {f"REGROW_{name.upper()}": name for name in Runtime.model_fields}
+    for variable in os.environ:
+        ours = variable.startswith("REGROW_") and variable not in known
+        if ours and (meant := difflib.get_close_matches(variable, known, n=1, cutoff=0.9)):
+            raise UserError(f"the variable {variable} is read by nothing: did you mean {meant[0]}?")
+    found = {name: os.environ[variable] for variable, name in known.items() if variable in os.environ}
+    if "storage_options" in found:
+        raise UserError(
+            "REGROW_STORAGE_OPTIONS is read by nothing: `storage_options` is a mapping; write it into a file for "
+            "--runtime, or set the service's own variables, such as AWS_ENDPOINT_URL"
+        )
     return Runtime.model_validate({**found, **(settings or {})})
 
 

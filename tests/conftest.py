@@ -186,7 +186,7 @@ def prepared_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of a server that lives as long as the session (one for each xdist worker)."""
-    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"), _free_ports(5))
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"), free_ports(5))
     try:
         server.start()
         yield server.endpoint
@@ -198,7 +198,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def s3_server_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SeaweedFS, S3]]:
     """A server that the test may kill and start again, with a bucket."""
     (tmp_path / "seaweedfs").mkdir()
-    server = SeaweedFS(tmp_path / "seaweedfs", _free_ports(5))
+    server = SeaweedFS(tmp_path / "seaweedfs", free_ports(5))
     try:
         server.start()
         yield server, _bucket(server.endpoint, monkeypatch)
@@ -238,7 +238,7 @@ def _client(endpoint: str):  # type: ignore[no-untyped-def]
     )
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free, and so are those 10000 above them, which the server takes for gRPC."""
     chosen: list[int] = []
     while len(chosen) < count:

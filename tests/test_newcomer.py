@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,14 @@ def test_every_make_target_in_the_docs_exists() -> None:
     pages = (ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md")))
     named = {t for page in pages for t in re.findall(r"`make ([a-z-]+)`", page.read_text())}
     assert named <= targets
+
+
+def test_the_readme_names_every_extra_that_all_leaves_out() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [bracket] = re.findall(r"\[(.*)\]", extras["all"][0])
+    left_out = set(extras) - {"all", "dev", *bracket.split(",")}
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in sorted(left_out) if f"`{name}`" not in readme] == []
 
 
 @pytest.mark.full

@@ -48,6 +48,10 @@ SINGLE_COPY = 5 * 2**30 - 1
 _WRITES = ("Put", "Copy", "Create", "Upload", "Complete", "Abort")
 """How the names of operations begin that need the right to write."""
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_TRANSIENT = frozenset(
+    {"500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "GatewayTimeout", "RequestTimeout"}
+)
+"""The server's codes for trouble of its own, or of the way to it: what S3 asks to be tried again."""
 
 
 def open_s3(address: str, options: Mapping[str, str], reached: bool = False) -> "S3Objects":
@@ -324,11 +328,4 @@ def _is_outage(error: Exception) -> bool:
         return False
     cut = (ClientConnectionError, ClientPayloadError)  # while an answer's body was read: botocore does not see these
     outages = (BotoConnectionError, HTTPClientError, ConnectionError, TimeoutError, *cut)
-    return isinstance(error, outages) or _code(error) in (
-        "500",
-        "502",
-        "503",
-        "InternalError",
-        "ServiceUnavailable",
-        "SlowDown",
-    )
+    return isinstance(error, outages) or _code(error) in _TRANSIENT

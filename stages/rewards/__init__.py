@@ -25,7 +25,7 @@ from stages.choices import OWN
 from stages.identity import Json
 from stages.stage import StageConfig
 
-__all__ = ["NoOptions", "Reward", "RewardChoice", "find", "load", "names"]
+__all__ = ["NoOptions", "Reward", "RewardChoice", "find", "load", "model_of", "names"]
 
 Row = Mapping[str, Json]
 
@@ -95,6 +95,15 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> Reward:
     """The reward of that name. Raises UserError listing the choices."""
     return choices.find(__name__, name, "reward", Reward)
+
+
+def model_of(choice: RewardChoice) -> str:
+    """Which of `fetch.reward_models` a recipe's reward asks; empty for none, and for one's own file, which may not be
+    run yet."""
+    if choice.reward == OWN:
+        return ""
+    reward, options = load(choice)
+    return reward.model(options)
 
 
 def load(choice: RewardChoice) -> tuple[Reward, StageConfig]:

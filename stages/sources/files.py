@@ -78,8 +78,8 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
 def _local(location: str, place: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p.name) and not p.name.startswith("."))
-        paths = [p for p in paths if p.name not in NOT_ROWS]
+        paths = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p.name) and p.name not in NOT_ROWS)
+        paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         if not paths:
             raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
     elif path.exists():

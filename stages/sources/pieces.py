@@ -1,4 +1,4 @@
-"""One fetched file becomes pieces of about 32 MiB, cut between rows.
+"""One fetched file becomes pieces of about 16 MiB, cut between rows.
 
 Two cores can then work on one file, memory stays flat, and rows appended to a file make only its last piece anew: a
 cut depends on nothing but the bytes before it. Each piece is a folder, `<number>/rows.<ext>` with `source.json`:

@@ -43,7 +43,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages import environments, objectives, rewards
-from stages.choices import OWN
 from stages.stage import Facts, Stage, StageConfig, Work
 from stages.train import checks, optimizers, patterns
 
@@ -218,11 +217,8 @@ class TrainConfig(StageConfig):
         """The models of `fetch.reward_models` that its rewards ask, by the place in this section that names them."""
         asked: dict[tuple[str, ...], str] = {}
         for name, given in self.objective_options.get("rewards", {}).items():
-            choice = rewards.RewardChoice.model_validate(given)
-            if choice.reward != OWN:  # whose code may not be run yet
-                reward, options = rewards.load(choice)
-                if model := reward.model(options):
-                    asked["objective_options", "rewards", name, "options", "model"] = model
+            if model := rewards.model_of(rewards.RewardChoice.model_validate(given)):
+                asked["objective_options", "rewards", name, "options", "model"] = model
         return asked
 
     @property

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from stages import objectives
 from stages.errors import UserError
+from stages.runtime import Runtime
 from stages.train import optimizers
 
 if TYPE_CHECKING:
@@ -147,6 +148,16 @@ def refuse_shards(config: "TrainConfig") -> None:
         if is_wanted:
             raise UserError(
                 f"train.{name} needs whole weights on every rank: set the runtime's shard to none, or take it out"
+            )
+
+
+def refuse_ranks(config: "TrainConfig", runtime: Runtime) -> None:
+    """Raise UserError for a runtime that wants several ranks of an objective that trains on one device alone."""
+    for name, found, mend in (("ranks", runtime.ranks, "auto"), ("shard", runtime.shard, "none")):
+        if found not in ("auto", 1, "none"):
+            raise UserError(
+                f"the runtime asks for `{name}: {found}`, and train.objective {config.objective} trains on one device "
+                f"alone: set {name} to {mend}"
             )
 
 

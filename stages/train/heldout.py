@@ -110,7 +110,10 @@ def look_of(
     if bins is None:
         return None
     if not bins.trained.sum():
-        raise UserError("train.evaluate_every: the plan holds no rows out: set pack.heldout_fraction, or a source's split")
+        raise UserError(
+            "train.evaluate_every: the plan holds no rows out: set pack.heldout_fraction, or `split: heldout` on a "
+            "source"
+        )
 
     def batch(number: int) -> tuple[Any, int]:
         return to_device(objective.prepare(collate([bins[number]])), device), objective.count(bins, [number])

@@ -265,20 +265,33 @@ def room(device: str) -> int:
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
-    return _free_memory()
+    return free_memory()
 
 
-def _free_memory() -> int:
-    """Of the machine, and within this process's control group, which a container sets."""
+def free_memory(proc: Path = Path("/proc"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Of the machine, and within this process's control group, which a container sets; with what this process holds.
+
+    Pages that only repeat files, such as a model that was just copied, are given up when others need them, so they are
+    free, mapped or not. Of this process that leaves its own pages to be added.
+    """
     found = [1 << 62]
-    if (path := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":") for line in path.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    if (path := proc / "meminfo").exists():
+        found.append(_number(path, "MemAvailable"))
+    limit = group / "memory.max"
     if limit.exists() and (told := limit.read_text().strip()) != "max":
-        found.append(int(told) - int(used.read_text()))
-    return min(found)
+        files = sum(_number(group / "memory.stat", name) for name in ("inactive_file", "active_file"))
+        found.append(int(told) - int((group / "memory.current").read_text()) + files)
+    held = _number(status, "RssAnon") if (status := proc / "self/status").exists() else 0
+    return min(found) + held
+
+
+def _number(path: Path, name: str) -> int:
+    """What the kernel says under a name, as `RssAnon:  1024 kB` or as `active_file 1048576`, in bytes; 0 if nothing."""
+    for line in path.read_text().splitlines():
+        words = line.replace(":", " ").split()
+        if words[:1] == [name]:
+            return int(words[1]) * (1024 if words[2:] == ["kB"] else 1)
+    return 0
 
 
 def _evenly(sequences: int, most: int) -> list[int]:

@@ -36,6 +36,7 @@ from stages.train import (
     prompts,
     schedules,
     teacher,
+    trackers,
     vllm_engine,
 )
 from stages.train.episodes import Episodes, template_in
@@ -59,6 +60,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     if device != "cuda" and work.runtime.device == "cuda":
         raise UserError("the runtime asks for device cuda, but torch finds no CUDA device: use cpu or auto")
     checks.refuse_device(config, device)
+    checks.refuse_ranks(config, work.runtime)
+    reporting = trackers.chosen(work.runtime, work.folder.name)
     if config.own_code and not work.runtime.allow_code:
         raise own_code.not_allowed(config.own_code[0])
     if rewarded and rewarded.vllm:
@@ -92,7 +95,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             given["teacher_model"] = teacher.load(config, inputs, device, trained)
         else:
             given["reward_funcs"] = recorder.functions(lambda: trainer.state.global_step, episodes)
-        arguments = online_trainer.arguments(config, options, objective.online, total, device, work)
+        arguments = online_trainer.arguments(config, options, objective.online, total, device, reporting, work)
         if episodes:
             given["environment_factory"] = episodes.kind
             arguments["reward_weights"] += episodes.weights
@@ -101,7 +104,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         optimizer = optimizers.make(trained, config)
         kind = online_trainer.kind_of(objective.online, options, config.seed, recorder)
         trainer = online_trainer.ours(kind, work)(
-            args=online_trainer.settings_of(objective.online)(**arguments),
+            args=online_trainer.settings_of(objective.online, arguments),
             train_dataset=Dataset.from_list([rows[i] for i in asked]),
             optimizers=(optimizer, LambdaLR(optimizer, schedules.multiplier(config, total))),
             **given,

@@ -4,6 +4,7 @@ import importlib
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
 
 
 def arguments(
-    config: TrainConfig, options: SampledOptions, online: objectives.Online, total: int, device: str, work: Work
+    config: TrainConfig,
+    options: SampledOptions,
+    online: objectives.Online,
+    total: int,
+    device: str,
+    trackers: tuple[str, ...],
+    work: Work,
 ) -> dict[str, Any]:
     """What TRL's config is made of."""
     aside = work.folder / "unfinished"
@@ -69,14 +76,15 @@ def arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "report_to": [],
+        "report_to": list(trackers),
     }
 
 
-def settings_of(online: objectives.Online) -> type:
-    """TRL's config for its trainer."""
-    kind: type = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))
-    return kind
+def settings_of(online: objectives.Online, given: Mapping[str, Any]) -> Any:
+    """TRL's config for its trainer, made of `arguments`."""
+    made = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))(**given)
+    made._n_gpu = min(made.n_gpu, 1)  # of several GPUs the first: all of them would be DataParallel, which TRL refuses
+    return made
 
 
 def kind_of(online: objectives.Online, options: SampledOptions, seed: int, recorder: Recorder) -> type:

@@ -181,10 +181,16 @@ def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     return optimizer
 
 
+def parts_of(optimizer: Any) -> list[Any]:
+    """The optimizers that one is made of: itself, unless it is several `together`."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    parts: list[Any] = getattr(optimizer, "parts", [optimizer])
+    return parts
+
+
 def forget(optimizer: Any, parameters: "Iterable[torch.Tensor]") -> None:
     """Drop what an optimizer knows of some weights, as if they had not been trained."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    parts = getattr(optimizer, "parts", [optimizer])
+    parts = parts_of(optimizer)
     for parameter in parameters:
         for part in parts:
             part.state.pop(parameter, None)

@@ -9,6 +9,7 @@
 Random state is not among them: what a step draws is seeded by its position (`data.Steps`), on every rank.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.errors import UserError
-from stages.train import zero
+from stages.train import optimizers, zero
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -99,10 +100,18 @@ def put_weights(model: torch.nn.Module, saved: Tensors) -> None:
 def load_optimizer(optimizer: Any, checkpoint: Path) -> None:
     """Put a checkpoint's state into an optimizer, cut as its parameters are."""
     saved = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, state in saved["state"].items():
-        saved["state"][number] = _mapped(state, lambda tensor, like=parameters[number]: _cut(tensor, like))
+    for part, held in zip(optimizers.parts_of(optimizer), saved.get("parts", [saved]), strict=True):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        held["state"] = {number: _fitted(state, parameters[number]) for number, state in held["state"].items()}
     optimizer.load_state_dict(saved)
+
+
+def _fitted(state: dict[str, Any], like: torch.Tensor) -> dict[str, Any]:
+    """A weight's state, cut as it is; a projection on its device, where an optimizer puts tensors alone."""
+    fitted: dict[str, Any] = _mapped(state, lambda tensor: _cut(tensor, like))
+    if "projector" in fitted:
+        fitted["projector"] = _mapped(fitted["projector"], lambda tensor: tensor.to(like.device))
+    return fitted
 
 
 def _cut(tensor: torch.Tensor, like: Any) -> torch.Tensor:
@@ -121,6 +130,10 @@ def _mapped(value: Any, change: Any) -> Any:
         return {key: _mapped(each, change) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_mapped(each, change) for each in value)
+    if hasattr(value, "ortho_matrix"):  # a projection of GaLore's or APOLLO's, which they renew while they train
+        changed = copy.copy(value)
+        changed.ortho_matrix = _mapped(value.ortho_matrix, change)
+        return changed
     return value
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,23 @@ def test_a_conversation_on_a_terminal(finished: Finished) -> None:
 def test_what_is_no_model_is_told_with_what_would_be(finished: Finished, what: str, told: str) -> None:
     with pytest.raises(UserError, match=re.escape(told)):
         choose(what, (), finished.store, finished.run.runtime)
+
+
+def test_a_folder_from_elsewhere_runs_nothing(finished: Finished, tiny_model: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(tiny_model, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="its weights are pickles"):
+        choose(str(pickled), (), finished.store, finished.run.runtime)
+    with_code = shutil.copytree(tiny_model, tmp_path / "with_code")
+    ran = tmp_path / "ran"
+    (with_code / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
+    config = json.loads((with_code / "config.json").read_text())
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    (with_code / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": names}))
+    chosen = choose(str(with_code), (), finished.store, finished.run.runtime)
+    with pytest.raises(UserError, match="does not load"):
+        load(chosen.folder(finished.store), None, "cpu", Sampling())
+    assert not ran.exists()
 
 
 def test_nothing_trained_yet_names_the_command_that_trains(finished: Finished) -> None:

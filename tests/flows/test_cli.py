@@ -14,10 +14,11 @@ import yaml
 
 from flows import cli
 from flows.execute import StageFailed
+from flows.options import runtime_of
 from flows.server import Api
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.store import open_store
+from stages.store import BadBlob, open_store
 from tests.conftest import S3
 
 GOOD = {"messages": [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi"}]}
@@ -106,6 +107,24 @@ def test_a_store_that_cannot_be_written(user: User) -> None:
     assert user.refused("--store", "/proc/store").startswith("/proc/store")
 
 
+@pytest.mark.parametrize("content", [b"- store: mine\n", b"store\n", b"store: [\n", b"\xff\xfe", b"42: 1\n"])
+def test_a_runtime_file_that_is_none(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "runtime.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"runtime\.yaml") as refused:
+        runtime_of(None, file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_that_does_not_start(user: User) -> None:
+    user.write([GOOD])
+    broken = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////proc/nowhere/prefect.db"}
+    told = User(user.folder, user.model, broken).refused()
+    assert told.startswith("Prefect's server did not start and ended with exit code ")
+    log = Path(told.rpartition("its log: ")[2])
+    assert "unable to open database file" in log.read_text()
+
+
 def refused_by_a_stage(user: User, prefect_api: Api, rows: list[Any], without: str, **sections: Any) -> str:
     user.write(rows, **sections)
     return User(user.folder, user.model, {"PREFECT_API_URL": prefect_api.url}).refused(without=without)
@@ -177,6 +196,7 @@ def test_a_full_disk(user: User, prefect_api: Api) -> None:
         (StageFailed("train failed: RuntimeError"), 1, "train failed: RuntimeError"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (UserError("rows.jsonl: no"), 2, "rows.jsonl: no"),
+        (BadBlob({"ab" * 32: "is missing"}), 1, "the store is damaged: blob abababababab… is missing; `regrow verify`"),
         (Suspended("saved its state"), 75, "saved its state"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

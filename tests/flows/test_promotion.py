@@ -1,18 +1,22 @@
 """`regrow promote`, `rollback` and `history`: a person moves production, with the same command line as everybody's."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from flows import cli
 from flows.cli import app
 from flows.history import events_of
 from flows.pages import history_page
 from flows.promotion import promote, rollback
+from flows.run import Run
 from flows.settle import Answer, settle
 from stages.errors import UserError
+from stages.objects import blob_path
 from stages.production import production
 from stages.runtime import Runtime
 from tests.flows.rehearsal import Rehearsal
@@ -29,6 +33,12 @@ def runtime(rehearsal: Rehearsal) -> Runtime:
 
 def delivered(rehearsal: Rehearsal) -> str:
     return str(json.loads((rehearsal.folder / "out/lineage.json").read_text())["run"])
+
+
+def weights_of(run: Run) -> str:
+    """The blob that stands for the model's weights."""
+    [found] = [file.sha256 for file in run.artifacts["merge"].tree.files if file.path == "right"]
+    return found
 
 
 def regrow(rehearsal: Rehearsal, *arguments: str) -> str:
@@ -71,12 +81,58 @@ def test_what_cannot_be_promoted_is_said(rehearsal: Rehearsal) -> None:
     with pytest.raises(UserError, match="no run with a card is called 'nobody'"):
         promote(rehearsal.store, runtime(rehearsal), "bot", "nobody")
     rehearsal.run(20)
-    [weights] = [f for f in run.artifacts["merge"].tree.files if f.path == "right"]
-    from stages.objects import blob_path
-
-    rehearsal.store.objects.delete(blob_path(weights.sha256))
+    rehearsal.store.objects.delete(blob_path(weights_of(run)))
     with pytest.raises(UserError, match=r"no longer in .*run its recipe again"):
         promote(rehearsal.store, runtime(rehearsal), "bot", run.id)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"), [("record", r"no longer on record in .*regrow promote bot RUN"), ("weights", "is no longer in")]
+)
+def test_what_cannot_be_delivered_any_more_is_not_gone_back_to(rehearsal: Rehearsal, lost: str, says: str) -> None:
+    first, _ = rehearsal.run(10)
+    second, _ = rehearsal.run(20)
+    path = f"runs/{first.id}.json" if lost == "record" else blob_path(weights_of(first))
+    rehearsal.store.objects.delete(path)
+    with pytest.raises(UserError, match=says):
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+    standing = production(rehearsal.store, "bot")
+    assert standing and standing.now.run == second.id == delivered(rehearsal)
+
+
+def test_what_could_not_be_delivered_is_delivered_by_the_command_that_the_error_names(rehearsal: Rehearsal) -> None:
+    rehearsal.run(30)
+    worse, _ = rehearsal.run(10)
+    in_the_way = rehearsal.folder / "out" / "mine.txt"
+    in_the_way.write_text("written by somebody")
+    with pytest.raises(UserError, match=r"mine\.txt came in") as refused:
+        promote(rehearsal.store, runtime(rehearsal), "bot", worse.id, anyway=True)
+    standing = production(rehearsal.store, "bot")
+    assert standing and standing.now.run == worse.id != delivered(rehearsal)
+    [note] = refused.value.__notes__
+    in_the_way.unlink()
+    said = regrow(rehearsal, *note.rpartition("regrow ")[2].split())
+    assert f"of run {worse.id}" in said and delivered(rehearsal) == worse.id
+    assert production(rehearsal.store, "bot") == standing, "it moved once"
+    with pytest.raises(UserError, match="already names this model"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", worse.id, anyway=True)
+
+
+def test_a_damaged_blob_that_is_met_while_delivering_is_one_line(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _ = rehearsal.run(10)
+    rehearsal.run(20)
+    blob = rehearsal.folder / "store" / blob_path(weights_of(first))
+    blob.chmod(0o600)
+    blob.write_text("99")
+    monkeypatch.setattr(sys, "argv", ["regrow", "rollback", "bot", "--store", rehearsal.store.url])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error, note = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1
+    assert error.startswith("error: the store is damaged: blob ") and "holds other bytes" in error
+    assert note == f"bot/production names it; deliver it with: regrow promote bot {first.id}"
 
 
 def test_a_recipe_that_asks_for_approval_waits_for_a_person(rehearsal: Rehearsal) -> None:

@@ -1,6 +1,7 @@
 """The recipe: strict, with lines and nearest names; overrides; and every shipped recipe loads."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,11 @@ def test_the_schema_describes_every_key() -> None:
     for name, definition in schema["$defs"].items():
         missing += undescribed(definition, name)
     assert missing == []
+
+
+def test_every_key_of_a_recipe_is_in_the_documentation() -> None:
+    pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    text = "\n".join(page.read_text() for page in pages)
+    schema = json.loads(schema_text())
+    keys = {key for model in (schema, *schema["$defs"].values()) for key in model.get("properties", {})}
+    assert [key for key in sorted(keys) if not re.search(rf"[`.{{ ]{key}[`:]|\.{key}\b", text)] == []

@@ -13,6 +13,7 @@ import pytest
 from flows.processes import process
 from stages.lease import lease
 from stages.production import production
+from stages.store import Artifact
 from tests.flows.raised import Raised, eventually
 from tests.flows.rehearsal import Rehearsal
 
@@ -44,6 +45,18 @@ def test_a_person_is_asked_and_what_was_shown_is_what_is_promoted(raised: Raised
     assert found and found.now.by == "ada" and "looks good" in found.now.why
 
 
+def test_what_was_made_by_force_is_not_made_anew_behind_a_persons_back(raised: Raised, rehearsal: Rehearsal) -> None:
+    run = raised.send("finetune/recipe", {**rehearsal.ready(20, approval=True), "force": ["publish"]})
+    raised.wait(run, lambda found: found.state is not None and found.state.is_paused())
+    shown = card(rehearsal)
+    with raised.client() as client:
+        client._client.post(f"/flow_runs/{run}/resume", json={"run_input": {"promote": True}}).raise_for_status()
+    ended = raised.ended(run)
+    assert ended.state and ended.state.name == "Completed", ended.state
+    assert rehearsal.stands and card(rehearsal) == shown
+    assert shown.provenance["run"].endswith(str(run)[-6:])
+
+
 def test_two_retrainings_of_a_name_never_run_at_once_and_a_killed_one_is_told(
     raised: Raised, rehearsal: Rehearsal
 ) -> None:
@@ -69,6 +82,13 @@ def test_two_retrainings_of_a_name_never_run_at_once_and_a_killed_one_is_told(
         assert rehearsal.stands == ""
     last = raised.ended(raised.send("retrain/scheduled", told))
     assert last.state and last.state.name == "Completed" and rehearsal.stands
+
+
+def card(rehearsal: Rehearsal) -> Artifact:
+    [key] = [key for stage, key, _ in rehearsal.store.manifests() if stage == "publish"]
+    found = rehearsal.store.find("publish", key)
+    assert found is not None
+    return found
 
 
 def flow_process(run: UUID) -> int:

@@ -12,7 +12,9 @@ from prefect.client.schemas.actions import DeploymentScheduleUpdate
 from prefect.client.schemas.objects import DeploymentSchedule
 
 from flows.deployments import SILENT, listed
-from flows.up import running, status
+from flows.keeper import Settings, State, environment, read, write
+from flows.up import devices, running, status, up
+from stages.errors import UserError
 from tests.flows.raised import Raised, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,7 @@ def test_every_deployment_is_registered_with_its_pool_and_queue(raised: Raised) 
     retrain = found["retrain/scheduled"]
     assert retrain.global_concurrency_limit.limit == 1
     assert {s.slug: (s.active, s.schedule.timezone) for s in retrain.schedules} == {
-        "nightly": (False, "Europe/Berlin"),
+        "nightly": (False, "UTC"),
         "every-six-hours": (False, "UTC"),
     }
 
@@ -142,8 +144,13 @@ def test_a_killed_keeper_is_replaced_and_takes_the_others_over(raised: Raised) -
     eventually(lambda: killed.alive, lambda alive: not alive)
     assert {name: found for name, found, _ in status(raised.home)}["keeper"] is None
     assert "down" in raised.regrow("status", "--home", str(raised.home), expect=1)
-    raised.up()
+    raised.regrow("up", "--home", str(raised.home))  # with the port that it had
     assert {name: raised.part(name) for name in parts} == parts
+
+
+def test_what_is_up_is_not_quietly_left_as_it_was(raised: Raised) -> None:
+    told = raised.regrow("up", "--home", str(raised.home), "--port", str(raised.port + 1), expect=2)
+    assert f"it is up at {raised.url}" in told and "regrow down" in told
 
 
 def test_two_homes_do_not_share_a_port(raised: Raised, tmp_path: Any) -> None:
@@ -155,3 +162,29 @@ def test_an_open_server_needs_a_password(raised: Raised, tmp_path: Any, monkeypa
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     told = raised.regrow("up", "--home", str(tmp_path), "--host", "0.0.0.0", expect=2)
     assert "PREFECT_SERVER_API_AUTH_STRING" in told
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "[::1]"])
+def test_an_address_of_ipv6_is_refused(host: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--host .*IPv6 is not served"):
+        up(tmp_path / "home", host=host)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        ("2,3", ["", "2", "3"]),
+        ("GPU-8f3a, MIG-21bc", ["", "GPU-8f3a", "MIG-21bc"]),
+        ("-1", ["-1", "-1"]),
+    ],
+)
+def test_each_worker_sees_one_of_the_gpus_that_may_be_used(
+    visible: str, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    write(tmp_path, State(Settings("127.0.0.1", 4200, devices(), "")))
+    state = read(tmp_path)
+    assert state is not None
+    workers = state.settings.parts[1:]
+    assert [environment(tmp_path, state.settings, worker)["CUDA_VISIBLE_DEVICES"] for worker in workers] == seen

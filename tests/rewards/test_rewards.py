@@ -1,5 +1,6 @@
 """Rewards: what each is worth, found by themselves; and the judge, which nothing that a reward does can stop."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,42 @@ def test_what_cannot_be_scored_counts_otherwise_and_the_rest_goes_on(own: Reward
         assert judge.unscored == {"mine": 5}
 
 
+SLOW_TO_LOAD = """
+import time
+from pathlib import Path
+from stages.rewards import Reward
+
+HUNG, LOADING = Path("FOLDER/hung"), Path("FOLDER/loading")
+if HUNG.exists():
+    LOADING.touch()
+    time.sleep(SECONDS)
+
+def score(completion, row, options):
+    if completion == "hang":
+        HUNG.touch()
+        time.sleep(1000)
+    if completion == "half":
+        time.sleep(SECONDS / 2)
+    if completion == "late":
+        while not LOADING.exists():
+            time.sleep(0.01)
+    return len(completion)
+
+REWARD = Reward(1, score)
+"""
+
+
+def test_who_answers_while_another_worker_is_replaced_has_answered(tmp_path: Path) -> None:
+    seconds = 1.0
+    path = tmp_path / "mine.py"
+    path.write_text(SLOW_TO_LOAD.replace("FOLDER", str(tmp_path)).replace("SECONDS", str(seconds)))
+    choice = RewardChoice(reward=str(path))
+    with Judge({"mine": choice}, seconds=seconds, workers=2, otherwise=0.0) as judge:
+        # The second worker begins with "late" half a time limit after "hang", and ends it while a third one loads.
+        assert judge.score([(text, {}) for text in ("hang", "half", "late")])["mine"] == [0.0, 4.0, 4.0]
+        assert judge.unscored == {"mine": 1}
+
+
 @pytest.mark.parametrize(
     ("completion", "told"),
     [
@@ -139,6 +176,9 @@ def test_a_file_that_fails_is_told_before_anything_is_scored(tmp_path: Path) -> 
         Judge({"mine": RewardChoice(reward=str(path))}, seconds=1)
 
 
+ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.fixture
 def reward_model(tmp_path: Path, tiny_model: Path) -> Path:
     """A folder as the objective `reward` publishes it."""
@@ -154,6 +194,25 @@ def reward_model(tmp_path: Path, tiny_model: Path) -> Path:
     heads.save({"weight": weight}, tmp_path)
     heads.convert(folder, tmp_path / heads.HEAD)
     return folder
+
+
+def processes() -> int:
+    """How many processes score for this one."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return sum(b"stages.judge" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+
+def test_a_reward_model_is_in_memory_once_however_many_workers_there_are(reward_model: Path, own: RewardChoice) -> None:
+    worth = RewardChoice(reward="reward_model", options={"model": "kind"})
+    models = {"kind": reward_model}
+    with Judge({"worth": worth}, seconds=60, workers=3, models=models):
+        assert processes() == 1
+    with Judge({"mine": own, "worth": worth}, seconds=60, workers=2, models=models) as judge:
+        assert processes() == 2 + 1
+        found = judge.score([("x" * n, {"rendered_prompt": ASKED}) for n in range(5)])
+        assert found["mine"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        assert len(set(found["worth"])) == 5
+    assert processes() == 0
 
 
 def test_a_reward_model_scores_prompt_and_completion(reward_model: Path) -> None:

@@ -1,8 +1,10 @@
 """Building a stage: one build for many, only what changed, and what is damaged grows back."""
 
 import resource
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from stages.build import Built, build
+from stages.child import ChildRefused
 from stages.identity import Action, File, Tree, tree_of
 from stages.jobs import Hooks, Job, _workplaces
 from stages.objects import blob_path
@@ -118,6 +121,38 @@ def test_two_shards_with_the_same_rows_are_one_action_done_once(store: Store, ru
     built = build(stage, shard_stage.ShardsConfig(), {"rows": tree}, store, runtime)
     assert {f.path for f in built.artifact.tree.files} == {"a/upper.txt", "b/upper.txt"}
     assert calls(runtime) == ["x.txt"]
+
+
+def test_when_a_part_is_refused_nobody_waits_for_the_others(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    tree = rows(store, tmp_path, a="for ever", b="refused")
+    with pytest.raises(ChildRefused, match="this part is refused"):
+        shards(store, runtime.model_copy(update={"workers": 2}), tree)
+    assert calls(runtime) == ["a.txt"]
+
+
+def test_an_interrupted_build_waits_for_no_part(store: Store, runtime: Runtime, tmp_path: Path) -> None:
+    rows(store, tmp_path, a="for ever", b="for ever")
+    program = (
+        "import json, sys; from pathlib import Path; from stages.identity import tree_of; import shard_stage as s\n"
+        "from stages.build import build; from stages.runtime import Runtime; from stages.store import open_store\n"
+        "from stages.identity import Action\n"
+        "runtime = Runtime(store=sys.argv[1], cache=Path(sys.argv[2]), workers=2)\n"
+        "store, folder = open_store(runtime.store, runtime.cache), Path(sys.argv[3])\n"
+        "tree = tree_of(folder)\n"
+        "store.commit(Action('rows', {'rows': 2}, {}, {}), folder, {}, {})\n"
+        "build(s.STAGE, s.ShardsConfig(), {'rows': tree}, store, runtime)\n"
+    )
+    command = [sys.executable, "-c", program, runtime.store, str(runtime.cache), str(tmp_path / "rows")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while calls(runtime) != ["a.txt", "b.txt"] and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
+        assert process.stderr is not None and "KeyboardInterrupt" in process.stderr.read()
 
 
 def test_a_config_change_makes_all_parts_again(store: Store, runtime: Runtime, tmp_path: Path) -> None:

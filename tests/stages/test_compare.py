@@ -55,6 +55,13 @@ def test_less_loss_is_better_and_a_lower_score_is_not(tmp_path: Path) -> None:
     assert "| held-out rows | loss, nats a token | 48 tokens | 2.062 (" in report(found)
 
 
+def test_questions_that_lost_their_beginning_are_told(tmp_path: Path) -> None:
+    for model in ("base", "tuned"):
+        part(tmp_path, f"{model}/spelling", [("t", 1.0)] * 30)
+        (tmp_path / model / "spelling/scores.json").write_text(json.dumps({"tasks": {}, "cut_questions": 2}))
+    assert "**4 questions are longer than the model's context and lost their beginning.**" in report(compare(tmp_path))
+
+
 @pytest.mark.parametrize("gained", [0, 1])
 def test_a_draw_and_a_small_gain_are_unclear(gained: int, tmp_path: Path) -> None:
     part(tmp_path, "base/spelling", [("t", 1.0), ("no", 0.0)] * 10 + [("no", 0.0)])

@@ -119,6 +119,44 @@ def test_lm_eval_and_our_own_generation_and_scorer_agree_item_for_item(tmp_path:
     assert theirs[3] == [2, 4, 5] == ours[3]
 
 
+def test_a_chat_template_is_all_there_is_before_a_question(chat_model: Path, tmp_path: Path) -> None:
+    """A tokenizer that puts a begin token before every text puts none before a rendered chat: training has none."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = shutil.copytree(chat_model, tmp_path / "begins")
+    bare = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    bare.post_processor = TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<|im_end|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    with_begin, without = (generation.load(place, "fp32", "cpu") for place in (folder, chat_model))
+    assert with_begin.tokenizer("a")["input_ids"][0] == 1
+    prompts = [without.prompt(q) for q in QUESTIONS]
+    plain = generation.generate(without, prompts, 8, [], 2, lambda done: None)
+    assert generation.generate(with_begin, prompts, 8, [], 2, lambda done: None) == plain
+    theirs = harness.exact_match(
+        with_begin, [Example(q, "x") for q in QUESTIONS], Options(), 8, [], 2, tmp_path / "h", lambda done, total: None
+    )
+    assert [sample.answer for sample in theirs] == plain
+
+
+@pytest.mark.parametrize("through", [{}, {"eval": "exact_match"}], ids=["lm-eval", "our own"])
+def test_questions_that_lose_their_beginning_are_counted(
+    through: dict[str, str], chat_model: Path, tmp_path: Path
+) -> None:
+    values = [{"question": "spell " + "a b " * n, "answer": "x"} for n in (1, 200)]
+    inputs = {"weights": chat_model, "rows": rows(tmp_path, values)}
+    task = Task(source="spelling", max_new_tokens=8, **through)
+    scores, _, facts, _ = run(tmp_path / "a", Measure(task=task, precision="fp32"), inputs)
+    assert scores["cut_questions"] == facts["cut_questions"] == 1
+    task = Task(source="spelling", max_new_tokens=256, **through)
+    with pytest.raises(UserError, match=r"256 tokens .* leaves no room .* context is 256"):
+        run(tmp_path / "b", Measure(task=task, precision="fp32"), inputs)
+
+
 def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> None:
     model = generation.load(chat_model, "fp32", "cpu")
     prompts = [model.prompt(q) for q in QUESTIONS]

@@ -102,7 +102,8 @@ class TestFiles:
 
     def test_a_folder_holds_all_files_below_it_that_can_be_read(self, home: Path) -> None:
         (home / "d" / "deep").mkdir(parents=True)
-        for name in ("d/b.json", "d/deep/a.parquet", "d/README.md", "d/.hidden.json"):
+        (home / "d" / ".ipynb_checkpoints").mkdir()
+        for name in ("d/b.json", "d/deep/a.parquet", "d/README.md", "d/.hidden.json", "d/.ipynb_checkpoints/c.json"):
             (home / name).write_bytes(ROW)
         assert names(shards({"files": "d"})) == ["b.json", "a.parquet"]
 

@@ -4,7 +4,6 @@ The tables in it are made from the code: `UPDATE_DOCS=1 python -m pytest tests/s
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from stages.forms import Forms
 from stages.marks import TRAIN_NO, TRAIN_YES
 from stages.sequences import Sequencer, Written
 from stages.tokenizer_files import Tokenizer
+from tests import doc_tables
 
 GUIDE = Path(__file__).parents[2] / "docs" / "formats.md"
 TOKENIZER = Tokenizer(None, {"eos_token": "</s>"}, ("</s>",), ("</s>",), "")
@@ -108,17 +108,7 @@ def templates_table() -> str:
 
 @pytest.mark.parametrize(("name", "table"), [("formats", formats_table), ("templates", templates_table)])
 def test_the_tables_say_what_the_code_has(name: str, table: Any) -> None:
-    guide = GUIDE.read_text("utf-8")
-    now = re.sub(
-        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}\n{table()}\n\n{found[2]}",
-        guide,
-        flags=re.S,
-    )
-    if os.environ.get("UPDATE_DOCS"):
-        GUIDE.write_text(now, "utf-8")
-        return
-    assert guide == now, "run UPDATE_DOCS=1 python -m pytest tests/stages/test_formats_guide.py"
+    doc_tables.check(GUIDE, name, table(), __file__)
 
 
 def test_prompts_do_not_train_and_answers_may() -> None:

@@ -29,8 +29,14 @@ def task(base: list[int], tuned: list[int]) -> dict[str, Any]:
 
 
 def scores(loss_change: float | None = None, agreeing: int = 8, **tasks: dict[str, Any]) -> dict[str, Any]:
-    loss = None if loss_change is None else {"difference": {"value": loss_change}}
+    loss = None if loss_change is None else loss_entry(loss_change)
     return {"tasks": tasks, "heldout_loss": loss, "scored_twice": 8, "agreeing": agreeing}
+
+
+def loss_entry(change: float, other: str = "base", width: float = 0.05) -> dict[str, Any]:
+    """A held-out loss that changed by so much, give or take `width`."""
+    better = other if change > width else "tuned" if change < -width else "unclear"
+    return {"difference": {"value": change, "low": change - width, "high": change + width}, "better": better}
 
 
 def over_production(entry: dict[str, Any], base: list[int], tuned: list[int]) -> dict[str, Any]:
@@ -67,6 +73,14 @@ SAME = task([1, 0] * 25, [0, 1] * 25)
         (Gate(max_heldout_loss_increase=0.0), scores(loss_change=0.1), False),
         (Gate(max_heldout_loss_increase=0.0), scores(), False),
         (Gate(), scores(spelling=BETTER, agreeing=7), False),
+        (Gate(), scores(loss_change=4.0), False),
+        (Gate(), scores(loss_change=4.0, spelling=BETTER), False),
+        (Gate(), scores(loss_change=0.01), True),
+        (Gate(max_heldout_loss_increase=5.0), scores(loss_change=4.0), True),
+        (Gate(require="nothing"), scores(loss_change=4.0), True),
+        (Gate(require="better"), scores(loss_change=-1.0), True),
+        (Gate(require="better"), scores(loss_change=-0.01), False),
+        (Gate(require="better"), scores(loss_change=-0.01, spelling=BETTER), True),
     ],
 )
 def test_decisions(gate: Gate, found: dict[str, Any], passes: bool) -> None:
@@ -114,9 +128,21 @@ def test_passing_says_what_it_was_compared_with() -> None:
 
 def test_a_bound_on_held_out_loss_counts_against_production_too() -> None:
     gate = Gate.model_validate({"production": {"max_heldout_loss_increase": 0.0}})
-    loss = {"difference": {"value": -1.0}, "over_production": {"difference": {"value": 0.2}}}
+    loss = {**loss_entry(-1.0), "over_production": loss_entry(0.2, "production")}
     [reason] = decide(gate, {**scores(), "heldout_loss": loss})["reasons"]
     assert reason.startswith("held-out loss changes by +0.2000 nats a token against the model in production")
+
+
+def test_a_held_out_loss_that_clearly_rose_is_not_promoted() -> None:
+    [reason] = decide(Gate(), scores(loss_change=0.4))["reasons"]
+    assert reason == (
+        "held-out loss: clearly worse than the base model, +0.4000 nats a token (95 % interval +0.3500 to +0.4500)"
+    )
+    loss = {**loss_entry(-1.0), "over_production": loss_entry(0.2, "production")}
+    [reason] = decide(Gate(), {**scores(), "heldout_loss": loss})["reasons"]
+    assert reason.startswith("held-out loss: clearly worse than the model in production, +0.2000")
+    passed = decide(Gate(), {**scores(), "heldout_loss": loss_entry(-1.0)})
+    assert passed == {"passed": True, "reasons": ["not clearly worse than the base model in held-out loss"]}
 
 
 ITEMS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=60)

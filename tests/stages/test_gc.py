@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from stages.errors import UserError
 from stages.gc import GRACE, Tally, collect, verify
 from stages.identity import Action
 from stages.lease import lease
-from stages.objects import Objects, blob_path
+from stages.objects import Entry, Objects, blob_path
 from stages.store import STALE, Artifact, BadBlob, Store, open_store
 
 NOW = -5.0
@@ -141,6 +141,22 @@ def test_a_manifest_that_cannot_be_read_stops_the_sweep(store: Store, four_in_fo
         collect(store, delete=True, grace=NOW)
     assert len(list(store.objects.list("blobs/"))) == 2
     assert [p.path for p in verify(store).problems] == [path]
+
+
+def test_what_is_committed_while_it_looks_is_no_damage(
+    store: Store, make_folder: MakeFolder, make_action: MakeAction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(store.objects)
+    listed = kind.list
+
+    def and_then_a_commit(objects: Any, prefix: str) -> Iterator[Entry]:
+        yield from listed(objects, prefix)
+        if prefix == "blobs/":
+            store.commit(make_action(name="late"), make_folder({"late": b"late"}), {}, {})
+
+    monkeypatch.setattr(kind, "list", and_then_a_commit)
+    report = verify(store)
+    assert (report.artifacts, report.problems) == (1, [])
 
 
 @pytest.fixture

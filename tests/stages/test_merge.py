@@ -80,6 +80,7 @@ def test_the_merged_folder_gives_the_adapters_logits(
     trained = make_adapter(tmp_path / "trained", model)
     facts = run(tmp_path / "output", model, trained)
     assert facts["changed_tensors"] and "warning" not in facts
+    assert facts["device"] == "cpu"
 
     # Three lines, as anybody would.
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype="auto")
@@ -193,6 +194,13 @@ def test_training_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     trained = make_adapter(tmp_path / "trained", model, scale=1e-9)
     with pytest.raises(UserError, match=r"only 0\.\d% are left in bfloat16"):
         run(tmp_path / "output", model, trained)
+
+
+def test_a_model_that_the_gpu_trained_in_four_bits_is_merged_there_only_if_it_goes_in_whole() -> None:
+    gigabyte = 10**9
+    assert not merge.fits(8 * 4 * gigabyte, free=24 * gigabyte)
+    assert not merge.fits(8 * 4 * gigabyte, free=33 * gigabyte), "what is computed besides needs room too"
+    assert merge.fits(8 * 4 * gigabyte, free=48 * gigabyte)
 
 
 def test_training_that_changed_nothing_is_said(tmp_path: Path) -> None:

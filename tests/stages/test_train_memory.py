@@ -14,7 +14,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig
-from stages.train.memory import HEADROOM, Costs, choose, measure, nearest, smaller
+from stages.train.memory import HEADROOM, Costs, choose, free_memory, measure, nearest, smaller
 from stages.train.recomputing import MODES, Mode
 from tests.stages import tiny
 
@@ -104,6 +104,42 @@ def test_the_record_says_what_was_chosen_and_a_token_costs_what_it_does_however_
     costs = facts["memory_plan"]["costs"]
     assert costs["optimizer"] == 2 * costs["gradients"] == 8 * facts["trained_weights"]
     assert costs["token"]["full"] < costs["token"]["selective"] < costs["token"]["none"]
+
+
+def kernel(folder: Path, available: int, held: int, limit: str = "max", used: int = 0, cached: int = 0) -> int:
+    """Free memory in MiB, by files as Linux writes them."""
+    proc, group = folder / "proc", folder / "cgroup"
+    (proc / "self").mkdir(parents=True, exist_ok=True)
+    group.mkdir(exist_ok=True)
+    meminfo = {"MemTotal": 64 * 1024, "MemFree": 500, "MemAvailable": available, "Buffers": 700, "Cached": 12000}
+    lines = [f"{name + ':':<16}{size * 1024:>8} kB" for name, size in meminfo.items()]
+    (proc / "meminfo").write_text("\n".join([*lines, "HugePages_Total:       0"]) + "\n")
+    told = f"Name:\tpython\nGroups:\t \nVmRSS:\t  999999 kB\nRssAnon:\t{held * 1024:>8} kB\nRssFile:\t  1504 kB\n"
+    (proc / "self/status").write_text(told)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{used * 2**20}\n")
+    stat = {"anon": held, "file": cached, "inactive_anon": 1, "inactive_file": cached - cached // 4}
+    stat["active_file"] = cached // 4
+    (group / "memory.stat").write_text("".join(f"{name} {size * 2**20}\n" for name, size in stat.items()))
+    return free_memory(proc, group) // 2**20
+
+
+def test_the_weights_that_are_loaded_already_leave_as_much_room_as_before(tmp_path: Path) -> None:
+    before = kernel(tmp_path, available=40_000, held=500)
+    assert kernel(tmp_path, available=40_000 - 14_000, held=500 + 14_000) == before == 40_500
+
+
+def test_a_container_that_has_just_copied_a_model_has_room(tmp_path: Path) -> None:
+    limit = str(32 * 2**30)
+    full = {"used": 32 * 1024 - 100, "cached": 16_000}
+    assert kernel(tmp_path, available=60_000, held=500, limit=limit, **full) == 100 + 16_000 + 500
+    assert kernel(tmp_path, available=9_000, held=500, limit=limit, **full) == 9_500, "the machine has less"
+    assert kernel(tmp_path, available=60_000, held=500, limit=limit, used=32 * 1024 - 100) == 600
+
+
+def test_this_machine_has_memory() -> None:
+    """Whatever its kernel's files look like."""
+    assert 2**20 < free_memory() < 2**60
 
 
 @pytest.mark.gpu

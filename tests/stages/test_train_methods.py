@@ -311,7 +311,7 @@ def test_a_run_that_stopped_early_is_over_for_whoever_goes_on(tmp_path: Path, in
 
 def test_looking_needs_rows_that_are_held_out(tmp_path: Path, inputs: dict[str, Path]) -> None:
     without = {**inputs, **tiny.plan(tmp_path, ROWS)}
-    with pytest.raises(UserError, match="the plan holds no rows out"):
+    with pytest.raises(UserError, match=r"no rows out: set pack\.heldout_fraction, or `split: heldout` on a source"):
         train(tmp_path, without, {**SMALL, "evaluate_every": 1})
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from stages import objectives
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.tables import read_table
-from stages.train import STAGE, TrainConfig
+from stages.train import STAGE, TrainConfig, online_trainer
 from tests.stages.packed import Packed, turns
 from tests.stages.tiny import write_tokens
 
@@ -256,6 +257,48 @@ def test_a_prompt_that_leaves_no_room_for_its_completion_is_named(tmp_path: Path
         train(tmp_path / "1", inputs, recipe(tmp_path, steps=1), allow_code=True)
     _, facts = train(tmp_path / "2", inputs, recipe(tmp_path, steps=1, max_new_tokens=11), allow_code=True)
     assert facts["prompts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("runtime", "told"),
+    [
+        ({"ranks": 2}, "asks for `ranks: 2`, and train.objective grpo trains on one device alone: set ranks to auto"),
+        ({"shard": "fsdp"}, "asks for `shard: fsdp`, and .* set shard to none"),
+        ({"trackers": "comet"}, r"the tracker comet, and it is not installed: pip install 'regrow\[comet\]'"),
+    ],
+)
+def test_a_runtime_that_it_cannot_follow_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr("stages.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=told):
+        train(tmp_path, {"model": tmp_path / "none"}, recipe(tmp_path), **runtime)
+
+
+def test_trackers_are_told_the_figures(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    pytest.importorskip("tensorboard")
+    train(tmp_path, inputs, recipe(tmp_path, steps=1), allow_code=True, trackers="tensorboard", cache=tmp_path)
+    assert any((tmp_path / "tensorboard").rglob("events.*"))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gdpo", "rloo", "on_policy_distillation"])
+def test_of_several_gpus_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    online = objectives.find(objective).online
+    assert online is not None
+    settings = {"output_dir": str(tmp_path), "bf16": False, "report_to": []}
+    assert online_trainer.settings_of(online, settings).n_gpu == 1  # with more, TRL's trainers refuse to begin
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_it_trains_where_there_are_two_gpus(tmp_path: Path, inputs: dict[str, Path], objective: str) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    _, facts = train(tmp_path, inputs, recipe(tmp_path, objective, steps=2), allow_code=True, device="cuda")
+    assert facts["completions"] == 2 * 2 * 8
 
 
 def test_a_reward_that_fails_stops_the_run_or_counts_zero(tmp_path: Path, tiny_model: Path) -> None:

@@ -18,11 +18,24 @@ from stages.errors import UserError
 from stages.identity import tree_of
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig, checkpoints
+from stages.train import STAGE, TrainConfig, checkpoints, optimizers
 from tests.stages import tiny
 
 CONFIG = {"epochs": 3, "learning_rate": 1e-2, "lora": {"dropout": 0.1}}
 """Dropout, so that the random state counts; three epochs, so that the order of steps does."""
+
+UNLIKE = (
+    "adafactor",
+    "adamw_16bit",
+    "adamw_8bit",
+    "ademamix_8bit",
+    "apollo_adamw",
+    "galore_adafactor",
+    "galore_adamw",
+    "schedule_free_adamw",
+    "stable_adamw",
+)
+"""Optimizers whose state is not that of torch's own."""
 
 KILLED = """
 import os, signal, sys
@@ -49,7 +62,9 @@ run(folder, inputs, METHOD, tell, save_seconds=1e-9)
 """
 
 
-def run(folder: Path, inputs: dict[str, Path], method: str, tell: Any = None, **runtime: Any) -> Facts:
+def run(
+    folder: Path, inputs: dict[str, Path], method: str, tell: Any = None, config: Any = None, **runtime: Any
+) -> Facts:
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
@@ -57,7 +72,8 @@ def run(folder: Path, inputs: dict[str, Path], method: str, tell: Any = None, **
     work = Work(
         folder / "work", Runtime.model_validate({"device": "cpu", **runtime}), **({"tell": tell} if tell else {})
     )
-    return STAGE.run(TrainConfig.model_validate({**CONFIG, "method": method}), inputs, output, work)
+    section = TrainConfig.model_validate({**CONFIG, "method": method, **(config or {})})
+    return STAGE.run(section, inputs, output, work)
 
 
 def prepare(folder: Path) -> dict[str, Path]:
@@ -102,20 +118,37 @@ def test_kill_9_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     assert tree_of(tmp_path / "output") == tree_of(unbroken[method])
 
 
+def warn(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+    """A spot machine's warning once a step's loss was told."""
+    if done >= 1 and "loss" in metrics:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_sigterm_saves_and_the_next_call_goes_on(tmp_path: Path, unbroken: dict[str, Path]) -> None:
     inputs = prepare(tmp_path)
-
-    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
-        if done >= 1 and "loss" in metrics:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, inputs, "lora", tell)
+        run(tmp_path, inputs, "lora", warn)
     assert stopped.value.code == 75
     assert not any((tmp_path / "output").iterdir())
     facts = run(tmp_path, inputs, "lora")
     assert 0 < facts["resumed_at_step"] < facts["steps"]
     assert tree_of(tmp_path / "output") == tree_of(unbroken["lora"])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", *(pytest.param(name, marks=pytest.mark.full) for name in UNLIKE)])
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights_by_any_optimizer(
+    tmp_path: Path, optimizer: str
+) -> None:
+    schedule = "constant" if optimizer.startswith("schedule_free") else "cosine"
+    low_rank = {"rank": 8, "update_proj_gap": 2} if optimizers.find(optimizer).low_rank else {}
+    config = {"optimizer": optimizer, "schedule": schedule, "optimizer_options": low_rank, "max_steps": 6}
+    inputs = prepare(tmp_path)
+    run(tmp_path / "whole", inputs, "full", config=config)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", inputs, "full", warn, config=config)
+    facts = run(tmp_path / "parts", inputs, "full", config=config)
+    assert 0 < facts["resumed_at_step"] < facts["steps"]
+    assert tree_of(tmp_path / "parts/output") == tree_of(tmp_path / "whole/output")
 
 
 @pytest.mark.failure(

@@ -1,0 +1,35 @@
+"""Where the runtime's settings come from, and what is said of one that nothing reads."""
+
+import pytest
+
+from stages.errors import UserError
+from stages.runtime import Runtime, from_environment
+
+
+def test_settings_win_over_variables_and_these_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGROW_EVAL_BATCH", "8")
+    assert from_environment().eval_batch == 8
+    assert from_environment({"eval_batch": 4}).eval_batch == 4
+    monkeypatch.delenv("REGROW_EVAL_BATCH")
+    assert from_environment().eval_batch == Runtime.model_fields["eval_batch"].default
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("REGROW_MICROBATCH", "did you mean REGROW_MICRO_BATCH?"),
+        ("REGROW_SAVE_SECOND", "did you mean REGROW_SAVE_SECONDS?"),
+        ("REGROW_STORAGE_OPTIONS", "write it into a file for --runtime"),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_said(variable: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "{}")
+    with pytest.raises(UserError) as error:
+        from_environment()
+    assert variable in str(error.value) and said in str(error.value)
+
+
+def test_variables_of_others_that_begin_alike_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGROW_S3_KEY", "1")
+    monkeypatch.setenv("REGROW_DATABASE", "postgresql://localhost/x")
+    from_environment()
