@@ -42,7 +42,7 @@ def plan_page(plan: Plan) -> str:
     return (
         f"{image(chain(boxes), told)}\n\n"
         f"{_table(('stage', 'plan', 'key', 'why'), [_step_row(s) for s in plan.steps])}\n"
-        f"recipe `{plan.recipe}`, run `{plan.run}`\n"
+        f"recipe `{plan.recipe}`, run `{plan.run}`" + (f"; {plan.note}\n" if plan.note else "\n")
     )
 
 

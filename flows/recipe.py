@@ -234,6 +234,9 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     if objective.head and recipe.evaluate.tasks:
         told = f"{name} makes a model that judges and answers nothing: take the tasks out; held-out rows are measured"
         yield ("evaluate", "tasks"), told
+    if objective.head and recipe.fetch.continuing:
+        told = f"the objective {name} puts a new head on a model that writes, and production's has one: take it out"
+        yield ("fetch", "continuing"), told
     gate = recipe.publish.gate
     for place, thresholds in ((("gate",), gate), (("gate", "production"), gate.production)):
         if objective.head and thresholds.max_heldout_loss_increase is not None:

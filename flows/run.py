@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from flows import continuing
+from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded
 from stages import objectives, own_code
@@ -39,6 +41,8 @@ class Run:
     """The stages this run made, rather than found."""
     production: Production | None = None
     """What the production ref said when the run started: it moves only if it still says so."""
+    _began: tuple[str, Start, Tree] | None = None
+    """The answer of `began`, and for which fetch."""
 
     @property
     def name(self) -> str:
@@ -83,7 +87,27 @@ class Run:
         inputs = {n: take.of(self.artifacts[take.stage].tree, config) for n, take in self.takes(stage).items()}
         if stage == "evaluate" and (rival := self.rival()) is not None:
             inputs["production"] = rival.tree
+        if self.loaded.recipe.fetch.continuing and stage in ("convert", "score", "train", "merge"):
+            start, rows = self.began()
+            if stage == "convert":
+                inputs["rows"] = rows
+            elif (weights := continuing.weights_of(self.store, start)) is not None:
+                inputs["model"] = weights
         return inputs
+
+    def began(self) -> tuple[Start, Tree]:
+        """Where the training starts, and the shards that convert reads: the base model and all, unless the recipe goes
+        on from production. fetch must be known. Raises UserError when the store has lost what that needs."""
+        fetched = self.artifacts["fetch"]
+        if self._began is None or self._began[0] != fetched.digest:
+            fetch = self.loaded.recipe.fetch
+            standing = self.production if fetch.continuing else None
+            [model] = [part.config for part in self.parts if part.name == "model"]
+            continuing.refuse_another_base(self.store, standing, model)
+            heldout = {name: source.split == "heldout" for name, source in fetch.data.items()}
+            found = continuing.start_and_rows(self.store, standing, fetched.tree.folder("data"), heldout)
+            self._began = fetched.digest, *found
+        return self._began[1:]
 
     def rival(self) -> Artifact | None:
         """The weights that the tuned model is compared with beside the base model's: those in production when the run
@@ -139,6 +163,7 @@ class Run:
                 "production": _production_json(self.production),
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": self._stages(),
+                **({"start": self._began[1].document} if self._began else {}),
                 **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
                 **({"reason": reason} if reason else {}),
             },
