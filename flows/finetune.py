@@ -24,7 +24,7 @@ from flows.approval import asked
 from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
-from flows.parameters import OwnRuntime
+from flows.parameters import OwnRuntime, filled
 from flows.plan import Plan, make_plan, require_writable
 from flows.recipe import Recipe, loads
 from flows.run import Run, start
@@ -36,7 +36,7 @@ from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
 from stages.lease import Lease
-from stages.runtime import Runtime, from_environment, store_of
+from stages.runtime import Runtime, store_of
 
 
 class Reference(TypedDict):
@@ -83,7 +83,7 @@ def finetune(
     """
     try:
         with get_client(sync_client=True) as client:
-            this, earlier = opened(client, recipe, settings, runtime or from_environment(), run)
+            this, earlier = opened(client, recipe, settings, filled(runtime), run)
             return work(client, this, select, exclude, force, strict, resumed=earlier and not run)
     except (UserError, StageFailed, Suspended) as error:
         return failed(error)

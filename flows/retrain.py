@@ -20,14 +20,14 @@ from prefect.states import Cancelled, Completed
 
 from flows.execute import StageFailed
 from flows.finetune import failed, opened, require_held, run_name, work
-from flows.parameters import OwnRuntime
+from flows.parameters import OwnRuntime, filled
 from flows.plan import make_plan
 from flows.settle import settle
 from flows.stored import AnyRecipe, recipe_of
 from stages.child import Suspended
 from stages.errors import UserError
 from stages.lease import Lease, lease
-from stages.runtime import Runtime, from_environment, store_of
+from stages.runtime import Runtime, store_of
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)
@@ -41,7 +41,7 @@ def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: OwnRuntime
         settings: Recipe keys to override, each an item, such as `train.learning_rate=2e-4`.
         runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
-    where = runtime or from_environment()
+    where = filled(runtime)
     try:
         with get_client(sync_client=True) as client:
             store = store_of(where)
