@@ -14,6 +14,7 @@ from typing import Any
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded
 from stages import objectives, own_code
+from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree
@@ -123,8 +124,9 @@ class Run:
             "store": self.store.url,
         }
 
-    def record(self, status: str, outcome: Mapping[str, Json] | None = None) -> None:
-        """Write the run's record; with the outcome of its publishing once that is known."""
+    def record(self, status: str, outcome: Mapping[str, Json] | None = None, reason: str = "") -> None:
+        """Write the run's record; with the outcome of its publishing once that is known, or with the `reason` why it
+        ended before that."""
         self.store.write_run(
             self.id,
             {
@@ -138,13 +140,18 @@ class Run:
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": self._stages(),
                 **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
+                **({"reason": reason} if reason else {}),
             },
         )
 
-    def record_failure(self) -> None:
-        """Record that the run failed, unless the store is what failed: what ended the run is told all the same."""
+    def record_end(self, error: BaseException) -> None:
+        """Record that the run failed, or was suspended or interrupted (Ctrl-C), and why; unless the store is what
+        failed: what ended the run is told all the same."""
+        ended = "failed" if isinstance(error, Exception) else "interrupted"
+        status = "suspended" if isinstance(error, Suspended) else ended
+        reason = str(error).partition("\n")[0] or type(error).__name__
         with suppress(UserError, OSError):
-            replace(self, store=self.store.hasty()).record("failed")
+            replace(self, store=self.store.hasty()).record(status, reason=reason)
 
     def headline_scores(self) -> dict[str, Json]:
         """The tuned model's score in each task, as the card has it."""

@@ -62,6 +62,8 @@ def _show_run(store: Store, record: Mapping[str, Any], console: Console, as_json
         console.print_json(json.dumps(record))
         return
     console.print(f"run {record['run']} of {record['recipe']}: {record['status']} on {record['written']}")
+    if reason := record.get("reason"):
+        console.print(escape(reason))
     table = _table("stage", "", "key", "digest", "what came out")
     for stage in (s for s in ORDER if s in record["stages"]):
         entry = record["stages"][stage]

@@ -140,8 +140,8 @@ def verify(store: Store, *, deep: bool = False) -> Verified:
         for file in tree.files:
             listed.add(file.sha256)
             size = blobs.get(file.sha256)
-            if size != file.size and (entry := store.objects.stat(blob_path(file.sha256))):
-                size = blobs[file.sha256] = entry.size  # it was committed after all blobs had been listed
+            if size != file.size and (late := store.objects.stat(blob_path(file.sha256))):
+                size = blobs[file.sha256] = late.size  # it was committed after all blobs had been listed
             if file.sha256 in bad:
                 problems.append(Problem(f"{stage}/{key}", file.path, f"blob {file.sha256} {bad[file.sha256]}"))
             elif size is None:

@@ -45,8 +45,7 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         raise UserError(_nothing_left(taken, config))
     labels = _labels(files, shards, rows, chosen)
     if len(labels) == 1:
-        (label,) = labels
-        raise UserError(_all_alike(shards[0].kind, label, len(np.unique(chosen))))
+        raise UserError(_all_alike(shards[0].kind, next(iter(labels)), len(np.unique(chosen))))
 
     settings = config.model_dump(include={"sequence_length", "global_batch", "max_documents", "seed"})
     tokens_of_shard = np.bincount(

@@ -128,8 +128,6 @@ def attempt(
         how = work.runtime.shard if group.size > 1 else "none"
         sharded = how != "none"
         place = "cpu" if sharded else this.device
-        if sharded:
-            checks.refuse_shards(config)
         split = optimizers.can_split(config) and not sharded
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
