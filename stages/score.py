@@ -58,5 +58,5 @@ STAGE = Stage(
     parts=parts,
     part=ScoreConfig,
     exclusive=True,
-    libraries=("torch", "transformers"),
+    libraries=("bitsandbytes", "torch", "transformers"),
 )

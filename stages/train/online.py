@@ -148,11 +148,12 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     }
     if judge is None:
         return facts
+    judged = [entry for entry in history if "reward" in entry]  # not where a batch is trained on once more
     return facts | {
         "unscored": dict(judge.unscored),
-        "first_reward": history[0]["reward"],
-        "last_reward": history[-1]["reward"],
-        "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
+        "first_reward": judged[0]["reward"],
+        "last_reward": judged[-1]["reward"],
+        "equal_groups": round(sum(entry["equal_groups"] for entry in judged) / len(judged), 4),
     }
 
 

@@ -72,7 +72,7 @@ class NoWaiting(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.full)])
 def test_no_step_waits_for_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """From its batch to its figures; but for the optimizer's own step, which counts on the CPU wherever it runs."""
     with NoWaiting(), pytest.raises(AssertionError, match="a step waits"):

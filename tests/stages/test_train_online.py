@@ -213,6 +213,8 @@ def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
         ({"rewards": {}}, "name at least one"),
         ({"rewards": {"a": {"reward": "nope"}}}, "there is no reward 'nope'"),
         ({"loss": "luspo"}, "set importance: sequence"),
+        ({"loss": "cispo"}, "set it above 1, e.g. 5"),
+        ({"loss": "cispo", "epsilon_high": 0.28}, "set it above 1, e.g. 5"),
         ({"objective": "gdpo"}, "several rewards"),
         ({"group_size": 1}, "group_size"),
     ],
