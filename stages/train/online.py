@@ -110,7 +110,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             **given,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(online_trainer.Saving(work.runtime.save_seconds, stop))
+        trainer.add_callback(online_trainer.Saving(work.runtime.save_seconds, iterations, stop))
         checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
         resumed = int(checkpoint.name) if checkpoint else 0
         recorder.forget_after(resumed)
@@ -148,11 +148,12 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     }
     if judge is None:
         return facts
+    judged = [entry for entry in history if "reward" in entry]  # not where a batch is trained on once more
     return facts | {
         "unscored": dict(judge.unscored),
-        "first_reward": history[0]["reward"],
-        "last_reward": history[-1]["reward"],
-        "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
+        "first_reward": judged[0]["reward"],
+        "last_reward": judged[-1]["reward"],
+        "equal_groups": round(sum(entry["equal_groups"] for entry in judged) / len(judged), 4),
     }
 
 

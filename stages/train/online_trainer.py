@@ -126,14 +126,17 @@ def ours(kind: type, work: Work) -> type:
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop."""
+    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop; both where the
+    next step begins with completions of its own, because those of a batch are in no checkpoint."""
 
-    def __init__(self, seconds: float, stop: threading.Event) -> None:
-        self.seconds, self.stop, self.saved = seconds, stop, time.monotonic()
+    def __init__(self, seconds: float, iterations: int, stop: threading.Event) -> None:
+        self.seconds, self.iterations, self.stop, self.saved = seconds, iterations, stop, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if state.global_step % self.iterations or state.global_step >= state.max_steps:
+            return control
         asked = self.stop.is_set()
-        if state.global_step < state.max_steps and (asked or time.monotonic() - self.saved >= self.seconds):
+        if asked or time.monotonic() - self.saved >= self.seconds:
             control.should_save, control.should_training_stop = True, asked
             self.saved = time.monotonic()
         return control

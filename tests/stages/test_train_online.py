@@ -155,16 +155,15 @@ def test_a_reward_model_is_asked_by_its_name(tmp_path: Path, tiny_model: Path) -
         assert dict(row["rewards"])["kind"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-class _Stopped(Exception):
-    pass
-
-
-def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    config = recipe(tmp_path, steps=6)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_run_that_was_suspended_goes_on_as_it_would_have(
+    tmp_path: Path, inputs: dict[str, Path], iterations: int
+) -> None:
+    config = recipe(tmp_path, steps=6, iterations=iterations)
     whole, _ = train(tmp_path / "whole", inputs, config, allow_code=True)
 
     def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
-        if done == 3 and "loss" in metrics:
+        if done == 2 and "loss" in metrics:
             os.kill(os.getpid(), signal.SIGTERM)
 
     folder = tmp_path / "parts"
@@ -175,7 +174,7 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, input
     assert stopped.value.code == 75
     (folder / "output").rmdir()
     parts, facts = train(folder, inputs, config, allow_code=True)
-    assert facts["resumed_at_step"] >= 3
+    assert facts["resumed_at_step"] == 2 + iterations, "a batch of completions is trained on as often as it would be"
     assert figures(parts) == figures(whole)
     assert read_table(parts / "rollouts.arrow").to_pylist() == read_table(whole / "rollouts.arrow").to_pylist()
 
