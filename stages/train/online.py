@@ -135,6 +135,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "steps": len(history),
         "resumed_at_step": resumed,
         "skipped_checkpoints": list(skipped),
+        "notes": trainer.notes,
         "prompts": len(rows),
         "completions": written,
         "trained_weights": model.trainable(trained),

@@ -101,6 +101,12 @@ def ours(kind: type, work: Work) -> type:
     class Trainer(kind):  # type: ignore[misc]
         """Its checkpoints are complete or invisible, and its figures have our names."""
 
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.saver = checkpoints.Saver(work.folder / "checkpoints", Path(self.args.output_dir))
+            self.notes: list[str] = []
+            """What a reader of the record should know: checkpoints that failed."""
+
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs, start_time)
             entry = self.state.log_history[-1]
@@ -115,12 +121,19 @@ def ours(kind: type, work: Work) -> type:
             work.tell(step, self.state.max_steps, "steps", learning_rate=entry["learning_rate"], **told)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            step = self.state.global_step
-            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            saved = checkpoints.publish(folder, work.folder / "checkpoints", step)
-            work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
+            step, total, write_theirs = self.state.global_step, self.state.max_steps, super()._save_checkpoint
+
+            def write(folder: Path) -> None:
+                write_theirs(model, trial)  # into a folder of that very name
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+
+            self.saver.save(step, write, beside=False)
+            for saved in self.saver.finished():
+                if saved.path is None:
+                    self.notes.append(saved.error)
+                    work.tell(step, total, "steps", note=saved.error)
+                else:
+                    work.tell(step, total, "steps", checkpoint=saved.path.name)
 
     return Trainer
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -177,6 +178,30 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(
     assert facts["resumed_at_step"] == 2 + iterations, "a batch of completions is trained on as often as it would be"
     assert figures(parts) == figures(whole)
     assert read_table(parts / "rollouts.arrow").to_pylist() == read_table(whole / "rollouts.arrow").to_pylist()
+
+
+def test_a_full_disk_costs_the_checkpoint_and_is_told_and_training_goes_on(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told: list[dict[str, Any]] = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        told.append(metrics)
+        full = "loss" in metrics and not any("note" in each for each in told)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384 if full else most, most))
+
+    work = Work(tmp_path / "work", Runtime(device="cpu", workers=1, allow_code=True, save_seconds=1e-9), tell=tell)
+    (tmp_path / "output").mkdir()
+    config = TrainConfig.model_validate(recipe(tmp_path, steps=3))
+    try:
+        facts: Any = STAGE.run(config, inputs, tmp_path / "output", work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert facts["notes"] == [each["note"] for each in told if "note" in each]
+    assert facts["notes"][0].startswith("the checkpoint of step 1 was not written to ")
+    assert [each["checkpoint"] for each in told if "checkpoint" in each] == ["2"], "a later one is written"
+    assert facts["steps"] == 3 and facts["completions"] == 3 * 2 * 8
 
 
 def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
