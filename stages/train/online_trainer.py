@@ -95,7 +95,7 @@ def kind_of(online: objectives.Online, options: SampledOptions, seed: int, recor
     return kind
 
 
-def ours(kind: type, work: Work) -> type:
+def ours(kind: type, work: Work, recorder: Recorder) -> type:
     """A trainer with our checkpoints and names."""
 
     class Trainer(kind):  # type: ignore[misc]
@@ -126,6 +126,7 @@ def ours(kind: type, work: Work) -> type:
             def write(folder: Path) -> None:
                 write_theirs(model, trial)  # into a folder of that very name
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                recorder.save(folder)
 
             self.saver.save(step, write, beside=False)
             for saved in self.saver.finished():
