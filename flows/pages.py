@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
+from flows.charts import Bar, Box, chain, curve, image, interval_bars, number
 from flows.history import Event
 from flows.plan import Plan, Step
 from flows.screen import WORDS
@@ -95,7 +95,7 @@ def loss_page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The loss so far and the last step, from training's metrics a step: `step`, `loss` and what else was measured."""
     losses = [(float(row["step"]), float(row["loss"])) for row in rows]
     last = {name.replace("_", " "): number(value) for name, value in rows[-1].items() if value is not None}
-    return f"{image(loss_curve(losses), 'loss over steps')}\n\n{_table(list(last), [list(last.values())])}"
+    return f"{image(curve(losses, 'loss'), 'loss over steps')}\n\n{_table(list(last), [list(last.values())])}"
 
 
 def _loss_of(folder: Path) -> str:

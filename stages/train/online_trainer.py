@@ -1,6 +1,7 @@
 """TRL's trainers as online training runs them: their arguments, their checkpoints, and figures under our names."""
 
 import importlib
+import math
 import shutil
 import threading
 import time
@@ -8,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from stages import objectives
+from stages.errors import UserError
 from stages.objectives.grpo import RewardedOptions, SampledOptions
 from stages.objectives.on_policy_distillation import OnPolicyOptions
 from stages.stage import Work
-from stages.train import TrainConfig, checkpoints, teacher
+from stages.train import TrainConfig, checkpoints, teacher, weights
 from stages.train.rollouts import Recorder
 
 MEASURES = {
@@ -112,6 +115,7 @@ def ours(kind: type, work: Work, recorder: Recorder) -> type:
             entry = self.state.log_history[-1]
             if "loss" not in entry:
                 return
+            refuse_no_numbers(entry, self.model)
             for theirs, ours in MEASURES.items():
                 if theirs in entry:
                     entry[ours] = entry[theirs]
@@ -137,6 +141,18 @@ def ours(kind: type, work: Work, recorder: Recorder) -> type:
                     work.tell(step, total, "steps", checkpoint=saved.path.name)
 
     return Trainer
+
+
+def refuse_no_numbers(entry: Mapping[str, float], model: torch.nn.Module) -> None:
+    """Raise UserError when a step's loss is no number, or a weight after it: nothing good comes after that."""
+    wrong = "" if math.isfinite(entry["loss"]) else f"the loss is {entry['loss']}"
+    if not wrong and not torch.stack([weight.isfinite().all() for weight in weights.trained(model).values()]).all():
+        wrong = f"weights are no numbers any more, at a gradient norm of {entry['grad_norm']:.3g}"
+    if wrong:
+        raise UserError(
+            f"train: {wrong} after step {entry['step']}. Lower train.learning_rate or the rewards' weights, and see "
+            "that no reward gives enormous numbers. Nothing of this step was kept"
+        )
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]
