@@ -119,7 +119,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         ready = time.monotonic()
         if not stop.is_set():
             try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                with optimizers.training(trainer.optimizer):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except torch.OutOfMemoryError as error:
                 at_once = arguments["per_device_train_batch_size"]
                 raise UserError(

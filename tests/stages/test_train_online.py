@@ -247,6 +247,30 @@ def test_a_full_disk_costs_the_checkpoint_and_is_told_and_training_goes_on(
     assert facts["steps"] == 3 and facts["completions"] == 3 * 2 * 8
 
 
+def test_a_schedule_free_run_writes_the_averaged_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from stages.train import optimizers
+
+    config = recipe(tmp_path) | {"optimizer": "schedule_free_adamw", "warmup": 0}
+    train(tmp_path / "longer", inputs, {**config, "max_steps": 3}, allow_code=True, save_seconds=1e-9)
+    output, _ = train(tmp_path / "run", inputs, {**config, "max_steps": 2}, allow_code=True)
+    checkpoint = tmp_path / "longer/work/checkpoints/2"  # as the training goes on from there
+    network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    optimizer: Any = optimizers.make(network, TrainConfig.model_validate(config))
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    training = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    optimizer.eval()
+    written = load_file(output / "weights/model.safetensors")
+    for name, weight in network.named_parameters():
+        if name in written:
+            torch.testing.assert_close(written[name], weight.detach(), rtol=1e-5, atol=1e-6)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(written[name], training[name], rtol=1e-3, atol=1e-4)
+
+
 def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
