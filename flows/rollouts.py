@@ -66,6 +66,19 @@ def _rollout(row: Mapping[str, Any]) -> Rollout:
     return Rollout(row["step"], row["prompt"], row["completion"], dict(row["rewards"]))
 
 
+def ends(path: Path, most: int) -> Iterator[Rollout]:
+    """The first completions of the first step, and of the last one; at most so many of each."""
+    import pyarrow.compute as pc
+
+    from stages.tables import read_table
+
+    table = read_table(path)
+    steps = table["step"]
+    for step in dict.fromkeys((steps[0].as_py(), steps[-1].as_py())):
+        for row in table.filter(pc.equal(steps, step)).slice(0, most).to_pylist():
+            yield _rollout(row)
+
+
 def total(rollout: Rollout, weights: Mapping[str, float]) -> float:
     """What the training made of a completion's rewards: their weighted sum."""
     return sum(weights.get(name, 1.0) * reward for name, reward in rollout.rewards.items())

@@ -38,6 +38,9 @@ learned from those. `cut_off` is the share of completions that reached the most 
 episode's, and `tool_failures` the share of them that gave an error. `vllm_difference` is how far
 vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean."""
 
+SHOWN = ("loss", "grad_norm", "reward", "kl", "completion_length", "cut_off", "equal_groups", "clip_fraction")
+"""What is told while it trains."""
+
 
 def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
     """Completions to each prompt, and how often each batch of them is trained on."""
@@ -120,8 +123,7 @@ def ours(kind: type, work: Work, recorder: Recorder) -> type:
                 if theirs in entry:
                     entry[ours] = entry[theirs]
             step = self.state.global_step
-            shown = ("loss", "reward", "equal_groups", "completion_length")
-            told = {name: entry[name] for name in shown if name in entry}
+            told = {name: entry[name] for name in SHOWN if entry.get(name) is not None}
             work.tell(step, self.state.max_steps, "steps", learning_rate=entry["learning_rate"], **told)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -1,4 +1,4 @@
-"""`regrow rollouts`: what a model wrote while it trained, of a training on a real server."""
+"""What a model wrote while it trained: `regrow rollouts`, and its pages in the dashboard of a real server."""
 
 import json
 from collections.abc import Callable
@@ -7,14 +7,19 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import get_client
 from rich.console import Console
 
-from flows.rollouts import show_rollouts
+from flows.pages import completions_page, loss_page
+from flows.rollouts import Rollout, show_rollouts
+from flows.server import reporting_to
 from stages.errors import UserError
 from stages.identity import Action
 from stages.store import Store, open_store
 from stages.tables import read_table
 from tests.flows.conftest import Tiny
+from tests.flows.test_dashboard import picture, texts
+from tests.flows.test_finetune_flow import pages
 
 WEIGHT = -0.5
 
@@ -91,3 +96,28 @@ def test_what_wrote_nothing_is_said(store: Store, tmp_path: Path) -> None:
         shown(store, f"pack/{key}")
     with pytest.raises(UserError, match="no run is called so"):
         shown(store, "nobody")
+
+
+def test_the_dashboard_shows_completions_and_the_reward(online: tuple[Tiny, UUID], store: Store) -> None:
+    tiny, run = online
+    with reporting_to(tiny.api), get_client(sync_client=True) as client:
+        made = pages(client, run)
+    curves, written = str(made["loss-curve"].data), str(made["completions"].data)
+    assert "![loss over steps]" in curves and "![reward over steps]" in curves
+    for figure in ("reward", "completion length", "kl", "clip fraction"):
+        assert f"| {figure} |" in curves
+    assert "### Step 1\n" in written and "### Step 2\n" in written
+    assert written.count("short **") == 8 and "say " in written
+
+
+def test_rewards_have_a_curve_of_their_own_so_far() -> None:
+    rows: list[dict[str, Any]] = [{"step": i + 1, "loss": 0.1, "reward": float(i)} for i in range(5)]
+    page = loss_page([*rows, {"step": 6, "loss": 0.1}])  # a step that trains on the last batch once more
+    assert {"step", "reward"} <= set(texts(picture(page.partition("![reward")[1] + page.partition("![reward")[2])))
+    assert "![reward" not in loss_page([{"step": 1, "loss": 0.1}])
+
+
+def test_a_completion_cannot_break_the_page() -> None:
+    page = completions_page([Rollout(1, "say ```x```", "```\n# no heading", {"short": 0.25})])
+    assert "````text\nsay ```x```\n````" in page and "````text\n```\n# no heading\n````" in page
+    assert "short **0.25**" in page

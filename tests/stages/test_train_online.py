@@ -223,6 +223,22 @@ def test_a_training_that_has_come_to_no_numbers_ends_and_leaves_nothing(
     assert not any((tmp_path / "output").iterdir()) and not (tmp_path / "work/checkpoints").exists()
 
 
+def test_reward_divergence_length_and_clipping_are_told_while_it_trains(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        told.extend([metrics] if "loss" in metrics else [])
+
+    (tmp_path / "output").mkdir()
+    work = Work(tmp_path / "work", Runtime(device="cpu", workers=1, allow_code=True), tell=tell)
+    STAGE.run(TrainConfig.model_validate(recipe(tmp_path, steps=1, beta=0.1)), inputs, tmp_path / "output", work)
+    (step,), (kept,) = told, figures(tmp_path / "output")
+    shown = ("loss", "reward", "kl", "completion_length", "cut_off", "equal_groups", "clip_fraction", "grad_norm")
+    assert {name: step[name] for name in shown} == {name: kept[name] for name in shown}
+
+
 def test_a_full_disk_costs_the_checkpoint_and_is_told_and_training_goes_on(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
