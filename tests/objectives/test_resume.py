@@ -24,8 +24,8 @@ from tests.stages import test_train_online
 from tests.stages.packed import Packed
 
 STEPS = 5
-QUICK = ("dpo", "grpo")
-"""One over packed rows with a reference, one over completions; the full suite takes all."""
+QUICK = ("grpo",)
+"""One over completions; `test_train_resume` has one over packed rows. The full suite takes all."""
 
 KILLED = """
 import json, os, signal, sys
