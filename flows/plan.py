@@ -8,6 +8,7 @@ from flows.graph import select, stage_named
 from flows.run import Run
 from stages.errors import UserError
 from stages.identity import Json
+from stages.production import Move
 from stages.provenance import made_by
 from stages.store import Artifact, Store
 
@@ -35,6 +36,10 @@ class Plan:
     recipe: str
     run: str
     steps: Sequence[Step] = field(default_factory=list)
+    to: str = ""
+    """Where the recipe delivers its model; empty: nowhere."""
+    standing: Move | None = None
+    """What brought the model that production named when the run started."""
 
     @property
     def to_run(self) -> list[str]:
@@ -68,7 +73,8 @@ def make_plan(
         for above in run.upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
                 run.inputs(stage)  # raises, naming +stage
-    return Plan(run.name, run.id, [steps[s] for s in run.stages])
+    standing = run.production.now if run.production else None
+    return Plan(run.name, run.id, [steps[s] for s in run.stages], run.loaded.recipe.publish.to, standing)
 
 
 def require_writable(run: Run, plan: Plan) -> None:
