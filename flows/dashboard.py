@@ -3,9 +3,15 @@
     with get_client(sync_client=True) as client, following(Dashboard(client).follower()):
         ...
 
+<<<<<<< HEAD
 Pages are artifacts with fixed keys (see `flows.pages`): plan, data-report, packing, progress, loss-curve, completions,
 scores and model-card. A cached stage's pages are shown too: whoever opens a run wants its scores, whichever run made
 them.
+=======
+Pages are artifacts with fixed keys (see `flows.pages`): plan, data-report, packing, progress, loss-curve, scores and
+model-card; of other stages a table of what came out (`flows.facts`), under the stage's name. A cached stage's
+pages are shown too: whoever opens a run wants its scores, whichever run made them.
+>>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 """
 
 import logging
@@ -24,8 +30,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
 from flows.execute import Follower
+from flows.facts import TITLES
 from flows.history import events_of
-from flows.pages import PAGES, history_page, loss_page, plan_page, trimmed
+from flows.pages import PAGES, facts_page, history_page, loss_page, plan_page, trimmed
 from flows.plan import Plan
 from flows.run import Run
 from stages.build import Built
@@ -143,6 +150,8 @@ class Dashboard:
             if self.stage.progress:
                 done = ArtifactUpdate(data=100.0, description=f"{stage}: done")
                 self.client.update_artifact(self.stage.progress, done)
+            if stage in TITLES:
+                self._create(stage, TITLES[stage], facts_page(built.artifact.facts), self.stage.task_run)
             for page in PAGES.get(stage, ()):
                 tree = built.artifact.tree.select(*page.files)
                 if not tree.files:  # completions, of a training that writes none

@@ -12,8 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from flows import rollouts
 from flows.charts import Bar, Box, chain, curve, image, interval_bars, number
+=======
+from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
+from flows.facts import facts_rows
+>>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 from flows.history import Event
 from flows.plan import Plan, Step
 from flows.screen import WORDS
@@ -41,14 +46,39 @@ class Page:
 
 
 def plan_page(plan: Plan) -> str:
-    """The plan: the stages as a graph, coloured by what will happen, and why."""
+    """The plan: the stages as a graph, coloured by what will happen, and why; links to what it is looked at beside."""
     boxes = [Box(s.stage, WORDS[s.state], COLORS[s.state], s.state in ("unknown", "skipped")) for s in plan.steps]
     told = ", ".join(f"{s.stage} {WORDS[s.state]}" for s in plan.steps)
     return (
         f"{image(chain(boxes), told)}\n\n"
         f"{_table(('stage', 'plan', 'key', 'why'), [_step_row(s) for s in plan.steps])}\n"
+<<<<<<< HEAD
         f"recipe `{plan.recipe}`, run `{plan.run}`" + (f"; {plan.note}\n" if plan.note else "\n")
+=======
+        f"recipe `{plan.recipe}`, run `{plan.run}`\n\n"
+        f"{_beside(plan)}\n"
+>>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
     )
+
+
+def _beside(plan: Plan) -> str:
+    before = plan.standing
+    told = [f"[The history of {plan.recipe}](/v2/artifacts/key/{plan.recipe}-history)"]
+    told += [f"in production before it: run {_run(before.run)}"] if before else []
+    told += [f"delivers to {_place(plan.to)}"] if plan.to else []
+    return " · ".join(told)
+
+
+def _run(run: str) -> str:
+    """A run's name as a link to where the dashboard shows it: its name there ends as its id does."""
+    return f"[{run}](/v2/runs?tab=flow-runs&flow-run-search={run[-6:]})"
+
+
+def _place(to: str) -> str:
+    """Where a model is delivered, as a link where a browser can follow it."""
+    if to.startswith("hf://"):
+        return f"[{to}](https://huggingface.co/{to.removeprefix('hf://')})"
+    return f"<{to}>" if to.startswith(("https://", "http://")) else f"`{to}`"
 
 
 def _step_row(step: Step) -> tuple[str, ...]:
@@ -74,7 +104,7 @@ def history_page(name: str, events: Sequence[Event], standing: Move | None) -> s
             event.at[:16].replace("T", "\u00a0").replace("-", "\u2011"),  # so that no line ends within it
             event.what if event.by in ("", "gate") else f"{event.what} by {event.by}",
             f"`{event.model[:8]}`" if event.model else "",
-            f"`{event.run}`" if event.run else "",
+            _run(event.run) if event.run else "",
             ", ".join(f"{task} {score['value']:.3f}" for task, score in list(event.scores.items())[:3]),
             event.why,
         )
@@ -89,7 +119,7 @@ def _standing(name: str, move: Move | None) -> str:
     if move is None:
         return f"**{name}/production** names no model yet."
     by = "the gate" if move.by == "gate" else move.by
-    return f"**{name}/production** names `{move.model['key'][:8]}` of run `{move.run}`, {move.what} by {by}."
+    return f"**{name}/production** names `{move.model['key'][:8]}` of run {_run(move.run)}, {move.what} by {by}."
 
 
 MOST_BARS = 12
@@ -296,6 +326,11 @@ PAGES: Mapping[str, Sequence[Page]] = {
     ),
     "publish": (Page("model-card", "The published model's card", ("README.md",), _card_of),),
 }
+
+
+def facts_page(facts: Mapping[str, Any]) -> str:
+    """What came out of a stage that has no page of another kind."""
+    return _table(("", "what came out"), facts_rows(facts))
 
 
 def trimmed(markdown: str, most: int = MOST_BYTES) -> str:

@@ -8,6 +8,7 @@ from flows.graph import select, stage_named
 from flows.run import Run
 from stages.errors import UserError
 from stages.identity import Json
+from stages.production import Move
 from stages.provenance import made_by
 from stages.store import Artifact, Store
 
@@ -35,8 +36,15 @@ class Plan:
     recipe: str
     run: str
     steps: Sequence[Step] = field(default_factory=list)
+<<<<<<< HEAD
     note: str = ""
     """Where the training goes on from, if it does."""
+=======
+    to: str = ""
+    """Where the recipe delivers its model; empty: nowhere."""
+    standing: Move | None = None
+    """What brought the model that production named when the run started."""
+>>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 
     @property
     def to_run(self) -> list[str]:
@@ -70,6 +78,7 @@ def make_plan(
         for above in run.upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
                 run.inputs(stage)  # raises, naming +stage
+<<<<<<< HEAD
     return Plan(run.name, run.id, [steps[s] for s in run.stages], _goes_on(run))
 
 
@@ -88,6 +97,10 @@ def _goes_on(run: Run) -> str:
     )
     place = f"goes on from run {start.run}" if start.weights else "starts from the base model"
     return f"training {place}, on {used} of {there} shards"
+=======
+    standing = run.production.now if run.production else None
+    return Plan(run.name, run.id, [steps[s] for s in run.stages], run.loaded.recipe.publish.to, standing)
+>>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 
 
 def require_writable(run: Run, plan: Plan) -> None:

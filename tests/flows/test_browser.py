@@ -46,6 +46,18 @@ def test_the_loss_curve_is_a_picture(page: Page, trained: Any) -> None:
     assert picture.evaluate("image => image.naturalWidth") > 300
 
 
+def test_the_plan_leads_to_the_history_of_its_name(page: Page, trained: Any) -> None:
+    browser.open_artifact(page, trained.tiny.api.page(trained.made), "plan")
+    link = page.get_by_role("link", name="The history of tiny")
+    assert link.get_attribute("href") == "/v2/artifacts/key/tiny-history"
+
+
+def test_what_came_out_of_a_stage_is_a_table(page: Page, trained: Any) -> None:
+    browser.open_artifact(page, trained.tiny.api.page(trained.made), "convert")
+    row = page.get_by_role("row").filter(has=page.get_by_role("cell", name="rows", exact=True))
+    expect(row.get_by_role("cell", name="240", exact=True)).to_be_visible()
+
+
 @pytest.fixture(scope="module")
 def registered(prefect_api: Api) -> Api:
     """A server with all deployments, and no worker."""

@@ -15,8 +15,19 @@ from hypothesis import strategies as st
 
 from flows.charts import Bar, chain, curve, image, interval_bars, nice_ticks, number, smoothed, thinned
 from flows.history import LATEST, Event
-from flows.pages import MOST_BYTES, PAGES, history_page, loss_page, packing_page, plan_page, scores_page, trimmed
+from flows.pages import (
+    MOST_BYTES,
+    PAGES,
+    facts_page,
+    history_page,
+    loss_page,
+    packing_page,
+    plan_page,
+    scores_page,
+    trimmed,
+)
 from flows.plan import Plan, Step
+from stages.production import Move
 
 LIMIT = 100_000
 """Bytes of a page that the dashboard keeps and loads without trouble."""
@@ -123,6 +134,47 @@ def test_the_plan_names_every_stage_its_state_and_its_reason() -> None:
     assert {"pack", "cached", "train", "runs", "merge", "may run"} <= set(texts(picture(page)))
     for told in ("made by other code", "train.learning_rate 0.0001 → 0.0002", "depends on train", "`aaaaaaaa`"):
         assert told in page
+
+
+@pytest.mark.parametrize(
+    ("to", "shown"),
+    [
+        ("hf://ada/bot", "[hf://ada/bot](https://huggingface.co/ada/bot)"),
+        ("https://models.example.com/bot", "<https://models.example.com/bot>"),
+        ("s3://models/bot", "`s3://models/bot`"),
+    ],
+)
+def test_the_plan_leads_to_the_history_the_run_before_and_where_the_model_goes(to: str, shown: str) -> None:
+    name = {"key": "a" * 64, "digest": "b" * 64}
+    before = Move(1, "2026-11-25T00:00:00Z", "promoted", name, name, "20261125-000000-c0ffee", None, "gate", "better")
+    steps = [Step("publish", "runs", "never made")]
+    page = plan_page(Plan("bot", "run-2", steps, to, before))
+    assert "(/v2/artifacts/key/bot-history)" in page and shown in page
+    assert "[20261125-000000-c0ffee](/v2/runs?tab=flow-runs&flow-run-search=c0ffee)" in page
+    assert "in production" not in plan_page(Plan("bot", "run-1", steps, to))
+
+
+def test_facts_are_told_in_words_with_every_reason() -> None:
+    facts = {
+        "rows": 12345,
+        "dropped": {"no answer": 3, "a|b": 2},
+        "unwritten": {},
+        "formats": {"chat": 2},
+        "likeness": {"top1_agreement": 0.9964},
+    }
+    page = facts_page(facts)
+    for row in (
+        "| rows | 12,345 |",
+        "| dropped | 5 |",
+        "| dropped: no answer | 3 |",
+        "| dropped: a\\|b | 2 |",
+        "| not written | 0 |",
+        "| files read as: chat | 2 |",
+        "| likeness to the trained adapter: the same likeliest token | 99.6% |",
+    ):
+        assert row in page
+    many = facts_page({"dropped": {f"a reason of its own, number {n}": n for n in range(10_000)}})
+    assert len(trimmed(many).encode()) < LIMIT
 
 
 def test_scores_show_both_models_with_their_intervals() -> None:

@@ -79,6 +79,8 @@ def test_every_run_shows_its_pages(which: str, trained: Any, client: SyncPrefect
     assert "never made" in str(shown["plan"].data) or which == "found"
     assert "240" in str(shown["data-report"].data)
     assert "data:image/svg+xml;base64," in str(shown["loss-curve"].data)
+    assert "| rows | 240 |" in str(shown["convert"].data) and "| dropped | 0 |" in str(shown["convert"].data)
+    assert "| bytes copied |" in str(shown["fetch"].data) and "| tokens |" in str(shown["tokenize"].data)
 
 
 def test_a_change_says_why_its_stage_runs_and_leaves_the_others(trained: Any, client: SyncPrefectClient) -> None:

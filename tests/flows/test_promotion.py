@@ -158,7 +158,7 @@ def test_a_no_leaves_production_alone_and_is_in_the_history_with_who_said_it_and
     [declined] = [event for event in events if event.what == "declined"]
     assert (declined.run, declined.by) == (run.id, "ada") and declined.why.endswith("; answers are too terse")
     page = history_page("bot", events, standing.now)
-    assert "| declined by ada |" in page and f"names `{good.artifacts['merge'].key[:8]}` of run `{good.id}`" in page
+    assert "| declined by ada |" in page and f"names `{good.artifacts['merge'].key[:8]}` of run [{good.id}](" in page
     assert "declined" in regrow(rehearsal, "history", "bot")
     assert promote(rehearsal.store, runtime(rehearsal), "bot", run.id).run == run.id, "it is not lost"
 

@@ -21,7 +21,7 @@ from stages.objects.network import Place
 from stages.objects.s3 import S3Objects, open_s3
 from stages.objects.s3_looks import looks_into
 from stages.store import open_store
-from tests.conftest import ADMIN, READER, S3
+from tests.conftest import ADMIN, READER, S3, _client
 from tests.stages.faulty_proxy import Fault, faulty_proxy
 
 
@@ -129,6 +129,23 @@ def test_looks_say_what_s3fs_says(filled: S3) -> None:
     assert found is not None and found.version == made["refs/a.json"]
     assert objects.swap("refs/a.json", b"2", found.version) and not objects.swap("refs/a.json", b"3", found.version)
     assert objects.read("refs/a.json") == slow.read("refs/a.json")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_somebody_else_writes_between_two_looks_is_seen(filled: S3, quick: bool) -> None:
+    """A listing that is remembered would hide another machine's runs, or show what it has removed."""
+    objects = objects_of(filled) if quick else without(objects_of(filled))
+    somebody, there = _client(filled.endpoint), {"Bucket": filled.bucket, "Key": "store/runs/new.json"}
+
+    def looks() -> list[bool]:
+        listed = "runs/new.json" in [entry.path for entry in objects.list("runs/")]
+        return [listed, objects.stat("runs/new.json") is not None, objects.read("runs/new.json") is not None]
+
+    assert looks() == [False] * 3
+    somebody.call_s3("put_object", **there, Body=b"{}")
+    assert looks() == [True] * 3
+    somebody.call_s3("delete_object", **there)
+    assert looks() == [False] * 3
 
 
 def test_folders_that_a_console_made_are_no_objects(filled: S3) -> None:
