@@ -3,15 +3,9 @@
     with get_client(sync_client=True) as client, following(Dashboard(client).follower()):
         ...
 
-<<<<<<< HEAD
 Pages are artifacts with fixed keys (see `flows.pages`): plan, data-report, packing, progress, loss-curve, completions,
-scores and model-card. A cached stage's pages are shown too: whoever opens a run wants its scores, whichever run made
-them.
-=======
-Pages are artifacts with fixed keys (see `flows.pages`): plan, data-report, packing, progress, loss-curve, scores and
-model-card; of other stages a table of what came out (`flows.facts`), under the stage's name. A cached stage's
-pages are shown too: whoever opens a run wants its scores, whichever run made them.
->>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
+scores and model-card; of other stages a table of what came out (`flows.facts`), under the stage's name. A cached
+stage's pages are shown too: whoever opens a run wants its scores, whichever run made them.
 """
 
 import logging

@@ -12,13 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from flows import rollouts
 from flows.charts import Bar, Box, chain, curve, image, interval_bars, number
-=======
-from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
 from flows.facts import facts_rows
->>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 from flows.history import Event
 from flows.plan import Plan, Step
 from flows.screen import WORDS
@@ -52,12 +48,9 @@ def plan_page(plan: Plan) -> str:
     return (
         f"{image(chain(boxes), told)}\n\n"
         f"{_table(('stage', 'plan', 'key', 'why'), [_step_row(s) for s in plan.steps])}\n"
-<<<<<<< HEAD
-        f"recipe `{plan.recipe}`, run `{plan.run}`" + (f"; {plan.note}\n" if plan.note else "\n")
-=======
-        f"recipe `{plan.recipe}`, run `{plan.run}`\n\n"
-        f"{_beside(plan)}\n"
->>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
+        f"recipe `{plan.recipe}`, run `{plan.run}`"
+        + (f"; {plan.note}\n\n" if plan.note else "\n\n")
+        + f"{_beside(plan)}\n"
     )
 
 

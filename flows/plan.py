@@ -36,15 +36,12 @@ class Plan:
     recipe: str
     run: str
     steps: Sequence[Step] = field(default_factory=list)
-<<<<<<< HEAD
     note: str = ""
     """Where the training goes on from, if it does."""
-=======
     to: str = ""
     """Where the recipe delivers its model; empty: nowhere."""
     standing: Move | None = None
     """What brought the model that production named when the run started."""
->>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 
     @property
     def to_run(self) -> list[str]:
@@ -78,8 +75,9 @@ def make_plan(
         for above in run.upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
                 run.inputs(stage)  # raises, naming +stage
-<<<<<<< HEAD
-    return Plan(run.name, run.id, [steps[s] for s in run.stages], _goes_on(run))
+    standing = run.production.now if run.production else None
+    made = [steps[s] for s in run.stages]
+    return Plan(run.name, run.id, made, _goes_on(run), run.loaded.recipe.publish.to, standing)
 
 
 def _goes_on(run: Run) -> str:
@@ -97,10 +95,6 @@ def _goes_on(run: Run) -> str:
     )
     place = f"goes on from run {start.run}" if start.weights else "starts from the base model"
     return f"training {place}, on {used} of {there} shards"
-=======
-    standing = run.production.now if run.production else None
-    return Plan(run.name, run.id, [steps[s] for s in run.stages], run.loaded.recipe.publish.to, standing)
->>>>>>> c647f637e9e491c914bd52bff9a158ac2fade398
 
 
 def require_writable(run: Run, plan: Plan) -> None:
