@@ -36,12 +36,12 @@ class Plan:
     recipe: str
     run: str
     steps: Sequence[Step] = field(default_factory=list)
-    note: str = ""
-    """Where the training goes on from, if it does."""
     to: str = ""
     """Where the recipe delivers its model; empty: nowhere."""
     standing: Move | None = None
     """What brought the model that production named when the run started."""
+    note: str = ""
+    """Where the training goes on from, if it does."""
 
     @property
     def to_run(self) -> list[str]:
@@ -77,7 +77,7 @@ def make_plan(
                 run.inputs(stage)  # raises, naming +stage
     standing = run.production.now if run.production else None
     made = [steps[s] for s in run.stages]
-    return Plan(run.name, run.id, made, _goes_on(run), run.loaded.recipe.publish.to, standing)
+    return Plan(run.name, run.id, made, run.loaded.recipe.publish.to, standing, _goes_on(run))
 
 
 def _goes_on(run: Run) -> str:
