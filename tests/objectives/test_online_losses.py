@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from stages.tables import read_table
+from stages.train.online_trainer import Saving
 from tests.objectives.test_on_policy_distillation import unpadded
 from tests.stages.packed import Packed
 from tests.stages.test_train_online import figures, prompts, recipe, train
@@ -105,6 +106,20 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     return seen
 
 
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The weights after every step while a test runs. There is no checkpoint within a batch's iterations."""
+    seen: list[dict[str, Tensor]] = []
+    end = Saving.on_step_end
+
+    def listening(self: Any, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        seen.append({name: weight.clone() for name, weight in given["model"].state_dict().items()})
+        return end(self, args, state, control, **given)
+
+    monkeypatch.setattr(Saving, "on_step_end", listening)
+    return seen
+
+
 def log_probs(model: Any, sequences: list[tuple[int, list[int]]]) -> LogProbs:
     """Sequence by sequence, unpadded."""
     found = []
@@ -129,6 +144,7 @@ def test_rewards_loss_and_gradient_are_the_papers(
     tmp_path: Path,
     model: Path,
     written: list[tuple[Tensor, Tensor]],
+    moved: list[dict[str, Tensor]],
     objective: str,
     options: dict[str, Any],
     advantages_of: Callable[[Tensor], Tensor],
@@ -140,8 +156,7 @@ def test_rewards_loss_and_gradient_are_the_papers(
     judged = config["objective_options"]["rewards"]
     judged["short"] = {"reward": "length", "weight": WEIGHTS["short"], "options": {"most": 4}}
     inputs = {"model": model, "tokens": tmp_path / "tokens", "plan": plan}
-    halves = {"micro_batch": 1, "save_seconds": 1e-9}  # of one step, and the weights between the two
-    output, _ = train(tmp_path, inputs, {**config, "warmup": 0}, allow_code=True, **halves)
+    output, _ = train(tmp_path, inputs, {**config, "warmup": 0}, allow_code=True, micro_batch=1)  # a step in halves
 
     ((mask, came),) = written
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -157,11 +172,12 @@ def test_rewards_loss_and_gradient_are_the_papers(
     assert first["reward"] == pytest.approx((rewards @ torch.tensor([*WEIGHTS.values()]).double()).mean().item())
     assert second["clip_fraction"] > first["clip_fraction"] == 0.0
     advantages = advantages_of(rewards.float()).double()
-    moved = tmp_path / "work/checkpoints/1"
+    network = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
-        before = log_probs(AutoModelForCausalLM.from_pretrained(model), sequences)
-    for folder, step in ((model, first), (moved, second)):
-        network = AutoModelForCausalLM.from_pretrained(folder)
+        before = log_probs(network, sequences)
+    for weights, step in ((network.state_dict(), first), (moved[0], second)):
+        network.load_state_dict(weights)
+        network.zero_grad()
         loss = loss_of(log_probs(network, sequences), before, advantages)
         loss.backward()
         norm = torch.cat([weight.grad.flatten() for weight in network.parameters()]).norm()
