@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.schemas.actions import DeploymentScheduleUpdate
+from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
 from prefect.client.schemas.objects import DeploymentSchedule
 
 from flows.deployments import SILENT, listed
@@ -101,11 +101,14 @@ def test_up_again_keeps_what_people_set(raised: Raised) -> None:
         update = DeploymentScheduleUpdate(active=False, parameters={"recipe": "mine.yaml"})
         deployment = client.read_deployment_by_name("retrain/scheduled")
         client.update_deployment_schedule(deployment.id, schedule.id, **update.model_dump(exclude_unset=True))
+        variables = {"env": {**deployment.job_variables["env"], "HF_TOKEN": "{{ prefect.blocks.secret.hub }}"}}
+        client.update_deployment(deployment.id, DeploymentUpdate(job_variables=variables))
     before = raised.part("server")
     raised.up()
     assert raised.part("server") == before
     schedules = {s.id: s for s in deployments(raised)["retrain/scheduled"].schedules}
     assert schedules[schedule.id].parameters == {"recipe": "mine.yaml"}
+    assert deployments(raised)["retrain/scheduled"].job_variables["env"] == variables["env"]
 
 
 def test_status_and_memory(raised: Raised) -> None:
