@@ -16,6 +16,7 @@ from flows.keeper import Settings, State, environment, read, write
 from flows.up import devices, running, status, up
 from stages.errors import UserError
 from tests.flows.raised import Raised, eventually
+from tests.flows.served import listening
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,10 @@ def test_status_and_memory(raised: Raised) -> None:
     assert set(told["parts"]) == {"keeper", "server", "worker-cpu", "worker-gpu-0"}
     for name in ("worker-cpu", "worker-gpu-0"):
         assert 0 < told["parts"][name]["bytes"] < 400 * 2**20
+
+
+def test_the_server_listens_on_the_loopback_alone(raised: Raised) -> None:
+    assert listening(raised.port) == ["127.0.0.1"]
 
 
 @pytest.mark.failure(

@@ -55,9 +55,7 @@ def away() -> str:
 
 
 def test_pauses_grow_to_a_bound_and_end_with_the_patience(clock: Clock) -> None:
-    with pytest.raises(
-        UserError, match=r"s3://bucket/prefix: cannot be reached \(Away\); check .* the key"
-    ):
+    with pytest.raises(UserError, match=r"s3://bucket/prefix: cannot be reached \(Away\); check .* the key"):
         ask(away)
     longest = [0.5, 1.0, 2.0, 4.0, 8.0, *([10.0] * 20)]
     assert len(clock.pauses) > 8
