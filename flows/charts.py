@@ -66,12 +66,13 @@ def chain(boxes: Sequence[Box]) -> str:
     return _svg(height, body)
 
 
-def loss_curve(losses: Sequence[Point], height: int = 280) -> str:
-    """SVG of (step, loss): every step faint, their moving mean strong. Needs at least one point, all of them finite."""
-    steps = thinned(losses)
+def curve(values: Sequence[Point], up: str, height: int = 280) -> str:
+    """SVG of (step, value): every step faint, their moving mean strong, and the upward axis named `up`. What is no
+    number is left out."""
+    steps = thinned([(step, value) for step, value in values if math.isfinite(value)])
     plot = _Plot(steps, height)
     body = [
-        *plot.axes("step", "loss"),
+        *plot.axes("step", up),
         plot.line(steps, TUNED, 1.0, 0.45),
         plot.line(smoothed(steps), TUNED, 2.0, 1.0),
     ]
@@ -163,12 +164,12 @@ class _Plot:
 
     @cached_property
     def across(self) -> tuple[float, float]:
-        values = [x for x, _ in self.points]
+        values = [x for x, _ in self.points] or [0.0]
         return min(values), max(max(values), min(values) + 1)
 
     @cached_property
     def up(self) -> list[float]:
-        values = [y for _, y in self.points]
+        values = [y for _, y in self.points] or [0.0]
         return nice_ticks(min(values), max(values))
 
     def x(self, value: float) -> float:

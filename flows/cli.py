@@ -79,6 +79,8 @@ def run(
     """Run a recipe: make what is not there yet, in a Prefect flow."""
     from flows.local import Selection, finish, run_plan
 
+    if on == "up" and as_json and not dry_run:
+        raise UserError("--json tells of a run in this process, and --on up sends it elsewhere: leave one of them out")
     this = _start(recipe, settings, store, runtime, allow_code)
     plan = make_plan(this, selectors or (), exclude or (), force or (), strict)
     if not as_json:

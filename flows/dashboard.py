@@ -3,9 +3,9 @@
     with get_client(sync_client=True) as client, following(Dashboard(client).follower()):
         ...
 
-Pages are artifacts with fixed keys (see `flows.pages`): plan, data-report, packing, progress, loss-curve, scores and
-model-card; of other stages a table of what came out (`flows.facts`), under the stage's name. A cached stage's
-pages are shown too: whoever opens a run wants its scores, whichever run made them.
+Pages are artifacts with fixed keys (see `flows.pages`): plan, data-report, packing, progress, loss-curve, completions,
+scores and model-card; of other stages a table of what came out (`flows.facts`), under the stage's name. A cached
+stage's pages are shown too: whoever opens a run wants its scores, whichever run made them.
 """
 
 import logging
@@ -148,7 +148,14 @@ class Dashboard:
                 self._create(stage, TITLES[stage], facts_page(built.artifact.facts), self.stage.task_run)
             for page in PAGES.get(stage, ()):
                 tree = built.artifact.tree.select(*page.files)
-                if not tree.files or run.store.missing(tree):
+                if not tree.files:  # completions, of a training that writes none
+                    continue
+                if sum(file.size for file in tree.files) > page.most:
+                    self.stage.logger.info(
+                        f"no {page.key} page: {', '.join(page.files)} is too large to be read for it"
+                    )
+                    continue
+                if run.store.missing(tree):
                     self.stage.logger.info(f"no {page.key} page: {', '.join(page.files)} is not in the store any more")
                     continue
                 markdown = page.markdown(run.store.view(tree))

@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import State
 from prefect.events import emit_event
+from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
@@ -23,7 +24,7 @@ from flows.approval import asked
 from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
-from flows.parameters import OwnRuntime
+from flows.parameters import OwnRuntime, filled
 from flows.plan import Plan, make_plan, require_writable
 from flows.recipe import Recipe, loads
 from flows.run import Run, start
@@ -34,7 +35,8 @@ from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.runtime import Runtime, from_environment, store_of
+from stages.lease import Lease
+from stages.runtime import Runtime, store_of
 
 
 class Reference(TypedDict):
@@ -81,7 +83,7 @@ def finetune(
     """
     try:
         with get_client(sync_client=True) as client:
-            this, earlier = opened(client, recipe, settings, runtime or from_environment(), run)
+            this, earlier = opened(client, recipe, settings, filled(runtime), run)
             return work(client, this, select, exclude, force, strict, resumed=earlier and not run)
     except (UserError, StageFailed, Suspended) as error:
         return failed(error)
@@ -117,21 +119,25 @@ def work(
     force: Sequence[str] = (),
     strict: bool = False,
     resumed: bool = False,
+    held: Lease | None = None,
 ) -> State[Any]:
     """Plan and drive a run, ask a person where the recipe wants it, and say how it ended.
 
-    A run that is `resumed` does not make again what it has made again already.
+    A run that is `resumed` does not make again what it has made again already. It stops as Suspended where a lease that
+    it works under, `held`, was lost.
     """
     plan = make_plan(run, select, exclude, force, strict)
     require_writable(run, plan)
     again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
     label(client, run)
     dashboard = Dashboard(client)
-    outcome = drive(run, plan, again, dashboard, resumed)
+    outcome = drive(run, plan, again, dashboard, resumed, held)
     if outcome is None:
         return Completed()
     if outcome.production == "waits" and deployment.id:
-        outcome = settle(run, asked(run))
+        answer = asked(run)
+        require_held(held)
+        outcome = settle(run, answer)
         run.record("finished", asdict(outcome))
     dashboard.show_history(run)
     return finished(run, outcome)
@@ -148,7 +154,20 @@ def label(client: SyncPrefectClient, run: Run) -> None:
     client.update_flow_run(flow_run.id, name=name, tags=sorted({*flow_run.tags, *found}))
 
 
-def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard, resumed: bool = False) -> Outcome | None:
+def require_held(held: Lease | None) -> None:
+    """Raise Suspended when a lease was lost: whoever waited for it may be at the same work by now."""
+    if held is not None and held.lost.is_set():
+        raise Suspended(f"stopped before it went on: the lease on its name was lost, {held.why}")
+
+
+def drive(
+    run: Run,
+    plan: Plan,
+    again: Collection[str],
+    dashboard: Dashboard,
+    resumed: bool = False,
+    held: Lease | None = None,
+) -> Outcome | None:
     """Execute the plan's steps in order, deliver what was published, keep the run's record.
 
     The stages in `again` are made although they are in the store; where the run is `resumed`, unless it made them.
@@ -162,13 +181,15 @@ def drive(run: Run, plan: Plan, again: Collection[str], dashboard: Dashboard, re
         with following(dashboard.follower()):
             for step in plan.steps:
                 if step.state != "skipped":
+                    require_held(held)
                     reads = [states[s] for s in run.upstream(step.stage) if s in states]
                     make = stage_task(run, step.stage, step.stage in again, resumed)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
+        require_held(held)
         outcome = settle(run) if "publish" in states else None
-    except BaseException:
-        run.record_failure()
+    except BaseException as error:
+        run.record_end(Suspended("suspended in the dashboard") if isinstance(error, Pause) else error)
         raise
     run.record("finished", asdict(outcome) if outcome else None)
     run.become_baseline()

@@ -27,7 +27,7 @@ class Event:
 
     at: str
     what: str
-    """`promoted`, `rolled back`, `declined`, `gate failed`, `failed`, …"""
+    """`promoted`, `rolled back`, `declined`, `gate failed`, `failed`, `suspended`, …"""
     model: str
     """Key of the weights, or empty."""
     run: str
@@ -78,6 +78,8 @@ STYLES = {
     "rolled back": "[yellow]{}[/]",
     "gate failed": "[red]{}[/]",
     "failed": "[red]{}[/]",
+    "suspended": "[yellow]{}[/]",
+    "interrupted": "[yellow]{}[/]",
 }
 
 

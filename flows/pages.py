@@ -4,13 +4,16 @@ Nothing of Prefect in here. A page's key is fixed, so that the dashboard's page 
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from flows.charts import Bar, Box, chain, image, interval_bars, loss_curve, number
+from flows import rollouts
+from flows.charts import Bar, Box, chain, curve, image, interval_bars, number
 from flows.facts import facts_rows
 from flows.history import Event
 from flows.plan import Plan, Step
@@ -34,6 +37,8 @@ class Page:
     title: str
     files: tuple[str, ...]
     markdown: Callable[[Path], str]
+    most: float = math.inf
+    """Bytes of those files from which on there is no page: they may have to come out of a bucket first."""
 
 
 def plan_page(plan: Plan) -> str:
@@ -43,8 +48,9 @@ def plan_page(plan: Plan) -> str:
     return (
         f"{image(chain(boxes), told)}\n\n"
         f"{_table(('stage', 'plan', 'key', 'why'), [_step_row(s) for s in plan.steps])}\n"
-        f"recipe `{plan.recipe}`, run `{plan.run}`\n\n"
-        f"{_beside(plan)}\n"
+        f"recipe `{plan.recipe}`, run `{plan.run}`"
+        + (f"; {plan.note}\n\n" if plan.note else "\n\n")
+        + f"{_beside(plan)}\n"
     )
 
 
@@ -114,15 +120,40 @@ MOST_BARS = 12
 
 
 def loss_page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The loss so far and the last step, from training's metrics a step: `step`, `loss` and what else was measured."""
-    losses = [(float(row["step"]), float(row["loss"])) for row in rows]
+    """The loss so far, the reward where there is one, and the last step, from training's metrics a step: `step`, `loss`
+    and what else was measured."""
+    told = []
+    for name in ("loss", "reward"):
+        points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
+        told += [image(curve(points, name), f"{name} over steps")] if points else []
     last = {name.replace("_", " "): number(value) for name, value in rows[-1].items() if value is not None}
-    return f"{image(loss_curve(losses), 'loss over steps')}\n\n{_table(list(last), [list(last.values())])}"
+    return "\n\n".join([*told, _table(list(last), [list(last.values())])])
 
 
 def _loss_of(folder: Path) -> str:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return loss_page([json.loads(line) for line in lines])
+
+
+MOST_COMPLETIONS = 4
+"""Of the first step and of the last one, on the page of completions."""
+MOST_SHOWN = 2000
+"""Characters of a prompt or a completion there."""
+
+
+def _completions_of(folder: Path) -> str:
+    return completions_page(list(rollouts.ends(folder / rollouts.FILE, MOST_COMPLETIONS)))
+
+
+def completions_page(written: Sequence[rollouts.Rollout]) -> str:
+    """Some completions of a training, under their steps and prompts."""
+    told = []
+    for (step, prompt), asked in groupby(written, key=lambda rollout: (rollout.step, rollout.prompt)):
+        told += [f"### Step {step:,}", _fenced(_cut(prompt))]
+        for each in asked:
+            worth = ", ".join(f"{name} **{number(reward)}**" for name, reward in each.rewards.items())
+            told += [worth or "It wrote:", _fenced(_cut(each.completion))]
+    return "\n\n".join([*told, "`regrow rollouts RUN` shows all of them in a terminal."])
 
 
 def _scores_of(folder: Path) -> str:
@@ -260,6 +291,10 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
+
+
 def _card_of(folder: Path) -> str:
     """The card without the YAML before it, which is for the Hub."""
     return re.sub(r"\A---\n.*?\n---\n", "", (folder / "README.md").read_text(), flags=re.DOTALL)
@@ -270,7 +305,10 @@ PAGES: Mapping[str, Sequence[Page]] = {
         Page("data-report", "What became of the data", ("report.json",), _report_of),
         Page("packing", "How full the packed sequences are", ("plan.json",), _packing_of),
     ),
-    "train": (Page("loss-curve", "Loss over steps", ("metrics.jsonl",), _loss_of),),
+    "train": (
+        Page("loss-curve", "Loss over steps", ("metrics.jsonl",), _loss_of),
+        Page("completions", "What the model wrote while it trained", (rollouts.FILE,), _completions_of, 64 * 2**20),
+    ),
     "evaluate": (
         Page(
             "scores",

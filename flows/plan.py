@@ -40,6 +40,8 @@ class Plan:
     """Where the recipe delivers its model; empty: nowhere."""
     standing: Move | None = None
     """What brought the model that production named when the run started."""
+    note: str = ""
+    """Where the training goes on from, if it does."""
 
     @property
     def to_run(self) -> list[str]:
@@ -74,7 +76,25 @@ def make_plan(
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
                 run.inputs(stage)  # raises, naming +stage
     standing = run.production.now if run.production else None
-    return Plan(run.name, run.id, [steps[s] for s in run.stages], run.loaded.recipe.publish.to, standing)
+    made = [steps[s] for s in run.stages]
+    return Plan(run.name, run.id, made, run.loaded.recipe.publish.to, standing, _goes_on(run))
+
+
+def _goes_on(run: Run) -> str:
+    if not run.loaded.recipe.fetch.continuing:
+        return ""
+    if run.production is None:
+        return "nothing is in production yet: training starts from the base model, on all shards"
+    if "fetch" not in run.artifacts:
+        return f"training goes on from run {run.production.now.run}, on the shards it has not seen"
+    start, rows = run.began()
+    heldout = {name for name, source in run.loaded.recipe.fetch.data.items() if source.split == "heldout"}
+    used, there = (
+        sum(shard.partition("/")[0] not in heldout for shard in tree.folders())
+        for tree in (rows, run.artifacts["fetch"].tree.folder("data"))
+    )
+    place = f"goes on from run {start.run}" if start.weights else "starts from the base model"
+    return f"training {place}, on {used} of {there} shards"
 
 
 def require_writable(run: Run, plan: Plan) -> None:

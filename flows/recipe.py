@@ -234,6 +234,9 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     if objective.head and recipe.evaluate.tasks:
         told = f"{name} makes a model that judges and answers nothing: take the tasks out; held-out rows are measured"
         yield ("evaluate", "tasks"), told
+    if objective.head and recipe.fetch.continuing:
+        told = f"the objective {name} puts a new head on a model that writes, and production's has one: take it out"
+        yield ("fetch", "continuing"), told
     gate = recipe.publish.gate
     for place, thresholds in ((("gate",), gate), (("gate", "production"), gate.production)):
         if objective.head and thresholds.max_heldout_loss_increase is not None:
@@ -250,11 +253,23 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         for path, is_set in (("fetch", "teacher"), recipe.fetch.teacher), (("score", "top_k"), recipe.score.top_k):
             if is_set is not None:
                 yield path, f"{name} learns from no teacher: take it out, or set `train.objective: distillation`"
+    yield from _of_reference(recipe)
     yield from _of_environment(recipe)
     lost = {"stepwise": "steps off their labels", "prompt": "off where the model is to answer"}
     for kind in objective.kinds:
         if kind in lost and recipe.pack.overlong == "truncate":
             yield ("pack", "overlong"), f"truncate would cut {lost[kind]}: set it to drop or error"
+
+
+def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What training is compared with is the model that it starts from: quantized, if that is."""
+    name, ours, scored = recipe.train.objective, recipe.train.quantize, recipe.score.quantize
+    objective = objectives.find(name)
+    if objective.reference and scored != ours:
+        mend = f"set `score.quantize: {ours}`" if ours else "take `score.quantize` out, or set `train.quantize`, too"
+        yield ("score", "quantize"), f"{name} compares with the model it starts from, as train.quantize has it: {mend}"
+    elif not (objective.reference or objective.teacher) and scored is not None:
+        yield ("score", "quantize"), f"{name} compares with no other model: take it out"
 
 
 def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -1,8 +1,8 @@
 """Scheduled retraining: look at the sources and, when there is something new, run the recipe to its end.
 
 Nothing new: nothing runs, and the run's state says so. Two retrainings of one name never run at once: a lease on the
-name in the store holds over deployments, machines and servers. Of the runs of a schedule that came due while nobody
-worked, one does the work and the others are marked as caught up.
+name in the store holds over deployments, machines and servers, and a run that lost it starts no further stage. Of the
+runs of a schedule that came due while nobody worked, one does the work and the others are marked as caught up.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 
 from flows.execute import StageFailed
-from flows.finetune import failed, opened, run_name, work
-from flows.parameters import OwnRuntime
+from flows.finetune import failed, opened, require_held, run_name, work
+from flows.parameters import OwnRuntime, filled
 from flows.plan import make_plan
 from flows.settle import settle
 from flows.stored import AnyRecipe, recipe_of
 from stages.child import Suspended
 from stages.errors import UserError
-from stages.lease import lease
-from stages.runtime import Runtime, from_environment, store_of
+from stages.lease import Lease, lease
+from stages.runtime import Runtime, store_of
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False)
@@ -41,20 +41,22 @@ def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: OwnRuntime
         settings: Recipe keys to override, each an item, such as `train.learning_rate=2e-4`.
         runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
-    where = runtime or from_environment()
+    where = filled(runtime)
     try:
         with get_client(sync_client=True) as client:
             store = store_of(where)
             name = recipe_of(recipe, settings, store).recipe.name
             owner = f"retraining {name}, flow run {flow_run.name}"
             log = get_run_logger()
-            with lease(store, "retrain", name, where.lease_seconds, owner, log.info):
-                return new(client, recipe, settings, where)
+            with lease(store, "retrain", name, where.lease_seconds, owner, log.info) as held:
+                return new(client, recipe, settings, where, held)
     except (UserError, StageFailed, Suspended) as error:
         return failed(error)
 
 
-def new(client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], runtime: Runtime) -> State[Any]:
+def new(
+    client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], runtime: Runtime, held: Lease
+) -> State[Any]:
     """Do the run if there is anything to do."""
     looked, goes_on = datetime.now(UTC), False
     try:
@@ -63,7 +65,8 @@ def new(client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], r
         if not goes_on:  # else it works on what it saw long ago
             catch_up(client, looked)
     if goes_on or make_plan(run).to_run:
-        return work(client, run)
+        return work(client, run, held=held)
+    require_held(held)
     outcome = settle(run)
     told = outcome.told(run.name) or f"not published: {'; '.join(outcome.reasons)}"
     message = f"nothing new: every stage of {run.name} is in the store; {told}"

@@ -11,9 +11,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from flows import continuing
+from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded
 from stages import objectives, own_code
+from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree
@@ -38,6 +41,8 @@ class Run:
     """The stages this run made, rather than found."""
     production: Production | None = None
     """What the production ref said when the run started: it moves only if it still says so."""
+    _began: tuple[str, Start, Tree] | None = None
+    """The answer of `began`, and for which fetch."""
 
     @property
     def name(self) -> str:
@@ -82,7 +87,27 @@ class Run:
         inputs = {n: take.of(self.artifacts[take.stage].tree, config) for n, take in self.takes(stage).items()}
         if stage == "evaluate" and (rival := self.rival()) is not None:
             inputs["production"] = rival.tree
+        if self.loaded.recipe.fetch.continuing and stage in ("convert", "score", "train", "merge"):
+            start, rows = self.began()
+            if stage == "convert":
+                inputs["rows"] = rows
+            elif (weights := continuing.weights_of(self.store, start)) is not None:
+                inputs["model"] = weights
         return inputs
+
+    def began(self) -> tuple[Start, Tree]:
+        """Where the training starts, and the shards that convert reads: the base model and all, unless the recipe goes
+        on from production. fetch must be known. Raises UserError when the store has lost what that needs."""
+        fetched = self.artifacts["fetch"]
+        if self._began is None or self._began[0] != fetched.digest:
+            fetch = self.loaded.recipe.fetch
+            standing = self.production if fetch.continuing else None
+            [model] = [part.config for part in self.parts if part.name == "model"]
+            continuing.refuse_another_base(self.store, standing, model)
+            heldout = {name: source.split == "heldout" for name, source in fetch.data.items()}
+            found = continuing.start_and_rows(self.store, standing, fetched.tree.folder("data"), heldout)
+            self._began = fetched.digest, *found
+        return self._began[1:]
 
     def rival(self) -> Artifact | None:
         """The weights that the tuned model is compared with beside the base model's: those in production when the run
@@ -123,8 +148,9 @@ class Run:
             "store": self.store.url,
         }
 
-    def record(self, status: str, outcome: Mapping[str, Json] | None = None) -> None:
-        """Write the run's record; with the outcome of its publishing once that is known."""
+    def record(self, status: str, outcome: Mapping[str, Json] | None = None, reason: str = "") -> None:
+        """Write the run's record; with the outcome of its publishing once that is known, or with the `reason` why it
+        ended before that."""
         self.store.write_run(
             self.id,
             {
@@ -137,14 +163,20 @@ class Run:
                 "production": _production_json(self.production),
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": self._stages(),
+                **({"start": self._began[1].document} if self._began else {}),
                 **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
+                **({"reason": reason} if reason else {}),
             },
         )
 
-    def record_failure(self) -> None:
-        """Record that the run failed, unless the store is what failed: what ended the run is told all the same."""
+    def record_end(self, error: BaseException) -> None:
+        """Record that the run failed, or was suspended or interrupted (Ctrl-C), and why; unless the store is what
+        failed: what ended the run is told all the same."""
+        ended = "failed" if isinstance(error, Exception) else "interrupted"
+        status = "suspended" if isinstance(error, Suspended) else ended
+        reason = str(error).partition("\n")[0] or type(error).__name__
         with suppress(UserError, OSError):
-            replace(self, store=self.store.hasty()).record("failed")
+            replace(self, store=self.store.hasty()).record(status, reason=reason)
 
     def headline_scores(self) -> dict[str, Json]:
         """The tuned model's score in each task, as the card has it."""

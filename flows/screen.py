@@ -36,6 +36,8 @@ def show_plan(console: Console, plan: Plan, why: bool = False) -> None:
         state = Text(WORDS[step.state], style=STYLES[step.state])
         table.add_row(step.stage, state, (step.key or "")[:8], _reason(step, why))
     console.print(table)
+    if plan.note:
+        console.print(plan.note)
 
 
 def _reason(step: Step, why: bool) -> str:
@@ -55,7 +57,8 @@ def plan_json(plan: Plan) -> str:
         | ({"digest": s.artifact.digest} if s.artifact else {})
         for s in plan.steps
     ]
-    return json.dumps({"recipe": plan.recipe, "steps": steps, "to_run": plan.to_run}, indent=2)
+    noted = {"note": plan.note} if plan.note else {}
+    return json.dumps({"recipe": plan.recipe, "steps": steps, "to_run": plan.to_run, **noted}, indent=2)
 
 
 def seconds(value: float) -> str:

@@ -25,10 +25,10 @@ def show_what(store: Store, what: str | None, console: Console, as_json: bool) -
     """Show the latest runs, one run, or one artifact. Raises UserError when nothing is called so."""
     if what is None:
         _show_runs(store, console, as_json)
-    elif record := _run_named(store, what):
+    elif record := run_named(store, what):
         _show_run(store, record, console, as_json)
     else:
-        _show_artifact(store, _artifact_named(store, what), console, as_json)
+        _show_artifact(store, artifact_named(store, what), console, as_json)
 
 
 def _show_runs(store: Store, console: Console, as_json: bool) -> None:
@@ -48,7 +48,7 @@ def _show_runs(store: Store, console: Console, as_json: bool) -> None:
     console.print(table)
 
 
-def _run_named(store: Store, what: str) -> dict[str, Json] | None:
+def run_named(store: Store, what: str) -> dict[str, Json] | None:
     """The record of a run, by its id or as `NAME` for the last run of a recipe."""
     try:
         ref = store.read_ref(f"{what}/last")
@@ -62,6 +62,8 @@ def _show_run(store: Store, record: Mapping[str, Any], console: Console, as_json
         console.print_json(json.dumps(record))
         return
     console.print(f"run {record['run']} of {record['recipe']}: {record['status']} on {record['written']}")
+    if reason := record.get("reason"):
+        console.print(escape(reason))
     table = _table("stage", "", "key", "digest", "what came out")
     for stage in (s for s in ORDER if s in record["stages"]):
         entry = record["stages"][stage]
@@ -71,7 +73,7 @@ def _show_run(store: Store, record: Mapping[str, Any], console: Console, as_json
     console.print(table)
 
 
-def _artifact_named(store: Store, prefix: str) -> Artifact:
+def artifact_named(store: Store, prefix: str) -> Artifact:
     """The one artifact whose key starts so; `stage/prefix` narrows it."""
     stage, _, digits = prefix.rpartition("/")
     if len(digits) < 4 or not all(c in "0123456789abcdef" for c in digits):

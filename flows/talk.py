@@ -1,4 +1,4 @@
-"""The commands to try a model with: `chat` and `serve`."""
+"""The commands that show what a model says: `chat`, `serve`, and what it said while it trained: `rollouts`."""
 
 from typing import Annotated, Literal
 
@@ -91,3 +91,23 @@ def serve(
         console.print("[yellow]it asks for no password: whoever reaches this address can use it[/]")
     console.file.flush()
     become(served, artifacts.cache)
+
+
+@app.command()
+def rollouts(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_KEY", help="A run's id, a recipe's name (its last run), or a training's first digits."
+        ),
+    ],
+    step: Annotated[int | None, typer.Option("--step", min=1, help="Only those of this step.")] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="Begin with those that were worth least.")] = False,
+    store: StoreUrl = None,
+    runtime: RuntimeFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Page through what a model wrote while it trained, with each completion's rewards. --json gives a line each."""
+    from flows.rollouts import show_rollouts
+
+    show_rollouts(store_of(runtime_of(store, runtime)), what, step, worst, console, as_json)

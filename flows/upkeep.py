@@ -10,11 +10,11 @@ from prefect.states import Completed
 from flows import promotion
 from flows.dashboard import Dashboard
 from flows.finetune import announce, failed
-from flows.parameters import Days, Name, OwnRuntime
+from flows.parameters import Days, Name, OwnRuntime, filled
 from stages import gc as garbage
 from stages.errors import UserError
 from stages.production import Move
-from stages.runtime import from_environment, store_of
+from stages.runtime import store_of
 from stages.store import BadBlob, Store
 
 
@@ -28,7 +28,7 @@ def promote(name: Name, what: str = "", anyway: bool = False, runtime: OwnRuntim
         anyway: Promote it although its gate was not passed.
         runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
-    where = runtime or from_environment()
+    where = filled(runtime)
     try:
         move = promotion.promote(store_of(where), where, name, what or None, anyway)
     except (UserError, BadBlob) as error:
@@ -44,7 +44,7 @@ def rollback(name: Name, runtime: OwnRuntime = None) -> State[Any]:
         name: The recipe's name.
         runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
-    where = runtime or from_environment()
+    where = filled(runtime)
     try:
         move = promotion.rollback(store_of(where), where, name)
     except (UserError, BadBlob) as error:
@@ -72,7 +72,7 @@ def gc(delete: bool = False, days: Days = 30.0, runtime: OwnRuntime = None) -> S
         runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
     try:
-        report = garbage.collect(store_of(runtime or from_environment()), delete=delete, run_days=days)
+        report = garbage.collect(store_of(filled(runtime)), delete=delete, run_days=days)
     except UserError as error:
         return failed(error)
     count = sum(tally.count for tally in report.freed.values())

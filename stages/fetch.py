@@ -127,6 +127,9 @@ class FetchConfig(StageConfig):
     """Models of the objective `reward`, by a name of yours, for train's rewards and evaluate's tasks to ask."""
     data: dict[SourceName, DataSource] = Field(min_length=1)
     """Data sources; convert and pack use their names."""
+    continuing: bool = False
+    """Whether to train on from the model in production, on the shards that it has not seen; `model` is what the first
+    training starts from, and what scores are compared with."""
 
     @field_validator("reward_models")
     @classmethod

@@ -82,21 +82,24 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
     return Model(network, tokenizer)
 
 
-def load_network(folder: Path, precision: Precision, device: Device, packed: bool) -> Any:
+def load_network(
+    folder: Path, precision: Precision, device: Device, packed: bool, quantize: Literal["nf4", "int8"] | None = None
+) -> Any:
     """A model's weights alone, on their device, in evaluation mode; see `load`. A folder that holds a classifier gives
-    that (`stages.heads`)."""
+    that (`stages.heads`). `quantize` holds them in 4 or 8 bits, as training does under an adapter."""
     import torch
     import transformers
     from transformers import AutoConfig
 
     from packing.attention import implementation
-    from stages import heads
+    from stages import heads, quantization
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arithmetic.fitting(precision, device)]
     try:
         config = AutoConfig.from_pretrained(folder, **FROM_FOLDER)
+        small = quantization.settings(quantize, device, dtype) if quantize else {}
         kind = getattr(transformers, heads.classifier(folder) or "AutoModelForCausalLM")
         network = kind.from_pretrained(
             folder,
@@ -105,10 +108,12 @@ def load_network(folder: Path, precision: Precision, device: Device, packed: boo
             attn_implementation=implementation(device, config) if packed else None,
             use_safetensors=True,  # the other format is pickle, which runs what is in it
             **FROM_FOLDER,
+            **small,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the model does not load: {error}") from error
-    return network.to(device).eval()
+    quantization.keep_gradients(network)  # the other kernel also rounds otherwise than training does
+    return (network if quantize else network.to(device)).eval()
 
 
 def generate(

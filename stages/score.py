@@ -24,6 +24,9 @@ class ScoreConfig(StageConfig):
 
     precision: Literal["bf16", "fp32"] = Field(default="bf16")
     """Arithmetic of the forward pass: the one that training uses, so that both err alike."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the model's weights in 4 or 8 bits. Where training is compared with it, as `train.quantize` says: that
+    training starts from the quantized weights, not from those they were."""
     top_k: int | None = Field(default=None, ge=1, le=1024)
     """For distillation: how many of the teacher's likeliest tokens are kept for every token, 6 bytes each; 32 is usual.
     The teacher is `fetch.teacher`, or the model before training."""
@@ -55,5 +58,5 @@ STAGE = Stage(
     parts=parts,
     part=ScoreConfig,
     exclusive=True,
-    libraries=("torch", "transformers"),
+    libraries=("bitsandbytes", "torch", "transformers"),
 )

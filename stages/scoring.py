@@ -116,21 +116,23 @@ def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
     """The model's head (`stages.lm_head`), the model proven to keep packed rows apart. The last one is kept, as a
     stage's shards follow one another."""
     from packing.isolation import check_isolation
-    from stages import lm_head
+    from stages import lm_head, quantization
     from stages.generation import load_network
 
-    if folder not in _kept:
+    wanted = (folder, config.quantize)
+    if wanted not in _kept:
         _kept.clear()
-        network = load_network(folder, config.precision, work.runtime.device, packed=True)
+        network = load_network(folder, config.precision, work.runtime.device, packed=True, quantize=config.quantize)
         try:
-            check_isolation(network)
+            with quantization.exact(network):
+                check_isolation(network)
         except ValueError as error:
             raise UserError(f"score: {error}") from error
-        _kept[folder] = lm_head.find(network, _batch(np.arange(8), np.array([8]), network.device))
-    return _kept[folder]
+        _kept[wanted] = lm_head.find(network, _batch(np.arange(8), np.array([8]), network.device))
+    return _kept[wanted]
 
 
-_kept: dict[Path, Any] = {}
+_kept: dict[tuple[Path, str | None], Any] = {}
 
 
 def _batch(ids: NDArray[Any], lengths: NDArray[np.int64], device: Any) -> dict[str, Any]:

@@ -21,15 +21,16 @@ PAGE = ROOT / "docs" / "reliability.md"
 HEAD = """\
 # When something dies
 
-Each row is a failure that a test brings about for real: real processes, a real Prefect server, a real S3 server
-(SeaweedFS). Where a whole run is hit (`test_failures`, `test_failures_of_the_store`) the test then asserts that no
-process is left over, no lock is held beyond its lease, the store reads back whole (`regrow verify --deep`), the run is
-marked as what it is within 120 s, and the next run goes on from where it was. The third column is what was measured, on
-two busy cores, from the failure to the mark.
+Each row is a failure that a test really causes: with real processes, a real Prefect server and a real S3 server
+(SeaweedFS). If a whole run is hit (`test_failures`, `test_failures_of_the_store`), the test then checks that no process
+is left over, no lock is held beyond its lease, the store is intact (`regrow verify --deep`), the run is marked as what
+it is within 120 s, and the next run resumes it. The third column is the measured time from the failure to that mark, on
+two busy cores.
 
-Tests in *italics* take long and run with `make test-full`, which writes this page; the others with every `make test`.
+Tests in *italics* take long and run with `make test-full`, which writes this page; the others run with every
+`make test`.
 
-| what happens | what comes of it | marked after | shown by |
+| what fails | what happens then | marked after | shown by |
 | --- | --- | --- | --- |
 """
 

@@ -97,6 +97,9 @@ class GroupOptions(RewardedOptions):
     def _fits(self) -> Self:
         if self.loss == "luspo" and self.importance != "sequence":
             raise ValueError("loss luspo works on whole completions: set importance: sequence")
+        if self.loss == "cispo" and (self.epsilon_high is None or self.epsilon_high <= 1):
+            # TRL takes it for the bound itself, where others add it to 1: at 0.2 every ratio would be cut to that.
+            raise ValueError("loss cispo bounds the ratio itself by epsilon_high: set it above 1, e.g. 5")
         return self
 
 

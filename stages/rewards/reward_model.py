@@ -6,6 +6,7 @@ It reads the prompt as the model that trains read it, so both must have the same
 from collections.abc import Mapping
 from pathlib import Path
 
+from stages import arithmetic
 from stages.reward_models import RewardModel
 from stages.rewards import Reward, Row
 from stages.stage import StageConfig
@@ -24,10 +25,15 @@ _ready: dict[str, tuple[RewardModel, str, str]] = {}
 
 def ready(options: Options, models: Mapping[str, Path]) -> None:
     """Load the model before the first completion comes, whose time limit it would take."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     place = models[options.model]
-    network = AutoModelForSequenceClassification.from_pretrained(place, local_files_only=True).eval()
+    stored = AutoConfig.from_pretrained(place, local_files_only=True).dtype
+    emulated = stored == torch.bfloat16 and not arithmetic.cpu_has_bf16()
+    network = AutoModelForSequenceClassification.from_pretrained(
+        place, dtype=torch.float32 if emulated else "auto", local_files_only=True
+    ).eval()
     model = RewardModel(network, AutoTokenizer.from_pretrained(place, local_files_only=True))
     _ready[options.model] = (model, *model.around())
 
@@ -41,4 +47,4 @@ def score(completion: str, row: Row, options: Options) -> float:
     return model.worth(prompt + completion + end)
 
 
-REWARD = Reward(1, score, Options, model=lambda options: options.model, ready=ready)
+REWARD = Reward(2, score, Options, model=lambda options: options.model, ready=ready)

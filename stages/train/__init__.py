@@ -10,7 +10,6 @@ This file holds the recipe section and declares the stage; the work is in the fi
     data.py          optimizer steps as lists of micro-batches; samples.py: single batches, to try the model on
     windows.py       the shards that steps read, on the disk
     model.py         the model that is trained, and what is written at the end
-    quantization.py  frozen weights in 4 or 8 bits
     freezing.py      which weights train, for the method full; patterns.py: their names
     adapters.py      LoRA and its kin; folding.py: adapters that start as a part of the weights
     neftune.py       noise on the embeddings
@@ -45,7 +44,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stages import environments, objectives, rewards
 from stages.stage import Facts, Stage, StageConfig, Work
-from stages.train import checks, optimizers
+from stages.train import checks, optimizers, patterns
 
 Name = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -87,7 +86,10 @@ class Lora(StageConfig):
     def _some_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
             raise ValueError("name at least one layer, or leave it out for all-linear")
-        return targets if isinstance(targets, str) else tuple(sorted(set(targets)))
+        if isinstance(targets, str):
+            return targets
+        patterns.refuse_broken(targets)
+        return tuple(sorted(set(targets)))
 
     @field_validator("modules_to_save", "new_tokens")
     @classmethod
@@ -119,6 +121,7 @@ class Full(StageConfig):
     @field_validator("only", "freeze")
     @classmethod
     def _sorted(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        patterns.refuse_broken(names)
         return tuple(sorted(set(names)))
 
 

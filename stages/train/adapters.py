@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from stages import quantization
 from stages.errors import UserError
-from stages.train import Lora, adamw, checks, folding, quantization
+from stages.train import Lora, adamw, checks, folding
 from stages.train.patterns import matches, nearest
 
 STARTS = {"kaiming": True, "loftq": True}

@@ -61,13 +61,14 @@ class Saver:
         self._done: list[Saved] = []
 
     def save(self, step: int, write: Callable[[Path], None], beside: bool = True) -> None:
-        """Have `write` fill a folder that becomes the checkpoint of `step`; waits for the save before, and for this
-        one if not `beside`."""
+        """Have `write` fill a folder that becomes the checkpoint of `step`; waits for the save before. If not `beside`,
+        it is written here and now."""
         self.wait()
+        if not beside:
+            self._save(step, write)
+            return
         self._thread = threading.Thread(target=self._save, args=(step, write), name="checkpoint")
         self._thread.start()
-        if not beside:
-            self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written."""

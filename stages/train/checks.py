@@ -132,23 +132,28 @@ def _of_steps(config: "TrainConfig") -> Iterator[str]:
                 yield f"`{name}` needs `evaluate_every`: how often to look at the held-out loss"
 
 
-def refuse_shards(config: "TrainConfig") -> None:
-    """Raise UserError for what needs whole weights on every rank."""
-    wanted = {
-        "ema": config.ema is not None,
-        "keep: best": config.keep == "best",
-        "lora.restart_every": config.lora.restart_every is not None,
-        "full.lisa": config.full.lisa is not None,
+def refuse_sharded(config: "TrainConfig", shard: str) -> None:
+    """Raise UserError for what cannot be trained where each rank holds a part of the model."""
+    asked = {
         "quantize": config.quantize is not None,
-        f"objective: {config.objective}": objectives.find(config.objective).baseline is not None,
+        "ema": config.ema is not None,
+        "evaluate_every": config.evaluate_every is not None,
+        "full.lisa": config.full.lisa is not None,
+        "lora.restart_every": config.lora.restart_every is not None,
         "precision: fp8": config.precision == "fp8",
+        f"objective: {config.objective}": objectives.find(config.objective).baseline is not None,
         f"optimizer: {config.optimizer}": config.optimizer not in ELEMENTWISE,
     }
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise UserError(
-                f"train.{name} needs whole weights on every rank: set the runtime's shard to none, or take it out"
-            )
+    if found := [f"train.{name}" for name, is_asked in asked.items() if is_asked]:
+        raise UserError(
+            f"{', '.join(found)} and sharded ranks do not go together yet: set the runtime's shard to none, or take "
+            "it out of the recipe"
+        )
+    if shard.startswith("zero") and config.precision == "fp16":
+        raise UserError(
+            f"train.precision fp16 and the runtime's shard {shard} do not go together: set the precision to bf16, or "
+            "shard to fsdp"
+        )
 
 
 def refuse_ranks(config: "TrainConfig", runtime: Runtime) -> None:

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packing.attention import implementation
 from packing.flash import Attention
-from stages import heads, objectives
+from stages import heads, objectives, quantization
 from stages.errors import UserError
-from stages.train import TrainConfig, adamw, adapters, freezing, neftune, quantization
+from stages.train import TrainConfig, adamw, adapters, freezing, neftune
 from stages.train.adapters import save as save_adapter
 
 __all__ = ["in_float32", "load", "ready", "save_adapter", "save_weights", "trainable"]

@@ -40,6 +40,7 @@ from stages.train import (
     vllm_engine,
 )
 from stages.train.episodes import Episodes, template_in
+from stages.train.rollouts import NAME as ROLLOUTS
 from stages.train.rollouts import Recorder
 
 
@@ -103,22 +104,23 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             arguments |= vllm_engine.arguments(rewarded, rows, tokenizer, work.runtime)
         optimizer = optimizers.make(trained, config)
         kind = online_trainer.kind_of(objective.online, options, config.seed, recorder)
-        trainer = online_trainer.ours(kind, work)(
+        trainer = online_trainer.ours(kind, work, recorder)(
             args=online_trainer.settings_of(objective.online, arguments),
             train_dataset=Dataset.from_list([rows[i] for i in asked]),
             optimizers=(optimizer, LambdaLR(optimizer, schedules.multiplier(config, total))),
             **given,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(online_trainer.Saving(work.runtime.save_seconds, stop))
+        trainer.add_callback(online_trainer.Saving(work.runtime.save_seconds, iterations, stop))
         checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")
         resumed = int(checkpoint.name) if checkpoint else 0
-        recorder.forget_after(resumed)
+        earlier = recorder.go_on(checkpoint)
         work.tell(resumed, total, "steps")
         ready = time.monotonic()
         if not stop.is_set():
             try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                with optimizers.training(trainer.optimizer):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except torch.OutOfMemoryError as error:
                 at_once = arguments["per_device_train_batch_size"]
                 raise UserError(
@@ -130,11 +132,12 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         done = time.monotonic()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         _write(config, trained, history, inputs["model"], output)
-        written = recorder.write(output / "rollouts.arrow")
+        written = recorder.write(output / ROLLOUTS)
     facts = {
         "steps": len(history),
         "resumed_at_step": resumed,
         "skipped_checkpoints": list(skipped),
+        "notes": trainer.notes,
         "prompts": len(rows),
         "completions": written,
         "trained_weights": model.trainable(trained),
@@ -144,15 +147,16 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "precision": config.precision,
         "seconds_to_prepare": round(ready - started, 2),
         "seconds_of_training": round(done - ready, 2),
-        "completions_per_second": round(written / (done - ready), 2),
+        "completions_per_second": round((written - earlier) / (done - ready), 2),
     }
     if judge is None:
         return facts
+    judged = [entry for entry in history if "reward" in entry]  # not where a batch is trained on once more
     return facts | {
         "unscored": dict(judge.unscored),
-        "first_reward": history[0]["reward"],
-        "last_reward": history[-1]["reward"],
-        "equal_groups": round(sum(entry["equal_groups"] for entry in history) / len(history), 4),
+        "first_reward": judged[0]["reward"],
+        "last_reward": judged[-1]["reward"],
+        "equal_groups": round(sum(entry["equal_groups"] for entry in judged) / len(judged), 4),
     }
 
 

@@ -1,6 +1,7 @@
 """TRL's trainers as online training runs them: their arguments, their checkpoints, and figures under our names."""
 
 import importlib
+import math
 import shutil
 import threading
 import time
@@ -8,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from stages import objectives
+from stages.errors import UserError
 from stages.objectives.grpo import RewardedOptions, SampledOptions
 from stages.objectives.on_policy_distillation import OnPolicyOptions
 from stages.stage import Work
-from stages.train import TrainConfig, checkpoints, teacher
+from stages.train import TrainConfig, checkpoints, teacher, weights
 from stages.train.rollouts import Recorder
 
 MEASURES = {
@@ -34,6 +37,9 @@ MEASURES = {
 learned from those. `cut_off` is the share of completions that reached the most tokens. `tool_calls` are an
 episode's, and `tool_failures` the share of them that gave an error. `vllm_difference` is how far
 vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean."""
+
+SHOWN = ("loss", "grad_norm", "reward", "kl", "completion_length", "cut_off", "equal_groups", "clip_fraction")
+"""What is told while it trains."""
 
 
 def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
@@ -95,45 +101,74 @@ def kind_of(online: objectives.Online, options: SampledOptions, seed: int, recor
     return kind
 
 
-def ours(kind: type, work: Work) -> type:
+def ours(kind: type, work: Work, recorder: Recorder) -> type:
     """A trainer with our checkpoints and names."""
 
     class Trainer(kind):  # type: ignore[misc]
         """Its checkpoints are complete or invisible, and its figures have our names."""
+
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.saver = checkpoints.Saver(work.folder / "checkpoints", Path(self.args.output_dir))
+            self.notes: list[str] = []
+            """What a reader of the record should know: checkpoints that failed."""
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs, start_time)
             entry = self.state.log_history[-1]
             if "loss" not in entry:
                 return
+            refuse_no_numbers(entry, self.model)
             for theirs, ours in MEASURES.items():
                 if theirs in entry:
                     entry[ours] = entry[theirs]
             step = self.state.global_step
-            shown = ("loss", "reward", "equal_groups", "completion_length")
-            told = {name: entry[name] for name in shown if name in entry}
+            told = {name: entry[name] for name in SHOWN if entry.get(name) is not None}
             work.tell(step, self.state.max_steps, "steps", learning_rate=entry["learning_rate"], **told)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            step = self.state.global_step
-            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            saved = checkpoints.publish(folder, work.folder / "checkpoints", step)
-            work.tell(step, self.state.max_steps, "steps", checkpoint=saved.name)
+            step, total, write_theirs = self.state.global_step, self.state.max_steps, super()._save_checkpoint
+
+            def write(folder: Path) -> None:
+                write_theirs(model, trial)  # into a folder of that very name
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                recorder.save(folder)
+
+            self.saver.save(step, write, beside=False)
+            for saved in self.saver.finished():
+                if saved.path is None:
+                    self.notes.append(saved.error)
+                    work.tell(step, total, "steps", note=saved.error)
+                else:
+                    work.tell(step, total, "steps", checkpoint=saved.path.name)
 
     return Trainer
 
 
-class Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop."""
+def refuse_no_numbers(entry: Mapping[str, float], model: torch.nn.Module) -> None:
+    """Raise UserError when a step's loss is no number, or a weight after it: nothing good comes after that."""
+    wrong = "" if math.isfinite(entry["loss"]) else f"the loss is {entry['loss']}"
+    if not wrong and not torch.stack([weight.isfinite().all() for weight in weights.trained(model).values()]).all():
+        wrong = f"weights are no numbers any more, at a gradient norm of {entry['grad_norm']:.3g}"
+    if wrong:
+        raise UserError(
+            f"train: {wrong} after step {entry['step']}. Lower train.learning_rate or the rewards' weights, and see "
+            "that no reward gives enormous numbers. Nothing of this step was kept"
+        )
 
-    def __init__(self, seconds: float, stop: threading.Event) -> None:
-        self.seconds, self.stop, self.saved = seconds, stop, time.monotonic()
+
+class Saving(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint every so many seconds, and for a last one when the training is to stop; both where the
+    next step begins with completions of its own, because those of a batch are in no checkpoint."""
+
+    def __init__(self, seconds: float, iterations: int, stop: threading.Event) -> None:
+        self.seconds, self.iterations, self.stop, self.saved = seconds, iterations, stop, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if state.global_step % self.iterations or state.global_step >= state.max_steps:
+            return control
         asked = self.stop.is_set()
-        if state.global_step < state.max_steps and (asked or time.monotonic() - self.saved >= self.seconds):
+        if asked or time.monotonic() - self.saved >= self.seconds:
             control.should_save, control.should_training_stop = True, asked
             self.saved = time.monotonic()
         return control

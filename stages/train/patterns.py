@@ -5,6 +5,8 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
+from stages.errors import UserError
+
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a dotted name is meant.
@@ -17,6 +19,15 @@ def matches(pattern: str, name: str) -> bool:
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return f".{pattern}." in f".{name}."
+
+
+def refuse_broken(patterns: Iterable[str]) -> None:
+    """Raise UserError for an expression that does not compile."""
+    for pattern in patterns:
+        try:
+            matches(pattern, "")
+        except re.error as error:
+            raise UserError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def nearest(pattern: str, names: Iterable[str]) -> str:

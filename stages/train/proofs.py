@@ -5,9 +5,10 @@ from typing import Any
 
 from packing.collate import Bin, collate
 from packing.isolation import check_isolation
+from stages import quantization
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
-from stages.train import TrainConfig, float8, model, quantization, speed
+from stages.train import TrainConfig, float8, model, speed
 from stages.train.data import to_device
 
 

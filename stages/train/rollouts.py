@@ -1,6 +1,7 @@
 """What a model wrote while it trained, and what that was worth: judged once, kept a file a batch, joined at the end."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,9 @@ ROLLOUTS = pa.schema(
     ]
 )
 """`rollouts.arrow`."""
+
+NAME, UNSCORED = "rollouts.arrow", "unscored.json"
+"""What a checkpoint holds: the completions before it, and how many of them each reward could not judge."""
 
 
 class Recorder:
@@ -65,11 +69,24 @@ class Recorder:
 
         return [function(name) for name in names]
 
-    def forget_after(self, step: int) -> None:
-        """Drop what was written after a checkpoint: it will be written again."""
+    def save(self, checkpoint: Path) -> None:
+        """Put into a checkpoint what was written before it, and how much of that could not be judged: a training that
+        goes on may do so on another machine."""
+        self.write(checkpoint / NAME)
+        if self.judge:
+            (checkpoint / UNSCORED).write_text(json.dumps(self.judge.unscored, sort_keys=True))
+
+    def go_on(self, checkpoint: Path | None) -> int:
+        """Keep what was written before a checkpoint, and nothing of what came after it: that will be written again.
+        Returns how many completions those are."""
         for path in self._files():
-            if int(path.stem) >= step:
-                path.unlink()
+            path.unlink()
+        if checkpoint is None:
+            return 0
+        first = shutil.copyfile(checkpoint / NAME, self.folder / _part(0))
+        if self.judge:
+            self.judge.unscored.update(json.loads((checkpoint / UNSCORED).read_text()))
+        return len(read_table(first))
 
     def write(self, path: Path) -> int:
         """All batches as one file; returns how many completions."""
@@ -88,7 +105,7 @@ class Recorder:
             {"step": step + 1, "prompt": prompt, "completion": completion, "rewards": list(reward.items())}
             for prompt, completion, reward in zip(prompts, completions, rewards, strict=True)
         ]
-        path = self.folder / f"{step:08d}.arrow"
+        path = self.folder / _part(step)
         earlier = read_table(path).to_pylist() if path.exists() else []
         with pa.OSFile(str(path) + ".new", "wb") as sink, pa.ipc.new_file(sink, ROLLOUTS) as writer:
             writer.write_table(pa.Table.from_pylist([*earlier, *rows], schema=ROLLOUTS))
@@ -96,3 +113,7 @@ class Recorder:
 
     def _files(self) -> Iterable[Path]:
         return sorted(self.folder.glob("*.arrow"))
+
+
+def _part(step: int) -> str:
+    return f"{step:08d}.arrow"

@@ -13,8 +13,9 @@ import torch
 from transformers import set_seed
 
 from packing.collate import PackedBins
-from stages import arithmetic, objectives
+from stages import arithmetic, objectives, quantization
 from stages.child import SUSPENDED
+from stages.errors import UserError
 from stages.stage import Facts, Work
 from stages.train import (
     TrainConfig,
@@ -24,7 +25,6 @@ from stages.train import (
     metrics,
     model,
     optimizers,
-    quantization,
     results,
     speed,
     state,
@@ -110,6 +110,12 @@ def attempt(
     checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints", this.below)
     if checkpoint:
         state.refuse_foreign(checkpoint, identity)
+    left_out = {*this.left_out, *state.left_out(checkpoint)}
+    if len(left_out) >= this.total:
+        raise UserError(
+            f"train: each of the {this.total} steps was left out, so nothing would be trained"
+            f"{''.join(f' ({note})' for note in this.notes[-1:])}. Look at the data, or lower train.learning_rate"
+        )
     heldout = None if config.evaluate_every is None else PackedBins(None, inputs["plan"], inputs.get("reference"))
     windows = Windows(bins, work.show)
     first = windows.read(range(min(FIRST, len(bins)))) if config.lora.init == "eva" else []
@@ -122,8 +128,6 @@ def attempt(
         how = work.runtime.shard if group.size > 1 else "none"
         sharded = how != "none"
         place = "cpu" if sharded else this.device
-        if sharded:
-            checks.refuse_shards(config)
         split = optimizers.can_split(config) and not sharded
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
@@ -166,7 +170,7 @@ def attempt(
             config.seed,
             group.rank,
             group.size,
-            {*this.left_out, *state.left_out(checkpoint)},
+            left_out,
             plan.micro_batch * bins.sequence_length if compiled else speed.PADDING,
             windows,
         )

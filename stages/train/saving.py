@@ -1,4 +1,7 @@
-"""When a training saves, and when it stops: decided after every step, on rank 0 for all ranks."""
+"""When a training saves, and when it stops: decided after every step, on rank 0 for all ranks.
+
+After the last step, which may be that of early stopping, nothing is saved: going on from there would take another.
+"""
 
 import time
 from typing import Any
@@ -20,7 +23,8 @@ class Saving(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        decision = self.training.group.agree(self._decide(state.global_step >= state.max_steps))
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        decision = self.training.group.agree(self._decide(last))
         if decision in (SAVE, SAVE_AND_STOP):
             control.should_save = True
             self.saved = time.monotonic()

@@ -22,7 +22,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.streams import Streams
-from stages.train import TrainConfig, trackers, zero
+from stages.train import TrainConfig, checks, trackers, zero
 from stages.train.data import open_bins
 from stages.train.memory import ACTIVATIONS, smaller
 from stages.train.policy import MOST_LEFT_OUT, Upset
@@ -40,7 +40,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     ranks = _ranks(runtime, devices, bins.global_batch)
     if ranks > 1 and runtime.shard != "none":
         zero.require(runtime.shard)
-        refuse_sharded(config, runtime.shard)
+        checks.refuse_sharded(config, runtime.shard)
     total = config.max_steps or math.ceil(config.epochs * bins.steps)
     reporting = trackers.chosen(runtime, work.folder.name)
     this = Attempt(device, runtime.micro_batch, runtime.activation_checkpointing, total, trackers=reporting)
@@ -174,27 +174,6 @@ def _devices(device: str) -> list[str]:
         return []
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return seen or [str(number) for number in range(torch.cuda.device_count())]
-
-
-def refuse_sharded(config: TrainConfig, shard: str) -> None:
-    """Raise UserError for what needs whole weights between steps."""
-    asked = {
-        "quantize": config.quantize,
-        "ema": config.ema,
-        "evaluate_every": config.evaluate_every,
-        "full.lisa": config.full.lisa,
-        "lora.restart_every": config.lora.restart_every,
-    }
-    if found := [f"train.{name}" for name, value in asked.items() if value is not None]:
-        raise UserError(
-            f"{', '.join(found)} and sharded ranks do not go together yet: set the runtime's shard to none, or take "
-            "it out of the recipe"
-        )
-    if shard in zero.STAGES and config.precision == "fp16":
-        raise UserError(
-            f"train.precision fp16 and the runtime's shard {shard} do not go together: set the precision to bf16, or "
-            "shard to fsdp"
-        )
 
 
 def _ranks(runtime: Runtime, devices: list[str], global_batch: int) -> int:

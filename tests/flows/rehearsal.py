@@ -44,6 +44,12 @@ class Rehearsal:
     folder: Path
     url: str = ""
     name: str = "bot"
+    continuing: bool = False
+    """Whether the recipe goes on from production; its questions are a source of their own then."""
+    shards: tuple[str, ...] = ("{}",)
+    """The data: the text of each shard."""
+    base: str = "base"
+    """The bytes of the base model."""
 
     @cached_property
     def store(self) -> Store:
@@ -55,13 +61,21 @@ class Rehearsal:
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text("{}")
         (model / "tokenizer.json").write_text("{}")
-        (model / "model.safetensors").write_text("base")
-        (self.folder / "rows.jsonl").write_text('{"question": "q", "answer": "t"}\n')
+        (model / "model.safetensors").write_text(self.base)
+        rows = '{"question": "q", "answer": "t"}\n'
+        (self.folder / "rows.jsonl").write_text(rows + "".join(self.shards[1:]))
+        (self.folder / "questions.jsonl").write_text(rows)
+        questions = {"questions": {"files": str(self.folder / "questions.jsonl"), "split": "heldout"}}
+        asked = questions if self.continuing else {}
         recipe = {
             "name": self.name,
-            "fetch": {"model": {"path": str(model)}, "data": {"rows": {"files": str(self.folder / "rows.jsonl")}}},
+            "fetch": {
+                "model": {"path": str(model)},
+                "data": {"rows": {"files": str(self.folder / "rows.jsonl")}, **asked},
+                "continuing": self.continuing,
+            },
             "train": {"seed": right},
-            "evaluate": {"tasks": {"spelling": {"source": "rows"}}, "heldout_loss": False},
+            "evaluate": {"tasks": {"spelling": {"source": next(iter(asked), "rows")}}, "heldout_loss": False},
             "publish": {"to": str(self.folder / "out"), **publish},
         }
         loaded = Loaded(recipe=Recipe.model_validate(recipe), text=yaml.safe_dump(recipe), path="")
@@ -72,10 +86,13 @@ class Rehearsal:
         """Everything up to the card, or up to a stage that is left to others."""
         if not until:
             run.record("started")
-        self._made(run, "fetch", {"model/model.safetensors": "base", "data/rows/0/rows.jsonl": "{}"})
+        data = {f"data/rows/{number}/rows.jsonl": text for number, text in enumerate(self.shards)}
+        asked = {"data/questions/0/rows.jsonl": "questions"} if self.continuing else {}
+        self._made(run, "fetch", {"model/model.safetensors": self.base, **data, **asked})
         right = run.loaded.recipe.train.seed
         for stage in ("convert", "tokenize", "pack", "train"):
-            self._made(run, stage, {"report.md": f"{stage} {right if stage == 'train' else ''}"})
+            made_of = {name: tree.digest for name, tree in run.inputs(stage).items()} if stage == "convert" else ""
+            self._made(run, stage, {"report.md": f"{stage} {right if stage == 'train' else made_of}"})
         self._made(run, "merge", {"right": str(right), "config.json": "{}"})
         inputs = run.inputs("evaluate")
         for part in evaluate.parts(run.loaded.recipe.evaluate, inputs):

@@ -116,6 +116,11 @@ def test_a_runtime_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_json_is_refused_for_a_run_that_is_sent_elsewhere(user: User) -> None:
+    user.write([GOOD])
+    assert "--json" in user.refused("--on", "up", "--json")
+
+
 def test_a_server_that_does_not_start(user: User) -> None:
     user.write([GOOD])
     broken = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////proc/nowhere/prefect.db"}

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.charts import Bar, chain, image, interval_bars, loss_curve, nice_ticks, number, smoothed, thinned
+from flows.charts import Bar, chain, curve, image, interval_bars, nice_ticks, number, smoothed, thinned
 from flows.history import LATEST, Event
 from flows.pages import (
     MOST_BYTES,
@@ -79,12 +80,21 @@ def test_a_loss_curve_of_any_length_is_a_small_picture_with_named_axes(steps: in
 
 
 def test_the_loss_curve_falls_where_the_loss_falls() -> None:
-    svg = loss_curve([(1, 4.0), (2, 3.0), (3, 1.0)])
+    svg = curve([(1, 4.0), (2, 3.0), (3, 1.0)], "loss")
     line = ElementTree.fromstring(svg).find("{http://www.w3.org/2000/svg}polyline")
     assert line is not None
     heights = [float(point.split(",")[1]) for point in line.attrib["points"].split()]
     assert heights == sorted(heights)  # down the page
     assert (heights[2] - heights[1]) / (heights[1] - heights[0]) == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize("losses", [[4.0, math.nan, 3.0, math.inf, 1.0], [math.nan]])
+def test_what_is_no_number_is_left_out_of_a_curve(losses: list[float]) -> None:
+    page = loss_page([{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)])
+    line = ElementTree.fromstring(picture(page)).find("{http://www.w3.org/2000/svg}polyline")
+    assert line is not None
+    assert len(line.attrib["points"].split()) == sum(map(math.isfinite, losses))
+    assert {"step", "loss"} <= set(texts(picture(page))) and "nan" not in picture(page)
 
 
 def test_bars_are_as_long_as_their_values() -> None:

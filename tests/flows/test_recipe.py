@@ -57,6 +57,15 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
         ("  objective: dpo\n  objective_options: {bta: 1}", "dpo has no option 'bta': did you mean beta?"),
         ("evaluate:\n  tasks:\n    t: {source: chatz}", "r.yaml:10: there is no data source `chatz`"),
         (
+            "  objective: dpo\n  quantize: nf4\nconvert: {format: preference}",
+            "dpo compares with the model it starts from, as train.quantize has it: set `score.quantize: nf4`",
+        ),
+        (
+            "  objective: kto\nconvert: {format: unpaired_preference}\nscore: {quantize: int8}",
+            "r.yaml:10: kto compares with the model it starts from, as train.quantize has it: take",
+        ),
+        ("score: {quantize: int8}", "r.yaml:8: sft compares with no other model: take it out"),
+        (
             "  objective: on_policy_distillation\npack:\n  overlong: truncate",
             "r.yaml:10: truncate would cut off where the model is to answer: set it to drop or error",
         ),
@@ -70,18 +79,15 @@ HELDOUT = "held out, and the recipe holds no rows out: set `pack.heldout_fractio
 
 
 @pytest.mark.parametrize(
-    ("asks", "place"),
+    ("asks", "what"),
     [
-        ("  evaluate_every: 5\n", "r.yaml:8: the loss that `train.evaluate_every` looks at is of rows "),
-        ("publish: {gate: {max_heldout_loss_increase: 0.1}}\n", "r.yaml:8: the loss that this bounds is of rows "),
-        (
-            "publish: {gate: {production: {max_heldout_loss_increase: 0}}}\n",
-            "r.yaml:8: the loss that this bounds is of rows ",
-        ),
+        ("  evaluate_every: 5\n", "`train.evaluate_every` looks at"),
+        ("publish: {gate: {max_heldout_loss_increase: 0.1}}\n", "this bounds"),
+        ("publish: {gate: {production: {max_heldout_loss_increase: 0}}}\n", "this bounds"),
     ],
 )
-def test_a_look_at_heldout_rows_needs_some(tmp_path: Path, asks: str, place: str) -> None:
-    assert loaded(tmp_path, GOOD + asks) == place + HELDOUT
+def test_a_look_at_heldout_rows_needs_some(tmp_path: Path, asks: str, what: str) -> None:
+    assert loaded(tmp_path, GOOD + asks) == f"r.yaml:8: the loss that {what} is of rows {HELDOUT}"
     path = tmp_path / "r.yaml"
     for held in ("{heldout_fraction: 0.1}", "{sources: {chats: {heldout_fraction: 0.1}}}"):
         path.write_text(GOOD + asks + f"pack: {held}\n")

@@ -1,5 +1,6 @@
 """A spot machine's warning: `regrow run` gets SIGTERM while it trains, and the same command goes on from there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def test_sigterm_in_training_suspends_and_the_same_command_goes_on(make_tiny: Ca
     assert "error: saved its state and stopped on SIGTERM" in warned.stderr
     assert "continue with: regrow run" in warned.stderr
     assert "Traceback" not in warned.stdout + warned.stderr
+    [record] = [json.loads(path.read_text()) for path in Path(tiny.runtime.store).glob("runs/*.json")]
+    assert (record["status"], record["reason"]) == ("suspended", "saved its state and stopped on SIGTERM")
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -215,6 +215,27 @@ def test_a_reward_model_is_in_memory_once_however_many_workers_there_are(reward_
     assert processes() == 0
 
 
+def test_a_reward_model_in_bfloat16_is_read_in_float32_where_the_cpu_would_emulate_it(
+    reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes 35 times as long, and scores have a time limit."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path / "narrow"
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(reward_model).save_pretrained(folder)
+    model.config.pad_token_id = None
+    text = f"{ASKED}yes<|im_end|>\n"
+    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    expected = float(model.float()(ids).logits)
+    monkeypatch.setattr("stages.arithmetic.cpu_has_bf16", lambda: False)
+    reward, options = rewards.load(RewardChoice(reward="reward_model", options={"model": "narrow"}))
+    reward.ready(options, {"narrow": folder})
+    assert reward.score("yes", {"rendered_prompt": ASKED}, options) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_reward_model_scores_prompt_and_completion(reward_model: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -1,10 +1,16 @@
 """The loss head in chunks is the plain formula over all logits: the same loss, the same gradients."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages import loss_head
+from packing.collate import PackedBins, collate
+from stages import loss_head, objectives
+from tests.stages import tiny
 
 TOKENS, WIDTH, VOCABULARY = 61, 24, 97
 
@@ -79,3 +85,50 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(monkeypatch
     with torch.no_grad():
         loss_head.linear_cross_entropy(hidden, weight, positions, targets)
     assert asked == [False]
+
+
+class Largest(TorchDispatchMode):
+    """Watches what is computed while it is on: the most numbers of any tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(each, Tensor):
+                self.numbers = max(self.numbers, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_no_tensor_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK", 7)
+    hidden, weight, positions, targets = example(40)
+    compute = loss_head.linear_token_losses if one_by_one else loss_head.linear_cross_entropy
+    with Largest() as ours:
+        compute(hidden, weight, positions, targets).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert ours.numbers <= max(weight.numel(), hidden.numel()) < 40 * VOCABULARY
+    with Largest() as theirs:
+        plain(hidden, weight, positions, targets).backward()
+    assert theirs.numbers == TOKENS * VOCABULARY
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_nor_is_one_in_a_step_of_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    words = 4096
+    monkeypatch.setattr(loss_head, "CHUNK", 16)
+    model = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path / "model", vocab_size=words))
+    inputs = tiny.plan(tmp_path, tiny.documents(12), sequence_length=256)  # one bin, of six pairs where they are pairs
+    batch: dict[str, Any] = collate([PackedBins(**inputs)[0]])
+    batch["reference"] = torch.zeros(batch["input_ids"].shape)
+    chosen = objectives.find(objective)
+    batch = chosen.prepare(batch)
+    loss = chosen.loss(model, objectives.options_of(objective, {}), batch)
+    with Largest() as ours:
+        loss(batch)["loss"].backward()  # type: ignore[no-untyped-call]
+    trained = len(batch["positions"])
+    assert trained * words > words * 32, "more tokens than a hidden state is wide"
+    assert ours.numbers == words * 32, "the head's weights, and their gradient"

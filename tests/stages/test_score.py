@@ -27,10 +27,10 @@ def rows() -> list[list[int]]:
     return [random.integers(3, tiny.VOCABULARY, size).tolist() for size in SIZES]
 
 
-def score(model: Path, tokens: Path, output: Path) -> list[list[float]]:
+def score(model: Path, tokens: Path, output: Path, **config: Any) -> list[list[float]]:
     output.mkdir(parents=True)
-    runtime = Runtime(device="cpu")
-    STAGE.run(ScoreConfig(precision="fp32"), {"model": model, "tokens": tokens}, output, Work(output / "w", runtime))
+    work = Work(output / "w", Runtime(device="cpu"))
+    STAGE.run(ScoreConfig(precision="fp32", **config), {"model": model, "tokens": tokens}, output, work)
     return read_table(output / "log_probs.arrow")["log_probs"].to_pylist()
 
 
@@ -111,6 +111,25 @@ def test_training_on_pairs_tells_them_apart(tmp_path: Path, objective: str) -> N
     assert steps[-1]["margin"] > steps[0]["margin"]
     if objective == "dpo":
         assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-3), "the reference is the model itself"
+
+
+@pytest.mark.parametrize(("kind", "near"), [("nf4", 1e-4), pytest.param("int8", 1e-2, marks=pytest.mark.full)])
+def test_the_reference_of_a_quantized_training_is_the_quantized_model(tmp_path: Path, kind: Any, near: float) -> None:
+    model = tiny.llama(tmp_path / "model", hidden_size=64, head_dim=16)
+    judged(tmp_path / "tokens")
+    plan = Packed(tmp_path / "tokens", tmp_path / "plan", sequence_length=64, global_batch=4).output
+    config = {"objective": "dpo", "precision": "fp32", "max_steps": 1, "lora": {"rank": 4}, "quantize": kind}
+
+    tokens, reference, output = tmp_path / "tokens", tmp_path / "reference", tmp_path / "output"
+    small = score(model, tokens / "judged/00000", reference / "judged/00000", quantize=kind)
+    whole = score(model, tokens / "judged/00000", tmp_path / "whole")
+    change = np.abs(np.concatenate(small) - np.concatenate(whole)).mean()
+    assert 0.01 < change < 0.5, "quantized weights are others, and not quite others"
+    output.mkdir()
+    inputs = {"model": model, "tokens": tokens, "plan": plan, "reference": reference}
+    TRAIN.run(TrainConfig.model_validate(config), inputs, output, Work(tmp_path / "work", Runtime(device="cpu")))
+    # int8 also rounds activations, each batch's by their own size.
+    assert measures(output)[0]["loss"] == pytest.approx(np.log(2), abs=near), "nothing has moved"
 
 
 def test_an_objective_refuses_data_of_another_kind(tmp_path: Path) -> None:

@@ -297,6 +297,18 @@ def test_the_best_weights_are_kept_and_training_stops_when_it_gets_worse(
     assert json.loads((tmp_path / "output/train.json").read_text())["heldout"] == record
 
 
+def test_a_run_that_stopped_early_is_over_for_whoever_goes_on(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """Killed after its last step, with a checkpoint as late as there is one."""
+    config = {**SMALL, "learning_rate": 0.5, "schedule": "constant", "max_steps": 30, "evaluate_every": 1}
+    once: Any = train(tmp_path, inputs, {**config, "patience": 1}, save_seconds=1e-9)
+    made = tree_of(tmp_path / "output")
+    assert once["steps"] < 30 and once["heldout"]["stopped_early"]
+    again: Any = train(tmp_path, inputs, {**config, "patience": 1}, save_seconds=1e-9)
+    assert 0 < again["resumed_at_step"] < once["steps"]
+    assert again["heldout"] == once["heldout"]
+    assert tree_of(tmp_path / "output") == made
+
+
 def test_looking_needs_rows_that_are_held_out(tmp_path: Path, inputs: dict[str, Path]) -> None:
     without = {**inputs, **tiny.plan(tmp_path, ROWS)}
     with pytest.raises(UserError, match=r"no rows out: set pack\.heldout_fraction, or `split: heldout` on a source"):

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +19,7 @@ from stages.tables import read_table, tokens_schema, write_table
 from stages.train import STAGE, TrainConfig
 from stages.train import trackers as tracking
 from stages.train.metrics import counted_weights, model_flops
+from stages.train.trainer import PackedTrainer
 from tests.stages import tiny
 
 
@@ -57,6 +61,43 @@ def test_the_loss_of_held_out_rows_is_the_training_loss_of_the_same_rows(tmp_pat
     facts = STAGE.run(TrainConfig.model_validate(config), inputs, tmp_path / "output", work)
     line = json.loads((tmp_path / "output" / "metrics.jsonl").read_text())
     assert facts["heldout"]["looks"][0]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to make a Python number of a tensor, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a step waits for a number")
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.full)])
+def test_no_step_waits_for_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """From its batch to its figures; but for the optimizer's own step, which counts on the CPU wherever it runs."""
+    with NoWaiting(), pytest.raises(AssertionError, match="a step waits"):
+        torch.ones(()).item()
+    watched: list[str] = []
+
+    def watch(name: str) -> None:
+        plain: Callable[..., Any] = getattr(PackedTrainer, name)
+
+        def watching(self: Any, *given: Any, **more: Any) -> Any:
+            if self.state.global_step == 0:  # when whatever is new is set up
+                return plain(self, *given, **more)
+            watched.append(name)
+            with NoWaiting():
+                return plain(self, *given, **more)
+
+        monkeypatch.setattr(PackedTrainer, name, watching)
+
+    for name in ("training_step", "_clip_grad_norm", "_maybe_log_save_evaluate"):
+        watch(name)
+    inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, tiny.documents(24))}
+    (tmp_path / "output").mkdir()
+    config = TrainConfig.model_validate({"precision": "fp32", "method": method, "max_steps": 3})
+    STAGE.run(config, inputs, tmp_path / "output", Work(tmp_path / "work", Runtime.model_validate({"micro_batch": 2})))
+    assert watched[:2] == ["_maybe_log_save_evaluate", "training_step"] and watched.count("_clip_grad_norm") == 2
 
 
 def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from stages import objectives
 from stages.errors import UserError
+from stages.identity import tree_of
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.tables import read_table
@@ -27,6 +29,23 @@ def score(completion, row, options):
     return sum(character.isalpha() for character in completion) / max(1, len(completion))
 
 REWARD = Reward(1, score)
+"""
+
+PICKY = """
+from stages.rewards import Reward
+
+def score(completion, row, options):
+    if len(completion) % 2:
+        raise RuntimeError("odd")
+    return 0.0
+
+REWARD = Reward(1, score)
+"""
+
+HUGE = """
+from stages.rewards import Reward
+
+REWARD = Reward(1, lambda completion, row, options: 3e38 * (len(completion) > 5))
 """
 
 
@@ -155,16 +174,18 @@ def test_a_reward_model_is_asked_by_its_name(tmp_path: Path, tiny_model: Path) -
         assert dict(row["rewards"])["kind"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-class _Stopped(Exception):
-    pass
-
-
-def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    config = recipe(tmp_path, steps=6)
-    whole, _ = train(tmp_path / "whole", inputs, config, allow_code=True)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_run_that_was_suspended_goes_on_as_it_would_have(
+    tmp_path: Path, inputs: dict[str, Path], iterations: int
+) -> None:
+    picky = tmp_path / "picky.py"
+    picky.write_text(PICKY)
+    rewards = {name: {"reward": str(tmp_path / f"{name}.py")} for name in ("letters", "picky")}
+    config = recipe(tmp_path, steps=6, iterations=iterations, rewards=rewards, on_error="zero")
+    whole, before = train(tmp_path / "whole", inputs, config, allow_code=True)
 
     def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
-        if done == 3 and "loss" in metrics:
+        if done == 2 and "loss" in metrics:
             os.kill(os.getpid(), signal.SIGTERM)
 
     folder = tmp_path / "parts"
@@ -174,10 +195,96 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, input
         STAGE.run(TrainConfig.model_validate(config), inputs, folder / "output", work)
     assert stopped.value.code == 75
     (folder / "output").rmdir()
+    shutil.rmtree(folder / "work/rollouts")  # another machine has the checkpoints alone
     parts, facts = train(folder, inputs, config, allow_code=True)
-    assert facts["resumed_at_step"] >= 3
-    assert figures(parts) == figures(whole)
-    assert read_table(parts / "rollouts.arrow").to_pylist() == read_table(whole / "rollouts.arrow").to_pylist()
+    assert facts["resumed_at_step"] == 2 + iterations, "a batch of completions is trained on as often as it would be"
+    assert tree_of(parts) == tree_of(whole)
+    assert facts["completions"] == 6 // iterations * 2 * 8
+    assert facts["unscored"] == before["unscored"] and before["unscored"]["picky"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, r"the loss is (nan|-?inf) after step 1"),
+        # What no gradient reaches, such as a token that is not there, is divided by nothing.
+        ({"optimizer_options": {"eps": 0.0}}, "weights are no numbers any more, at a gradient norm of .* after step 1"),
+    ],
+)
+def test_a_training_that_has_come_to_no_numbers_ends_and_leaves_nothing(
+    tmp_path: Path, inputs: dict[str, Path], change: dict[str, Any], told: str
+) -> None:
+    huge = tmp_path / "huge.py"
+    huge.write_text(HUGE)
+    options = {} if change else {"rewards": {"huge": {"reward": str(huge)}}, "scale_rewards": "none"}
+    config = recipe(tmp_path, steps=1, **options) | change
+    with pytest.raises(UserError, match=told):
+        train(tmp_path, inputs, config, allow_code=True, save_seconds=1e-9)
+    assert not any((tmp_path / "output").iterdir()) and not (tmp_path / "work/checkpoints").exists()
+
+
+def test_reward_divergence_length_and_clipping_are_told_while_it_trains(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        told.extend([metrics] if "loss" in metrics else [])
+
+    (tmp_path / "output").mkdir()
+    work = Work(tmp_path / "work", Runtime(device="cpu", workers=1, allow_code=True), tell=tell)
+    STAGE.run(TrainConfig.model_validate(recipe(tmp_path, steps=1, beta=0.1)), inputs, tmp_path / "output", work)
+    (step,), (kept,) = told, figures(tmp_path / "output")
+    shown = ("loss", "reward", "kl", "completion_length", "cut_off", "equal_groups", "clip_fraction", "grad_norm")
+    assert {name: step[name] for name in shown} == {name: kept[name] for name in shown}
+
+
+def test_a_full_disk_costs_the_checkpoint_and_is_told_and_training_goes_on(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told: list[dict[str, Any]] = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        told.append(metrics)
+        full = "loss" in metrics and not any("note" in each for each in told)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384 if full else most, most))
+
+    work = Work(tmp_path / "work", Runtime(device="cpu", workers=1, allow_code=True, save_seconds=1e-9), tell=tell)
+    (tmp_path / "output").mkdir()
+    config = TrainConfig.model_validate(recipe(tmp_path, steps=3))
+    try:
+        facts: Any = STAGE.run(config, inputs, tmp_path / "output", work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert facts["notes"] == [each["note"] for each in told if "note" in each]
+    assert facts["notes"][0].startswith("the checkpoint of step 1 was not written to ")
+    assert [each["checkpoint"] for each in told if "checkpoint" in each] == ["2"], "a later one is written"
+    assert facts["steps"] == 3 and facts["completions"] == 3 * 2 * 8
+
+
+def test_a_schedule_free_run_writes_the_averaged_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from stages.train import optimizers
+
+    config = recipe(tmp_path) | {"optimizer": "schedule_free_adamw", "warmup": 0}
+    train(tmp_path / "longer", inputs, {**config, "max_steps": 3}, allow_code=True, save_seconds=1e-9)
+    output, _ = train(tmp_path / "run", inputs, {**config, "max_steps": 2}, allow_code=True)
+    checkpoint = tmp_path / "longer/work/checkpoints/2"  # as the training goes on from there
+    network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    optimizer: Any = optimizers.make(network, TrainConfig.model_validate(config))
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    training = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    optimizer.eval()
+    written = load_file(output / "weights/model.safetensors")
+    for name, weight in network.named_parameters():
+        if name in written:
+            torch.testing.assert_close(written[name], weight.detach(), rtol=1e-5, atol=1e-6)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(written[name], training[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
@@ -213,6 +320,8 @@ def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
         ({"rewards": {}}, "name at least one"),
         ({"rewards": {"a": {"reward": "nope"}}}, "there is no reward 'nope'"),
         ({"loss": "luspo"}, "set importance: sequence"),
+        ({"loss": "cispo"}, "set it above 1, e.g. 5"),
+        ({"loss": "cispo", "epsilon_high": 0.28}, "set it above 1, e.g. 5"),
         ({"objective": "gdpo"}, "several rewards"),
         ({"group_size": 1}, "group_size"),
     ],

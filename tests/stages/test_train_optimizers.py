@@ -166,21 +166,6 @@ def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: p
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"ema": 0.9}, "train.ema needs whole weights on every rank"),
-        ({"precision": "fp8"}, "train.precision: fp8 needs whole weights"),
-        ({"optimizer": "adafactor"}, "train.optimizer: adafactor needs whole weights"),
-        ({"quantize": "nf4"}, "set the runtime's shard to none"),
-    ],
-)
-def test_what_sharded_ranks_cannot_do_is_refused(config: dict[str, Any], said: str) -> None:
-    checks.refuse_shards(TrainConfig())
-    with pytest.raises(UserError, match=said):
-        checks.refuse_shards(TrainConfig.model_validate(config))
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
         ({"precision": "fp16"}, "fp16 needs a GPU; on a CPU use bf16 or fp32"),
         ({"optimizer": "paged_adamw_8bit"}, "on a CPU use adamw_8bit"),
         ({"optimizer": "paged_adamw_32bit"}, "on a CPU use adamw_torch_fused"),

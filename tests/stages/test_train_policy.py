@@ -67,6 +67,13 @@ def test_what_is_no_number_is_never_only_noted(tmp_path: Path, poisoned: dict[st
         train(tmp_path / "run", poisoned, {**CONFIG, "on_spike": policy})
 
 
+def test_a_training_of_which_every_step_was_left_out_says_so(tmp_path: Path, poisoned: dict[str, Path]) -> None:
+    rows = [[58, 59, 60, 61]] * 2
+    inputs = {**poisoned, **tiny.plan(tmp_path / "all", rows, global_batch=1, packed=False)}
+    with pytest.raises(UserError, match=r"each of the 2 steps was left out, .*loss is nan in step 2.* row 11\)"):
+        train(tmp_path / "run", inputs, {**CONFIG, "epochs": 1, "on_spike": "rollback"})
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=FEWEST, max_size=2 * WINDOW), st.floats(0.1, 100))
 def test_a_spike_is_what_lies_six_deviations_above_the_window(past: list[float], value: float) -> None:

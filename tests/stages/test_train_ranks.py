@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig, supervise, zero
+from stages.train import STAGE, TrainConfig, checks, zero
 from tests.stages import tiny
 
 CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32", "lora": {"rank": 4}}
@@ -134,9 +134,31 @@ def test_deepspeed_that_is_not_installed_is_told_with_the_extra_before_anything_
         train(tmp_path, broken, ranks=2, shard=shard)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantize": "nf4"}, "train.quantize and sharded ranks"),
+        ({"ema": 0.9}, "train.ema and sharded ranks"),
+        ({"evaluate_every": 5, "keep": "best"}, "train.evaluate_every and sharded ranks"),
+        ({"method": "full", "full": {"lisa": {}}}, "train.full.lisa and sharded ranks"),
+        ({"lora": {"restart_every": 5}}, "train.lora.restart_every and sharded ranks"),
+        ({"precision": "fp8"}, "train.precision: fp8 and sharded ranks"),
+        ({"objective": "kto"}, "train.objective: kto and sharded ranks"),
+        ({"optimizer": "adafactor", "ema": 0.9}, "train.ema, train.optimizer: adafactor and sharded ranks"),
+    ],
+)
+def test_what_sharded_ranks_cannot_train_is_refused_before_anything_is_read(
+    tmp_path: Path, inputs: dict[str, Path], config: dict[str, Any], said: str
+) -> None:
+    work = Work(tmp_path / "work", Runtime(device="cpu", ranks=2, shard="fsdp"))
+    with pytest.raises(UserError, match=f"{said} do not go together yet: set the runtime's shard to none"):
+        broken = {**inputs, "model": tmp_path / "none"}
+        STAGE.run(TrainConfig.model_validate(config), broken, tmp_path / "output", work)
+
+
 def test_half_precision_is_not_for_deepspeed(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"fp16 and the runtime's shard zero2 do not go together: set .* to bf16"):
-        supervise.refuse_sharded(TrainConfig.model_validate({"precision": "fp16"}), "zero2")
+        checks.refuse_sharded(TrainConfig.model_validate({"precision": "fp16"}), "zero2")
 
 
 @pytest.mark.full

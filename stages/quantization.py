@@ -1,4 +1,5 @@
-"""Frozen weights in 4 or 8 bits under an adapter, through bitsandbytes.
+"""Frozen weights in 4 or 8 bits, through bitsandbytes: under an adapter, and where score gives what such a training is
+compared with.
 
 nf4 is QLoRA's (arXiv:2305.14314), int8 that of LLM.int8() (arXiv:2208.07339).
 
@@ -37,7 +38,7 @@ def settings(kind: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     Raises UserError when bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"train.quantize {kind} is not installed: pip install 'regrow[quantized]'")
+        raise UserError(f"quantize: {kind} needs bitsandbytes, which is not installed: pip install 'regrow[quantized]'")
     from transformers import BitsAndBytesConfig
 
     if kind == "nf4":
