@@ -1,4 +1,8 @@
-"""Prefect's server with transactions that SQLite cannot refuse: `python -m flows.database` is `prefect server start`.
+"""Prefect's server with transactions that SQLite cannot refuse and pages that keep to it: `python -m flows.database` is
+`prefect server start`.
+
+Prefect's pages load an analytics library that asks its maker's server for a configuration, whatever the settings say;
+a header tells browsers that the pages may talk to this server alone.
 
 Prefect begins most transactions DEFERRED. One that has read and then wants to write, after another one wrote, is
 refused at once with "database is locked" (SQLITE_BUSY_SNAPSHOT), whatever its 60 s of patience: what it has read is
@@ -8,14 +12,18 @@ that, so the server gets a database configuration of ours. PostgreSQL is left as
 """
 
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
+from fastapi import FastAPI, Request, Response
 from prefect.cli import app
+from prefect.server.api import server
+from prefect.server.api.server import create_ui_app
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import set_database_config
 from prefect.server.utilities.database import get_dialect
-from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_UI_API_URL
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 
@@ -37,8 +45,24 @@ class Immediate(AioSqliteConfiguration):
                 SQLITE_BEGIN_MODE.reset(token)
 
 
+def pages(ephemeral: bool) -> FastAPI:
+    """Prefect's pages, from which a browser connects to this server alone, or to the API that they are told to use."""
+    app = create_ui_app(ephemeral)
+    api = urlsplit(str(PREFECT_UI_API_URL.value()))
+    policy = " ".join(["connect-src 'self'", *([f"{api.scheme}://{api.netloc}"] if api.netloc else [])])
+
+    @app.middleware("http")
+    async def confined(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await answer(request)
+        response.headers["Content-Security-Policy"] = policy
+        return response
+
+    return app
+
+
 def main() -> None:
     """Start the server and stay until it is told to end."""
+    server.create_ui_app = pages
     url = PREFECT_API_DATABASE_CONNECTION_URL.value()
     if get_dialect(url).name == "sqlite":
         set_database_config(Immediate(connection_url=url))

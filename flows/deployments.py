@@ -2,7 +2,8 @@
 the automation that finds runs which died without a word.
 
 `python -m flows.deployments` does so at the configured API (`PREFECT_API_URL`); `regrow up` does it by itself. Doing it
-again keeps what people changed in the dashboard: schedules and default parameters of a deployment that is there.
+again keeps what people changed in the dashboard: schedules, default parameters and variables of the environment of a
+deployment that is there.
 """
 
 import importlib
@@ -85,6 +86,9 @@ def _deployment(client: SyncPrefectClient, told: Mapping[str, Any]) -> None:
         there = client.read_deployment_by_name(f"{flow.name}/{told['name']}")
     except ObjectNotFound:
         there = None
+    variables = dict(pool["job_variables"])
+    if there:  # what somebody added, such as a key of the store from a block, is kept
+        variables["env"] = {**there.job_variables.get("env", {}), **variables["env"]}
     deployment = RunnerDeployment.from_flow(
         flow,
         name=told["name"],
@@ -95,7 +99,7 @@ def _deployment(client: SyncPrefectClient, told: Mapping[str, Any]) -> None:
         concurrency_limit=ConcurrencyLimitConfig(**limit) if limit else None,
         work_pool_name=pool["name"],
         work_queue_name=pool["work_queue_name"],
-        job_variables=pool["job_variables"],
+        job_variables=variables,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     deployment.apply()

@@ -63,8 +63,12 @@ def _beside(plan: Plan) -> str:
 
 
 def _run(run: str) -> str:
-    """A run's name as a link to where the dashboard shows it: its name there ends as its id does."""
-    return f"[{run}](/v2/runs?tab=flow-runs&flow-run-search={run[-6:]})"
+    """A run's id as a link to where the dashboard shows it, whenever it was: its name there ends as its id does."""
+    return f"[{run}](/v2/runs?tab=flow-runs&flow-run-search={run[-6:]}&{EVER})"
+
+
+EVER = "start=2000-01-01T00:00:00Z&end=2100-01-01T00:00:00Z"
+"""The dashboard's list of runs shows the last week only, unless it is told."""
 
 
 def _place(to: str) -> str:

@@ -191,6 +191,8 @@ def server_settings(host: str, port: int) -> dict[str, str]:
     return {
         "PREFECT_SERVER_API_HOST": host,
         "PREFECT_SERVER_API_PORT": str(port),
+        # The dashboard's pages call where they came from: the host's own name may be one that no browser can reach.
+        "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_SERVER_UI_API_URL", "/api"),
         # Prefect lets pages of any site use its API: one that a person happens to visit could start runs here.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": os.environ.get("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", own),
     }

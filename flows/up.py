@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flows.keeper import Settings, State, end_all, healthy, read, write
-from flows.processes import Process, end, memory, process
+from flows.processes import Process, end, marked, memory, process
 from flows.server import PORT, PROFILE, START_SECONDS
 from stages.errors import UserError
 from stages.runtime import default_home
@@ -78,9 +78,10 @@ def up(home: Path, port: int | None = None, host: str | None = None, database: s
 def down(home: Path) -> bool:
     """End everything of a home; False when nothing ran. Runs save their state where they can."""
     state = read(home)
-    if state is None or not (kept(state) or any(part.alive for part in state.parts.values())):
+    known = [] if state is None else [state.keeper, *state.parts.values()]
+    if not marked(home) and not any(one and one.alive for one in known):  # a run may outlive all that started it
         return False
-    if state.keeper and state.keeper.alive:
+    if state and state.keeper and state.keeper.alive:
         end([state.keeper], 90.0)
     end_all(home)
     return True

@@ -69,6 +69,22 @@ def open_artifact(page: Page, run: str, key: str) -> None:
     page.locator("a[href*='/artifacts/artifact/']").first.click()
 
 
+def expect_to_fit(page: Page) -> None:
+    """The page does not scroll sideways, once its pictures have found their width."""
+    expect(page.locator("main")).to_be_visible()
+    page.wait_for_function(
+        """() => [document.documentElement, document.querySelector('main')]
+            .every(one => one.scrollWidth <= one.clientWidth)"""
+    )
+
+
+def cancel(page: Page) -> None:
+    """Cancel the run on the page."""
+    page.get_by_role("button", name="Open menu").first.click()
+    page.get_by_role("menuitem", name="Cancel").click()
+    page.get_by_role("button", name="Cancel Flow Run").click()
+
+
 def approval(page: Page) -> Locator:
     """The form of a run that waits for a person."""
     page.get_by_role("button", name="Open menu").first.click()

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -30,6 +30,8 @@ class Raised:
 
     home: Path
     port: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What its command has beside this process's environment."""
 
     @property
     def store(self) -> str:
@@ -51,7 +53,7 @@ class Raised:
         clean = {n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "REGROW_UP"))}
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli", *arguments],
-            env={**clean, "COLUMNS": "80", "XDG_DATA_HOME": str(self.home.parents[1])},
+            env={**clean, "COLUMNS": "80", "XDG_DATA_HOME": str(self.home.parents[1]), **self.environment},
             capture_output=True,
             text=True,
             timeout=PATIENCE,

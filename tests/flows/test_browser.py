@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -56,6 +57,16 @@ def test_what_came_out_of_a_stage_is_a_table(page: Page, trained: Any) -> None:
     browser.open_artifact(page, trained.tiny.api.page(trained.made), "convert")
     row = page.get_by_role("row").filter(has=page.get_by_role("cell", name="rows", exact=True))
     expect(row.get_by_role("cell", name="240", exact=True)).to_be_visible()
+
+
+def test_the_pages_ask_nobody_but_their_server(page: Page, trained: Any) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{trained.tiny.api.url.removesuffix('/api')}/v2/dashboard")
+    page.goto(trained.tiny.api.page(trained.made))
+    page.wait_for_load_state("networkidle")
+    hosts = {urlsplit(url).hostname for url in asked if urlsplit(url).scheme not in ("data", "blob")}
+    assert hosts == {"127.0.0.1"}
 
 
 @pytest.fixture(scope="module")

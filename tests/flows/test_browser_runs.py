@@ -2,6 +2,7 @@
 form and watch it to its end, say yes or no to a model that waits for a person."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -12,10 +13,12 @@ import yaml
 from playwright.sync_api import Page, expect
 
 from stages.production import production
+from stages.runtime import Runtime
 from tests.flows import browser
 from tests.flows.conftest import tiny_recipe
 from tests.flows.raised import Raised
 from tests.flows.rehearsal import Rehearsal
+from tests.flows.victim import Victim
 
 pytestmark = [
     pytest.mark.full,
@@ -25,6 +28,10 @@ pytestmark = [
 
 PAGES = {
     "plan": "publish",
+    "fetch": "bytes copied",
+    "convert": "dropped",
+    "tokenize": "tokens",
+    "merge": "likeness",
     "data-report": "Rows as they train",
     "packing": "sequences a step",
     "loss-curve": "grad norm",
@@ -73,9 +80,33 @@ def test_a_run_is_started_from_its_form_and_watched_to_its_end(
     for key, words in PAGES.items():
         browser.open_artifact(page, run, key)
         expect(page.get_by_text(words).first).to_be_visible()
+        browser.expect_to_fit(page)
     browser.open_artifact(page, run, "plan")
     for stage in ("fetch", "train", "publish"):
         expect(page.get_by_role("row").filter(has=page.get_by_role("cell", name=stage, exact=True))).to_be_visible()
+    page.get_by_role("link", name="The history of parrot").click()
+    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    page.get_by_role("link", name=re.compile(r"^\d{8}-\d{6}-[0-9a-f]{6}$")).first.click()
+    expect(page.get_by_role("link", name=re.compile(r"^parrot-[0-9a-f]{6}$")).first).to_be_visible()
+
+
+def test_no_page_is_wider_than_a_desktop(page: Page, raised: Raised) -> None:
+    for path in ("dashboard", "runs", "deployments", "artifacts", "work-pools", "automations"):
+        page.goto(f"{dashboard(raised)}/v2/{path}")
+        page.wait_for_load_state("networkidle")
+        browser.expect_to_fit(page)
+
+
+def test_a_run_is_cancelled_by_its_button(page: Page, raised: Raised, tmp_path: Path, tiny_model: Path) -> None:
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    recipe["train"]["epochs"] = 12
+    victim = Victim(raised, recipe, Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", save_seconds=0.5))
+    run = victim.send()
+    victim.trains(run)
+    page.goto(f"{dashboard(raised)}/v2/runs/flow-run/{run}")
+    browser.cancel(page)
+    browser.watch(page, "tiny", "Cancelled")
+    victim.left_nothing()
 
 
 def waiting(page: Page, raised: Raised, rehearsal: Rehearsal) -> UUID:

@@ -150,7 +150,7 @@ def test_the_plan_leads_to_the_history_the_run_before_and_where_the_model_goes(t
     steps = [Step("publish", "runs", "never made")]
     page = plan_page(Plan("bot", "run-2", steps, to, before))
     assert "(/v2/artifacts/key/bot-history)" in page and shown in page
-    assert "[20261125-000000-c0ffee](/v2/runs?tab=flow-runs&flow-run-search=c0ffee)" in page
+    assert "[20261125-000000-c0ffee](/v2/runs?tab=flow-runs&flow-run-search=c0ffee&start=" in page
     assert "in production" not in plan_page(Plan("bot", "run-1", steps, to))
 
 

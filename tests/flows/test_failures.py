@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.client.schemas.sorting import FlowRunSort
 
 from stages.runtime import Runtime
 from tests.flows.conftest import tiny_recipe
@@ -129,6 +130,9 @@ def test_the_disk_is_full(victim: Victim, tmp_path: Path) -> None:
     assert full.returncode in (1, 2), full.stdout + full.stderr
     assert "No space left" in full.stderr or "disk is full" in full.stderr, full.stderr
     assert "small" in full.stderr and "Traceback" not in full.stderr, full.stderr
+    with victim.raised.client() as client:
+        [marked] = client.read_flow_runs(limit=1, sort=FlowRunSort.START_TIME_DESC)
+    assert marked.state and marked.state.is_failed() and "small" in str(marked.state.message), marked.state
     victim.left_nothing()
     done = run(64)
     assert done.returncode == 0, done.stdout + done.stderr

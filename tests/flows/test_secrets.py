@@ -12,11 +12,13 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.blocks.system import Secret
 from pydantic import ValidationError
 
 from stages.runtime import Runtime
 from tests.conftest import ADMIN, S3, _client
 from tests.flows.raised import Raised, free_port
+from tests.flows.rehearsal import Rehearsal
 from tests.stages.web_server import Page, web_server
 
 
@@ -59,6 +61,27 @@ def left_behind(*folders: Path) -> Iterator[tuple[str, bytes]]:
         for path in folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 yield str(path), path.read_bytes()
+
+
+def test_a_secret_of_a_block_reaches_the_worker_s_run_and_nothing_else(s3: S3, raised: Raised, tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path, url=s3.url)
+    parameters = rehearsal.ready(20)  # all but the card, which the run then writes to the bucket
+    environment = {**s3.environment, "AWS_SECRET_ACCESS_KEY": "{{ prefect.blocks.secret.store-key }}"}
+    with raised.client() as client:
+        Secret(value=ADMIN[1]).save("store-key", overwrite=True)
+        run = raised.send("finetune/recipe", parameters, environment)
+        state = raised.ended(run).state
+        assert state and state.is_completed(), state
+        shown = client._client.get(f"/flow_runs/{run}").text
+        asked = {"flow_runs": {"id": {"any_": [str(run)]}}, "logs": {"flow_run_id": {"any_": [str(run)]}}}
+        for what in ("logs", "task_runs", "artifacts"):
+            shown += client._client.post(f"/{what}/filter", json=asked).raise_for_status().text
+    assert rehearsal.stands, "the key opened the bucket"
+    assert "{{ prefect.blocks.secret.store-key }}" in shown and "publish" in shown
+    fs = _client(s3.endpoint)
+    kept = [fs.cat_file(path).decode(errors="replace") for path in fs.find(s3.bucket)]
+    kept += [data.decode(errors="replace") for _, data in left_behind(tmp_path)]
+    assert kept and not [text for text in (shown, *kept) if ADMIN[1] in text]
 
 
 @pytest.mark.full

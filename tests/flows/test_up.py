@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.schemas.actions import DeploymentScheduleUpdate
+from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate
 from prefect.client.schemas.objects import DeploymentSchedule
 
 from flows.deployments import SILENT, listed
@@ -16,6 +16,7 @@ from flows.keeper import Settings, State, environment, read, write
 from flows.up import devices, running, status, up
 from stages.errors import UserError
 from tests.flows.raised import Raised, eventually
+from tests.flows.served import listening
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,11 +102,14 @@ def test_up_again_keeps_what_people_set(raised: Raised) -> None:
         update = DeploymentScheduleUpdate(active=False, parameters={"recipe": "mine.yaml"})
         deployment = client.read_deployment_by_name("retrain/scheduled")
         client.update_deployment_schedule(deployment.id, schedule.id, **update.model_dump(exclude_unset=True))
+        variables = {"env": {**deployment.job_variables["env"], "HF_TOKEN": "{{ prefect.blocks.secret.hub }}"}}
+        client.update_deployment(deployment.id, DeploymentUpdate(job_variables=variables))
     before = raised.part("server")
     raised.up()
     assert raised.part("server") == before
     schedules = {s.id: s for s in deployments(raised)["retrain/scheduled"].schedules}
     assert schedules[schedule.id].parameters == {"recipe": "mine.yaml"}
+    assert deployments(raised)["retrain/scheduled"].job_variables["env"] == variables["env"]
 
 
 def test_status_and_memory(raised: Raised) -> None:
@@ -114,6 +118,10 @@ def test_status_and_memory(raised: Raised) -> None:
     assert set(told["parts"]) == {"keeper", "server", "worker-cpu", "worker-gpu-0"}
     for name in ("worker-cpu", "worker-gpu-0"):
         assert 0 < told["parts"][name]["bytes"] < 400 * 2**20
+
+
+def test_the_server_listens_on_the_loopback_alone(raised: Raised) -> None:
+    assert listening(raised.port) == ["127.0.0.1"]
 
 
 @pytest.mark.failure(

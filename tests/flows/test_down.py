@@ -1,0 +1,42 @@
+"""`regrow down` while a run trains: the run saves its state, nothing is left, and the next one trains on."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.runtime import Runtime
+from tests.flows.conftest import tiny_recipe
+from tests.flows.raised import Raised, eventually
+from tests.flows.victim import Victim, kill
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture
+def victim(raised: Raised, tmp_path: Path, tiny_model: Path) -> Victim:
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    recipe["train"]["epochs"] = 12
+    runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", save_seconds=0.5, lease_seconds=15.0)
+    return Victim(raised, recipe, runtime)
+
+
+def test_down_lets_a_run_save_its_state(victim: Victim) -> None:
+    victim.trains(victim.send())
+    raised = victim.raised
+    parts = [raised.part(name) for name in ("keeper", "server", "worker-cpu", "worker-gpu-0")]
+    raised.regrow("down", "--home", str(raised.home))
+    assert not [part for part in parts if part.alive]
+    assert not victim.processes(), "the command returns when all has ended"
+    raised.up()
+    assert victim.goes_on()["resumed_at_step"] > 0
+
+
+def test_down_ends_a_run_that_outlived_all_that_started_it(victim: Victim) -> None:
+    victim.trains(victim.send())
+    raised = victim.raised
+    kill(*(raised.part(name) for name in ("keeper", "worker-cpu", "worker-gpu-0", "server")))
+    assert victim.stage_processes(), "the run lives on"
+    assert "nothing" not in raised.regrow("down", "--home", str(raised.home))
+    eventually(victim.processes, lambda found: not found)
+    raised.up()
+    assert victim.goes_on()["resumed_at_step"] > 0
