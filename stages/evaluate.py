@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages import evals, harness, reward_models
 from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
@@ -79,14 +79,6 @@ class Task(StageConfig):
         if self.eval:
             evals.load(self.eval)
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_it_was(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what only a task with a reward model has, so that all others keep their keys."""
-        told: dict[str, Any] = plain(self)
-        if not self.reward_model:
-            told.pop("reward_model", None)
-        return told
 
     @property
     def options(self) -> Options:

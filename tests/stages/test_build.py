@@ -133,7 +133,8 @@ def test_when_a_part_is_refused_nobody_waits_for_the_others(store: Store, runtim
 def test_an_interrupted_build_waits_for_no_part(store: Store, runtime: Runtime, tmp_path: Path) -> None:
     rows(store, tmp_path, a="for ever", b="for ever")
     program = (
-        "import json, sys; from pathlib import Path; from stages.identity import tree_of; import shard_stage as s\n"
+        "import signal, sys; from pathlib import Path; from stages.identity import tree_of; import shard_stage as s\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it is ignored, and inherited so
         "from stages.build import build; from stages.runtime import Runtime; from stages.store import open_store\n"
         "from stages.identity import Action\n"
         "runtime = Runtime(store=sys.argv[1], cache=Path(sys.argv[2]), workers=2)\n"
