@@ -134,7 +134,7 @@ def test_an_interrupted_build_waits_for_no_part(store: Store, runtime: Runtime, 
     rows(store, tmp_path, a="for ever", b="for ever")
     program = (
         "import signal, sys; from pathlib import Path; from stages.identity import tree_of; import shard_stage as s\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it is ignored, and inherited so
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background, and so inherited
         "from stages.build import build; from stages.runtime import Runtime; from stages.store import open_store\n"
         "from stages.identity import Action\n"
         "runtime = Runtime(store=sys.argv[1], cache=Path(sys.argv[2]), workers=2)\n"
