@@ -112,14 +112,6 @@ def test_a_model_that_nobody_asks_enters_no_key(home: Path, recipe: dict[str, An
     assert {file.path.split("/")[0] for file in run_of(home, other).inputs("train")["reward_models"].files} == {"kind"}
 
 
-def test_other_tasks_say_nothing_of_reward_models() -> None:
-    config = EvaluateConfig.model_validate({"tasks": RECIPE["evaluate"]["tasks"]})
-    assert "reward_model" not in config.model_dump(mode="json")["tasks"]["right"]
-    judged = EvaluateConfig.model_validate({"tasks": {"w": {"source": "asked", "reward_model": "kind"}}})
-    assert judged.model_dump(mode="json")["tasks"]["w"]["reward_model"] == "kind"
-    assert EvaluateConfig.model_validate(judged.model_dump(mode="json")) == judged
-
-
 @pytest.mark.parametrize(
     ("section", "told"),
     [
