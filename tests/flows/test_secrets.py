@@ -63,6 +63,7 @@ def left_behind(*folders: Path) -> Iterator[tuple[str, bytes]]:
                 yield str(path), path.read_bytes()
 
 
+@pytest.mark.full
 def test_a_secret_of_a_block_reaches_the_worker_s_run_and_nothing_else(s3: S3, raised: Raised, tmp_path: Path) -> None:
     rehearsal = Rehearsal(tmp_path, url=s3.url)
     parameters = rehearsal.ready(20)  # all but the card, which the run then writes to the bucket
