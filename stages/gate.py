@@ -143,6 +143,6 @@ def _summary(other: _Other, tasks: bool, loss: bool) -> str:
     }
     require = other.thresholds.require
     if require == "better" and tasks:
-        return f"{words[require]} in every task" + (", the held-out loss not clearly worse" if loss else "")
+        return f"{words[require]} in every task"
     measured = [*(["in any task"] if tasks else []), *(["in held-out loss"] if loss else [])]
     return f"{words[require]} {' or '.join(measured)}"
