@@ -15,7 +15,6 @@ from flows.run import production_of
 from flows.settle import named
 from stages.deliver import deliver, delivered, delivery
 from stages.errors import UserError
-from stages.identity import Json
 from stages.production import Move, Name, person, production
 from stages.production import promote as moved
 from stages.production import rollback as moved_back
@@ -72,32 +71,24 @@ def rollback(store: Store, runtime: Runtime, name: str) -> Move:
     """Let `name`'s production ref name the model that stood before, and deliver it. Raises UserError as
     `stages.production.rollback`, and before the move when the model's files or its run's record are gone; after it as
     `promote`."""
-    move = moved_back(_Whole(**vars(store)), name)
-    _deliver(store, runtime, *_moved_to(store, name, move.run, move.card, move.model))
+    move = moved_back(store, name, check=lambda move: _of_move(store, name, move))
+    _deliver(store, runtime, *_of_move(store, name, move))
     return move
 
 
-class _Whole(Store):
-    """A store whose production refs come to name only what it can deliver. The check is part of the move, because what
-    a rollback goes back to is known only then."""
-
-    def swap_ref(self, name: str, expected: str | None, new: Mapping[str, Json]) -> bool:
-        """As any store's. Raises UserError before anything moves."""
-        _moved_to(self, name.partition("/")[0], new["run"], new["card"], new["model"])
-        return super().swap_ref(name, expected, new)
-
-
-def _moved_to(
-    store: Store, name: str, run: str, card: Name, weights: Name
-) -> tuple[Mapping[str, Any], Artifact, Artifact]:
+def _of_move(store: Store, name: str, move: Move) -> tuple[Mapping[str, Any], Artifact, Artifact]:
     """The run's record, the card and the weights of a move. Raises UserError when the store has lost one of them."""
-    record = store.read_run(run)
+    record = store.read_run(move.run)
     if record is None:
         raise UserError(
-            f"{name}: run {run} is no longer on record in {store.url}, so nothing says where its model goes; name "
+            f"{name}: run {move.run} is no longer on record in {store.url}, so nothing says where its model goes; name "
             f"another one with `regrow promote {name} RUN`, or run its recipe again"
         )
-    return record, _artifact(store, name, run, "publish", card), _artifact(store, name, run, "merge", weights)
+    card, weights = (
+        _artifact(store, name, move.run, stage, named)
+        for stage, named in (("publish", move.card), ("merge", move.model))
+    )
+    return record, card, weights
 
 
 def _record(store: Store, name: str, what: str | None) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ next rollbacks would bring back in full, so gc keeps those; all others it names 
 import getpass
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -98,9 +98,11 @@ def promote(
     return _moved(store, name, seen, Move(number, _now(), "promoted", model, card, run, compared, by, why))
 
 
-def rollback(store: Store, name: str, why: str = "", by: str = "") -> Move:
-    """Let the ref name the model that stood before the one that stands. Raises UserError when there is none, and when
-    somebody moved the ref at the same moment (nothing changes then)."""
+def rollback(
+    store: Store, name: str, why: str = "", by: str = "", check: Callable[[Move], object] = lambda move: None
+) -> Move:
+    """Let the ref name the model that stood before the one that stands. `check` may refuse a move before it is made.
+    Raises UserError when there is none, and when somebody moved the ref at the same moment (nothing changes then)."""
     seen = production(store, name)
     if seen is None:
         raise UserError(f"{name}: nothing was promoted yet, so there is nothing to go back to; see `regrow history`")
@@ -124,6 +126,7 @@ def rollback(store: Store, name: str, why: str = "", by: str = "") -> Move:
         why,
         before.number,
     )
+    check(move)
     if _moved(store, name, seen, move) is None:
         raise UserError(
             f"{name}: production moved at this moment, and was left as it is now; look at `regrow history {name}` "
