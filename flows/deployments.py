@@ -7,7 +7,7 @@ deployment that is there.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from prefect.automations import Automation, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import State, filters
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, StateType
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
@@ -23,6 +24,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.flows import Flow
+from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
@@ -115,6 +117,23 @@ def _schedule(told: Mapping[str, Any]) -> DeploymentScheduleCreate:
     return DeploymentScheduleCreate(
         schedule=when, active=told["active"], slug=told["slug"], parameters=told.get("parameters", {})
     )
+
+
+def mark_lost(alive: Collection[int]) -> None:
+    """Mark runs as crashed whose process on this machine is none of those `alive`: what ended with the server, by
+    `regrow down` or a power cut, could not say so itself, and would hold its place in the pool for ever."""
+    under_way = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_run_filter=filters.FlowRunFilter(
+                state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=under_way))
+            )
+        )
+        for run in found:
+            number = run.infrastructure_pid or ""
+            if number.isdigit() and int(number) not in alive:
+                lost: State[None] = Crashed(message="its process ended with the server's; the next run resumes it")
+                client.set_flow_run_state(run.id, lost, force=True)
 
 
 def _watch() -> None:

@@ -56,7 +56,8 @@ def up(home: Path, port: int | None = None, host: str | None = None, database: s
             f"--host {host}: other machines could start runs here; set PREFECT_SERVER_API_AUTH_STRING=user:password "
             "(and PREFECT_API_AUTH_STRING for those who use it)"
         )
-    if state is None or not kept(state):
+    started = state is None or not kept(state)
+    if started:
         home.mkdir(parents=True, exist_ok=True)
         if not (home / "profiles.toml").exists():
             (home / "profiles.toml").write_text(PROFILE)
@@ -72,6 +73,10 @@ def up(home: Path, port: int | None = None, host: str | None = None, database: s
     state = read(home)
     assert state is not None
     _register(home, state.settings)
+    if started and state.settings.host in ("127.0.0.1", "localhost"):  # else workers may be on other machines
+        from flows.deployments import mark_lost
+
+        mark_lost([one.pid for one in marked(home)])
     return state.settings
 
 

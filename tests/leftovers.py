@@ -23,7 +23,7 @@ PATIENCE = 15.0
 DATA = "data"
 """Stands for the user's data directory: no test reads or writes the real one."""
 
-KEPT = ("pytest-of-", "torchinductor_", "runner_storage", DATA)
+KEPT = ("pytest-of-", "torchinductor_", "runner_storage", "prefect-workspace-", DATA)
 """What tools keep: pytest its last runs' folders, torch what it has compiled, Prefect's workers what they ran in."""
 COMPILERS = "torch/_inductor/compile_worker"
 """Torch's helpers that compile for a GPU: they end with the process that started them."""
