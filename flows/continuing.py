@@ -5,7 +5,7 @@ Where there are none, it is production's own training once more, with the start 
 every stage is found and nothing runs. What is held out is never trained on, and always there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,11 @@ BASE = Start(None, None, "")
 
 
 def start_and_rows(
-    store: Store, standing: Production | None, data: Tree, heldout: Mapping[str, bool]
+    store: Store, standing: Production | None, data: Tree, heldout: Collection[str]
 ) -> tuple[Start, Tree]:
     """Where a run starts whose fetch brought the shards `data`, and those of them that convert is to read.
 
-    `heldout` says of each source whether its rows only measure. Raises UserError when the store has lost what it needs.
+    `heldout` names the sources whose rows only measure. Raises UserError when the store has lost what it needs.
     """
     if standing is None:
         return BASE, data
@@ -110,22 +110,22 @@ def _lost(store: Store, stage: str, name: Name) -> str:
     return f"fetch.continuing: {store.url} no longer holds {stage} {name['key'][:12]}, from which training would go on"
 
 
-def _is_heldout(path: str, heldout: Mapping[str, bool]) -> bool:
-    return heldout.get(path.partition("/")[0], False)
+def _is_heldout(path: str, heldout: Collection[str]) -> bool:
+    return path.partition("/")[0] in heldout
 
 
-def _trains(rows: Tree, heldout: Mapping[str, bool]) -> bool:
+def _trains(rows: Tree, heldout: Collection[str]) -> bool:
     return any(not _is_heldout(file.path, heldout) for file in rows.files)
 
 
-def _unseen(data: Tree, seen: Tree, heldout: Mapping[str, bool]) -> Tree:
+def _unseen(data: Tree, seen: Tree, heldout: Collection[str]) -> Tree:
     """The shards whose rows are not among those seen, and all that are held out."""
     known = {file.sha256 for file in seen.files if _holds_rows(file.path)}
-    old = {folder(f.path) for f in data.files if _holds_rows(f.path) and f.sha256 in known}
-    return Tree(tuple(f for f in data.files if _is_heldout(f.path, heldout) or folder(f.path) not in old))
+    old = {_shard(f.path) for f in data.files if _holds_rows(f.path) and f.sha256 in known}
+    return Tree(tuple(f for f in data.files if _is_heldout(f.path, heldout) or _shard(f.path) not in old))
 
 
-def folder(path: str) -> str:
+def _shard(path: str) -> str:
     """The shard that a file belongs to."""
     return path.rpartition("/")[0]
 

@@ -88,7 +88,7 @@ def _goes_on(run: Run) -> str:
     if "fetch" not in run.artifacts:
         return f"training goes on from run {run.production.now.run}, on the shards it has not seen"
     start, rows = run.began()
-    heldout = {name for name, source in run.loaded.recipe.fetch.data.items() if source.split == "heldout"}
+    heldout = run.loaded.recipe.fetch.heldout
     used, there = (
         sum(shard.partition("/")[0] not in heldout for shard in tree.folders())
         for tree in (rows, run.artifacts["fetch"].tree.folder("data"))

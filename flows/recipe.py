@@ -276,7 +276,7 @@ def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What looks at held-out rows, where no row would be one."""
     pack = recipe.pack
     shares = {name: pack.of(name).heldout_fraction for name in recipe.fetch.data}
-    if any(source.split == "heldout" for source in recipe.fetch.data.values()):
+    if recipe.fetch.heldout:
         return
     if any(pack.heldout_fraction if share is None else share for share in shares.values()):
         return

@@ -104,8 +104,8 @@ class Run:
             standing = self.production if fetch.continuing else None
             [model] = [part.config for part in self.parts if part.name == "model"]
             continuing.refuse_another_base(self.store, standing, model)
-            heldout = {name: source.split == "heldout" for name, source in fetch.data.items()}
-            found = continuing.start_and_rows(self.store, standing, fetched.tree.folder("data"), heldout)
+            data = fetched.tree.folder("data")
+            found = continuing.start_and_rows(self.store, standing, data, fetch.heldout)
             self._began = fetched.digest, *found
         return self._began[1:]
 

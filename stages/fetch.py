@@ -131,6 +131,11 @@ class FetchConfig(StageConfig):
     """Whether to train on from the model in production, on the shards that it has not seen; `model` is what the first
     training starts from, and what scores are compared with."""
 
+    @property
+    def heldout(self) -> frozenset[str]:
+        """The sources whose rows only measure."""
+        return frozenset(name for name, source in self.data.items() if source.split == "heldout")
+
     @field_validator("reward_models")
     @classmethod
     def _as_they_are(cls, models: dict[str, ModelSource]) -> dict[str, ModelSource]:

@@ -14,6 +14,7 @@ import pytest
 from flows.server import Api, own_server, reporting_to
 from stages.runtime import Runtime
 from tests.flows.raised import Raised, free_port
+from tests.flows.victim import Victim
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -108,3 +109,12 @@ def raised(tmp_path_factory: pytest.TempPathFactory, prepared_home: Callable[[Pa
         yield raised
     finally:
         raised.regrow("down", "--home", str(raised.home))
+
+
+@pytest.fixture
+def victim(raised: Raised, tmp_path: Path, tiny_model: Path) -> Victim:
+    """A training on the workers of `regrow up`, to be hit while it goes on."""
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    recipe["train"]["epochs"] = 12
+    runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", save_seconds=0.5, lease_seconds=15.0)
+    return Victim(raised, recipe, runtime)

@@ -1,23 +1,11 @@
 """`regrow down` while a run trains: the run saves its state, nothing is left, and the next one trains on."""
 
-from pathlib import Path
-
 import pytest
 
-from stages.runtime import Runtime
-from tests.flows.conftest import tiny_recipe
-from tests.flows.raised import Raised, eventually
+from tests.flows.raised import eventually
 from tests.flows.victim import Victim, kill
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture
-def victim(raised: Raised, tmp_path: Path, tiny_model: Path) -> Victim:
-    recipe = tiny_recipe(tmp_path, tiny_model)
-    recipe["train"]["epochs"] = 12
-    runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", save_seconds=0.5, lease_seconds=15.0)
-    return Victim(raised, recipe, runtime)
 
 
 def test_down_lets_a_run_save_its_state(victim: Victim) -> None:

@@ -12,22 +12,12 @@ import pytest
 import yaml
 from prefect.client.schemas.sorting import FlowRunSort
 
-from stages.runtime import Runtime
-from tests.flows.conftest import tiny_recipe
-from tests.flows.raised import Raised, eventually
+from tests.flows.raised import eventually
 from tests.flows.victim import Victim, kill
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 Record = Callable[[str, object], None]
-
-
-@pytest.fixture
-def victim(raised: Raised, tmp_path: Path, tiny_model: Path) -> Victim:
-    recipe = tiny_recipe(tmp_path, tiny_model)
-    recipe["train"]["epochs"] = 12
-    runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", save_seconds=0.5, lease_seconds=15.0)
-    return Victim(raised, recipe, runtime)
 
 
 @pytest.mark.failure(
