@@ -207,6 +207,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
                 told = f"there is no reward model `{named}`; fetch.reward_models has {have}"
                 yield (section, *path), f"{told}: name it there, e.g. `reward_models: {{judge: {{path: out/reward}}}}`"
     yield from _of_objective(recipe)
+    yield from _of_wrapped(recipe)
     yield from _of_heldout(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds
@@ -259,6 +260,25 @@ def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
     for kind in objective.kinds:
         if kind in lost and recipe.pack.overlong == "truncate":
             yield ("pack", "overlong"), f"truncate would cut {lost[kind]}: set it to drop or error"
+
+
+def _of_wrapped(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What cannot train on documents that are cut and run into one another; pack looks at the rows themselves."""
+    if recipe.pack.documents != "wrapped":
+        return
+    name = recipe.train.objective
+    objective = objectives.find(name)
+    if objective.teacher:
+        told = f"the teacher of {name} reads each document whole and alone, and the model would not"
+        yield ("pack", "documents"), f"{told}: set it to isolated, or `train.objective: sft`"
+    elif "conversation" not in objective.kinds:
+        told = f"wrapped is for raw text, and {name} trains on {' or '.join(objective.kinds)}"
+        yield ("pack", "documents"), f"{told}: set it to isolated, or `train.objective: sft`"
+    for source in recipe.fetch.data:
+        own = recipe.convert.of(source)
+        if own.format not in ("auto", "own") and formats.templated(own.format, own.options):
+            told = f"wrapped is for raw text, and `{source}` is read as {own.format}, whose rows are chats"
+            yield ("pack", "documents"), f"{told}: set it to isolated, take the source out, or read it as completion"
 
 
 def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

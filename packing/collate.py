@@ -40,9 +40,9 @@ class Bin:
     """[tokens] The token's own id where it is trained, else -100: unshifted, as Hugging Face models expect. The first
     token of a document is never trained, as its prediction would come from the document before."""
     lengths: NDArray[np.int64]
-    """[documents] Tokens in each document."""
+    """[documents] Tokens in each document that attention keeps apart: one of all tokens where the plan is wrapped."""
     documents: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """[documents] Their numbers in the plan, for `PackedBins.extra`."""
+    """Numbers in the plan of what it is made of, for `PackedBins.extra`: documents, or pieces of wrapped ones."""
     reference: NDArray[np.float32] | None = None
     """[tokens] What the model before training gives each token, where the bins were opened with it."""
     top: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
@@ -72,6 +72,7 @@ class PackedBins:
         self.kind: str = description.get("kind", "conversation")
         """What rows are: conversation, preference, unpaired_preference, stepwise or prompt. A row of preference is two
         documents side by side in one bin, the chosen one and the rejected one."""
+        self._wrapped: bool = description.get("wrapped", False)
         self.sequence_length: int = description["sequence_length"]
         self.global_batch: int = description["global_batch"]
         self.max_documents: int = description["max_documents"]
@@ -116,7 +117,9 @@ class PackedBins:
         return range(number * self.global_batch, min((number + 1) * self.global_batch, len(self)))
 
     def document_lengths(self, number: int) -> list[int]:
-        """Tokens in each document of a bin, without reading them."""
+        """Tokens in each document that attention keeps apart in a bin, without reading them."""
+        if self._wrapped:
+            return [int(self.lengths[number])]
         batch, place = self._bins.locate(number)
         lengths = []
         for document in batch.lists["documents"].row(place).tolist():
@@ -135,7 +138,8 @@ class PackedBins:
             document_ids, document_labels = self._read(document)
             ids.append(document_ids)
             labels.append(document_labels)
-        lengths = np.array([len(part) for part in ids], np.int64)
+        parts = [len(part) for part in ids]
+        lengths = np.array([sum(parts)] if self._wrapped else parts, np.int64)
         reference = np.concatenate([self._log_probs(d) for d in documents.tolist()]) if self._references else None
         extra = [self.extra(document) for document in documents.tolist()] if self.kind in JUDGED else ()
         mismatched = self._read_mismatched(documents.tolist()) if self._mismatched else None
@@ -183,20 +187,25 @@ class PackedBins:
         for table in self._shards:
             table.close()
 
-    def _log_probs(self, document: int) -> NDArray[np.float32]:
-        assert self._references is not None
+    def _place(self, document: int) -> tuple[int, int, slice]:
+        """A document's shard, its row of the shard's tables, and which of the row's tokens it is."""
         batch, place = self._documents.locate(document)
         shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
+        begin = int(batch.numbers["begin"][place]) if self._wrapped else 0
+        return shard, row, slice(begin, begin + length)
+
+    def _log_probs(self, document: int) -> NDArray[np.float32]:
+        assert self._references is not None
+        shard, row, used = self._place(document)
         scored, scored_place = self._references[shard].locate(row)
-        return np.asarray(scored.lists["log_probs"].row(scored_place)[:length], np.float32)
+        return np.asarray(scored.lists["log_probs"].row(scored_place)[used], np.float32)
 
     def _top(self, document: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         assert self._tops is not None
-        batch, place = self._documents.locate(document)
-        shard, row, length = (int(batch.numbers[name][place]) for name in ("shard", "row", "length"))
+        shard, row, used = self._place(document)
         scored, scored_place = self._tops[shard].locate(row)
         k = int(scored.numbers["k"][scored_place])
-        ids, log_probs = (scored.lists[name].row(scored_place).reshape(-1, k)[:length] for name in ("ids", "log_probs"))
+        ids, log_probs = (scored.lists[name].row(scored_place).reshape(-1, k)[used] for name in ("ids", "log_probs"))
         return ids.astype(np.int64), log_probs.astype(np.float32)
 
     def _read_mismatched(self, documents: Sequence[int]) -> Bin:
@@ -224,8 +233,9 @@ class PackedBins:
     def _read(self, document: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         batch, place = self._documents.locate(document)
         length = int(batch.numbers["length"][place])
+        begin = int(batch.numbers["begin"][place]) if self._wrapped and self._heldout is None else 0
         tokens, token_place = self._tokens(document)
-        ids = tokens.lists["ids"].row(token_place)[:length]
+        ids = tokens.lists["ids"].row(token_place)[begin : begin + length]
         labels = np.full(length, IGNORED, np.int64)
         for begin, end in batch.lists["trained"].row(place).tolist():
             labels[begin:end] = ids[begin:end]

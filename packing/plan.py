@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Plan", "deal", "pack"]
+__all__ = ["Plan", "arrange", "deal", "pack"]
 
 CHUNK = 1 << 18
 """Documents written at once: bounds the memory of intermediate arrays."""
@@ -61,7 +61,7 @@ def pack(
     bins there are. The same arguments give the same plan on every machine.
 
     The bins stand in training order: `global_batch` consecutive bins are one optimizer step, the last may be short.
-    Every step gets one bin of each cost class, costliest first; see `_arrange` and `deal`.
+    Every step gets one bin of each cost class, costliest first; see `arrange` and `deal`.
 
     `windows` [documents] numbers the window of each, from 0: a window is packed by itself, and its bins stand before
     the next one's, so that what is read can be fetched and forgotten a window at a time. Only a step at the border of
@@ -100,7 +100,7 @@ def _window(
     if len(lengths) == 0:
         return np.empty(0, np.uint32), np.zeros(1, np.int64)
     steps, bins = _best_fit(_histogram(lengths, capacity), capacity, most)
-    order = _arrange(_per_bin(steps, steps.take * steps.length**2, bins), global_batch, before, random)
+    order = arrange(_per_bin(steps, steps.take * steps.length**2, bins), global_batch, before, random)
     counts = _per_bin(steps, steps.take, bins)
     offsets = np.zeros(bins + 1, np.int64)
     np.cumsum(counts[order], out=offsets[1:])
@@ -191,7 +191,7 @@ def _per_bin(steps: _Steps, values: NDArray[np.int64], bins: int) -> NDArray[np.
     return np.cumsum(change[:-1])
 
 
-def _arrange(costs: NDArray[np.int64], global_batch: int, before: int, random: np.random.PCG64) -> NDArray[np.int64]:
+def arrange(costs: NDArray[np.int64], global_batch: int, before: int, random: np.random.PCG64) -> NDArray[np.int64]:
     """[bins] Bin numbers in training order, behind `before` bins of other windows.
 
     Attention costs a bin the sum of its documents' squared lengths. Sorted by cost, the bins are cut into

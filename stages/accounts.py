@@ -7,18 +7,18 @@ import numpy as np
 from stages.data_report import Source, added, joined
 from stages.marks import ROLES
 from stages.selection import REASONS, Taken
-from stages.tokenized import Flags, Rows, Shard
+from stages.tokenized import Flags, Numbers, Rows, Shard
 
 PLACES = 10
 """Dropped rows listed by place, for each reason and source."""
 
 
-def sources(shards: Sequence[Shard], rows: Rows, taken: Taken) -> list[Source]:
-    """One account a source, by name."""
-    return [_account(name, shards, rows, taken) for name in sorted({shard.source for shard in shards})]
+def sources(shards: Sequence[Shard], rows: Rows, taken: Taken, trained: Numbers) -> list[Source]:
+    """One account a source, by name. `trained` [rows] counts the trained tokens of all copies of each."""
+    return [_account(name, shards, rows, taken, trained) for name in sorted({shard.source for shard in shards})]
 
 
-def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken) -> Source:
+def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken, trained: Numbers) -> Source:
     own = [shard for shard in shards if shard.source == name]
     of_source = np.array([shard.source == name for shard in shards])
     mine = of_source[rows.shard]
@@ -40,7 +40,7 @@ def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken) -> So
         taken=int(copies.sum()),
         truncated=int((kept & (rows.length != rows.used).any(axis=1)).sum()),
         tokens=int((rows.used[mine].sum(axis=1) * copies).sum()),
-        trained_tokens=int((rows.trained[mine].sum(axis=1) * copies).sum()),
+        trained_tokens=int(trained[mine].sum()),
         said={role: int(n) for role, n in zip(ROLES, rows.said[of_source].sum(axis=0), strict=True) if role and n},
         sequences=int(mine.sum()) * rows.sequences,
         endings=int(rows.endings[of_source].sum()),

@@ -75,9 +75,10 @@ def html(report: Mapping[str, Any]) -> str:
 
 def _packing(report: Mapping[str, Any]) -> str:
     steps = f"{report['steps']:,} steps of {report['global_batch']:,}"
+    cut = "Documents are cut where a sequence is full and go on in the next one. " if report.get("wrapped") else ""
     return (
         f"{report['documents']:,} documents in {report['bins']:,} sequences of {report['sequence_length']:,} tokens: "
-        f"{report['fill']:.2%} full. Their tokens alone would need {report['fewest_bins']:,}. At most "
+        f"{report['fill']:.2%} full. Their tokens alone would need {report['fewest_bins']:,}. {cut}At most "
         f"{report['max_documents']:,} documents share a sequence. {steps} in one pass."
     )
 

@@ -5,8 +5,9 @@ sequence each row goes into (`packing.plan`). Changing any of it retokenizes not
 `bins.arrow`, the same and their tokens for held-out rows, `plan.json`, and the data report (`stages.data_report`).
 
 A row trains only tokens of its turns' contents and end markers, never the chat template's headers, and never its first
-token, which has nothing before it to be predicted from. A row of the data counts once in the report: it is packed, or
-held out, or dropped for the first reason that applies, in the order of `REASONS`.
+token, which has nothing before it to be predicted from. Documents are kept whole and apart, or wrapped: cut where a
+packed sequence is full (`packing.wrap`), whose first token does not train either. A row of the data counts once in the
+report: it is packed, or held out, or dropped for the first reason that applies, in the order of `REASONS`.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,12 @@ class PackConfig(StageConfig):
     global_batch: int = Field(default=16, ge=1)
     """Packed sequences per optimizer step, over all devices."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What to do with a row longer than `sequence_length`: leave it out and count it, cut its end off, or stop."""
+    """What to do with a row longer than `sequence_length`: leave it out and count it, cut its end off, or stop. Of
+    wrapped documents none is too long, and there is nothing to choose."""
+    documents: Literal["isolated", "wrapped"] = "isolated"
+    """isolated: whole, and attention ends where a document does. wrapped: one after another in an order drawn by the
+    seed, cut where a packed sequence is full and continued in the next one, with attention over the whole sequence:
+    for continued pretraining on raw text."""
     train_on: Literal["assistant", "all", "last"] | tuple[Speaker, ...] = "assistant"
     """Whose turns train: the assistant's, everyone's, the assistant's last, or those of a list of roles. Raw text
     always trains, and flags in the data go before this."""
@@ -64,6 +70,17 @@ class PackConfig(StageConfig):
     """The most documents in a packed sequence; null for no limit."""
     seed: int = Field(default=0, ge=0)
     """Decides what is sampled, which of equally long rows go together, and the order of steps."""
+
+    @model_validator(mode="after")
+    def _wrapped_documents_fit(self) -> "PackConfig":
+        if self.documents == "wrapped":
+            for name, is_set in (("overlong", self.overlong != "drop"), ("max_documents", self.max_documents)):
+                if is_set:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, which is for whole documents: wrapped ones are cut where a "
+                        "sequence is full, as many as it takes. Take it out, or set `documents: isolated`"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _a_window_is_a_step_or_more(self) -> "PackConfig":

@@ -16,8 +16,10 @@ from packing.plan import Plan
 from stages import accounts, data_report, plan_files, selection
 from stages.contamination import find_contamination
 from stages.equal_sides import equal_sides
+from stages.marks import ROLES
 from stages.near_duplicates import near_duplicates
 from stages.pack import PackConfig
+from stages.plan_files import Documents
 from stages.samples import samples
 from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, UserError, Work
@@ -30,11 +32,15 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     """Plan all rows. Raises UserError when there is nothing to train on, or at an overlong row if it is an error."""
     files = _files(config, inputs, work)
     shards = find_shards(files.spans)
-    rows = read_rows(files.spans, shards, config.train_on, config.sequence_length, work.tell)
+    wrapped = config.documents == "wrapped"
+    limit = None if wrapped else config.sequence_length
+    rows = read_rows(files.spans, shards, config.train_on, limit, work.tell)
     if len(rows) == 0:
         raise UserError(
             "there are no rows to pack: every source is empty, or every row was dropped before. See convert"
         )
+    if wrapped:
+        _refuse_all_but_raw_text(rows, shards)
     if config.overlong == "error":
         _refuse_overlong(rows, shards, config.sequence_length)
     if config.max_documents and config.max_documents < rows.sequences:
@@ -52,19 +58,19 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         rows.shard[chosen], weights=rows.used[chosen].sum(axis=1), minlength=len(shards)
     ).astype(np.int64)
     window = selection.windows(shards, tokens_of_shard, config.window, config.seed)
-    plan = plan_files.write(
-        output, "", rows, chosen, shards=len(shards), windows=window[rows.shard[chosen]], **settings
-    )
+    settings |= {"shards": len(shards), "wrapped": wrapped}
+    documents, plan = plan_files.write(output, "", rows, chosen, windows=window[rows.shard[chosen]], **settings)
     holding = np.flatnonzero(taken.heldout & taken.kept)
-    heldout_plan = plan_files.write(output, "heldout_", rows, holding, shards=len(shards), **settings)
-    plan_files.write_heldout_tokens(output, files, shards, rows, holding)
+    aside, heldout_plan = plan_files.write(output, "heldout_", rows, holding, **settings)
+    plan_files.write_heldout_tokens(output, files, shards, rows, aside)
+    trained = np.bincount(documents.row, documents.trained, len(rows)).astype(np.int64)
     read = [int(number) if tokens else None for number, tokens in zip(window, tokens_of_shard, strict=True)]
-    description = _describe(config, shards, rows, chosen, holding, plan, heldout_plan, read)
+    description = _describe(config, shards, rows, documents, plan, aside, heldout_plan, read)
     (output / "plan.json").write_text(json.dumps(description, indent=1) + "\n")
     tokenizer = backend(inputs["tokenizer"], work.runtime.cache / "tokenizers")
     report = data_report.compile_report(
         description,
-        accounts.sources(shards, rows, taken),
+        accounts.sources(shards, rows, taken, trained),
         rows.length.sum(axis=1),
         samples(files, tokenizer, shards, rows, taken, config.seed),
         too_short=taken.too_short,
@@ -98,7 +104,7 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
     reasons = selection.drop_reasons(
         rows,
         heldout,
-        None if config.overlong == "truncate" else config.sequence_length,
+        None if config.documents == "wrapped" or config.overlong == "truncate" else config.sequence_length,
         config.deduplicate,
         must_train=shards[0].kind != "prompt",
     )
@@ -145,6 +151,25 @@ def _all_alike(kind: str, label: str, rows: int) -> str:
     return f"all steps of the {told}" if kind == "stepwise" else f"all {told}, or train on these with objective: sft"
 
 
+def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard]) -> None:
+    """A cut anywhere leaves raw text what it is; of a chat, an answer would lose its question."""
+    for number, shard in enumerate(shards):
+        talks = [role for role, said in zip(ROLES, rows.said[number], strict=True) if said and role not in ("", "text")]
+        if shard.kind != "conversation":
+            held = f"rows of kind {shard.kind}"
+        elif talks:
+            held = f"chats (turns of {' and '.join(talks)})"
+        elif rows.masked[number]:
+            held = f"text that does not train ({rows.masked[number]:,} tokens)"
+        else:
+            continue
+        raise UserError(
+            f"pack.documents: wrapped is for raw text, all of which trains, and {shard.source} holds {held} "
+            f"({shard.path}). Set it to isolated, take the source out, or read it with convert.sources."
+            f"{shard.source}.format: completion"
+        )
+
+
 def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
     lengths = rows.length.sum(axis=1)
     overlong = np.flatnonzero(lengths > limit)
@@ -181,17 +206,18 @@ def _describe(
     config: PackConfig,
     shards: Sequence[Shard],
     rows: Rows,
-    chosen: Numbers,
-    holding: Numbers,
+    documents: Documents,
     plan: Plan,
+    aside: Documents,
     heldout_plan: Plan,
     windows: Sequence[int | None],
 ) -> dict[str, Any]:
     """What stands in `plan.json`."""
-    tokens = int(rows.used[chosen].sum())
-    cut = rows.length.sum(axis=1) > config.sequence_length
+    tokens = int(documents.length.sum())
+    cut = (rows.length != rows.used).any(axis=1)
     return {
         "kind": shards[0].kind,
+        **({"wrapped": True} if config.documents == "wrapped" else {}),
         "sequence_length": config.sequence_length,
         "global_batch": config.global_batch,
         "seed": config.seed,
@@ -209,14 +235,14 @@ def _describe(
         "bins": len(plan),
         "steps": -(-len(plan) // config.global_batch),
         "max_documents": max(_most_documents(plan), _most_documents(heldout_plan)),
-        "documents": len(plan.documents),
+        "documents": documents.count,
         "tokens": tokens,
-        "trained_tokens": int(rows.trained[chosen].sum()),
-        "truncated": int(cut[np.unique(chosen)].sum() + cut[holding].sum()),
+        "trained_tokens": int(documents.trained.sum()),
+        "truncated": int(cut[np.unique(documents.row)].sum() + cut[np.unique(aside.row)].sum()),
         "fill": tokens / (len(plan) * config.sequence_length),
-        "heldout_documents": len(heldout_plan.documents),
-        "heldout_tokens": int(rows.used[holding].sum()),
-        "heldout_trained_tokens": int(rows.trained[holding].sum()),
+        "heldout_documents": aside.count,
+        "heldout_tokens": int(aside.length.sum()),
+        "heldout_trained_tokens": int(aside.trained.sum()),
     }
 
 

@@ -137,12 +137,15 @@ MISMATCHED = pa.schema(
 answer of another row, for objectives that estimate how far the model has moved from where it started."""
 
 
-def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
+def documents_schema(shards: int, sequence_length: int, wrapped: bool = False) -> pa.Schema:
     """`documents.arrow` and `heldout_documents.arrow`: the sequences that pack kept, as an index; no token is copied.
 
     Numbers are uint16 where `shards` and `sequence_length` fit. A document is the first `length` tokens of a sequence;
     the sequences of one row stand next to each other, and a row that trains several times is listed again. The tokens
     of held-out sequences are copied: `heldout_tokens.arrow` has them in the order of `heldout_documents.arrow`.
+
+    Of `wrapped` documents the pieces stand here, a row's next to each other: `length` tokens from `begin` on, in which
+    `trained` counts from 0. Of held-out ones only the piece's own tokens are copied.
     """
     shard = pa.uint16() if shards <= 65536 else pa.uint32()
     count = pa.uint16() if sequence_length <= 65535 else pa.uint32()
@@ -154,6 +157,7 @@ def documents_schema(shards: int, sequence_length: int) -> pa.Schema:
             pa.field("number", pa.uint32(), nullable=False),  # of the row in the shard's source, for people
             pa.field("length", count, nullable=False),  # tokens used
             pa.field("trained", pa.list_(pa.field("item", trained, nullable=False)), nullable=False),
+            *([pa.field("begin", pa.uint32(), nullable=False)] if wrapped else []),  # of the piece within its sequence
         ]
     )
 

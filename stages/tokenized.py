@@ -26,6 +26,8 @@ Flags = NDArray[np.bool_]
 
 SEQUENCES = {"preference": 2}
 """Sequences that a row gives, by kind of data; of the kinds not named here, one."""
+SPEECH = ("said", "endings", "unanswered", "opened", "empty", "masked")
+"""What `Rows` tells of the turns of each shard."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class Rows:
     """[shards] Conversations in which the assistant speaks first."""
     empty: Numbers
     """[shards] The assistant's turns that say nothing."""
+    masked: Numbers
+    """[shards] Tokens of contents that do not train."""
 
     def __len__(self) -> int:
         return int(self.shard.size)
@@ -175,10 +179,12 @@ def find_shards(spans: Path) -> list[Shard]:
     return shards
 
 
-def read_rows(folder: Path, shards: Sequence[Shard], train_on: str | Sequence[str], limit: int, tell: Tell) -> Rows:
+def read_rows(
+    folder: Path, shards: Sequence[Shard], train_on: str | Sequence[str], limit: int | None, tell: Tell
+) -> Rows:
     """All rows of the shards whose spans are in `folder`; see `may_train` for `train_on`.
 
-    A row of more than `limit` tokens is cut: each of its sequences to an equal share of them.
+    A row of more than `limit` tokens is cut: each of its sequences to an equal share of them. None is for no limit.
     """
     width = SEQUENCES.get(shards[0].kind, 1) if shards else 1
     total = sum(shard.rows for shard in shards)
@@ -186,13 +192,15 @@ def read_rows(folder: Path, shards: Sequence[Shard], train_on: str | Sequence[st
         name: [] for name in ("shard", "number", "place", "length", "used", "trained", "ranges", "starts", "ends")
     }
     identities: list[pa.Array] = []
-    told: dict[str, list[Any]] = {name: [] for name in ("said", "endings", "unanswered", "opened", "empty")}
+    told: dict[str, list[Any]] = {name: [] for name in SPEECH}
     done = 0
     for number, shard in enumerate(shards):
         table = read_table(folder / shard.path / "spans.arrow")
         spans = read_spans(table)
         length = spans.lengths.reshape(-1, width)
-        used = np.where(length.sum(1, keepdims=True) > limit, np.minimum(length, limit // width), length)
+        used = length
+        if limit is not None:
+            used = np.where(length.sum(1, keepdims=True) > limit, np.minimum(length, limit // width), length)
         may = may_train(spans, train_on)
         trained, ranges, begins, ends = trained_ranges(spans, may, used.ravel())
         count = len(length)
@@ -217,7 +225,7 @@ def read_rows(folder: Path, shards: Sequence[Shard], train_on: str | Sequence[st
         tell(done, total, "rows")
     if not done:
         none, few = np.empty((0, width), np.int64), np.empty(0, np.uint32)
-        return Rows(few, few, few, pa.array([], pa.binary(16)), none, none, none, none, few, few, *[none] * 5)
+        return Rows(few, few, few, pa.array([], pa.binary(16)), none, none, none, none, few, few, *[none] * len(SPEECH))
     joined = {name: np.concatenate(each) for name, each in columns.items()}
     return Rows(
         identity=pa.concat_arrays(identities), **joined, **{name: np.array(each) for name, each in told.items()}
@@ -306,5 +314,6 @@ def _speech(spans: Spans, may: Flags) -> dict[str, Any]:
         "endings": int((may & (origin == ORIGIN_END)).sum()),
         "unanswered": int((role[talk[last]] == ROLES.index("user")).sum()),
         "opened": int((role[talk[new]] == assistant).sum()),
+        "masked": int(sizes[content & ~may].sum()),
         "empty": int(((origin[alone] == ORIGIN_END) & (role[alone] == assistant)).sum()),
     }

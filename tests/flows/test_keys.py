@@ -58,6 +58,7 @@ WORDS = [
     "linear",
     "constant",
     "drop",
+    "wrapped",
     "truncate",
     "error",
     "better",
