@@ -78,27 +78,31 @@ class Watched:
         return max(map(int, self.log.read_text().split()))
 
 
-def corpus(folder: Path) -> None:
-    """Shards of conversations; no row is like another."""
+def corpus(folder: Path, documents: str) -> None:
+    """Shards of conversations, or of raw text where documents are wrapped; no row is like another."""
     random = np.random.default_rng(0)
     for number in range(SHARDS):
         sizes = random.integers(2, 25, 6 + number)
-        rows = [row(("user", 3), ("assistant", int(size))) for size in sizes]
+        wrapped = documents == "wrapped"
+        rows = [
+            row(("text", int(6 + size))) if wrapped else row(("user", 3), ("assistant", int(size))) for size in sizes
+        ]
         for each in rows:
             each["ids"] = random.integers(3, tiny.VOCABULARY, len(each["ids"])).tolist()
         shard(folder, f"chat/{number:05}", rows)
 
 
-@pytest.fixture(scope="module")
-def settings() -> dict[str, Any]:
-    return {"sequence_length": 64, "global_batch": 2, "window": WINDOW, "near_duplicates": 0.9}
+@pytest.fixture(scope="module", params=["isolated", "wrapped"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    common = {"sequence_length": 64, "global_batch": 2, "window": WINDOW, "near_duplicates": 0.9}
+    return {**common, "documents": request.param}
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Path:
     """Plain folders: tokens, their plan in windows, a model, and what comes out of training with all of it there."""
     folder = tmp_path_factory.mktemp("everything")
-    corpus(folder / "tokens")
+    corpus(folder / "tokens", settings["documents"])
     Packed(folder / "tokens", folder / "plan", **settings)
     tiny.llama(folder / "model")
     inputs = {name: folder / name for name in ("model", "tokens", "plan")}
