@@ -24,6 +24,7 @@ from stages.pack import PackConfig
 from stages.runtime import Runtime
 from stages.stage import Work
 from stages.tables import read_table
+from stages.train.data import name_rows
 from tests.stages import tiny
 from tests.stages.packed import Packed, row, shard, spans
 
@@ -157,6 +158,7 @@ def test_a_documents_pieces_are_listed_one_after_another(tmp_path: Path) -> None
     assert [line["begin"] for line in of_first] == [0, *np.cumsum([line["length"] for line in of_first])[:-1]]
     assert sum(line["length"] for line in of_first) == 150
     assert [len(packed.bins), packed.plan["documents"], packed.plan["wrapped"]] == [3, 2, True]
+    assert name_rows(packed.output, ["a/00000"], range(3)) == "a/00000 rows 100, 101", "each once"
     assert "Documents are cut where a sequence is full and go on in the next one." in html(packed.report)
 
 
