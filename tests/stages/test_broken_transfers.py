@@ -165,7 +165,8 @@ def test_who_shares_an_upload_that_another_ends_finds_the_object(s3: S3, source:
 def test_an_upload_that_is_swept_meanwhile_is_begun_anew(s3: S3, source: Path, tmp_path: Path) -> None:
     store = open_store(s3.url, tmp_path / "cache")
     objects: Any = store.objects
-    key, swept = objects.place.key(blob_path(sha256_file(source))), []
+    key = objects.place.key(blob_path(sha256_file(source)))
+    swept: list[object] = []
 
     def call(operation: str, **arguments: Any) -> Any:
         if operation == "complete_multipart_upload" and not swept:
