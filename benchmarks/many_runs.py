@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
-from tests.conftest import ADMIN, SeaweedFS, _client, _free_ports
+from tests.conftest import ADMIN, SeaweedFS, _client, free_ports
 from tests.flows.rehearsal import Rehearsal
 from tests.flows.test_many_runs import RUNS, filled
 
@@ -56,7 +56,7 @@ def main() -> None:
             place.mkdir()
         os.environ["XDG_DATA_HOME"] = folder
         compare("folder", Rehearsal(places[1]), Rehearsal(places[2]))
-        server = SeaweedFS(places[0], _free_ports(5))
+        server = SeaweedFS(places[0], free_ports(5))
         try:
             server.start()
             os.environ |= {"AWS_ENDPOINT_URL": server.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}

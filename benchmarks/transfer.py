@@ -22,7 +22,7 @@ import s3fs
 from stages.identity import File, Tree, sha256_file
 from stages.objects import blob_path
 from stages.store import Store, open_store
-from tests.conftest import ADMIN, SeaweedFS, _free_ports
+from tests.conftest import ADMIN, SeaweedFS, free_ports
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -35,7 +35,7 @@ def main(gigabytes: float, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         (home / "server").mkdir()
-        server = SeaweedFS(home / "server", _free_ports(5))
+        server = SeaweedFS(home / "server", free_ports(5))
         server.start()
         try:
             compare(home, server.endpoint, gigabytes, rounds)

@@ -1,14 +1,18 @@
 """The local cache's bound: copies of what a store holds elsewhere stay below a number of bytes; the least recently used
 go first.
 
-What counts is what would be free on this disk: cached blobs, and files that only views have. A view that is hard-linked
-from a store on the same disk costs nothing; checkpoints, scratch and logs are not copies and do not count.
+What counts is what would be free on this disk: cached blobs, files that only views have, and downloads that broke off.
+A view that is hard-linked from a store on the same disk costs nothing; checkpoints, scratch and logs are not copies and
+do not count.
 
 A view in use is held. A holder is a locked file in `held/` with the names of views in it; the kernel releases the lock
 when the process ends, however it ends. Holding and dropping are done alone (`lock`), so a name is either held before
 somebody looks for what may go, or its view is gone before the holder looks for it. Room for a download is made before
 it begins and stands in the same file, so the downloads of several processes together stay below the bound too. What is
 held stays even where it is more than the bound allows.
+
+A download is written to `begun/` under the name of its blob, locked while somebody is at it. What broke off stays there
+for the next one to go on with, and is let go like any other copy.
 """
 
 import fcntl
@@ -21,14 +25,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as once
+from itertools import chain
 from math import inf
 from pathlib import Path
 from uuid import uuid4
 
 from stages.objects import clear_errors
-
-PART = ".part"
-"""Ends the name of a file in a view that is still being downloaded."""
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +107,32 @@ def used(blob: Path) -> None:
         os.utime(blob, ns=(time.time_ns(), blob.stat().st_mtime_ns))
 
 
+@contextmanager
+def begun(cache: Path, name: str) -> Iterator[Path]:
+    """Where to write a download, which may hold the beginning of it from one that broke off. It is this block's alone,
+    and does not count while the block runs. Where somebody else is at the same, it is a file of one's own."""
+    with _alone(cache):
+        path = cache / "begun" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(path)
+        if file is None:
+            path = path.with_name(f"{name}.{uuid4().hex}")
+            file = _locked(path)
+    assert file is not None
+    try:
+        yield path
+    finally:
+        if path.name != name or not os.fstat(file).st_size:  # nothing to go on with
+            path.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
+        os.close(file)
+
+
+def broke_off(cache: Path, name: str) -> bool:
+    """Whether there is a download of that name to go on with."""
+    return (cache / "begun" / name).exists()
+
+
 def size_of(cache: Path) -> int:
     """Bytes that count."""
     return _look(cache, _held(cache)).size
@@ -169,7 +197,7 @@ class _Unit:
 class _Contents:
     units: list[_Unit] = field(default_factory=list)
     blobs: dict[int, list[Path]] = field(default_factory=lambda: defaultdict(list))
-    """Names in `blobs/` by inode."""
+    """Names in `blobs/` and `begun/` by inode."""
     shown: Counter[int] = field(default_factory=Counter)
     """How many names in views an inode has."""
     size: int = 0
@@ -206,14 +234,13 @@ def _look(cache: Path, names: dict[str, int]) -> _Contents:
     sizes: dict[int, int] = {}
     links: dict[int, int] = {}
     last: dict[int, float] = {}
-    for path, stat in _files(cache / "blobs"):
+    broken_off = (each for each in _files(cache / "begun") if not _under_way(each[0]))
+    for path, stat in chain(_files(cache / "blobs"), broken_off):
         found.blobs[stat.st_ino].append(path)
         sizes[stat.st_ino], links[stat.st_ino], last[stat.st_ino] = stat.st_size, stat.st_nlink, stat.st_atime
     for folder in (cache / "views").glob("*"):
         files: dict[int, int] = {}
-        for path, stat in _files(folder):
-            if path.name.endswith(PART) and folder.name in names:
-                continue  # its room is reserved
+        for _, stat in _files(folder):
             found.shown[stat.st_ino] += 1
             files[stat.st_ino] = sizes[stat.st_ino] = stat.st_size
             links[stat.st_ino] = stat.st_nlink
@@ -233,6 +260,31 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         for name in names:
             with suppress(FileNotFoundError):
                 yield Path(place, name), Path(place, name).stat()
+
+
+def _locked(path: Path) -> int | None:
+    """A file made if need be, opened and locked; None if somebody else has locked it."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)  # it was a blob by then
+
+
+def _under_way(path: Path) -> bool:
+    """Whether somebody downloads to a file just now. Only to be asked alone."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):  # or it just ended
+        return True
+    return False
 
 
 def _held(cache: Path) -> dict[str, int]:

@@ -9,15 +9,16 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from stages.errors import UserError
 from stages.identity import File, Tree, tree_of
 from stages.manifest import check_paths
 from stages.objects import Entry, MayNotDelete, clear_errors
 from stages.store import BadBlob, Store
-from stages.views import spread
+from stages.views import fetched, spread
 
+FETCHING = ".fetching-"
+"""Begins the name of a folder into which a checkpoint comes."""
 KEPT = 2
 """Complete checkpoints that a save leaves: the newest, and one more in case it turns out bad."""
 
@@ -67,32 +68,35 @@ def latest_checkpoint(store: Store, key: str) -> Checkpoint | None:
 
 
 def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy a checkpoint to a new local folder, which appears only when every file's sha256 was verified.
+    """Copy a checkpoint to a new local folder, which appears only when every file's sha256 was verified. One that broke
+    off is gone on with; beside the folder nobody else may be at the same.
 
     Raises BadBlob after retiring a checkpoint that is torn or damaged: ask `latest_checkpoint` again.
     """
-    aside = folder.with_name(f".{folder.name}-{uuid4().hex}")
-    try:
-        with clear_errors(folder.parent):
-            aside.mkdir(parents=True)
-            bad = {}
-            for file in checkpoint.files.files:
-                target = aside / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    store.objects.download(f"{checkpoint.path}/files/{file.path}", target)
-                except FileNotFoundError:
-                    bad[file.sha256] = f"({file.path} of step {checkpoint.step}) is missing"
-            found = {file.path: file.sha256 for file in tree_of(aside).files}
-            for file in checkpoint.files.files:
-                if file.sha256 not in bad and found[file.path] != file.sha256:
+    aside = folder.with_name(f"{FETCHING}{checkpoint.step}-{checkpoint.attempt}")
+    for other in set(folder.parent.glob(f"{FETCHING}*")) - {aside}:
+        shutil.rmtree(other)
+    with clear_errors(folder.parent):
+        aside.mkdir(parents=True, exist_ok=True)
+        bad = {}
+        for file in checkpoint.files.files:
+            target = aside / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                whole = fetched(store.objects, f"{checkpoint.path}/files/{file.path}", target, file.sha256)
+            except FileNotFoundError:
+                bad[file.sha256] = f"({file.path} of step {checkpoint.step}) is missing"
+            except OSError:  # a full disk, which is not to stay full
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            else:
+                if not whole:
                     bad[file.sha256] = f"({file.path} of step {checkpoint.step}) holds other bytes"
-            if bad:
-                store.objects.move(f"{checkpoint.path}/complete.json", f"quarantine/{checkpoint.path}/complete.json")
-                raise BadBlob(bad)
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if bad:
+            shutil.rmtree(aside)
+            store.objects.move(f"{checkpoint.path}/complete.json", f"quarantine/{checkpoint.path}/complete.json")
+            raise BadBlob(bad)
+        aside.rename(folder)
 
 
 def drop_checkpoints(store: Store, key: str) -> None:

@@ -5,6 +5,7 @@ Layout of the local cache, which may be deleted whenever nothing runs::
     blobs/ab/abcd…      copies of blobs whose store is not a folder on the same disk
     views/<digest>/     one folder a tree, hard-linked from the store or from `blobs/`; `views/.…` is being made
     verified/           which inode was found to hold which blob, so that a model is not hashed at every stage
+    begun/              downloads under way or broken off
     held/ lock size     which views are in use, and how much there is: see `stages.cache`
     tmp/                copies under way
 
@@ -15,27 +16,29 @@ decay of the disk is what `verify --deep` is for.
 """
 
 import errno
+import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from math import inf
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from stages.cache import PART, Hold, drop_views, idle_views, make_room, remove_folder, used
+from stages.cache import Hold, begun, broke_off, drop_views, idle_views, make_room, remove_folder, used
 from stages.identity import File, Tree, sha256_file
 from stages.manifest import check_paths
 from stages.objects import Objects, blob_path, clear_errors
 from stages.objects.folder import copy_file
-from stages.transfers import Moved, moving
+from stages.transfers import Moved, moving, nobody
 
 FRESH = 100_000_000
 """Nanoseconds for which a file's modification time is too young to tell a later change apart."""
 
+_log = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -103,9 +106,9 @@ def bring(objects: Objects, cache: Path, folder: Path, file: File, limit: float)
         target.unlink(missing_ok=True)
         wrong = _linked(objects, cache, folder, file)
         if wrong is None:
-            make_room(cache, file.size, limit)
-            with moving("downloaded", file.size) as moved:
-                wrong = _brought(objects, cache, folder, file, moved)
+            with begun(cache, file.sha256) as part, moving("downloaded", file.size) as moved:
+                make_room(cache, file.size, limit)
+                wrong = _brought(objects, cache, folder, file, part, moved)
     if wrong:
         raise BadBlob({file.sha256: wrong})
 
@@ -153,7 +156,9 @@ def sweep(cache: Path, before: float, delete: bool) -> tuple[int, int]:
     """Views that nobody asked for since `before`, and what only they use: how many things and bytes go."""
     folders = idle_views(cache, before)
     links = Counter(path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file())
-    files = [path for kind in ("blobs", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()]
+    files = [
+        path for kind in ("blobs", "begun", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()
+    ]
     stats = {path: path.stat() for path in files}
     going = {p: s for p, s in stats.items() if s.st_mtime < before and s.st_nlink == 1 + links[s.st_ino]}
     if delete:
@@ -182,11 +187,19 @@ def _build(objects: Objects, cache: Path, aside: Path, tree: Tree, hold: Hold) -
     here = dict(zip(files, spread(lambda f: _linked(objects, cache, aside, f), files.values(), 4), strict=True))
     absent = [file for file in files.values() if here[file.sha256] is None]
     left = sum(file.size for file in absent)
-    if absent:
-        hold.reserve(aside.name, left)
-    with moving("downloaded", left) as moved:
-        brought = spread(lambda f: _brought(objects, cache, aside, f, moved), absent, 4)
-        for file, wrong in zip(absent, brought, strict=True):
+
+    def brought(file: File) -> str:
+        there = nullcontext(parts[file.sha256]) if file.sha256 in parts else begun(cache, file.sha256)
+        with there as part:
+            return _brought(objects, cache, aside, file, part, moved)
+
+    with ExitStack() as stack, moving("downloaded", left) as moved:
+        # What there is to go on with is taken before room is made for it, or it might go for its own sake.
+        names = [file.sha256 for file in absent if broke_off(cache, file.sha256)]
+        parts = {sha256: stack.enter_context(begun(cache, sha256)) for sha256 in names}
+        if absent:
+            hold.reserve(aside.name, left)
+        for file, wrong in zip(absent, spread(brought, absent, 4), strict=True):
             left -= file.size
             hold.came(aside.name, left)
             here[file.sha256] = wrong
@@ -216,31 +229,48 @@ def _linked(objects: Objects, cache: Path, aside: Path, file: File) -> str | Non
     return wrong if own else None
 
 
-def _brought(objects: Objects, cache: Path, aside: Path, file: File, moved: Moved) -> str:
-    """Download a file into the view, and keep it in the cache; or what is wrong with it."""
+def fetched(objects: Objects, path: str, part: Path, sha256: str, moved: Moved = nobody) -> bool:
+    """Have a local file hold an object with that sha256; it may hold the beginning of it, from a download that broke
+    off. Whether it does now. Raises FileNotFoundError."""
+    tries = 2  # a download may be damaged on its way
+    while tries:
+        before = part.stat().st_size if part.exists() else 0
+        if (objects.download(path, part, moved) or sha256_file(part)) == sha256:
+            return True
+        moved(-part.stat().st_size)
+        os.truncate(part, 0)
+        if before:
+            _log.warning("%s: what an earlier download left of %s was damaged; fetching it anew", objects.url, path)
+        else:
+            tries -= 1
+    return False
+
+
+def _brought(objects: Objects, cache: Path, aside: Path, file: File, part: Path, moved: Moved) -> str:
+    """Download a file into the view by way of `part`, and keep it in the cache; or what is wrong with it."""
     target = aside / file.path
-    part = target.with_name(f"{target.name}{PART}")
-    for _ in range(2):  # a download may be damaged on its way
-        try:
-            found = objects.download(blob_path(file.sha256), part, moved)
-            if intact(cache, part, file, found):
-                part.chmod(0o444)
-                _cache(part, _cached(cache, file.sha256))
-                part.rename(target)
-                return ""
-        except FileNotFoundError:
-            return "is missing"
-        finally:
-            part.unlink(missing_ok=True)
-    return _refused(objects, file)
+    try:
+        whole = fetched(objects, blob_path(file.sha256), part, file.sha256, moved)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError:  # a full disk, on which nothing is to stay that was not there before
+        part.unlink(missing_ok=True)
+        raise
+    if not whole:
+        return _refused(objects, file)
+    part.rename(target)
+    target.chmod(0o444)
+    intact(cache, target, file, file.sha256)
+    _cache(target, _cached(cache, file.sha256))
+    return ""
 
 
-def _cache(part: Path, copy: Path) -> None:
+def _cache(source: Path, copy: Path) -> None:
     """Give a verified file its name among the cached blobs, whatever stands there."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     beside = copy.with_name(f"{copy.name}.{uuid4().hex}")
     with suppress(OSError):  # no hard links there: then the view alone has it
-        os.link(part, beside)
+        os.link(source, beside)
         beside.replace(copy)
 
 

@@ -51,9 +51,14 @@ class S3:
         return f"s3://{self.bucket}/store"
 
     def forbid_deleting(self) -> None:
-        """For everybody, as a bucket's policy says it."""
-        denied = {"Effect": "Deny", "Principal": "*", "Action": ["s3:DeleteObject", "s3:DeleteObjectVersion"]}
-        policy = {"Version": "2012-10-17", "Statement": [{**denied, "Resource": f"arn:aws:s3:::{self.bucket}/*"}]}
+        """For everybody."""
+        self.forbid("DeleteObject", "DeleteObjectVersion")
+
+    def forbid(self, *actions: str) -> None:
+        """Some actions for everybody, as a bucket's policy says it."""
+        denied = {"Effect": "Deny", "Principal": "*", "Action": [f"s3:{action}" for action in actions]}
+        where = [f"arn:aws:s3:::{self.bucket}", f"arn:aws:s3:::{self.bucket}/*"]
+        policy = {"Version": "2012-10-17", "Statement": [{**denied, "Resource": where}]}
         _client(self.endpoint).call_s3("put_bucket_policy", Bucket=self.bucket, Policy=json.dumps(policy))
 
 

@@ -107,7 +107,15 @@ def answer(server: GoogleServer, method: str, url: str, headers: Any, body: byte
     check(objects, name, query, method)
     item = objects[name]
     if method == "GET" and query.get("alt") == "media":
-        return 200, {"X-Goog-Generation": item["generation"]}, item["data"]
+        told = {"X-Goog-Generation": item["generation"]}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"] or "")
+        if asked is None:
+            return 200, told, item["data"]
+        start, stop, size = int(asked[1]), int(asked[2]) + 1, len(item["data"])
+        if start >= size:
+            raise Refused(416, "The requested range cannot be satisfied.")
+        span = f"bytes {start}-{min(stop, size) - 1}/{size}"
+        return 206, told | {"Content-Range": span}, item["data"][start:stop]
     if method == "PATCH":
         item |= {"updated": datetime.now(UTC).isoformat(), "metageneration": str(int(item["metageneration"]) + 1)}
     if method == "DELETE":

@@ -77,15 +77,17 @@ class Objects(Protocol):
         """Write a small object, whatever stands there."""
 
     def upload(self, source: Path, path: str, sha256: str, moved: Moved = nobody) -> None:
-        """Write a local file's bytes, whatever stands there; over a network `moved` hears how many more are there. A
-        folder store takes the file itself where it can (hard link) and makes it read-only."""
+        """Write a local file's bytes, whatever stands there; over a network `moved` hears how many more are there. S3
+        is sent only what a broken upload left out. A folder store takes the file itself where it can (hard link) and
+        makes it read-only."""
 
     def touch(self, entry: Entry) -> bool:
         """Make an object look written just now. Return False if it is gone."""
 
     def download(self, path: str, target: Path, moved: Moved = nobody) -> str | None:
-        """Copy an object to a new local file; `moved` as in `upload`. Gives the file's sha256 where it was found on the
-        way. Raises FileNotFoundError."""
+        """Copy an object to a local file; `moved` as in `upload`. Over a network, what the file holds already counts as
+        the object's beginning, as a broken download leaves it. Gives the file's sha256 where it was found on the way.
+        Raises FileNotFoundError."""
 
     def stat(self, path: str) -> Entry | None:
         """Size and time of an object, or None."""

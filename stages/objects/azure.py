@@ -31,6 +31,7 @@ from stages.objects.network import (
     taken_back,
     unless_gone,
 )
+from stages.objects.ranges import Piece, download_in_ranges
 from stages.transfers import Moved, nobody
 
 T = TypeVar("T")
@@ -114,17 +115,8 @@ class AzureObjects:
         blob = self._blob(entry.path)
         return unless_gone(lambda: self._run(lambda: blob.set_blob_metadata({}, **ONCE))) is not None
 
-    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
-        def attempt(heard: Moved) -> None:
-            async def whole(sink: Any) -> None:
-                how = {"max_concurrency": AT_ONCE, "progress_hook": _hook(heard)}
-                stream = await self._blob(path).download_blob(**how, **ONCE)
-                await stream.readinto(sink)
-
-            with target.open("wb") as sink:
-                self._wait(lambda: whole(sink))
-
-        self._patiently(lambda: taken_back(attempt, moved))
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> str:
+        return download_in_ranges(lambda start, stop: self._range(path, start, stop), target, moved)
 
     def stat(self, path: str) -> Entry | None:
         found = self._properties(path)
@@ -193,6 +185,19 @@ class AzureObjects:
             return Versioned(await stream.readall(), found.etag), found.metadata.get("writer")
 
         return unless_gone(lambda: self._run(whole))
+
+    def _range(self, path: str, start: int, stop: int) -> Piece | None:
+        async def some() -> Piece | None:
+            try:
+                stream = await self._blob(path).download_blob(offset=start, length=stop - start, **ONCE)
+                data = await stream.readall()
+            except Exception as error:
+                if _code(error) != "InvalidRange":
+                    raise
+                return None
+            return Piece(data, int(stream.properties.content_range.rpartition("/")[2])) if data else None
+
+        return self._patiently(lambda: self._wait(some))
 
     def _conditional(self, path: str, data: bytes, **condition: Any) -> str | None:
         def write(writer: str) -> str:

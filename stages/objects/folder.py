@@ -110,7 +110,7 @@ class FolderObjects:
         return True
 
     def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
-        copy_file(self.root / path, target)
+        copy_file(self.root / path, target, anew=True)
 
     def stat(self, path: str) -> Entry | None:
         try:
@@ -185,10 +185,11 @@ class FolderObjects:
             yield
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy bytes to a new file, sharing them on disk where the file system can (reflink)."""
+def copy_file(source: Path, target: Path, anew: bool = False) -> None:
+    """Copy bytes to a new file, or `anew` to one that may be there, sharing them on disk where the file system can
+    (reflink)."""
     if hasattr(os, "copy_file_range"):
-        with source.open("rb") as reader, target.open("xb") as writer:
+        with source.open("rb") as reader, target.open("wb" if anew else "xb") as writer:
             left = os.fstat(reader.fileno()).st_size
             try:
                 while left > 0 and (done := os.copy_file_range(reader.fileno(), writer.fileno(), left)):

@@ -30,6 +30,7 @@ from stages.objects.network import (
     taken_back,
     unless_gone,
 )
+from stages.objects.ranges import Piece, download_in_ranges
 from stages.sources.urls import PLAIN_GCSFS
 from stages.transfers import Moved, nobody
 
@@ -106,18 +107,8 @@ class GoogleObjects:
         changed = {"metadata": {"touched": uuid4().hex}}
         return unless_gone(lambda: self.api.ask("PATCH", self.api.object(entry.path), data=changed)) is not None
 
-    def download(self, path: str, target: Path, moved: Moved = nobody) -> None:
-        def attempt(heard: Moved) -> None:
-            async def whole() -> None:
-                async with self.api.request("GET", self.api.object(path), MEDIA) as answer:
-                    with target.open("wb") as sink:
-                        async for chunk in answer.content.iter_chunked(1 << 20):
-                            sink.write(chunk)
-                            heard(len(chunk))
-
-            self.api.wait(whole)
-
-        self.api.patiently(lambda: taken_back(attempt, moved))
+    def download(self, path: str, target: Path, moved: Moved = nobody) -> str:
+        return download_in_ranges(lambda start, stop: self._range(path, start, stop), target, moved)
 
     def stat(self, path: str) -> Entry | None:
         found = self._look(path)
@@ -162,6 +153,19 @@ class GoogleObjects:
     def unfinished(self, before: float, remove: bool) -> int:
         """None that could be removed: the service drops resumable uploads after a week, and lists them to nobody."""
         return 0
+
+    def _range(self, path: str, start: int, stop: int) -> Piece | None:
+        async def some() -> Piece | None:
+            span = {"Range": f"bytes={start}-{stop - 1}"}
+            try:
+                async with self.api.request("GET", self.api.object(path), MEDIA, headers=span) as answer:
+                    return Piece(await answer.read(), int(answer.headers["Content-Range"].rpartition("/")[2]))
+            except Refusal as refusal:
+                if refusal.status != 416:
+                    raise
+                return None
+
+        return self.api.patiently(lambda: self.api.wait(some))
 
     def _entry(self, item: Mapping[str, str]) -> Entry:
         modified = datetime.fromisoformat(item["updated"]).timestamp()

@@ -1,5 +1,6 @@
-"""Objects in an S3 bucket, through s3fs: conditional PUTs of small objects, ordinary PUTs of blobs. What is only looked
-at is asked of obstore first (`stages.objects.s3_looks`), so that s3fs is not imported where nothing else is done.
+"""Objects in an S3 bucket, through s3fs: conditional PUTs of small objects, ordinary PUTs of blobs. Large ones go in
+parts (`stages.objects.s3_parts`) and come in ranges (`stages.objects.ranges`). What is only looked at is asked of
+obstore first (`stages.objects.s3_looks`), so that s3fs is not imported where nothing else is done.
 
 Conditions are set on single PUTs only (conditional multipart completion is not atomic on every server) and a refused
 one is recognised by its error code, because servers differ in the rest. s3fs's listing cache is off: it would show
@@ -34,11 +35,12 @@ from stages.objects.network import (
     patiently,
     place_of,
     refused,
-    taken_back,
     unless_gone,
 )
+from stages.objects.ranges import Piece, download_in_ranges
 from stages.objects.s3_looks import Looks, Unclear, looks_into
-from stages.transfers import Growing, Moved, nobody
+from stages.objects.s3_parts import code_of, upload_in_parts
+from stages.transfers import Moved, nobody
 
 T = TypeVar("T")
 
@@ -49,9 +51,13 @@ _WRITES = ("Put", "Copy", "Create", "Upload", "Complete", "Abort")
 """How the names of operations begin that need the right to write."""
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _TRANSIENT = frozenset(
-    {"500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "GatewayTimeout", "RequestTimeout"}
+    {
+        *("500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "GatewayTimeout"),
+        *("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch"),
+    }
 )
-"""The server's codes for trouble of its own, or of the way to it: what S3 asks to be tried again."""
+"""The server's codes for trouble of its own, or of the way to it, bytes that changed on it included: what is worth
+another try."""
 
 
 def open_s3(address: str, options: Mapping[str, str], reached: bool = False) -> "S3Objects":
@@ -152,12 +158,7 @@ class S3Objects:
             self._call("put_object", Key=self.place.key(path), Body=source.read_bytes(), ChecksumSHA256=checksum)
             moved(source.stat().st_size)
         else:
-            target, how = self._object(path), {"chunksize": SINGLE_PUT, "max_concurrency": 4}
-
-            def attempt(heard: Moved) -> None:
-                self.fs.put_file(str(source), target, callback=_hearing(heard), **how)
-
-            self._patiently(lambda: taken_back(attempt, moved))
+            upload_in_parts(self._call, self.place.key(path), source, moved)
 
     def touch(self, entry: Entry) -> bool:
         """By a copy onto itself, which the server does without sending the bytes."""
@@ -174,19 +175,7 @@ class S3Objects:
         return unless_gone(copy) or False
 
     def download(self, path: str, target: Path, moved: Moved = nobody) -> str:
-        source = self._object(path)
-
-        def attempt(heard: Moved) -> str:
-            with Growing(target) as growing:  # s3fs writes in order, also what it asks for in parallel
-
-                def arrived(more: int) -> None:
-                    growing.grew(more)
-                    heard(more)
-
-                self.fs.get_file(source, str(target), callback=_hearing(arrived))
-            return growing.sha256
-
-        return self._patiently(lambda: taken_back(attempt, moved))
+        return download_in_ranges(lambda start, stop: self._range(path, start, stop), target, moved)
 
     def stat(self, path: str) -> Entry | None:
         if self.looks:
@@ -244,6 +233,23 @@ class S3Objects:
 
         return unless_gone(lambda: self._run(whole))
 
+    def _range(self, path: str, start: int, stop: int) -> Piece | None:
+        from fsspec.asyn import sync
+
+        asked = {"Bucket": self.place.bucket, "Key": self.place.key(path), "Range": f"bytes={start}-{stop - 1}"}
+
+        async def some() -> Piece:
+            response = await self.fs._call_s3("get_object", **asked)
+            async with response["Body"] as body:
+                return Piece(await body.read(), int(response["ContentRange"].rpartition("/")[2]))
+
+        try:
+            return self._patiently(lambda: Piece(*sync(self.fs.loop, some)))
+        except OSError as error:
+            if code_of(error) != "InvalidRange":
+                raise
+            return None
+
     def _conditional(self, path: str, data: bytes, **condition: str) -> str | None:
         def write(writer: str) -> str:
             mark = {"writer": writer}
@@ -273,7 +279,7 @@ class S3Objects:
     def _told(self, error: Exception) -> UserError | None:
         from botocore.exceptions import BotoCoreError
 
-        code = _code(error)
+        code = code_of(error)
         if code == "NoSuchBucket":
             return no_bucket(self.place)
         asked = str(getattr(error.__cause__ or error, "operation_name", ""))
@@ -297,26 +303,9 @@ class S3Objects:
         return None
 
 
-def _hearing(heard: Moved) -> Any:
-    """What fsspec tells of the bytes it moved."""
-    from fsspec.callbacks import Callback
-
-    class Heard(Callback):  # type: ignore[misc]
-        def relative_update(self, inc: int = 1) -> None:
-            heard(inc)
-
-    return Heard()
-
-
-def _code(error: BaseException) -> str:
-    """The server's own error code behind what s3fs raised."""
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
-
-
 def _unmet(error: Exception) -> bool:
     """Whether a condition was not met."""
-    return isinstance(error, FileExistsError | FileNotFoundError) or _code(error) in _REFUSED
+    return isinstance(error, FileExistsError | FileNotFoundError) or code_of(error) in _REFUSED
 
 
 def _is_outage(error: Exception) -> bool:
@@ -328,4 +317,4 @@ def _is_outage(error: Exception) -> bool:
         return False
     cut = (ClientConnectionError, ClientPayloadError)  # while an answer's body was read: botocore does not see these
     outages = (BotoConnectionError, HTTPClientError, ConnectionError, TimeoutError, *cut)
-    return isinstance(error, outages) or _code(error) in _TRANSIENT
+    return isinstance(error, outages) or code_of(error) in _TRANSIENT

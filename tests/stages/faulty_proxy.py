@@ -1,5 +1,5 @@
 """A proxy before a bucket's server that does what networks do: drops requests, loses answers, cuts them short, is late,
-answers 500. Which request suffers is drawn from a seed, so that a failure can be looked at again.
+answers 500, changes bytes. Which request suffers is drawn from a seed, so that a failure can be looked at again.
 """
 
 import http.client
@@ -15,9 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["drop", "lose", "truncate", "delay", "500"]
+Fault = Literal["drop", "lose", "truncate", "delay", "500", "garble"]
 """`drop`: the request never arrives. `lose`: it is done, but its answer is not heard. `truncate`: the answer ends half
-way. `delay`: the answer comes late. `500`: not done, and the server says it has trouble."""
+way. `delay`: the answer comes late. `500`: not done, and the server says it has trouble. `garble`: of a request of
+more than 1 MiB another byte arrives."""
 
 
 @dataclass
@@ -29,6 +30,8 @@ class FaultyProxy:
     share: float = 0.25
     suffered: Counter[str] = field(default_factory=Counter)
     endpoint: str = ""
+    carried: Counter[str] = field(default_factory=Counter)
+    """Bytes of bodies that arrived, by method, there and back."""
     _chance: random.Random = field(default_factory=lambda: random.Random(7))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -39,6 +42,10 @@ class FaultyProxy:
             fault = self._chance.choice(self.faults)
             self.suffered[fault] += 1
             return fault
+
+    def carry(self, method: str, size: int) -> None:
+        with self._lock:
+            self.carried[method] += size
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -53,6 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "500":
             self._answer(500, [("Content-Type", "application/xml")], _INTERNAL_ERROR)
             return None
+        if fault == "garble" and len(body) > 2**20:
+            body = bytes([body[0] ^ 1]) + body[1:]
         server = http.client.HTTPConnection(urlsplit(self.proxy.upstream).netloc, timeout=60)
         try:
             server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -62,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             response = server.getresponse()
             data = response.read()
             headers = response.getheaders()
+            self.proxy.carry(self.command, len(body) + len(data))
         except OSError:
             return self._hang_up()
         finally:

@@ -4,6 +4,7 @@ python store_driver.py race URL FOLDER NAME      commit one action with bytes of
 python store_driver.py count URL FOLDER FILE     add one to a number in a file under a lease, ten times
 python store_driver.py hold URL FOLDER           take a lease and hold it until killed
 python store_driver.py upload URL FOLDER FILE    send a file and die when half of it is there
+python store_driver.py view URL FOLDER KEY       bring what pack made with that key and die when half of it is there
 python store_driver.py kills URL FOLDER DOES     kill a fresh process at every step of a commit or checkpoint
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stages import transfers
 from stages.checkpoints import drop_checkpoints, fetch_checkpoint, latest_checkpoint, save_checkpoint
 from stages.gc import collect
 from stages.identity import Action, sha256_file, tree_of
@@ -90,6 +92,20 @@ def upload(url: str, folder: Path, file: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     objects.upload(source, blob_path(sha256), sha256, moved)
+
+
+def view(url: str, folder: Path, key: str) -> None:
+    store = open_store(url, folder / "dying")
+    found = store.find("pack", key)
+    assert found is not None
+
+    def told(_: str, done: int, size: int) -> None:
+        if size // 2 < done < size:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    transfers.EVERY = 0.0
+    with transfers.watching(told):
+        store.view(found.tree)
 
 
 @dataclass(frozen=True)
@@ -250,6 +266,7 @@ if __name__ == "__main__":
         "count": count,
         "hold": hold,
         "upload": upload,
+        "view": view,
         "kills": kills,
     }
     does[sys.argv[1]](sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
