@@ -39,7 +39,8 @@ def prepare(
 ) -> Served:
     """What to start for a model's folder. Requests name the model `name`; `places` is a folder for links.
 
-    Raises UserError when no server is installed, or the one that was asked for is not, and when the port is taken.
+    Raises UserError when no server is installed, or the one that was asked for is not, and when `host` is no address or
+    name of this machine or the port is taken.
     """
     chosen = _engine(engine)
     _check_free(host, port)
@@ -60,6 +61,11 @@ def prepare(
         command += ["--device", device, *_precision(device)]
     # Nothing is looked up anywhere: the folder holds all there is.
     return Served(command, {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "DO_NOT_TRACK": "1"}, places)
+
+
+def endpoint(host: str, port: int) -> str:
+    """The address that clients are given. An address of IPv6 stands in brackets there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def become(served: Served, cache: Path) -> NoReturn:
@@ -91,8 +97,12 @@ def _precision(device: str) -> list[str]:
 
 def _check_free(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return
+    except socket.gaierror as error:
+        raise UserError(
+            f"--host {host}: expected a name or an address of this machine, such as 127.0.0.1 or ::1 ({error.strerror})"
+        ) from None
     except OSError as error:
         raise UserError(
             f"port {port} on {host} cannot be listened on ({error.strerror}): end what uses it, or choose another with "
