@@ -4,6 +4,7 @@
 server: signals and its exit code are the server's own.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -99,11 +100,12 @@ def _check_free(host: str, port: int) -> None:
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return
-    except socket.gaierror as error:
-        raise UserError(
-            f"--host {host}: expected a name or an address of this machine, such as 127.0.0.1 or ::1 ({error.strerror})"
-        ) from None
     except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--host {host}: expected a name or an address of this machine, such as 127.0.0.1 or ::1 "
+                f"({error.strerror})"
+            ) from None
         raise UserError(
             f"port {port} on {host} cannot be listened on ({error.strerror}): end what uses it, or choose another with "
             "--port"

@@ -56,7 +56,7 @@ def test_a_taken_port_is_told_before_anything_loads(tiny_model: Path, tmp_path: 
 
 
 def test_a_host_that_is_none_is_told(tiny_model: Path, tmp_path: Path) -> None:
-    for host in ("[::1]", "no-such-host.invalid"):
+    for host in ("[::1]", "no-such-host.invalid", "192.0.2.1"):
         with pytest.raises(UserError, match=r"--host .*: expected a name or an address of this machine"):
             prepare(tiny_model, "tiny", "transformers", host, free_port(), "cpu", tmp_path)
 
