@@ -78,11 +78,12 @@ class _Log:
             follower.line(self.run, self.stage, line)
 
 
-def execute(run: Run, stage: str, *, force: bool = False) -> Built:
-    """Find or make a stage's artifact and enter it into the run. Raises UserError and StageFailed."""
+def execute(run: Run, stage: str, *, force: bool = False, regrow: bool = False) -> Built:
+    """Find or make a stage's artifact and enter it into the run; `regrow` makes it again where blobs of it are gone.
+    Raises UserError and StageFailed."""
     for follower in _followers:
         follower.started(run, stage)
-    built = _execute(run, stage, force=force, regrow=False)
+    built = _execute(run, stage, force=force, regrow=regrow)
     for follower in _followers:
         follower.finished(run, stage, built)
     return built

@@ -25,7 +25,7 @@ from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
 from flows.parameters import OwnRuntime, filled
-from flows.plan import Plan, make_plan, require_writable
+from flows.plan import Plan, Step, make_plan, require_writable
 from flows.recipe import Recipe, loads
 from flows.run import Run, start
 from flows.screen import headline, seconds
@@ -183,7 +183,7 @@ def drive(
                 if step.state != "skipped":
                     require_held(held)
                     reads = [states[s] for s in run.upstream(step.stage) if s in states]
-                    make = stage_task(run, step.stage, step.stage in again, resumed)
+                    make = stage_task(run, step, step.stage in again, resumed)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
         require_held(held)
@@ -196,13 +196,16 @@ def drive(
     return outcome
 
 
-def stage_task(run: Run, stage: str, force: bool, resumed: bool = False) -> Task[[list[Any]], Any]:
-    """The task of one stage. What it `reads` draws the dashboard's graph; the artifacts themselves are in the run."""
+def stage_task(run: Run, step: Step, force: bool, resumed: bool = False) -> Task[[list[Any]], Any]:
+    """The task of one step. What it `reads` draws the dashboard's graph; the artifacts themselves are in the run."""
+
+    stage = step.stage
 
     @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
     def make(reads: list[Reference]) -> State[Any]:
         try:
-            built = execute(run, stage, force=force and not (resumed and run.has_made(stage)))
+            forced = force and not (resumed and run.has_made(stage))
+            built = execute(run, stage, force=forced, regrow=step.regrows)
         except (UserError, StageFailed, Suspended) as error:
             return failed(error)
         made = Reference(stage=stage, key=built.artifact.key, digest=built.artifact.digest)

@@ -27,6 +27,8 @@ class Step:
     artifact: Artifact | None = None
     drift: str = ""
     """How what would make this artifact now differs from what made it; informs, and decides only with --strict."""
+    regrows: bool = False
+    """It was made, but the store has lost blobs of it that are needed."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,12 @@ def make_plan(
     steps: dict[str, Step] = {}
     for stage in run.stages:
         steps[stage] = _step(run, stage, stage in chosen, stage in forced, strict, baseline, steps)
+    for stage in _asked_for(run, chosen):
+        if (artifact := steps[stage].artifact) and (reason := _regrows(run.store.missing(artifact.tree))):
+            steps[stage] = Step(stage, "runs", reason, steps[stage].key, regrows=True)
     for stage in reversed(run.stages):
         for damaged, reason in _damaged(run, steps[stage]):
-            steps[damaged] = Step(damaged, "runs", reason, steps[damaged].key)
+            steps[damaged] = Step(damaged, "runs", reason, steps[damaged].key, regrows=True)
     for stage in chosen:
         for above in run.upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
@@ -147,16 +152,29 @@ def _step(
     return Step(stage, "runs", _why(stage, action.document, baseline.get(stage)), action.key)
 
 
+def _asked_for(run: Run, chosen: Sequence[str]) -> list[str]:
+    """The stages whose artifacts a run is for: the weights, which are delivered, and what no other chosen stage reads.
+
+    None before train: shards are many, and looked at when something reads them.
+    """
+    read = {above for stage in chosen for above in run.upstream(stage)}
+    return [s for s in chosen if s == "merge" or (s in ("train", "evaluate", "publish") and s not in read)]
+
+
+def _regrows(missing: Sequence[str]) -> str:
+    """The reason why an artifact grows back, empty where nothing of it is missing."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return f"grows back: {missing[0]}{more}" if missing else ""
+
+
 def _damaged(run: Run, step: Step) -> Iterator[tuple[str, str]]:
     """Stages whose artifacts a running step will read but whose blobs are gone: they grow back."""
     if step.state != "runs" or step.stage == "fetch" or any(s not in run.artifacts for s in run.upstream(step.stage)):
         return
     inputs = run.inputs(step.stage)
     for name, take in run.takes(step.stage).items():
-        missing = run.store.missing(inputs[name])
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            yield take.stage, f"grows back: {missing[0]}{more}"
+        if reason := _regrows(run.store.missing(inputs[name])):
+            yield take.stage, reason
 
 
 def _baseline(store: Store, name: str) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ runs of a schedule that came due while nobody worked, one does the work and the 
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from uuid import UUID
 
@@ -58,7 +59,7 @@ def new(
     client: SyncPrefectClient, recipe: AnyRecipe, settings: Sequence[str], runtime: Runtime, held: Lease
 ) -> State[Any]:
     """Do the run if there is anything to do."""
-    looked, goes_on = datetime.now(UTC), False
+    looked, goes_on = server_time(client), False
     try:
         run, goes_on = opened(client, recipe, settings, runtime)
     finally:
@@ -89,6 +90,12 @@ def catch_up(client: SyncPrefectClient, looked: datetime) -> None:
     for other in done_by(me, due):
         caught: State[None] = Cancelled(name="CaughtUp", message=f"{me.name} does its work")
         client.set_flow_run_state(other.id, caught, force=True)
+
+
+def server_time(client: SyncPrefectClient) -> datetime:
+    """The time by the clock that says which runs are due: this machine's may be wrong, and what is due in a year is not
+    done by this run."""
+    return parsedate_to_datetime(client.hello().headers["Date"])
 
 
 def done_by(me: FlowRun, due: Sequence[FlowRun]) -> list[FlowRun]:

@@ -4,6 +4,7 @@
 server: signals and its exit code are the server's own.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -39,7 +40,8 @@ def prepare(
 ) -> Served:
     """What to start for a model's folder. Requests name the model `name`; `places` is a folder for links.
 
-    Raises UserError when no server is installed, or the one that was asked for is not, and when the port is taken.
+    Raises UserError when no server is installed, or the one that was asked for is not, and when `host` is no address or
+    name of this machine or the port is taken.
     """
     chosen = _engine(engine)
     _check_free(host, port)
@@ -60,6 +62,11 @@ def prepare(
         command += ["--device", device, *_precision(device)]
     # Nothing is looked up anywhere: the folder holds all there is.
     return Served(command, {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "DO_NOT_TRACK": "1"}, places)
+
+
+def endpoint(host: str, port: int) -> str:
+    """The address that clients are given. An address of IPv6 stands in brackets there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def become(served: Served, cache: Path) -> NoReturn:
@@ -91,9 +98,14 @@ def _precision(device: str) -> list[str]:
 
 def _check_free(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return
     except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--host {host}: expected a name or an address of this machine, such as 127.0.0.1 or ::1 "
+                f"({error.strerror})"
+            ) from None
         raise UserError(
             f"port {port} on {host} cannot be listened on ({error.strerror}): end what uses it, or choose another with "
             "--port"

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from stages.errors import UserError
@@ -77,7 +78,7 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's API, by `transformers serve` or vLLM."""
     from flows.models import choose
-    from flows.serve import become, prepare
+    from flows.serve import become, endpoint, prepare
 
     place = runtime_of(store, runtime)
     artifacts = store_of(place)
@@ -86,7 +87,7 @@ def serve(
         chosen.folder(artifacts), chosen.name, engine, host, port, place.device, place.cache.absolute() / "serving"
     )
     console.print(f"model     {chosen.name} ({chosen.what})", soft_wrap=True)
-    console.print(f"endpoint  http://{host}:{port}/v1", soft_wrap=True)
+    console.print(f"endpoint  {escape(endpoint(host, port))}", soft_wrap=True)
     if host not in ("127.0.0.1", "::1", "localhost"):
         console.print("[yellow]it asks for no password: whoever reaches this address can use it[/]")
     console.file.flush()

@@ -62,7 +62,8 @@ def build(
     if not replace and (found := store.find(stage.name, action.key)):
         return Built(found, True, time.monotonic() - started)
     with lease(store, stage.name, action.key, runtime.lease_seconds, run, hooks.on_wait) as held:
-        if not replace and (found := store.find(stage.name, action.key)):
+        found = None if force else store.find(stage.name, action.key)
+        if found and not (regrow and store.missing(found.tree)):  # made, or grown back, by whoever held the lease
             return Built(found, True, time.monotonic() - started)
         maker = Maker(stage, store, runtime, where or {}, run, hooks, lambda: _stopped(held))
         if stage.parts is None:

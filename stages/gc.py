@@ -3,7 +3,8 @@
 `collect` keeps whatever a root names: a ref (production, pins and published versions are refs), a run that a ref
 names, a run younger than `run_days`. A root names an artifact when its key or digest stands anywhere in the root's
 document, so roots need no common form; naming too much keeps too much and harms nobody. What is younger than the grace
-stays too: somebody may be about to name it.
+stays too: somebody may be about to name it. How old something is, is judged by the store's clock: this machine's may be
+wrong.
 
 Manifests go before blobs, and a blob goes only when no manifest that stays lists it and it is still old at that moment.
 Every commit makes the blobs it lists young before its manifest stands, so one that comes in meanwhile loses nothing.
@@ -24,7 +25,7 @@ from stages import views
 from stages.errors import UserError
 from stages.identity import sha256_file
 from stages.manifest import Artifact, BadManifest, decode
-from stages.objects import Entry, blob_path, clear_errors
+from stages.objects import Entry, blob_path, clear_errors, clock_of
 from stages.store import STALE, Store
 
 DAY = 24 * 3600.0
@@ -89,7 +90,7 @@ def collect(store: Store, *, delete: bool = False, run_days: float = 30.0, grace
     `grace` is in seconds. Raises UserError when a manifest cannot be read, because its blobs would be taken for
     nobody's.
     """
-    now = time.time()
+    now = _now(store, delete)
     old, ancient = now - grace, now - max(run_days * DAY, grace)
     report = Collected(delete)
     found = _manifests(store)
@@ -114,7 +115,7 @@ def collect(store: Store, *, delete: bool = False, run_days: float = 30.0, grace
     sweep("quarantine", store.objects.list("quarantine/"), ancient)
     report.freed["unfinished"] = Tally(store.objects.unfinished(old, delete), 0)
     with clear_errors(store.cache):
-        report.freed["cache"] = Tally(*views.sweep(store.cache, now - CACHE_DAYS * DAY, delete))
+        report.freed["cache"] = Tally(*views.sweep(store.cache, time.time() - CACHE_DAYS * DAY, delete))
     return report
 
 
@@ -153,6 +154,16 @@ def verify(store: Store, *, deep: bool = False) -> Verified:
     return Verified(deep, artifacts, Tally(len(blobs), sum(blobs.values())), problems)
 
 
+def _now(store: Store, delete: bool) -> float:
+    """The time at the store. Who only looks and may not write there takes this machine's for it."""
+    try:
+        return clock_of(store.objects)
+    except UserError:
+        if delete:
+            raise
+        return time.time()
+
+
 def _manifests(store: Store) -> dict[str, _Manifest]:
     """All manifests, superseded ones too, by path."""
 
@@ -181,7 +192,7 @@ def _live(store: Store, manifests: dict[str, _Manifest], old: float, ancient: fl
         if path.startswith("actions/"):
             named[manifest.artifact.key].append(path)
     runs = {e.path.removeprefix("runs/").removesuffix(".json"): e for e in store.objects.list("runs/")}
-    rooting = {name for name, entry in runs.items() if entry.modified >= ancient}
+    rooting = {name for name, entry in runs.items() if entry.modified > ancient}
     texts = []
     for name in store.refs():
         ref = store.read_ref(name)

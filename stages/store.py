@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -32,7 +32,7 @@ from stages.cache import Hold, for_good
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree, join, tree_of
 from stages.manifest import Artifact, BadManifest, action_path, check_paths, decode, encode, whole_parts
-from stages.objects import Entry, MayNotDelete, Objects, blob_path, open_objects
+from stages.objects import Entry, MayNotDelete, Objects, blob_path, clock_of, open_objects
 from stages.transfers import Moved, moving
 from stages.views import BadBlob, spread
 
@@ -42,6 +42,9 @@ FORMAT = 1
 """Version of the layout."""
 STALE = 24 * 3600.0
 """Seconds after which a blob that is used again is made young again before a manifest lists it. Half of gc's grace."""
+
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""The clock that nobody sets; on Linux it also counts while the machine sleeps."""
 
 _log = logging.getLogger(__name__)
 
@@ -296,7 +299,7 @@ class Store:
         """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256. Blobs older than
         `younger_than` seconds are made young on the way."""
         files = {file.sha256: file for file in tree.files}
-        oldest = time.time() - younger_than
+        oldest = self._now() - younger_than if younger_than < math.inf else -math.inf
 
         def wrong(file: File) -> str:
             there = self.objects.stat(blob_path(file.sha256))
@@ -308,6 +311,16 @@ class Store:
 
         reasons = zip(files, self._spread(wrong, files.values(), 16), strict=True)
         return {sha256: reason for sha256, reason in reasons if reason}
+
+    def _now(self) -> float:
+        """The time at the store, as this machine's clock may be wrong: asked once, then counted on. Seconds since the
+        epoch."""
+        return self._ahead + time.clock_gettime(_STEADY)
+
+    @cached_property
+    def _ahead(self) -> float:
+        """Seconds by which the store's clock is ahead of the one that nobody sets."""
+        return clock_of(self.objects) - time.clock_gettime(_STEADY)
 
     def _spread(self, function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterable[Any]:
         return map(function, items) if self.objects.local("") is not None else spread(function, items, threads)

@@ -12,10 +12,11 @@ depend on the server's error body, and nowhere is there a swap.
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import NamedTuple, Protocol
+from uuid import uuid4
 
 from stages.errors import UserError
 from stages.transfers import Moved, nobody
@@ -27,6 +28,7 @@ __all__ = [
     "Versioned",
     "blob_path",
     "clear_errors",
+    "clock_of",
     "full_disk_told",
     "open_objects",
 ]
@@ -112,6 +114,19 @@ class Objects(Protocol):
 def blob_path(sha256: str) -> str:
     """Where the blob with that digest lies."""
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def clock_of(objects: Objects) -> float:
+    """What time it is where the objects are (seconds since the epoch), told by one that is written there and removed.
+    Raises UserError where nothing can be written."""
+    probe = f"locks/probe-{uuid4().hex}.json"
+    objects.put(probe, b"1")
+    written = objects.stat(probe)
+    with suppress(MayNotDelete):  # gc takes it
+        objects.delete(probe)
+    if written is None:
+        raise UserError(f"{objects.url}: objects vanish as they are written; is something else deleting there?")
+    return written.modified
 
 
 def open_objects(url: str, options: Mapping[str, str], read_only: bool = False, reached: bool = False) -> Objects:

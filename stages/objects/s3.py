@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
 from math import inf
@@ -282,6 +283,11 @@ class S3Objects:
         code = code_of(error)
         if code == "NoSuchBucket":
             return no_bucket(self.place)
+        if code == "RequestTimeTooSkewed":
+            return UserError(
+                f"{self.url}: the server refuses this machine because its clock is wrong ({code}){self.place.at}: it "
+                f"says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; set it right"
+            )
         asked = str(getattr(error.__cause__ or error, "operation_name", ""))
         if code == "AccessDenied" and asked.startswith("Delete"):
             return may_not_delete(self.place, asked)

@@ -15,8 +15,8 @@ from tests.flows.raised import free_port
 
 
 @contextmanager
-def serving(words: Sequence[str], home: Path) -> Iterator[int]:
-    """`regrow WORDS` with a port that is free, answering; what it prints is in `home`/served.log."""
+def serving(words: Sequence[str], home: Path, url: str = "http://127.0.0.1") -> Iterator[int]:
+    """`regrow WORDS` with a port that is free, answering at `url`; what it prints is in `home`/served.log."""
     port, log = free_port(), home / "served.log"
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "REGROW_"))}
     with log.open("wb") as out:
@@ -29,7 +29,7 @@ def serving(words: Sequence[str], home: Path) -> Iterator[int]:
         )
     deadline = time.monotonic() + 400
     try:
-        while not _answers(port):
+        while not _answers(f"{url}:{port}"):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield port
@@ -38,9 +38,9 @@ def serving(words: Sequence[str], home: Path) -> Iterator[int]:
         assert process.wait(timeout=120) in (0, -signal.SIGTERM), "it ends as its server does"
 
 
-def _answers(port: int) -> bool:
+def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
     except httpx.TransportError:
         return False
 

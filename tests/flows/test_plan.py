@@ -17,6 +17,8 @@ from stages.errors import UserError
 from stages.objects import blob_path
 from stages.runtime import Runtime
 from stages.store import open_store
+from tests.flows.conftest import Tiny
+from tests.flows.rehearsal import Rehearsal
 
 CHAIN = ("fetch", "convert", "tokenize", "pack")
 """The stages that need no torch: seconds, not minutes."""
@@ -123,6 +125,36 @@ def test_a_deleted_blob_is_a_miss_with_its_reason_and_grows_back(make_host: Call
     grown = host.run(pack={"seed": 7})
     assert grown.artifacts["tokenize"].digest == run.artifacts["tokenize"].digest
     assert grown.store.missing(grown.artifacts["tokenize"].tree) == []
+
+
+def test_a_lost_blob_of_what_a_run_is_for_grows_back_although_all_is_made(tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path)
+    run, _ = rehearsal.run(20)
+    lost = {}
+    for stage in ("merge", "publish", "tokenize"):
+        [lost[stage], *_] = run.artifacts[stage].tree.files
+        rehearsal.store.objects.delete(blob_path(lost[stage].sha256))
+    plan = make_plan(rehearsal.start(20))
+    assert plan.to_run == ["merge", "publish"], "nobody reads the tokens any more"
+    for stage in plan.to_run:
+        assert plan.step(stage).regrows and lost[stage].path in plan.step(stage).reason
+    assert make_plan(rehearsal.start(20), ("+train",)).to_run == [], "which was not asked for the weights"
+
+
+@pytest.mark.full
+def test_a_run_grows_back_the_weights_that_are_lost(make_tiny: Callable[[], Tiny]) -> None:
+    tiny = make_tiny()
+    tiny.run()
+    store = open_store(tiny.runtime.store, tiny.folder / "looking")
+    [(stage, key, _)] = [found for found in store.manifests() if found[0] == "merge"]
+    made = store.find(stage, key)
+    assert made is not None
+    [lost] = [file for file in made.tree.files if file.path.endswith(".safetensors")]
+    store.objects.delete(blob_path(lost.sha256))
+    tiny.run()
+    assert store.missing(made.tree) == [] and store.find(stage, key).digest == made.digest  # type: ignore[union-attr]
+    _, newest = next(store.runs())
+    assert [name for name, told in newest["stages"].items() if told["made"]] == ["merge"]
 
 
 def test_a_flipped_byte_is_found_quarantined_and_grows_back(make_host: Callable[..., Host], tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
-"""Retraining as a team lives it, on a real server: new files, their training, the gate, production, and the webhook of
-an automation; nothing new; a schedule that was late."""
+"""Retraining as a team lives it, on a real server: new files, their training, the gate, production, and what
+automations send; nothing new; new objects in a bucket; a schedule that was late."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,16 +17,18 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect.client.schemas import filters
-from prefect.client.schemas.actions import BlockDocumentCreate, DeploymentScheduleCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from stages.production import production
 from stages.runtime import Runtime
 from stages.store import Store, open_store
+from tests.conftest import S3, _client
 from tests.flows.conftest import tiny_recipe
 from tests.flows.raised import Raised, eventually
 from tests.flows.rehearsal import Rehearsal
+from tests.stages.faulty_proxy import faulty_proxy
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -30,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def told(raised: Raised) -> Iterator[list[dict[str, Any]]]:
-    """What the webhooks of `deployments/automations.yaml` have received, as their bodies."""
+def told(raised: Raised, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
+    """What the automations of `deployments/automations.yaml` have sent, as bodies; made as the guide says."""
     received: list[dict[str, Any]] = []
 
     class Receiver(BaseHTTPRequestHandler):
@@ -46,7 +52,7 @@ def told(raised: Raised) -> Iterator[list[dict[str, Any]]]:
 
     server = HTTPServer(("127.0.0.1", 0), Receiver)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    made = automations(raised, f"http://127.0.0.1:{server.server_address[1]}/")
+    made = automations(raised, tmp_path, f"http://127.0.0.1:{server.server_address[1]}/")
     yield received
     with raised.client() as client:
         for automation in made:
@@ -55,32 +61,31 @@ def told(raised: Raised) -> Iterator[list[dict[str, Any]]]:
     server.server_close()
 
 
-def automations(raised: Raised, url: str) -> list[UUID]:
-    """The automations of the file, all of them calling a webhook here."""
-    with raised.client() as client:
-        kind = client.read_block_type_by_slug("webhook")
-        schema = client.get_most_recent_block_schema_for_block_type(kind.id)
-        assert schema is not None
-        block = client.create_block_document(
-            BlockDocumentCreate(
-                name=f"here-{url.rpartition(':')[2].strip('/')}",
-                data={"url": url, "method": "POST"},
-                block_type_id=kind.id,
-                block_schema_id=schema.id,
-            )
+def automations(raised: Raised, folder: Path, url: str) -> list[UUID]:
+    """What the guide's commands make, whatever they ask for answered with `url`."""
+    guide = (ROOT / "docs/operating.md").read_text()
+    setting, *blocks, create = re.findall(r"### Being told.*?```sh\n(.*?)```", guide, re.S)[0].splitlines()
+    assert setting.startswith("export PREFECT_API_URL=") and len(blocks) == 2
+    places = {"PREFECT_API_URL": raised.url, "PREFECT_HOME": str(folder / "prefect"), "COLUMNS": "200"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def ids(command: str) -> list[str]:
+        """The ids that a command prints."""
+        environment = {**os.environ, **places, "PATH": path}
+        done = subprocess.run(
+            ["bash", "-c", command], input=f"{url}\n", cwd=folder, env=environment, capture_output=True, text=True
         )
-        listed = yaml.safe_load((ROOT / "deployments/automations.yaml").read_text())["automations"]
-        made = []
-        for automation in listed:
-            [action] = automation["actions"]
-            if action["type"] == "send-notification":  # mail or chat: here its text goes to the webhook too
-                text = {"subject": action["subject"], "body": action["body"]}
-                action = {"type": "call-webhook", "payload": json.dumps(text)}
-            automation["actions"] = [{**action, "block_document_id": str(block.id)}]
-            answer = client._client.post("/automations/", json=automation)
-            answer.raise_for_status()
-            made.append(UUID(answer.json()["id"]))
-        return made
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", done.stdout)
+
+    text = (ROOT / "deployments/automations.yaml").read_text()
+    for number, command in enumerate(blocks, start=1):
+        [block] = ids(command)
+        text = text.replace(str(UUID(int=number)), block)
+    (folder / "automations.yaml").write_text(text)
+    made = [UUID(found) for found in ids(create)]
+    assert len(made) == 2
+    return made
 
 
 def made_by(store: Store, stage: str) -> dict[str, set[str]]:
@@ -156,8 +161,8 @@ def test_new_files_are_trained_on_and_replace_production_or_not(
     shown = pages(raised, worse)["scores"]
     assert "Against the model in production when the run started" in shown
     _, failed = eventually(lambda: list(told), lambda found: len(found) == 2)
-    assert failed["subject"] == "nightly was not published"
-    assert "held-out loss" in failed["body"]
+    subject, body = failed["text"].split("\n", 1)
+    assert subject == "nightly was not published" and "held-out loss" in body
 
     better = retrained()
     assert better.state and better.state.name == "Completed", better.state
@@ -167,6 +172,47 @@ def test_new_files_are_trained_on_and_replace_production_or_not(
     *_, published = eventually(lambda: list(told), lambda found: len(found) == 3)
     assert published == {"name": "nightly", "model": now.now.model["key"]}
     assert (tmp_path / "out/README.md").exists()
+
+
+def test_of_a_bucket_only_the_new_objects_are_brought(raised: Raised, tmp_path: Path, tiny_model: Path, s3: S3) -> None:
+    """Store and data in one bucket; what is asked of the data goes through a proxy that writes it down."""
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    recipe["name"] = "from-a-bucket"
+    rows = (tmp_path / "echo.jsonl").read_text().splitlines(keepends=True)
+    store = open_store(s3.url, tmp_path / "looking")
+
+    def arrives(name: str, some: list[str]) -> None:
+        _client(s3.endpoint).pipe_file(f"{s3.bucket}/tickets/{name}", "".join(some).encode())
+
+    with faulty_proxy(s3.endpoint) as proxy:
+        options = {"endpoint_url": proxy.endpoint}
+        recipe["fetch"]["data"]["echo"] = {"files": f"s3://{s3.bucket}/tickets/*.jsonl", "storage_options": options}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        runtime = Runtime(store=s3.url, cache=tmp_path / "cache")
+        parameters = {"recipe": str(path), "runtime": runtime.model_dump(mode="json")}
+
+        def retrained() -> tuple[str, set[str]]:
+            """How the run ended, and which objects it has read."""
+            proxy.asked.clear()
+            ended = raised.ended(raised.send("retrain/scheduled", parameters, s3.environment))
+            assert ended.state is not None
+            read = re.findall(r"^GET \S+/tickets/([\w.]+)", "\n".join(proxy.asked), re.M)
+            return str(ended.state.name), set(read)
+
+        arrives("day1.jsonl", rows[:120])
+        assert retrained() == ("Completed", {"day1.jsonl"})
+        stages = ("fetch", "convert", "tokenize", "train")
+        before = {stage: made_by(store, stage) for stage in stages}
+        assert retrained() == ("NothingNew", set())
+        assert {stage: made_by(store, stage) for stage in stages} == before
+        arrives("day2.jsonl", rows[120:160])
+        arrives("day3.jsonl", rows[160:])
+        assert retrained() == ("Completed", {"day2.jsonl", "day3.jsonl"})
+        for stage in ("fetch", "convert", "tokenize"):
+            [new] = made_by(store, stage).keys() - before[stage].keys()
+            assert len(made_by(store, stage)[new]) == 3, f"{stage}: the new objects' parts and the whole"
+        assert retrained() == ("NothingNew", set())
 
 
 @pytest.mark.failure(

@@ -1,6 +1,7 @@
 """`regrow serve`: OpenAI's own client talks with the model, and hears what `regrow chat` would say."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,30 @@ def test_a_taken_port_is_told_before_anything_loads(tiny_model: Path, tmp_path: 
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 cannot be listened on .*--port"):
             prepare(tiny_model, "tiny", "transformers", "127.0.0.1", port, "cpu", tmp_path)
+
+
+def test_a_host_that_is_none_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    for host in ("[::1]", "no-such-host.invalid", "192.0.2.1"):
+        with pytest.raises(UserError, match=r"--host .*: expected a name or an address of this machine"):
+            prepare(tiny_model, "tiny", "transformers", host, free_port(), "cpu", tmp_path)
+
+
+@pytest.mark.full
+def test_it_serves_at_an_address_of_ipv6(tiny_model: Path, tmp_path: Path) -> None:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            pass
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    words = ["serve", str(tiny_model), "--engine", "transformers", "--host", "::1"]
+    with serving(words, tmp_path, "http://[::1]") as port:
+        told = (tmp_path / "served.log").read_text()
+        [url] = re.findall(r"^endpoint +(\S+)$", told, re.M)
+        assert url == f"http://[::1]:{port}/v1" and "password" not in told
+        client = openai.OpenAI(base_url=url, api_key="none")
+        answer = client.chat.completions.create(model=tiny_model.name, messages=TURNS, max_tokens=4)  # type: ignore[arg-type]
+        assert answer.choices[0].message.content
+        assert listening(port) == ["0" * 24 + "01000000"]
 
 
 def test_vllm_gets_the_folder_and_the_name(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

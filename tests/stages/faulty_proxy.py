@@ -29,6 +29,8 @@ class FaultyProxy:
     faults: tuple[Fault, ...] = ()
     share: float = 0.25
     suffered: Counter[str] = field(default_factory=Counter)
+    asked: list[str] = field(default_factory=list)
+    """Each request's method and path, as they came."""
     endpoint: str = ""
     carried: Counter[str] = field(default_factory=Counter)
     """Bytes of bodies that arrived, by method, there and back."""
@@ -54,6 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.proxy.asked.append(f"{self.command} {self.path}")
         fault = self.proxy.draw()
         if fault == "drop":
             return self._hang_up()

@@ -97,6 +97,54 @@ def test_nothing_young_goes(any_store: Store, four: dict[str, Artifact]) -> None
     assert any_store.find("pack", four["nobody"].key) == four["nobody"]
 
 
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets this machine's clock wrong by so many years; the store's, and the one that nobody sets, stay right."""
+    right = time.time
+
+    def set_wrong(years: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: right() + years * 365 * 24 * 3600)
+
+    return set_wrong
+
+
+@pytest.mark.parametrize("any_url", ["folder", "s3"], indirect=True)  # others would have this process's clock
+def test_a_clock_that_is_ahead_by_years_makes_nothing_old(
+    any_store: Store,
+    four: dict[str, Artifact],
+    make_folder: MakeFolder,
+    make_action: MakeAction,
+    set_clock: Callable[[float], None],
+) -> None:
+    under_way = make_action(name="under way")
+    save_checkpoint(any_store, under_way.key, "one", 1, make_folder({"state": b"x"}))
+    set_clock(2)
+    dry = collect(any_store)
+    report = collect(any_store, delete=True)
+    assert dry == replace(report, deleted=False)
+    assert report.swept == {} and sum(tally.count for tally in report.freed.values()) == 0
+    assert all(any_store.find("pack", each.key) == each for each in four.values())
+    assert latest_checkpoint(any_store, under_way.key) is not None
+
+
+def test_a_clock_that_is_behind_by_years_takes_no_old_blob_for_young(
+    store: Store, make_folder: MakeFolder, make_action: MakeAction, set_clock: Callable[[float], None]
+) -> None:
+    """gc elsewhere would find it old before the new manifest stands."""
+    made = store.commit(make_action(name="first"), make_folder({"shared": b"s"}), {}, {})
+    blob = Path(store.url) / blob_path(made.tree.files[0].sha256)
+    age(store, GRACE + 60)
+    set_clock(-2)
+    for commit in ("again", "whole"):
+        old = blob.stat().st_mtime
+        if commit == "again":
+            store.commit(make_action(name=commit), make_folder({"shared": b"s"}), {}, {})
+        else:
+            store.commit_whole(make_action("convert"), {"chat/0": made}, {}, {})
+        assert blob.stat().st_mtime > old + GRACE
+        age(store, GRACE + 60)
+
+
 def test_old_runs_that_no_ref_names_keep_nothing(any_store: Store, four: dict[str, Artifact]) -> None:
     collect(any_store, delete=True, run_days=0, grace=NOW)
     assert any_store.find("pack", four["run"].key) is None

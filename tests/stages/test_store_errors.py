@@ -15,6 +15,7 @@ from stages.errors import UserError
 from stages.identity import Action
 from stages.objects.memory import MemoryObjects
 from stages.store import _check_conditions, open_store
+from tests.wrong_clock import wrong_clock
 
 SECRET = "a-secret-that-nobody-may-see"
 
@@ -170,6 +171,20 @@ def test_wrong_credentials(s3, tmp_path: Path) -> None:  # type: ignore[no-untyp
     for options in ({"key": "admin-key", "secret": SECRET}, {"key": "nobody", "secret": SECRET}, {"anon": "true"}):
         message = refusal(s3.url, tmp_path, **options)
         assert "refused these credentials" in message and s3.bucket in message and "AWS_ACCESS_KEY_ID" in message
+
+
+@pytest.mark.failure(
+    what="a machine whose clock is wrong uses a bucket",
+    outcome="the server refuses its signatures, and one clear error names the clock: nothing is read or written",
+)
+@pytest.mark.parametrize("by", ["+2y", "-2y"])
+def test_a_wrong_clock_is_refused_by_a_bucket_and_told(by: str, s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    command = [sys.executable, "-m", "flows.cli", "show", "--store", s3.url]
+    environment = {**os.environ, **wrong_clock(by, tmp_path), "REGROW_CACHE": str(tmp_path)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 2 and "Traceback" not in told.stderr, told
+    message = " ".join(told.stderr.split())
+    assert "its clock is wrong (RequestTimeTooSkewed)" in message and "set it right" in message
 
 
 def test_no_credentials(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
