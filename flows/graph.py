@@ -78,7 +78,8 @@ def _asked_to_judge(config: Any) -> Collection[str]:
 
 
 def _templates(tree: Tree) -> Tree:
-    return tree.select("*/chat_template.jinja")
+    """What the model is to be asked through: the chat template, and what closes the steps that it judges."""
+    return tree.select("*/chat_template.jinja", "*/step_separator.json")
 
 
 def _in_environment(config: Any) -> bool:

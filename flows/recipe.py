@@ -226,6 +226,12 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
             place = ("convert", "sources", source if source in convert.sources else rendered[0], "template")
             yield place, "a model carries one chat template, so all sources must have the same: set `convert.template`"
             return
+    stepwise = [s for s in sources if formats.kind(convert.of(s).format, convert.of(s).options) == "stepwise"]
+    for source in stepwise[1:]:
+        if convert.of(source).options["separator"] != convert.of(stepwise[0]).options["separator"]:
+            place = ("convert", "sources", source if source in convert.sources else stepwise[0], "options")
+            yield place, "a model that judges steps looks for one separator: give all sources the same `separator`"
+            return
 
 
 def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

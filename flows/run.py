@@ -9,13 +9,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flows import continuing
 from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
-from flows.recipe import Loaded
-from stages import objectives, own_code
+from flows.recipe import Loaded, Recipe
+from stages import objectives, own_code, reward_models
 from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
@@ -216,7 +217,17 @@ def start(
     run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     standing = production(store, loaded.recipe.name)
     parts = list(fetch.parts(loaded.recipe.fetch, {}))
+    _refuse_steps(loaded.recipe)
     return Run(run_id, loaded, runtime, store, parts, production=standing)
+
+
+def _refuse_steps(recipe: Recipe) -> None:
+    """Raise UserError where the recipe says how the steps of a reward model combine that is here and knows none; one
+    that is to be fetched is looked at where it is loaded."""
+    for section in ("train", "evaluate"):
+        for place, model in getattr(recipe, section).steps.items():
+            if (path := recipe.fetch.reward_models[model].path) is not None:
+                reward_models.refuse_steps(Path(path).expanduser(), ".".join((section, *place)))
 
 
 def _production_json(standing: Production | None) -> Json:

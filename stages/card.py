@@ -42,10 +42,10 @@ print(model(**tokenizer.apply_chat_template(chat, return_tensors="pt", return_di
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(".")  # this folder, or its name on the Hub
 model = AutoModelForTokenClassification.from_pretrained(".")
-ids = tokenizer.apply_chat_template(
+text = tokenizer.apply_chat_template(
     [{"role": "user", "content": "What is 2 + 3 + 4?"}], tokenize=False, add_generation_prompt=True
-) + "2 + 3 = 5\n"  # each step ends as the training data's do
-print(model(**tokenizer(ids, return_tensors="pt")).logits[0, -1].softmax(-1)[1].item())
+) + "2 + 3 = 5" + model.config.step_separator  # which ends each step, as in the training data
+print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1].softmax(-1)[1].item())
 """,
 }
 """How a model is loaded and asked, by objective; of the others, `CHAT`."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 from stages import chat_template, filters, formats, own_code
 from stages.convert import ConvertPart
 from stages.filters import LeftOut
-from stages.formats import BadRow, Reader, auto
+from stages.formats import BadRow, Example, Reader, auto
 from stages.forms import Formed, Forms
 from stages.marks import kind_of
 from stages.rows import Place, Row, read_rows
@@ -81,6 +81,8 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     }
     if template:  # what the trained model must be asked through: merge puts it into the model's folder
         (output / "chat_template.jinja").write_text(template.source, "utf-8")
+    if counts.separator is not None:  # likewise, where a process reward model's answers are cut into steps
+        (output / "step_separator.json").write_text(json.dumps(counts.separator), "utf-8")
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
@@ -110,6 +112,8 @@ class _Counts:
         self.dropped: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self.unwritten: Counter[str] = Counter()
+        self.separator: str | None = None
+        """What closes the steps of stepwise rows."""
 
     def bad(self, place: str, error: BadRow, hint: str) -> None:
         """Count a bad row, or stop there."""
@@ -119,6 +123,13 @@ class _Counts:
         places = self.places.setdefault(error.reason, [])
         if len(places) < PLACES:
             places.append(f"{self.name}, {place}")
+
+    def closed_by(self, separator: str | None) -> None:
+        """Remember what closes a row's steps. Raises BadRow where other rows' are closed otherwise: the model that
+        learns from them could not be told where a step ends."""
+        if self.separator not in (None, separator):
+            raise BadRow("other separator", f"closes its steps with {separator!r}, and others with {self.separator!r}")
+        self.separator = separator
 
     def document(self) -> dict[str, Any]:
         """The counts as they stand in `counts.json`."""
@@ -144,7 +155,10 @@ def _converted(
         try:
             if isinstance(row, BadRow):
                 raise row
-            found = sequencer.sequences(number, convert(row))
+            made = convert(row)
+            found = sequencer.sequences(number, made)
+            if sequencer.reader.kind == "stepwise" and isinstance(made, Example):
+                counts.closed_by(made.parts[0].between)
         except BadRow as error:
             counts.bad(place, error, "" if isinstance(row, BadRow) else formats.hint(row, form))
             continue

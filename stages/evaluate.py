@@ -27,6 +27,7 @@ from stages.formats import BadRow
 from stages.generation import Precision, Turn, cut, generate, load
 from stages.harness import Sample
 from stages.identity import Json, Tree
+from stages.reward_models import Steps
 from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 
@@ -46,7 +47,11 @@ class Task(StageConfig):
     eval: str = ""
     """An eval of stages/evals/ that asks and scores `source` without lm-eval."""
     reward_model: str = ""
-    """A model of `fetch.reward_models` that says what answers to `source` are worth: any number, and more is better."""
+    """A model of `fetch.reward_models` that says what answers to `source` are worth: any number, and more is better; of
+    a process reward model, from 0 to 1."""
+    steps: Steps | None = None
+    """Only for a process reward model: how the probabilities that an answer's steps are right become one number. Its
+    `min` when left out."""
     metric: str = ""
     """`exact_match` for a source; for an lm-eval task one of its metrics, empty for its first."""
     limit: int | None = Field(default=None, ge=1)
@@ -76,6 +81,8 @@ class Task(StageConfig):
             raise ValueError(f"rows of a source are scored by {EXACT_MATCH!r}, or by an `eval`; not by {self.metric!r}")
         if self.reward_model and (self.lm_eval or self.eval or self.metric):
             raise ValueError("`reward_model` scores rows of a `source`, without `lm_eval`, `eval` or `metric`")
+        if self.steps and not self.reward_model:
+            raise ValueError("`steps` says how a process reward model judges: it goes with `reward_model`")
         if self.eval:
             evals.load(self.eval)
         return self
@@ -126,6 +133,11 @@ class EvaluateConfig(StageConfig):
         """The models of `fetch.reward_models` that its tasks ask, by the place in this section that names them."""
         asked = {name: task.reward_model for name, task in self.tasks.items() if task.reward_model}
         return {("tasks", name, "reward_model"): model for name, model in asked.items()}
+
+    @property
+    def steps(self) -> dict[tuple[str, ...], str]:
+        """The same of those whose tasks say how steps combine, by the place that says it."""
+        return {("tasks", name, "steps"): task.reward_model for name, task in self.tasks.items() if task.steps}
 
 
 class Measure(StageConfig):
@@ -200,8 +212,7 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
     if config.task is None:
         facts = _measure_loss(config, inputs, output, work)
     elif config.task.reward_model:
-        samples, told = _judged(config, config.task, inputs, work)
-        facts = _write(output, samples, {"unbounded": True, **told})
+        facts = _write(output, *_judged(config, config.task, inputs, work))
     elif config.task.eval:
         facts = _write(output, *_ask(config, config.task, inputs, work))
     elif config.task.source:
@@ -253,22 +264,28 @@ def _judged(
     """Answers to conversations, and what the reward model says that they are worth."""
     from transformers import AutoTokenizer
 
+    folder, name = inputs["reward_model"], task.reward_model
+    if task.steps:
+        reward_models.refuse_steps(folder, f"evaluate.tasks: the steps of {name}")
+    by_steps = reward_models.judges_steps(folder)
+    metric = f"{task.steps or 'min'} over steps by {name}" if by_steps else f"reward by {name}"
     asked = [(row[0], reward_models.turns_of(row, task.question)) for row in _read(inputs["rows"], task)]
-    tokenizer = AutoTokenizer.from_pretrained(inputs["reward_model"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for place, turns in asked:
         with _named(place):
-            reward_models.text_of(tokenizer, turns, "")  # what it does not take is told before anything is answered
+            # What it does not take is told before anything is answered.
+            reward_models.text_of(tokenizer, turns, None if by_steps else "")
     answers, told = _answers(config, task, [turns for _, turns in asked], inputs, work)
-    judging = load(inputs["reward_model"], config.precision, work.runtime.device)  # which lets the other model go
-    judge = reward_models.RewardModel(judging.network, judging.tokenizer)
+    judging = load(folder, config.precision, work.runtime.device)  # which lets the other model go
+    judge = reward_models.of(folder, judging.network, judging.tokenizer, task.steps)
     samples = []
     for number, ((place, turns), answer) in enumerate(zip(asked, answers, strict=True)):
         with _named(place):
-            worth = judge.worth(reward_models.text_of(judge.tokenizer, turns, answer))
+            worth = judge.worth(turns, answer)
         shown = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
-        samples.append(Sample("", number, shown, "", answer, f"reward by {task.reward_model}", worth))
+        samples.append(Sample("", number, shown, "", answer, metric, worth))
         work.tell(number + 1, len(asked), "answers judged")
-    return samples, told
+    return samples, told if by_steps else {"unbounded": True, **told}
 
 
 @contextmanager

@@ -124,7 +124,8 @@ class FetchConfig(StageConfig):
     """For distillation and on_policy_distillation: the model whose distributions are learned, with the same tokenizer.
     distillation takes the base model when it is left out."""
     reward_models: dict[SourceName, ModelSource] = Field(default_factory=dict)
-    """Models of the objective `reward`, by a name of yours, for train's rewards and evaluate's tasks to ask."""
+    """Models of the objectives `reward` and `process_reward`, by a name of yours, for train's rewards and evaluate's
+    tasks to ask."""
     data: dict[SourceName, DataSource] = Field(min_length=1)
     """Data sources; convert and pack use their names."""
     continuing: bool = False

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stages import lm_head
 from stages.errors import UserError
+from stages.reward_models import SEPARATOR
 
 HEAD = "head.safetensors"
 KINDS = ("SequenceClassification", "TokenClassification")
@@ -88,9 +89,10 @@ def classifier(folder: Path) -> str:
     return f"AutoModelFor{found[0]}" if found else ""
 
 
-def convert(folder: Path, head: Path) -> None:
-    """Turn a language model's folder into a classifier's with that head. Raises UserError where transformers has no
-    such classifier for the model, or it does not give what the head gave."""
+def convert(folder: Path, head: Path, separator: str | None = None) -> None:
+    """Turn a language model's folder into a classifier's with that head; `separator` is what closes the steps that it
+    judges. Raises UserError where transformers has no such classifier for the model, or it does not give what the head
+    gave."""
     tensors = load_file(head)
     outputs = tensors["weight"].shape[0]
     kind = KINDS[0] if outputs == 1 else KINDS[1]
@@ -109,6 +111,8 @@ def convert(folder: Path, head: Path) -> None:
         path.unlink()  # never written over: it may be a link to another artifact's
     if outputs > 1:
         model.config.id2label, model.config.label2id = {0: "wrong", 1: "right"}, {"wrong": 0, "right": 1}
+    if separator is not None:
+        setattr(model.config, SEPARATOR, separator)
     model.save_pretrained(folder)
     saved = _loaded(f"AutoModelFor{kind}", folder, dtype=torch.float32)
     with torch.no_grad():

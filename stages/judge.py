@@ -4,8 +4,8 @@
         scores = judge.score([(completion, row), …])        # {name: [floats]}
 
 A reward may be anybody's code and may never come back, so each item is scored in a worker process that is killed when
-its time is up. What cannot be scored (an error, no finite number, no answer in time) is told with the reward, the row
-and the completion, or counts as `otherwise`, and is counted.
+its time is up. What cannot be scored (an error, no number or one beyond `MOST`, no answer in time) is told with the
+reward, the row and the completion, or counts as `otherwise`, and is counted.
 """
 
 import json
@@ -28,6 +28,9 @@ from stages.rewards import RewardChoice, load, model_of
 
 Item = tuple[str, Mapping[str, Json]]
 """A completion and its prompt's row."""
+MOST = 1e18
+"""The largest reward there may be. Trainers add rewards up and square them in float32, which ends at 3.4e38: beyond it
+a group's standard deviation is no number any more."""
 SHOWN = 200
 """Characters of a row or completion in a message."""
 
@@ -169,13 +172,13 @@ class Judge:
         fresh.ready()
 
     def _judged(self, job: _Job, answer: float | str) -> float:
-        if isinstance(answer, float) and math.isfinite(answer):
+        if isinstance(answer, float) and abs(answer) <= MOST:  # which NaN is not
             return answer
         if self.otherwise is not None:
             self.unscored[job.name] += 1
             return self.otherwise
         completion, row = job.item
-        wrong = answer if isinstance(answer, str) else f"it gave {answer}, expected a finite number"
+        wrong = answer if isinstance(answer, str) else f"it gave {answer:g}, expected a number up to {MOST:g}"
         raise UserError(
             f"the reward {job.name}: {wrong}, for the completion {completion[:SHOWN]!r} to the row "
             f"{json.dumps(dict(row), ensure_ascii=False, default=str)[:SHOWN]}. Mend the reward, or let such "

@@ -75,7 +75,8 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     """Merge `inputs["trained"]` (train's `adapter/` or `weights/`) into `inputs["model"]`.
 
     The chat template in the folder is the one that the data was rendered with (`inputs["templates"]`, one copy a
-    shard): what is asked later must look like what was trained on.
+    shard): what is asked later must look like what was trained on. What closes the steps that a process reward model
+    judges comes from there too, and goes into its config.json.
 
     Writes a model folder and `merge.json`, the figures of the comparison. Raises UserError when the result is not the
     trained model.
@@ -92,7 +93,7 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     if head.exists():
         from stages import heads
 
-        heads.convert(output, head)
+        heads.convert(output, head, _separator(inputs["templates"]))
     changed, count = _changed(inputs["model"], output)
     facts |= {"tensors": count, "changed_tensors": changed}
     _put_template(inputs["templates"], output)
@@ -111,6 +112,17 @@ def _put_template(templates: Path, output: Path) -> None:
         )
     for text in texts:
         (output / "chat_template.jinja").write_text(text, "utf-8")
+
+
+def _separator(templates: Path) -> str | None:
+    """What closes the steps of a process reward model's data; None where the data does not say."""
+    found = {json.loads(path.read_text("utf-8")) for path in templates.rglob("step_separator.json")}
+    if len(found) > 1:
+        raise UserError(
+            f"merge: the data's steps are closed by {' and '.join(map(repr, sorted(found)))}, and a model looks for "
+            "one separator: give all sources the same"
+        )
+    return next(iter(found), None)
 
 
 def _copy_rest(model: Path, output: Path) -> None:

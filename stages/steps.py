@@ -1,11 +1,12 @@
-"""The steps of a judged solution, found again in its tokens."""
+"""The steps of a judged solution: found again in its tokens, and those of an answer that is to be judged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from stages.marks import ROLES, TRAIN_NO
+from stages.encoding import Encoder, Spans, Unwritable, carry, encode
+from stages.marks import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, ROLES, TRAIN_NO
 from stages.tables import roles, trains
 
 
@@ -18,3 +19,26 @@ def ends_of(extra: Mapping[str, Any]) -> list[int]:
     found = [int(ends[steps & (turns == turn)].max()) for turn in np.unique(turns[steps])]
     assert len(found) == len(extra["labels"]), "a label for every step"
     return found
+
+
+def cut(answer: str, separator: str) -> list[str]:
+    """An answer's steps, without the separators. Nothing but white space between two of them is no step: the data has
+    none, and a blank line says nothing that could be right."""
+    return [piece for piece in answer.split(separator) if piece.strip()]
+
+
+def tokens(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) -> tuple[list[int], list[int]]:
+    """The ids of a rendered prompt with steps after it, and the place of each step's last token, as training has them
+    (`stages.formats.stepwise`). Raises ValueError for a step that the tokenizer cannot write."""
+    pieces = [(prompt, ORIGIN_TEMPLATE)]
+    for step in steps:
+        pieces += [(step, ORIGIN_CONTENT), (separator, ORIGIN_END)]
+    lengths = np.array([len(text.encode()) for text, _ in pieces], np.int64)
+    origins = np.array([origin for _, origin in pieces], np.uint8)
+    spans, size = Spans(np.cumsum(lengths) - lengths, origins, np.array([len(pieces)])), lengths.sum(keepdims=True)
+    try:
+        encoded = encode(encoder, ["".join(text for text, _ in pieces)], size, spans)
+    except Unwritable as error:
+        raise ValueError(str(error)) from error
+    _, ends = carry(spans, size, encoded)
+    return encoded.ids.tolist(), (ends[2::2] - 1).tolist()

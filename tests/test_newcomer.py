@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from flows.server import own_server
+from stages import reward_models
 from tests.flows.raised import free_port
 from tests.flows.served import serving
 from tests.stages.tiny import other_weights
@@ -262,3 +263,48 @@ def test_a_reward_model_is_trained_published_and_judges_answers(place: Place, ti
     assert told.stderr == "" and re.search(r"worth, reward of 4 +-?\d+\.\d\d \[", told.stdout), told.stdout
     assert "nothing to do" in place.regrow("run", str(tmp_path / "judged.yaml"), PREFECT_API_URL=NOBODY).stdout
     place.regrow("plan", str(tmp_path / "judged.yaml"), "--check")
+
+
+@pytest.mark.full
+def test_a_process_reward_model_is_trained_published_and_rewards_and_judges(
+    place: Place, tiny_model: Path, tmp_path: Path
+) -> None:
+    """With a tiny model, by two runs of the command: the second trains on what it gives, and is judged by it."""
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    judge = tmp_path / "judge"
+    settings = (*place.settings("configs/process_reward.yaml"), "--set", f"publish.to={judge}")
+    place.regrow("run", "configs/process_reward.yaml", "--set", f"fetch.model={{path: {tiny_model}}}", *settings)
+    assert json.loads((judge / "config.json").read_text())["step_separator"] == "\n"
+    assert "model.config.step_separator" in (judge / "README.md").read_text()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Add {n}."}) + "\n" for n in range(24)))
+    reward = {"reward": "reward_model", "options": {"model": "steps", "steps": "product"}}
+    sampled = {"group_size": 2, "prompts_per_step": 2, "max_new_tokens": 8, "reward_seconds": 60}
+    asked = {"source": "rows", "question": "prompt", "reward_model": "steps", "limit": 4, "max_new_tokens": 8}
+    recipe = {
+        "name": "rewarded",
+        "fetch": {
+            "model": {"path": str(tiny_model)},
+            "reward_models": {"steps": {"path": str(judge)}},
+            "data": {"rows": {"files": str(tmp_path / "rows.jsonl")}},
+        },
+        "convert": {"format": "prompt_only"},
+        "pack": {"sequence_length": 128},
+        "train": {
+            "objective": "grpo",
+            "objective_options": {"rewards": {"sound": reward}, **sampled},
+            "max_steps": 2,
+        },
+        "evaluate": {"tasks": {"sound": asked}},
+        "publish": {"to": str(tmp_path / "out"), "gate": {"require": "nothing"}},
+    }
+    (tmp_path / "rewarded.yaml").write_text(yaml.safe_dump(recipe))
+    told = place.regrow("run", str(tmp_path / "rewarded.yaml"))
+    assert re.search(r"sound % of 4 +\d+\.\d \[", told.stdout), told.stdout
+    written = [json.loads(line) for line in place.regrow("rollouts", "rewarded", "--json").stdout.splitlines()]
+    network = AutoModelForTokenClassification.from_pretrained(judge)
+    model = reward_models.of(judge, network.eval(), AutoTokenizer.from_pretrained(judge), "product")
+    assert len(written) == 2 * 2 * 2
+    for one in written:
+        assert one["rewards"]["sound"] == pytest.approx(model.worth_after(one["prompt"], one["completion"]), rel=0.02)
+    assert "nothing to do" in place.regrow("run", str(tmp_path / "rewarded.yaml"), PREFECT_API_URL=NOBODY).stdout

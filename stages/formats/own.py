@@ -53,4 +53,4 @@ def convert(row: Row, options: Options) -> Conversation:
     raise AssertionError("the user's file is not loaded yet")
 
 
-FORMAT = Format(convert)
+FORMAT = Format(convert, version=2)

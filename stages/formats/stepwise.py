@@ -51,4 +51,5 @@ FORMAT = Format(
     options=StepwiseOptions,
     kind="stepwise",
     recognises=recognises,
+    version=2,
 )

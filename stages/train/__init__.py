@@ -222,6 +222,12 @@ class TrainConfig(StageConfig):
         return asked
 
     @property
+    def steps(self) -> dict[tuple[str, ...], str]:
+        """The same of those rewards that say how steps combine, by the place that says it."""
+        options = {place: self.objective_options["rewards"][place[2]]["options"] for place in self.reward_models}
+        return {(*place[:-1], "steps"): told["model"] for place, told in options.items() if told.get("steps")}
+
+    @property
     def own_code(self) -> list[str]:
         """Where this section names Python files of the user's own."""
         options = self.objective_options

@@ -25,6 +25,7 @@ from tests.stages.fetching import bring, home, model_folder
 __all__ = ["home"]
 
 CLASSIFIER = json.dumps({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}).encode()
+STEPWISE = json.dumps({"architectures": ["LlamaForTokenClassification"], "step_separator": "\n"}).encode()
 RECIPE: dict[str, Any] = {
     "name": "judged",
     "fetch": {"model": {"path": "model"}, "data": {"asked": {"files": "asked.jsonl"}}},
@@ -158,6 +159,26 @@ def test_a_folder_without_a_reward_model_is_told_before_anything_is_fetched(home
         recipe["fetch"]["reward_models"]["kind"]["path"] = name
         with pytest.raises(UserError, match=told):
             run_of(home, recipe)
+
+
+@pytest.mark.parametrize("section", ["train", "evaluate"])
+def test_steps_of_a_model_that_knows_none_are_told_before_anything_is_fetched(
+    home: Path, recipe: dict[str, Any], section: str
+) -> None:
+    recipe = copy.deepcopy(recipe)
+    if section == "train":
+        recipe["train"]["objective_options"]["rewards"]["worth"]["options"]["steps"] = "product"
+        place = "train.objective_options.rewards.worth.options.steps"
+    else:
+        recipe["evaluate"]["tasks"]["worth"]["steps"] = "product"
+        place = "evaluate.tasks.worth.steps"
+    with pytest.raises(UserError, match=f"^{place}: this reward model gives a whole answer one number.*: take `steps`"):
+        run_of(home, recipe)
+    (home / "kind/config.json").write_bytes(STEPWISE)
+    before = keys(home, recipe)
+    recipe["train"]["objective_options"]["rewards"]["worth"]["options"]["steps"] = "mean"
+    recipe["evaluate"]["tasks"]["worth"]["steps"] = "mean"
+    assert changed(before, keys(home, recipe)) == {"train", "evaluate", "base/worth", "tuned/worth"}
 
 
 def test_a_reward_is_shown_as_a_number_beside_shares() -> None:

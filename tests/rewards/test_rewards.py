@@ -81,6 +81,8 @@ def score(completion, row, options):
     if completion == "die":
         import os
         os._exit(3)
+    if completion in ("vast", "least"):
+        return {"vast": 1e300, "least": -2e18}[completion]  # beyond what the trainer can square
     wrong = {"nan": float("nan"), "words": "1.5", "several": [1.0, 2.0], "none": None, "array": numpy.ones(2)}
     return wrong.get(completion, numpy.float32(len(completion)))
 
@@ -106,11 +108,11 @@ def test_scores_come_back_in_order_from_several_rewards_and_workers(own: RewardC
 
 
 def test_what_cannot_be_scored_counts_otherwise_and_the_rest_goes_on(own: RewardChoice) -> None:
-    completions = ["ab", "raise", "hang", "abc", "nan", "die", "words", "abcd"]
+    completions = ["ab", "raise", "hang", "abc", "nan", "die", "words", "vast", "least", "abcd"]
     with Judge({"mine": own}, seconds=1.0, workers=2, otherwise=0.0) as judge:
         found = judge.score([(text, {}) for text in completions])
-        assert found["mine"] == [2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 4.0]
-        assert judge.unscored == {"mine": 5}
+        assert found["mine"] == [2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 4.0]
+        assert judge.unscored == {"mine": 7}
 
 
 SLOW_TO_LOAD = """
@@ -154,7 +156,8 @@ def test_who_answers_while_another_worker_is_replaced_has_answered(tmp_path: Pat
     [
         ("raise", "KeyError: 'no such thing'"),
         ("hang", "no score within 0.5 s"),
-        ("nan", "expected a finite number"),
+        ("nan", "it gave nan, expected a number up to 1e+18"),
+        ("vast", "it gave 1e+300, expected a number up to 1e+18"),
         ("die", "its process died"),
         ("words", "it gave the str '1.5', expected a number for each completion"),
         ("several", "it gave the list [1.0, 2.0], expected a number for each completion"),

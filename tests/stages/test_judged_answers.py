@@ -137,12 +137,10 @@ def test_the_text_is_token_for_token_what_it_was_trained_on(tmp_path: Path, judg
 
 def test_it_prefers_the_answers_that_it_was_trained_to_prefer(judge: Path) -> None:
     loaded = load(judge, "fp32", "cpu")
-    model = reward_models.RewardModel(loaded.network, loaded.tokenizer)
+    model = reward_models.of(judge, loaded.network, loaded.tokenizer, None)
     for pair in PAIRS[48:]:
         turns = [{"role": "user", "content": pair["prompt"]}]
-        chosen, rejected = (
-            model.worth(reward_models.text_of(loaded.tokenizer, turns, pair[side])) for side in ("chosen", "rejected")
-        )
+        chosen, rejected = (model.worth(turns, pair[side]) for side in ("chosen", "rejected"))
         assert chosen > rejected
 
 
@@ -228,7 +226,6 @@ def config_of(folder: Path, **changes: Any) -> Path:
     ("config", "told"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "is no reward model but LlamaForCausalLM: name the folder"),
-        ({"architectures": ["LlamaForTokenClassification"]}, "a process reward model .* judges steps one by one"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "sorts texts into 2 labels"),
         ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "L"}}, "has no chat template"),
     ],
