@@ -14,10 +14,11 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 ASIDE = 0.5
 """What a call is worth that has all the right numbers, and another result."""
 EXAMPLE = """
-Use the tool. For 1 + 2 you would say:
+Use the tool. For 1 + 2 you say:
 <tool_call>
 {"name": "calculate", "arguments": {"expression": "1 + 2"}}
-</tool_call>"""
+</tool_call>
+For %s you say:"""
 
 
 class Calculator:
@@ -25,8 +26,9 @@ class Calculator:
 
     def reset(self, prompt: list[dict[str, str]], answer: str, **row: object) -> str:
         """Begin with a question; the example is added to it."""
-        self.numbers, self.answer, self.worth = set(re.findall(r"\d+", prompt[-1]["content"])), answer, 0.0
-        return EXAMPLE
+        asked = prompt[-1]["content"].rpartition(":")[2].strip(" =")
+        self.numbers, self.answer, self.worth = set(re.findall(r"\d+", asked)), answer, 0.0
+        return EXAMPLE % asked
 
     def calculate(self, expression: str) -> str:
         """Compute an expression of whole numbers.

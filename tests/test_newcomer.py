@@ -68,6 +68,8 @@ class Place:
         to = f"publish.to={self.home / 'out' / Path(recipe).stem}"
         whole = yaml.safe_load((ROOT / recipe).read_text())
         limits = [f"evaluate.tasks.{name}.limit=4" for name in whole.get("evaluate", {}).get("tasks", {})]
+        if "group_size" in whole["train"].get("objective_options", {}):
+            limits += [f"train.objective_options.{name}" for name in ("group_size=4", "prompts_per_step=2")]
         for name, source in whole["fetch"]["data"].items():
             limits.append(f"fetch.data.{name}.{'size' if 'reasoning_gym' in source else 'first'}={ROWS}")
         if "teacher" in whole["fetch"]:
