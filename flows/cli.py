@@ -4,7 +4,6 @@
 Importing this module pulls in neither torch nor Prefect; only `run` starts Prefect, and only when something runs.
 """
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from flows import operate, screen, talk
 from flows.execute import StageFailed
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from flows.plan import make_plan, require_writable
-from flows.recipe import Recipe, load
+from flows.recipe import load
 from flows.run import Run, start
 from stages.child import Suspended
 from stages.errors import UserError
@@ -168,14 +167,9 @@ def inspect(
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
-    print(schema_text())
+    from flows.schema import text
 
-
-def schema_text() -> str:
-    """The recipe's JSON schema as it stands in `docs/recipe.schema.json`."""
-    return json.dumps(
-        {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=2
-    )
+    print(text())
 
 
 @app.command()

@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
-from flows.cli import schema_text
+from flows import schema
 from flows.recipe import load
 from stages.errors import UserError
 
@@ -191,20 +193,46 @@ def test_every_shipped_recipe_loads_and_names_its_schema(path: Path) -> None:
 
 
 def test_the_committed_schema_is_the_types_own() -> None:
-    assert (ROOT / "docs" / "recipe.schema.json").read_text() == schema_text() + "\n", "run `make schema`"
+    assert (ROOT / "docs" / "recipe.schema.json").read_text() == schema.text() + "\n", "run `make schema`"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_an_editor_finds_nothing_in_a_shipped_recipe(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(schema.text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("dpo", "train.objective_options.beta", "much"),
+        ("simpo", "train.objective_options.loss", {"sigmoid": 1.0}),
+        ("quickstart", "train.objective_options", {"beta": 0.1}),
+        ("grpo", "train.objective_options.rewards.terse.options.most", 0),
+        ("grpo", "convert.options", {"separator": "x"}),
+    ],
+)
+def test_an_editor_marks_an_option_that_the_choice_does_not_have(name: str, place: str, value: object) -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    *path, last = place.split(".")
+    inner = recipe
+    for key in path:
+        inner = inner.setdefault(key, {})
+    inner[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(recipe, json.loads(schema.text()))
 
 
 def test_the_schema_describes_every_key() -> None:
-    def undescribed(schema: dict[str, object], place: str) -> list[str]:
+    def undescribed(part: dict[str, object], place: str) -> list[str]:
         found = []
-        for name, value in schema.get("properties", {}).items():  # type: ignore[attr-defined]
+        for name, value in part.get("properties", {}).items():  # type: ignore[attr-defined]
             if "description" not in value and "$ref" not in value:
                 found.append(f"{place}.{name}")
         return found
 
-    schema = json.loads(schema_text())
-    missing = undescribed(schema, "recipe")
-    for name, definition in schema["$defs"].items():
+    whole = json.loads(schema.text())
+    missing = undescribed(whole, "recipe")
+    for name, definition in whole["$defs"].items():
         missing += undescribed(definition, name)
     assert missing == []
 
@@ -212,6 +240,6 @@ def test_the_schema_describes_every_key() -> None:
 def test_every_key_of_a_recipe_is_in_the_documentation() -> None:
     pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
     text = "\n".join(page.read_text() for page in pages)
-    schema = json.loads(schema_text())
-    keys = {key for model in (schema, *schema["$defs"].values()) for key in model.get("properties", {})}
+    whole = json.loads(schema.text())
+    keys = {key for model in (whole, *whole["$defs"].values()) for key in model.get("properties", {})}
     assert [key for key in sorted(keys) if not re.search(rf"[`.{{ ]{key}[`:]|\.{key}\b", text)] == []
