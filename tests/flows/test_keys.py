@@ -97,7 +97,8 @@ ONLY_ONE_VALUE = {"options", "objective", "tasks.t.lm_eval", "tasks.t.metric", "
 """Fields with one value so far, or that exclude another field of the recipe above."""
 
 BESIDES: dict[str, list[dict[str, Any]]] = {
-    "train": [{"method": "full"}, {"method": "full", "full": {"lisa": {"layers": 1}}}, {"evaluate_every": 1}]
+    "train": [{"method": "full"}, {"method": "full", "full": {"lisa": {"layers": 1}}}, {"evaluate_every": 1}],
+    "evaluate": [{"tasks": {"t": {"source": "a", "reward_model": "steps"}}}],
 }
 """Settings beside which more fields take values."""
 

@@ -42,12 +42,6 @@ def score(completion, row, options):
 REWARD = Reward(1, score)
 """
 
-HUGE = """
-from stages.rewards import Reward
-
-REWARD = Reward(1, lambda completion, row, options: 3e38 * (len(completion) > 5))
-"""
-
 
 def prompts(folder: Path, model: Path, texts: list[str], **columns: Any) -> None:
     """A shard of prompts, tokenized with the model's own tokenizer."""
@@ -203,21 +197,12 @@ def test_a_run_that_was_suspended_goes_on_as_it_would_have(
     assert facts["unscored"] == before["unscored"] and before["unscored"]["picky"] > 0
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({}, r"the loss is (nan|-?inf) after step 1"),
-        # What no gradient reaches, such as a token that is not there, is divided by nothing.
-        ({"optimizer_options": {"eps": 0.0}}, "weights are no numbers any more, at a gradient norm of .* after step 1"),
-    ],
-)
 def test_a_training_that_has_come_to_no_numbers_ends_and_leaves_nothing(
-    tmp_path: Path, inputs: dict[str, Path], change: dict[str, Any], told: str
+    tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    huge = tmp_path / "huge.py"
-    huge.write_text(HUGE)
-    options = {} if change else {"rewards": {"huge": {"reward": str(huge)}}, "scale_rewards": "none"}
-    config = recipe(tmp_path, steps=1, **options) | change
+    # What no gradient reaches, such as a token that is not there, is divided by nothing.
+    config = recipe(tmp_path, steps=1) | {"optimizer_options": {"eps": 0.0}}
+    told = "weights are no numbers any more, at a gradient norm of .* after step 1"
     with pytest.raises(UserError, match=told):
         train(tmp_path, inputs, config, allow_code=True, save_seconds=1e-9)
     assert not any((tmp_path / "output").iterdir()) and not (tmp_path / "work/checkpoints").exists()
