@@ -28,9 +28,9 @@ from stages.rewards import RewardChoice, load, model_of
 
 Item = tuple[str, Mapping[str, Json]]
 """A completion and its prompt's row."""
-MOST = 1e18
-"""The largest reward there may be. Trainers add rewards up and square them in float32, which ends at 3.4e38: beyond it
-a group's standard deviation is no number any more."""
+MOST = 1e15
+"""The largest reward there may be, by itself and times its weight. Trainers add rewards up and square them in float32,
+which ends at 3.4e38: beyond it a group's standard deviation is no number any more."""
 SHOWN = 200
 """Characters of a row or completion in a message."""
 
@@ -172,13 +172,19 @@ class Judge:
         fresh.ready()
 
     def _judged(self, job: _Job, answer: float | str) -> float:
-        if isinstance(answer, float) and abs(answer) <= MOST:  # which NaN is not
+        choice = self.choices.get(job.name)  # an environment's own reward is none of them, and weighs 1
+        weight = choice.weight if choice else 1.0
+        if isinstance(answer, float) and abs(answer) <= MOST and abs(answer * weight) <= MOST:  # which NaN is not
             return answer
         if self.otherwise is not None:
             self.unscored[job.name] += 1
             return self.otherwise
         completion, row = job.item
-        wrong = answer if isinstance(answer, str) else f"it gave {answer:g}, expected a number up to {MOST:g}"
+        if isinstance(answer, str):
+            wrong = answer
+        else:
+            weighed = "" if weight == 1 else f" ({answer * weight:g} with its weight of {weight:g})"
+            wrong = f"it gave {answer:g}{weighed}, expected a number up to {MOST:g}"
         raise UserError(
             f"the reward {job.name}: {wrong}, for the completion {completion[:SHOWN]!r} to the row "
             f"{json.dumps(dict(row), ensure_ascii=False, default=str)[:SHOWN]}. Mend the reward, or let such "

@@ -41,7 +41,7 @@ class Reward:
     version: int
     """Bumped when a completion would be worth something else."""
     score: Callable[[str, Row, Any], float]
-    """`score(completion, row, options)`: any number up to 1e18, either side of zero. `row` holds the prompt's other
+    """`score(completion, row, options)`: any number up to 1e15, either side of zero. `row` holds the prompt's other
     columns, and under `rendered_prompt` the prompt as the model reads it."""
     options: type[StageConfig] = NoOptions
     needs: Callable[[Any], tuple[str, ...]] = lambda options: ()

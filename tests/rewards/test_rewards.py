@@ -156,8 +156,8 @@ def test_who_answers_while_another_worker_is_replaced_has_answered(tmp_path: Pat
     [
         ("raise", "KeyError: 'no such thing'"),
         ("hang", "no score within 0.5 s"),
-        ("nan", "it gave nan, expected a number up to 1e+18"),
-        ("vast", "it gave 1e+300, expected a number up to 1e+18"),
+        ("nan", "it gave nan, expected a number up to 1e+15"),
+        ("vast", "it gave 1e+300, expected a number up to 1e+15"),
         ("die", "its process died"),
         ("words", "it gave the str '1.5', expected a number for each completion"),
         ("several", "it gave the list [1.0, 2.0], expected a number for each completion"),
@@ -170,6 +170,15 @@ def test_or_is_told_with_reward_completion_and_row(own: RewardChoice, completion
         judge.score([(completion, {"question": "why?"})])
     for part in ("the reward mine", told, repr(completion), "why?", "on_error"):
         assert part in str(caught.value)
+
+
+def test_a_reward_is_bounded_with_its_weight(own: RewardChoice) -> None:
+    heavy = own.model_copy(update={"weight": -1e15})
+    with Judge({"mine": heavy}, seconds=10) as judge:
+        assert judge.score([("a", {})]) == {"mine": [1.0]}
+        told = r"the reward mine: it gave 2 \(-2e\+15 with its weight of -1e\+15\), expected a number up to 1e\+15"
+        with pytest.raises(UserError, match=told):
+            judge.score([("ab", {})])
 
 
 def test_a_file_that_fails_is_told_before_anything_is_scored(tmp_path: Path) -> None:
