@@ -159,13 +159,15 @@ def name_rows(plan: Path, shards: Sequence[str], bins: Iterable[int], at_most: i
     """The source rows in some bins, for an error message: `chat/00000 rows 3, 17; code/00002 row 5`."""
     lists = read_table(plan / "bins.arrow").column("documents")
     documents = read_table(plan / "documents.arrow").take([d for b in bins for d in lists[b].as_py()])
-    found: dict[str, set[int]] = {}
-    for shard, row in zip(documents["shard"].to_pylist()[:at_most], documents["number"].to_pylist(), strict=False):
-        found.setdefault(shards[shard], set()).add(row)
+    pieces = zip(documents["shard"].to_pylist(), documents["number"].to_pylist(), strict=True)
+    rows = list(dict.fromkeys(pieces))  # a wrapped document is in several pieces
+    found: dict[str, list[int]] = {}
+    for shard, row in rows[:at_most]:
+        found.setdefault(shards[shard], []).append(row)
     parts = []
-    for path, rows in sorted(found.items()):
-        parts.append(f"{path} row{'s' if len(rows) > 1 else ''} {', '.join(map(str, sorted(rows)))}")
-    more = f" and {len(documents) - at_most} more" if len(documents) > at_most else ""
+    for path, numbers in sorted(found.items()):
+        parts.append(f"{path} row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}")
+    more = f" and {len(rows) - at_most} more" if len(rows) > at_most else ""
     return "; ".join(parts) + more
 
 
