@@ -284,7 +284,11 @@ def _of_wrapped(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         own = recipe.convert.of(source)
         if own.format not in ("auto", "own") and formats.templated(own.format, own.options):
             told = f"wrapped is for raw text, and `{source}` is read as {own.format}, whose rows are chats"
-            yield ("pack", "documents"), f"{told}: set it to isolated, take the source out, or read it as completion"
+            mend = (
+                "set it to isolated, take the source out, or read it as completion, naming the text's column, e.g. "
+                "`fields: {text: answer}` (evaluate.tasks still see whole rows)"
+            )
+            yield ("pack", "documents"), f"{told}: {mend}"
 
 
 def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -166,7 +166,7 @@ def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard]) -> None:
         raise UserError(
             f"pack.documents: wrapped is for raw text, all of which trains, and {shard.source} holds {held} "
             f"({shard.path}). Set it to isolated, take the source out, or read it with convert.sources."
-            f"{shard.source}.format: completion"
+            f"{shard.source}: {{format: completion, fields: {{text: COLUMN}}}}"
         )
 
 

@@ -194,7 +194,7 @@ def test_what_is_no_raw_text_is_refused_with_its_source(tmp_path: Path, rows: li
     if kind == "conversation":  # beside raw text, too
         shard(tmp_path / "tokens", "a/00000", [text([5, 6, 7], 1)])
     shard(tmp_path / "tokens", "b/00000", rows, kind=kind, count=1)
-    mend = r" \(b/00000\)\. Set it to isolated, take the source out, or read it with convert\.sources\.b\.format"
+    mend = r" \(b/00000\)\. Set it to isolated, take the source out, or read it with convert\.sources\.b: {format: com"
     with pytest.raises(UserError, match=told + mend):
         Packed(tmp_path / "tokens", tmp_path / "out", documents="wrapped")
 
