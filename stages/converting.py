@@ -16,9 +16,10 @@ import pyarrow as pa
 from stages import chat_template, filters, formats, own_code
 from stages.convert import ConvertPart
 from stages.filters import LeftOut
-from stages.formats import BadRow, Example, Reader, auto
+from stages.formats import BadRow, Conversation, Example, Reader, auto
 from stages.forms import Formed, Forms
-from stages.marks import kind_of
+from stages.marks import TRAIN_NO, kind_of
+from stages.reward_models import SEPARATOR
 from stages.rows import Place, Row, read_rows
 from stages.sequences import Sequencer, Written
 from stages.stage import Facts, UserError, Work
@@ -81,8 +82,11 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     }
     if template:  # what the trained model must be asked through: merge puts it into the model's folder
         (output / "chat_template.jinja").write_text(template.source, "utf-8")
-    if counts.separator is not None:  # likewise, where a process reward model's answers are cut into steps
-        (output / "step_separator.json").write_text(json.dumps(counts.separator), "utf-8")
+    for separator in counts.separators:
+        # Likewise, where a process reward model's answers are cut into steps. One that learned from raw text alone
+        # cannot judge what is asked through a chat template.
+        if separator is not None and counts.chats:
+            (output / f"{SEPARATOR}.json").write_text(json.dumps(separator), "utf-8")
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
@@ -112,8 +116,10 @@ class _Counts:
         self.dropped: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self.unwritten: Counter[str] = Counter()
-        self.separator: str | None = None
-        """What closes the steps of stepwise rows."""
+        self.separators: list[str | None] = []
+        """What closes the steps of stepwise rows: one, once there was such a row."""
+        self.chats = False
+        """Whether one of those went through the chat template."""
 
     def bad(self, place: str, error: BadRow, hint: str) -> None:
         """Count a bad row, or stop there."""
@@ -124,12 +130,25 @@ class _Counts:
         if len(places) < PLACES:
             places.append(f"{self.name}, {place}")
 
-    def closed_by(self, separator: str | None) -> None:
-        """Remember what closes a row's steps. Raises BadRow where other rows' are closed otherwise: the model that
-        learns from them could not be told where a step ends."""
-        if self.separator not in (None, separator):
-            raise BadRow("other separator", f"closes its steps with {separator!r}, and others with {self.separator!r}")
-        self.separator = separator
+    def solved(self, solution: Conversation) -> None:
+        """Remember what closes a row's steps. Raises BadRow where other rows' are closed otherwise, and where its steps
+        are not those that cutting the written solution gives (`stages.steps.cut`): the model that learns from them
+        could not be told where a step ends."""
+        separator = solution.between
+        steps = [turn.content or "" for turn in solution.turns if turn.role == "text" and turn.train != TRAIN_NO]
+        for number, step in enumerate(steps, 1):
+            if not step.strip():
+                raise BadRow("blank step", f"step {number} says nothing: take it out, and its label")
+            followed = f"{step}{separator}" if number < len(steps) else step
+            if separator and followed.find(separator) not in (-1, len(step)):
+                how = "holds" if separator in step else "ends with the beginning of"
+                mend = "set another options.separator, or " + ("split it" if separator in step else "take that off")
+                raise BadRow("separator in a step", f"step {number} {how} {separator!r}, which closes steps: {mend}")
+        if self.separators and self.separators != [separator]:
+            other = self.separators[0]
+            raise BadRow("other separator", f"closes its steps with {separator!r}, and others with {other!r}")
+        self.separators = [separator]
+        self.chats |= any(turn.role != "text" for turn in solution.turns)
 
     def document(self) -> dict[str, Any]:
         """The counts as they stand in `counts.json`."""
@@ -139,6 +158,7 @@ class _Counts:
             "places": self.places,
             "unwritten": dict(self.unwritten),
             "turns_without_end": self.turns_without_end,
+            **({SEPARATOR: self.separators[0]} if self.separators else {}),
         }
 
 
@@ -158,7 +178,8 @@ def _converted(
             made = convert(row)
             found = sequencer.sequences(number, made)
             if sequencer.reader.kind == "stepwise" and isinstance(made, Example):
-                counts.closed_by(made.parts[0].between)
+                for solution in made.parts:
+                    counts.solved(solution)
         except BadRow as error:
             counts.bad(place, error, "" if isinstance(row, BadRow) else formats.hint(row, form))
             continue

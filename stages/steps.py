@@ -22,8 +22,8 @@ def ends_of(extra: Mapping[str, Any]) -> list[int]:
 
 
 def cut(answer: str, separator: str) -> list[str]:
-    """An answer's steps, without the separators. Nothing but white space between two of them is no step: the data has
-    none, and a blank line says nothing that could be right."""
+    """An answer's steps, without the separators. Nothing but white space between two of them is no step: a blank
+    line says nothing that could be right, and convert takes none from the data."""
     return [piece for piece in answer.split(separator) if piece.strip()]
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stages.errors import UserError
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, ROLES, TRAIN_UNSET, TRAIN_YES
+from stages.reward_models import SEPARATOR
 from stages.stage import Tell
 from stages.tables import origins, read_table, roles, starts, trains
 
@@ -157,13 +158,15 @@ class Rows:
 def find_shards(spans: Path) -> list[Shard]:
     """The shards whose spans tokenize wrote to a folder, by path.
 
-    Raises UserError when they cannot be packed together: data of several kinds, or a source read in several formats.
+    Raises UserError when they cannot be packed together: data of several kinds, a source read in several formats, or
+    steps that are closed in several ways.
     """
     shards = []
     for path in sorted(file.parent for file in spans.rglob("spans.arrow")):
         counts = json.loads((path / "counts.json").read_text("utf-8"))
         shards.append(Shard(path.relative_to(spans).as_posix(), counts["source"], counts["split"], counts))
     first_of: dict[str, Shard] = {}
+    closed: Shard | None = None
     for shard in shards:
         if shard.kind != shards[0].kind:
             raise UserError(
@@ -176,6 +179,15 @@ def find_shards(spans: Path) -> list[Shard]:
                 f"{first.path} was read as {first.counts['format']}, {shard.path} as {shard.counts['format']}: set "
                 f"convert.sources.{shard.source}.format"
             )
+        if SEPARATOR in shard.counts:  # not where every row was dropped
+            closed = closed or shard
+            ours, theirs = closed.counts[SEPARATOR], shard.counts[SEPARATOR]
+            if ours != theirs:
+                raise UserError(
+                    f"{closed.source} closes its steps with {ours!r} ({closed.path}), {shard.source} with {theirs!r} "
+                    f"({shard.path}): a model that judges steps looks for one separator. Give all sources the same, "
+                    "e.g. with convert.sources.NAME.options.separator"
+                )
     return shards
 
 
