@@ -271,13 +271,13 @@ def _judged(
     metric = f"{task.steps or 'min'} over steps by {name}" if by_steps else f"reward by {name}"
     asked = [(row[0], reward_models.turns_of(row, task.question)) for row in _read(inputs["rows"], task)]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    judges = reward_models.prepared(folder, tokenizer, task.steps)
     for place, turns in asked:
         with _named(place):
             # What it does not take is told before anything is answered.
             reward_models.text_of(tokenizer, turns, None if by_steps else "")
     answers, told = _answers(config, task, [turns for _, turns in asked], inputs, work)
-    judging = load(folder, config.precision, work.runtime.device)  # which lets the other model go
-    judge = reward_models.of(folder, judging.network, judging.tokenizer, task.steps)
+    judge = judges(load(folder, config.precision, work.runtime.device).network)  # which lets the other model go
     samples = []
     for number, ((place, turns), answer) in enumerate(zip(asked, answers, strict=True)):
         with _named(place):

@@ -27,7 +27,7 @@ VERSION = 1
 """Bumped when the same answer would be worth another number: it enters the key of what is scored in evaluate."""
 
 SEPARATOR = "step_separator"
-"""The entry of a process reward model's config.json that says what closed each step of its training data."""
+"""The entry of a process reward model's config.json, and of its data's counts.json, that says what closed each step."""
 
 Steps = Literal["min", "product", "mean", "last"]
 """How the probabilities of an answer's steps become what it is worth: the least likely step's (arXiv:2312.08935), that
@@ -61,12 +61,18 @@ def check(folder: Path, place: str) -> None:
         raise UserError(f"{place}: sorts texts into {labels} labels, and a reward is one number: {mend}")
     if steps and labels != 2:
         raise UserError(f"{place}: sorts tokens into {labels} labels, and a step is wrong or right: {mend}")
+    if steps and (swapped := _swapped(config.get("id2label") or {})):
+        raise UserError(
+            f"{place}: its label {swapped} in config.json, and label 0 is to be a wrong step, label 1 a right one: "
+            "swap the two rows of its head's weight and bias, and its labels"
+        )
     separator = config.get(SEPARATOR)
     if steps and not (isinstance(separator, str) and separator):
         raise UserError(
             f"{place}: its config.json does not say where steps end. Add what closed each step of its training data, "
             f'e.g. "{SEPARATOR}": "\\n"; what regrow merges has it: a model that it made earlier is merged again by '
-            "`regrow run`, without being trained again"
+            "`regrow run`, without being trained again. One that was trained on raw text alone (`wording: text`) has "
+            "none, because it never saw the chat template that it would be asked through: train it on chats"
         )
     settings = folder / "tokenizer_config.json"
     told = settings.is_file() and json.loads(settings.read_text("utf-8")).get("chat_template")
@@ -92,16 +98,34 @@ def _kind(folder: Path) -> str:
     return str((_config(folder).get("architectures") or ["nothing"])[0])
 
 
+RIGHT = ("right", "correct", "good", "positive", "yes")
+WRONG = ("wrong", "incorrect", "bad", "negative", "no")
+
+
+def _swapped(labels: Mapping[str, Any]) -> str:
+    """Which of two labels by number says the opposite of what it stands for, as `0 is 'right'`; empty for none."""
+    for number, others in (("0", RIGHT), ("1", WRONG)):
+        if str(labels.get(number, "")).strip().lower() in others:
+            return f"{number} is {labels[number]!r}"
+    return ""
+
+
 def of(folder: Path, network: Any, tokenizer: Any, steps: Steps | None) -> "RewardModel":
     """The model of a folder that was checked, from its loaded parts. `steps` says how a process reward model's combine,
     `min` where it is None."""
+    return prepared(folder, tokenizer, steps)(network)
+
+
+def prepared(folder: Path, tokenizer: Any, steps: Steps | None) -> "Callable[[Any], RewardModel]":
+    """The same before its network is loaded, which it then takes: what cannot be read of the folder is told by now."""
     if not judges_steps(folder):
-        return RewardModel(network, tokenizer)
+        return lambda network: RewardModel(network, tokenizer)
     from stages import chat_template, encoding, tokenizer_files
 
     template = chat_template.load(tokenizer_files.read_tokenizer(folder), "tokenizer")
     encoder = encoding.load(tokenizer.backend_tokenizer.to_str(), template.control, fast=False)
-    return ProcessRewardModel(network, tokenizer, encoder, _config(folder)[SEPARATOR], steps or "min")
+    separator = _config(folder)[SEPARATOR]
+    return lambda network: ProcessRewardModel(network, tokenizer, encoder, separator, steps or "min")
 
 
 @dataclass(frozen=True)

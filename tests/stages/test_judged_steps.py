@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from flows.recipe import loads
 from packing.collate import PackedBins, collate
-from stages import encoding, evaluate, heads, merge, reward_models, steps
+from stages import convert, encoding, evaluate, heads, merge, reward_models, steps
 from stages.compare import compare, report
 from stages.errors import UserError
 from stages.evaluate import Measure, Task
@@ -28,6 +28,7 @@ from stages.reward_models import ProcessRewardModel
 from stages.rewards import RewardChoice
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.tokenized import find_shards
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages.chats import MARKERS, rows_of, run_convert, run_tokenize, smollm2, source
@@ -241,6 +242,8 @@ def test_what_a_process_reward_model_is_says_where_its_steps_end(tmp_path: Path,
         ({"step_separator": None}, r'does not say where steps end. Add .* e.g. "step_separator": "\\n"'),
         ({"step_separator": ""}, "does not say where steps end"),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "sorts tokens into 3 labels, and a step is wrong or right"),
+        ({"id2label": {"0": "right", "1": "wrong"}}, "its label 0 is 'right' in config.json, and label 0 is to be"),
+        ({"id2label": {"0": "LABEL_0", "1": "Incorrect"}}, "its label 1 is 'Incorrect' in config.json"),
     ):
         config = {**json.loads((judge / "config.json").read_text()), **changes}
         folder = Path(shutil.copytree(judge, tmp_path / str(len(list(tmp_path.iterdir())))))
@@ -275,16 +278,75 @@ def convert(row, options):
     return Example([Conversation(turns, between=row["closed"])], {"labels": [True]})
 FORMAT = Format(convert, kind="stepwise")
 """
-    rows = source(tmp_path / "r", [{"closed": ";"}, {"closed": ";"}, {"closed": "."}])
-    where = {"name": "mine.jsonl"}
-    from stages import convert
-
     part = convert.ConvertPart.model_validate({"format": "own", "code": own, "bad_rows": "drop"})
-    (tmp_path / "shard").mkdir()
-    work = Work(tmp_path / "w", Runtime(allow_code=True), where=where)
-    facts = convert.run(part, {"rows": rows, "tokenizer": tiny_model}, tmp_path / "shard", work)
-    assert facts["dropped"] == {"other separator": 1}
+    for name, separators in (("shard", (";", ";", ".")), ("none", (None, ";"))):
+        rows = source(tmp_path / f"{name}-rows", [{"closed": separator} for separator in separators])
+        (tmp_path / name).mkdir()
+        work = Work(tmp_path / "w", Runtime(allow_code=True), where={"name": "mine.jsonl"})
+        facts = convert.run(part, {"rows": rows, "tokenizer": tiny_model}, tmp_path / name, work)
+        assert facts["dropped"] == {"other separator": 1}, "whichever comes first"
     (tmp_path / "other").mkdir()
     (tmp_path / "other/step_separator.json").write_text('"\\n"')
     with pytest.raises(UserError, match=re.escape("closed by '\\n' and ';', and a model looks for one separator")):
         merge._separator(tmp_path)
+
+
+SHORT = {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}
+
+
+def test_sources_with_other_separators_are_told_before_they_are_packed(tmp_path: Path, tiny_model: Path) -> None:
+    """However they are read: recognised here."""
+    for name, separator in (("one", "\n"), ("same", "\n"), ("two", ";")):
+        config = {"format": "stepwise", "options": {"separator": separator}} if separator != "\n" else {}
+        rows = source(tmp_path / name / "rows", [SHORT], name=name)
+        shard, _ = run_convert(tmp_path / name, rows, tiny_model, config)
+        run_tokenize(tmp_path / "all" / name, shard, tiny_model)
+    told = r"one closes its steps with '\\n' \(one/tokens\), two with ';' \(two/tokens\): .* Give all sources the same"
+    with pytest.raises(UserError, match=told):
+        find_shards(tmp_path / "all")
+    shutil.rmtree(tmp_path / "all/two")
+    assert len(find_shards(tmp_path / "all")) == 2
+
+
+@pytest.mark.parametrize(
+    ("separator", "bad", "reason", "told"),
+    [
+        ("\n", "a\nb", "separator in a step", "step 2 holds '\\n', which closes steps: set another options.separator"),
+        ("\n\n", "a\n", "separator in a step", "step 2 ends with the beginning of '\\n\\n'"),
+        (";", " ", "blank step", "step 2 says nothing: take it out, and its label"),
+        (";", "", "blank step", "step 2 says nothing"),
+    ],
+)
+def test_a_step_that_an_answer_could_not_be_cut_into_is_a_bad_row(
+    tmp_path: Path, tiny_model: Path, separator: str, bad: str, reason: str, told: str
+) -> None:
+    assert steps.cut(separator.join(["a", bad, "c"]), separator) != ["a", bad, "c"]
+    row = {"prompt": "q", "completions": ["a", bad, "c"], "labels": [True, True, False]}
+    rows = source(tmp_path / "r", [SHORT, row])
+    config = {"format": "stepwise", "options": {"separator": separator}}
+    with pytest.raises(UserError, match=re.escape(f"line 2: {told}")):
+        run_convert(tmp_path / "error", rows, tiny_model, config)
+    _, facts = run_convert(tmp_path / "drop", rows, tiny_model, {**config, "bad_rows": "drop"})
+    assert facts["dropped"] == {reason: 1}
+
+
+def test_a_model_of_raw_text_alone_is_not_asked_through_a_chat_template(tmp_path: Path, tiny_model: Path) -> None:
+    """merge says where steps end only if convert does, and what does not say so is refused."""
+    chat = {**SHORT, "prompt": [{"role": "user", "content": "q"}]}
+    for name, rows in (("text", [SHORT]), ("some", [SHORT, chat])):
+        config = {"format": "stepwise", "options": {"wording": "text"}}
+        shard, _ = run_convert(tmp_path / name, source(tmp_path / name / "rows", rows), tiny_model, config)
+        assert merge._separator(shard) == (None if name == "text" else "\n")
+        assert json.loads((shard / "counts.json").read_text())["step_separator"] == "\n"
+
+
+def test_what_steps_cannot_be_written_with_is_told_before_anything_is_answered(tmp_path: Path, judge: Path) -> None:
+    broken = Path(shutil.copytree(judge, tmp_path / "broken"))
+    (broken / "chat_template.jinja").write_text("{% for m in messages %}")
+    (tmp_path / "rows/asked/00000").mkdir(parents=True)
+    (tmp_path / "rows/asked/00000/rows.jsonl").write_text('{"question": "solve it"}\n')
+    inputs = {"weights": tmp_path / "gone", "rows": tmp_path / "rows", "reward_model": broken}
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="template"):
+        task = Task(source="asked", reward_model="steps")
+        evaluate.run(Measure(task=task, precision="fp32"), inputs, tmp_path / "out", Work(tmp_path / "work", CPU))
