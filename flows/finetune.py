@@ -186,6 +186,9 @@ def drive(
                     make = stage_task(run, step, step.stage in again, resumed)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
+                    if step.stage == "fetch":  # what only a fetched model tells is told before anything is trained
+                        for section in (s for s in plan.to_run if s in ("train", "evaluate")):
+                            run.refuse_steps(section)
         require_held(held)
         outcome = settle(run) if "publish" in states else None
     except BaseException as error:

@@ -6,7 +6,7 @@ then, and so that garbage collection keeps what the run uses.
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
 from stages.runtime import Runtime
 from stages.stage import Part, StageConfig, action_of
-from stages.store import Artifact, Store
+from stages.store import Artifact, BadBlob, Store
 
 
 @dataclass
@@ -130,6 +130,15 @@ class Run:
             return None
         return action_of(stage_named(stage), self.config(stage), self.inputs(stage), self.parts, self.where(stage))
 
+    def refuse_steps(self, section: str) -> None:
+        """Raise UserError where a section says how the steps of a reward model combine, and the one that was fetched
+        knows none."""
+        models = self.artifacts["fetch"].tree.folder("reward_models")
+        for place, model in _steps_of(self.loaded.recipe, section):
+            # A damaged copy is mended where it is loaded, and looked at again there.
+            with suppress(BadBlob), self.store.hold() as hold:
+                reward_models.refuse_steps(self.store.view(models.folder(model).select("config.json"), hold), place)
+
     def has_made(self, stage: str) -> bool:
         """Whether the stage's artifact is in the store because this run made it."""
         action = self.action(stage)
@@ -217,17 +226,17 @@ def start(
     run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     standing = production(store, loaded.recipe.name)
     parts = list(fetch.parts(loaded.recipe.fetch, {}))
-    _refuse_steps(loaded.recipe)
+    for section in ("train", "evaluate"):
+        for place, model in _steps_of(loaded.recipe, section):
+            if (path := loaded.recipe.fetch.reward_models[model].path) is not None:
+                reward_models.refuse_steps(Path(path).expanduser(), place)
     return Run(run_id, loaded, runtime, store, parts, production=standing)
 
 
-def _refuse_steps(recipe: Recipe) -> None:
-    """Raise UserError where the recipe says how the steps of a reward model combine that is here and knows none; one
-    that is to be fetched is looked at where it is loaded."""
-    for section in ("train", "evaluate"):
-        for place, model in getattr(recipe, section).steps.items():
-            if (path := recipe.fetch.reward_models[model].path) is not None:
-                reward_models.refuse_steps(Path(path).expanduser(), ".".join((section, *place)))
+def _steps_of(recipe: Recipe, section: str) -> Iterator[tuple[str, str]]:
+    """Where a section says how the steps of a reward model combine, and that model's name."""
+    for place, model in getattr(recipe, section).steps.items():
+        yield ".".join((section, *place)), model
 
 
 def _production_json(standing: Production | None) -> Json:

@@ -15,6 +15,7 @@ from flows.parameters import StageName
 from flows.server import reporting_to
 from stages.errors import UserError
 from stages.store import open_store
+from tests.stages.fetching import model_folder
 
 MADE = ("fetch", "convert", "tokenize", "pack", "train")
 
@@ -115,6 +116,23 @@ def test_an_unknown_task_of_lm_eval_is_told_before_anything_runs(make_tiny: Any)
         tiny.run(evaluate={"tasks": {"t": {"lm_eval": "gsm8kk"}}})
     store = open_store(tiny.runtime.store, tiny.runtime.cache)
     assert list(store.manifests()) == []
+
+
+def test_steps_of_a_fetched_model_that_knows_none_are_told_before_anything_is_trained(make_tiny: Any) -> None:
+    tiny = make_tiny()
+    judge = model_folder(
+        tiny.folder / "judge",
+        **{
+            "config.json": b'{"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}',
+            "chat_template.jinja": b"t",
+        },
+    )
+    task = {"source": "heldout", "reward_model": "kind", "steps": "product"}
+    models = {"reward_models": {"kind": {"url": judge.as_uri()}}}
+    with pytest.raises(UserError, match=r"^evaluate\.tasks\.echo\.steps: this reward model gives a whole answer one"):
+        tiny.run(fetch=models, evaluate={"tasks": {"echo": task}})
+    made = {stage for stage, _, _ in open_store(tiny.runtime.store, tiny.runtime.cache).manifests()}
+    assert made == {"fetch"}
 
 
 def test_one_stage_runs_as_a_flow_of_its_own(trained: Any, client: SyncPrefectClient) -> None:

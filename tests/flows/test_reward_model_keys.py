@@ -52,7 +52,7 @@ def recipe(home: Path) -> dict[str, Any]:
     (home / "asked.jsonl").write_text('{"prompt": "a", "question": "a", "answer": "b"}\n')
     asked = copy.deepcopy(RECIPE)
     asked["fetch"]["reward_models"] = {"kind": {"path": "kind"}}
-    asked["train"]["objective_options"]["rewards"] |= WORTH
+    asked["train"]["objective_options"]["rewards"] |= copy.deepcopy(WORTH)
     asked["evaluate"]["tasks"]["worth"] = {"source": "asked", "reward_model": "kind"}
     return asked
 
@@ -179,6 +179,22 @@ def test_steps_of_a_model_that_knows_none_are_told_before_anything_is_fetched(
     recipe["train"]["objective_options"]["rewards"]["worth"]["options"]["steps"] = "mean"
     recipe["evaluate"]["tasks"]["worth"]["steps"] = "mean"
     assert changed(before, keys(home, recipe)) == {"train", "evaluate", "base/worth", "tuned/worth"}
+
+
+@pytest.mark.parametrize("section", ["train", "evaluate"])
+def test_steps_of_a_model_that_was_fetched_are_told_before_anything_is_trained(
+    home: Path, recipe: dict[str, Any], section: str
+) -> None:
+    """Of a model from elsewhere only what was fetched tells."""
+    recipe["fetch"]["reward_models"]["kind"] = {"url": (home / "kind").as_uri()}
+    if section == "train":
+        recipe["train"]["objective_options"]["rewards"]["worth"]["options"]["steps"] = "product"
+    else:
+        recipe["evaluate"]["tasks"]["worth"]["steps"] = "product"
+    run = run_of(home, recipe)
+    run.refuse_steps("evaluate" if section == "train" else "train")
+    with pytest.raises(UserError, match=rf"^{section}\..*worth.*steps: this reward model gives a whole answer one"):
+        run.refuse_steps(section)
 
 
 def test_a_reward_is_shown_as_a_number_beside_shares() -> None:
