@@ -244,6 +244,21 @@ def test_interrupted_uploads_to_a_bucket_are_ended(s3, tmp_path: Path) -> None: 
     assert collect(store, grace=NOW).freed["unfinished"].count == 0
 
 
+def test_an_upload_that_is_gone_on_with_is_not_ended(s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    store = open_store(s3.url, tmp_path / "cache")
+    fs: Any = store.objects.fs  # type: ignore[attr-defined]
+    where = {"Bucket": s3.bucket, "Key": "store/blobs/sha256/ab/half"}
+    where["UploadId"] = fs.call_s3("create_multipart_upload", **where)["UploadId"]
+    [begun] = fs.call_s3("list_multipart_uploads", Bucket=s3.bucket, Prefix="store/")["Uploads"]
+    sent = begun["Initiated"]
+    while sent.timestamp() < begun["Initiated"].timestamp() + 1:  # servers tell times in whole seconds
+        fs.call_s3("upload_part", **where, PartNumber=1, Body=b"some")
+        sent = max(part["LastModified"] for part in fs.call_s3("list_parts", **where)["Parts"])
+    assert store.objects.unfinished(sent.timestamp(), True) == 0
+    assert store.objects.unfinished(sent.timestamp() + 1, True) == 1
+    assert store.objects.unfinished(sent.timestamp() + 1, True) == 0
+
+
 def test_local_views_that_nobody_asked_for_go(
     s3, tmp_path: Path, make_folder: MakeFolder, make_action: MakeAction
 ) -> None:  # type: ignore[no-untyped-def]
