@@ -124,13 +124,32 @@ def begun(cache: Path, name: str) -> Iterator[Path]:
     finally:
         if path.name != name or not os.fstat(file).st_size:  # nothing to go on with
             path.unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
-        os.close(file)
+        _unlock(file)
+
+
+@contextmanager
+def if_free(lock: Path) -> Iterator[bool]:
+    """Whether nobody holds this lock, a file; then it is this block's."""
+    file = _locked(lock)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            _unlock(file)
 
 
 def broke_off(cache: Path, name: str) -> bool:
     """Whether there is a download of that name to go on with."""
     return (cache / "begun" / name).exists()
+
+
+def sweep_begun(cache: Path, before: float, delete: bool) -> list[int]:
+    """The sizes of the downloads that nobody is at or wrote to since `before`; `delete` removes them."""
+    with _alone(cache):
+        found = [each for each in _files(cache / "begun") if each[1].st_mtime < before and not _under_way(each[0])]
+        for path, _ in found if delete else ():
+            path.unlink(missing_ok=True)
+    return [stat.st_size for _, stat in found]
 
 
 def size_of(cache: Path) -> int:
@@ -263,9 +282,14 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _locked(path: Path) -> int | None:
-    """A file made if need be, opened and locked; None if somebody else has locked it."""
+    """A file made if need be, opened and locked; None if somebody else has locked it, or another user owns it."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except PermissionError:
+            if not path.exists():  # it is the folder in which nothing can be written
+                raise
+            return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -275,6 +299,11 @@ def _locked(path: Path) -> int | None:
             if os.path.samestat(os.fstat(file), path.stat()):
                 return file
         os.close(file)  # it was a blob by then
+
+
+def _unlock(file: int) -> None:
+    fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
+    os.close(file)
 
 
 def _under_way(path: Path) -> bool:

@@ -9,7 +9,9 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
+from stages.cache import if_free
 from stages.errors import UserError
 from stages.identity import File, Tree, tree_of
 from stages.manifest import check_paths
@@ -74,8 +76,7 @@ def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None
     Raises BadBlob after retiring a checkpoint that is torn or damaged: ask `latest_checkpoint` again.
     """
     aside = folder.with_name(f"{FETCHING}{checkpoint.step}-{checkpoint.attempt}")
-    for other in set(folder.parent.glob(f"{FETCHING}*")) - {aside}:
-        shutil.rmtree(other)
+    drop_fetching(folder.parent, aside)
     with clear_errors(folder.parent):
         aside.mkdir(parents=True, exist_ok=True)
         bad = {}
@@ -97,6 +98,26 @@ def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None
             store.objects.move(f"{checkpoint.path}/complete.json", f"quarantine/{checkpoint.path}/complete.json")
             raise BadBlob(bad)
         aside.rename(folder)
+
+
+def drop_fetching(folder: Path, but: Path | None = None) -> None:
+    """Remove what broke off on its way into a folder of checkpoints, where nobody is at work."""
+    for aside in set(folder.glob(f"{FETCHING}*")) - {but}:
+        shutil.rmtree(aside)
+
+
+def sweep_fetching(cache: Path, before: float, delete: bool) -> list[int]:
+    """The sizes of what broke off on its way into a work folder of the local cache, where nobody is at work and nothing
+    came since `before`; `delete` removes it."""
+    sizes = []
+    for aside in (cache / "work").glob(f"*/*/checkpoints/{FETCHING}*"):
+        with suppress(FileNotFoundError), if_free(aside.parents[1] / "lock") as free:
+            stats = [path.stat() for path in (aside, *aside.rglob("*"))]
+            if free and max(stat.st_mtime for stat in stats) < before:
+                sizes.append(sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode)))
+                if delete:
+                    shutil.rmtree(aside)
+    return sizes
 
 
 def drop_checkpoints(store: Store, key: str) -> None:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from stages import views
+from stages.checkpoints import sweep_fetching
 from stages.errors import UserError
 from stages.identity import sha256_file
 from stages.manifest import Artifact, BadManifest, decode
@@ -115,7 +116,10 @@ def collect(store: Store, *, delete: bool = False, run_days: float = 30.0, grace
     sweep("quarantine", store.objects.list("quarantine/"), ancient)
     report.freed["unfinished"] = Tally(store.objects.unfinished(old, delete), 0)
     with clear_errors(store.cache):
-        report.freed["cache"] = Tally(*views.sweep(store.cache, time.time() - CACHE_DAYS * DAY, delete))
+        unused = time.time() - CACHE_DAYS * DAY
+        count, size = views.sweep(store.cache, unused, delete)
+        broken_off = sweep_fetching(store.cache, unused, delete)
+        report.freed["cache"] = Tally(count + len(broken_off), size + sum(broken_off))
     return report
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from stages.checkpoints import drop_checkpoints, fetch_checkpoint, latest_checkpoint, save_checkpoint
+from stages.checkpoints import drop_checkpoints, drop_fetching, fetch_checkpoint, latest_checkpoint, save_checkpoint
 from stages.store import BadBlob, Store
 
 
@@ -30,6 +30,7 @@ class Mirror:
             with suppress(BadBlob):  # it has been retired by then, and the next one is asked for
                 fetch_checkpoint(self.store, newest, self.folder / str(newest.step))
                 return
+        drop_fetching(self.folder)
 
     def save(self, step: int, name: str) -> None:
         """Have one checkpoint folder uploaded, in the background."""

@@ -70,7 +70,7 @@ class Growing:
 
     def __init__(self, path: Path) -> None:
         self.path, self.sha256 = path, ""
-        self._there, self._ended = 0, False
+        self._there, self._ended, self._broken = 0, False, False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -86,7 +86,7 @@ class Growing:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._changed:
-            self._ended = True
+            self._ended, self._broken = True, error is not None  # then nobody waits for the rest to be read
             self._changed.notify()
         self._thread.join()
         if error is not None:
@@ -98,15 +98,15 @@ class Growing:
 
     def _hashed(self) -> str:
         digest, read = hashlib.sha256(), 0
-        while (end := self._written(read)) is not None:
+        while not self._broken and (end := self._written(read)) is not None:
             with self.path.open("rb") as file:
                 file.seek(read)
-                while read < end and (block := file.read(min(self.BLOCK, end - read))):
+                while not self._broken and read < end and (block := file.read(min(self.BLOCK, end - read))):
                     digest.update(block)
                     read += len(block)
         with self.path.open("rb") as file:
             file.seek(read)
-            while block := file.read(self.BLOCK):
+            while not self._broken and (block := file.read(self.BLOCK)):
                 digest.update(block)
         return digest.hexdigest()
 

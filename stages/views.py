@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from stages.cache import Hold, begun, broke_off, drop_views, idle_views, make_room, remove_folder, used
+from stages.cache import Hold, begun, broke_off, drop_views, idle_views, make_room, remove_folder, sweep_begun, used
 from stages.identity import File, Tree, sha256_file
 from stages.manifest import check_paths
 from stages.objects import Objects, blob_path, clear_errors
@@ -156,16 +156,15 @@ def sweep(cache: Path, before: float, delete: bool) -> tuple[int, int]:
     """Views that nobody asked for since `before`, and what only they use: how many things and bytes go."""
     folders = idle_views(cache, before)
     links = Counter(path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file())
-    files = [
-        path for kind in ("blobs", "begun", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()
-    ]
+    files = [path for kind in ("blobs", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()]
     stats = {path: path.stat() for path in files}
     going = {p: s for p, s in stats.items() if s.st_mtime < before and s.st_nlink == 1 + links[s.st_ino]}
     if delete:
         drop_views(cache, before)
         for path in going:
             path.unlink(missing_ok=True)
-    return len(folders) + len(going), sum(found.st_size for found in going.values())
+    begun = sweep_begun(cache, before, delete)
+    return len(folders) + len(going) + len(begun), sum(found.st_size for found in going.values()) + sum(begun)
 
 
 def spread(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:

@@ -108,7 +108,7 @@ class Objects(Protocol):
         """Where the object lies (or would lie) on this machine, if it is a file here."""
 
     def unfinished(self, before: float, remove: bool) -> int:
-        """How many interrupted writes began before that time; `remove` drops them."""
+        """How many interrupted writes nobody went on with since that time; `remove` drops them."""
 
 
 def blob_path(sha256: str) -> str:

@@ -30,7 +30,7 @@ from stages.objects.network import (
     taken_back,
     unless_gone,
 )
-from stages.objects.ranges import Piece, download_in_ranges
+from stages.objects.ranges import Piece, all_from, download_in_ranges
 from stages.sources.urls import PLAIN_GCSFS
 from stages.transfers import Moved, nobody
 
@@ -159,7 +159,8 @@ class GoogleObjects:
             span = {"Range": f"bytes={start}-{stop - 1}"}
             try:
                 async with self.api.request("GET", self.api.object(path), MEDIA, headers=span) as answer:
-                    return Piece(await answer.read(), int(answer.headers["Content-Range"].rpartition("/")[2]))
+                    data, told = await answer.read(), answer.headers.get("Content-Range")
+                    return Piece(data, int(told.rpartition("/")[2])) if told else all_from(start, data)
             except Refusal as refusal:
                 if refusal.status != 416:
                     raise

@@ -20,7 +20,7 @@ AT_ONCE = 4
 
 
 class Piece(NamedTuple):
-    """Some bytes of an object, and how many it has in all."""
+    """Some bytes of an object, more than were asked for where the server knows no ranges; how many it has in all."""
 
     data: bytes
     size: int
@@ -28,6 +28,11 @@ class Piece(NamedTuple):
 
 Ask = Callable[[int, int], Piece | None]
 """The bytes from one place up to before another, fewer at the object's end; None where the object ends before them."""
+
+
+def all_from(start: int, data: bytes) -> Piece | None:
+    """What to make of an answer that is all of the object, as of a server that knows no ranges."""
+    return Piece(data[start:], len(data)) if start < len(data) else None
 
 
 def download_in_ranges(ask: Ask, target: Path, moved: Moved) -> str:
@@ -62,4 +67,4 @@ def _download(ask: Ask, target: Path, moved: Moved) -> str:
 
 def _data(asked: "Future[Piece | None]") -> bytes:
     piece = asked.result()
-    return piece.data if piece else b""
+    return piece.data[:RANGE] if piece else b""

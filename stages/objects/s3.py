@@ -38,9 +38,9 @@ from stages.objects.network import (
     refused,
     unless_gone,
 )
-from stages.objects.ranges import Piece, download_in_ranges
+from stages.objects.ranges import Piece, all_from, download_in_ranges
 from stages.objects.s3_looks import Looks, Unclear, looks_into
-from stages.objects.s3_parts import code_of, upload_in_parts
+from stages.objects.s3_parts import code_of, last_sent, upload_in_parts
 from stages.transfers import Moved, nobody
 
 T = TypeVar("T")
@@ -51,10 +51,12 @@ SINGLE_COPY = 5 * 2**30 - 1
 _WRITES = ("Put", "Copy", "Create", "Upload", "Complete", "Abort")
 """How the names of operations begin that need the right to write."""
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_GARBLED = ("BadDigest", "XAmzContentSHA256Mismatch")
+"""The server's codes for bytes that are not those whose digest was sent with them."""
 _TRANSIENT = frozenset(
     {
         *("500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "GatewayTimeout"),
-        *("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch"),
+        *("RequestTimeout", *_GARBLED),
     }
 )
 """The server's codes for trouble of its own, or of the way to it, bytes that changed on it included: what is worth
@@ -214,12 +216,16 @@ class S3Objects:
             self.delete(path)
 
     def unfinished(self, before: float, remove: bool) -> int:
-        page = self._call("list_multipart_uploads", Prefix=self.place.key(""))
-        found = [upload for upload in page.get("Uploads", []) if upload["Initiated"].timestamp() < before]
-        if remove:
-            for upload in found:
-                self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
-        return len(found)
+        page, found = self._call("list_multipart_uploads", Prefix=self.place.key("")), 0
+        for one in page.get("Uploads", []):
+            if one["Initiated"].timestamp() >= before:
+                continue
+            with suppress(FileNotFoundError):  # somebody ended it at this moment
+                if last_sent(self._call, one["Key"], one["UploadId"]) < before:
+                    if remove:
+                        self._call("abort_multipart_upload", Key=one["Key"], UploadId=one["UploadId"])
+                    found += 1
+        return found
 
     def _object(self, path: str) -> str:
         return f"{self.place.bucket}/{self.place.key(path)}"
@@ -239,15 +245,16 @@ class S3Objects:
 
         asked = {"Bucket": self.place.bucket, "Key": self.place.key(path), "Range": f"bytes={start}-{stop - 1}"}
 
-        async def some() -> Piece:
+        async def some() -> Piece | None:
             response = await self.fs._call_s3("get_object", **asked)
             async with response["Body"] as body:
-                return Piece(await body.read(), int(response["ContentRange"].rpartition("/")[2]))
+                data, told = await body.read(), response.get("ContentRange")
+            return Piece(data, int(told.rpartition("/")[2])) if told else all_from(start, data)
 
         try:
-            return self._patiently(lambda: Piece(*sync(self.fs.loop, some)))
+            return self._patiently(lambda: sync(self.fs.loop, some))
         except OSError as error:
-            if code_of(error) != "InvalidRange":
+            if code_of(error) not in ("InvalidRange", "416"):
                 raise
             return None
 
@@ -275,7 +282,16 @@ class S3Objects:
 
     def _patiently(self, operation: Callable[[], T]) -> T:
         check = "the endpoint (storage_options endpoint_url or AWS_ENDPOINT_URL)"
-        return patiently(operation, self.patience, self.place, _is_outage, self._told, check)
+        try:
+            return patiently(operation, self.patience, self.place, _is_outage, self._told, check)
+        except UserError as error:
+            if (code := code_of(error)) not in _GARBLED:
+                raise
+            raise UserError(
+                f"{self.url}: the server got other bytes than were hashed here, each time ({code}){self.place.at}: the "
+                "file changed meanwhile, or something on the way, a disk or memory garbles it; run it again, and if "
+                "that does not help, on another machine or network"
+            ) from error
 
     def _told(self, error: Exception) -> UserError | None:
         from botocore.exceptions import BotoCoreError

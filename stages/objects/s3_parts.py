@@ -119,16 +119,31 @@ def _broken_off(call: Call, key: str, file: int, parts: list[Part]) -> _Upload |
     return best if best is not None and best.there else None
 
 
-def _look(call: Call, key: str, id: str, file: int, parts: list[Part]) -> _Upload:
-    """What an upload has of a file; nothing, if somebody is at it."""
-    found, marker, truncated = [], 0, True
+def last_sent(call: Call, key: str, id: str) -> float:
+    """When the newest part of an upload came (seconds since the epoch); 0 where there is none."""
+    return _newest(_listed(call, key, id)[0])
+
+
+def _listed(call: Call, key: str, id: str) -> tuple[list[dict[str, Any]], Any]:
+    """The parts of an upload, as the server tells them, and its last answer."""
+    found: list[dict[str, Any]] = []
+    marker, truncated = 0, True
     while truncated:
         page = call("list_parts", Key=key, UploadId=id, PartNumberMarker=marker)
         found += page.get("Parts", [])
         before, marker = marker, int(page.get("NextPartNumberMarker") or 0)
         truncated = page.get("IsTruncated", False) and marker > before
-    newest = max((one["LastModified"].timestamp() for one in found), default=0.0)
-    if _time(page) - newest < QUIET:
+    return found, page
+
+
+def _newest(found: list[dict[str, Any]]) -> float:
+    return max((float(one["LastModified"].timestamp()) for one in found), default=0.0)
+
+
+def _look(call: Call, key: str, id: str, file: int, parts: list[Part]) -> _Upload:
+    """What an upload has of a file; nothing, if somebody is at it."""
+    found, page = _listed(call, key, id)
+    if _time(page) - _newest(found) < QUIET:
         return _Upload(id, {})
     cut = {part.number: part for part in parts}
 

@@ -22,9 +22,9 @@ from stages.checkpoints import fetch_checkpoint, save_checkpoint
 from stages.errors import UserError
 from stages.identity import Action, sha256_file, tree_of
 from stages.manifest import Artifact
-from stages.objects import blob_path, ranges, s3_parts
+from stages.objects import blob_path, open_objects, ranges, s3_parts
 from stages.objects import s3 as s3_objects
-from stages.objects.ranges import Piece, download_in_ranges
+from stages.objects.ranges import Piece, all_from, download_in_ranges
 from stages.objects.s3_parts import MOST_PARTS, parts_of, upload_in_parts
 from stages.store import Store, open_store
 from stages.transfers import Moved, nobody
@@ -32,6 +32,7 @@ from tests.conftest import S3
 from tests.stages.conftest import MakeAction, MakeFolder
 from tests.stages.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.stages.test_store_races import drive
+from tests.stages.web_server import Page, web_server
 
 MIB = 2**20
 SIZE = 13 * MIB
@@ -214,9 +215,20 @@ def test_a_part_that_arrives_damaged_is_sent_again(s3: S3, proxy: FaultyProxy, s
     assert holds(store, source, tmp_path / "back")
 
 
+def test_damage_that_does_not_end_is_told_for_what_it_is(proxy: FaultyProxy, s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(random.Random(0).randbytes(2 * MIB))
+    store = through(proxy, s3, tmp_path / "cache").hasty()
+    proxy.faults, proxy.share = ("garble",), 1.0
+    sha256 = sha256_file(tmp_path / "file")
+    with pytest.raises(UserError, match="the server got other bytes than were hashed here") as told:
+        store.objects.upload(tmp_path / "file", blob_path(sha256), sha256)
+    assert "cannot be reached" not in str(told.value) and "\n" not in str(told.value)
+
+
 @pytest.mark.failure(
     what="a process is killed half way through the upload of a large file to S3",
-    outcome="the next upload, by whatever machine, sends only the parts that are missing",
+    outcome="after a minute without a new part the next upload, by whatever machine, sends only the parts that are "
+    "missing",
 )
 @pytest.mark.usefixtures("at_once_quiet")
 @pytest.mark.full
@@ -231,10 +243,16 @@ def test_a_process_killed_in_an_upload_is_gone_on_for(s3: S3, proxy: FaultyProxy
 
 
 @settings(deadline=None)
-@given(size=st.integers(0, 200), breaks=st.lists(st.integers(0, 12), max_size=6), seed=st.integers(0, 5))
+@given(
+    size=st.integers(0, 200),
+    breaks=st.lists(st.integers(0, 12), max_size=6),
+    seed=st.integers(0, 5),
+    unknown=st.sampled_from([0.0, 0.5, 1.0]),
+)
 def test_a_download_that_breaks_off_any_number_of_times_ends_whole(
-    tmp_path_factory: pytest.TempPathFactory, size: int, breaks: list[int], seed: int
+    tmp_path_factory: pytest.TempPathFactory, size: int, breaks: list[int], seed: int, unknown: float
 ) -> None:
+    """Also where some (`unknown`) or all of the servers that answer know no ranges."""
     target = tmp_path_factory.mktemp("broken") / "file"
     data, came = random.Random(seed).randbytes(size), 0
 
@@ -244,6 +262,8 @@ def test_a_download_that_breaks_off_any_number_of_times_ends_whole(
         def ask(start: int, stop: int) -> Piece | None:
             if answers is not None and next(answers, None) is None:
                 raise ConnectionError
+            if random.Random(seed + start).random() < unknown:
+                return all_from(start, data)
             return Piece(data[start:stop], size) if start < size else None
 
         return ask
@@ -259,6 +279,24 @@ def test_a_download_that_breaks_off_any_number_of_times_ends_whole(
         moved: list[int] = []
         assert download_in_ranges(ask_until(None), target, moved.append) == hashlib.sha256(data).hexdigest()
     assert target.read_bytes() == data and sum(moved) == size
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ranges_known", [True, False])
+@pytest.mark.parametrize("there", [0, 3 * MIB, SIZE])
+def test_a_server_that_knows_no_ranges_or_refuses_them_without_a_word_still_gives_all(
+    tmp_path: Path, there: int, ranges_known: bool
+) -> None:
+    data, target = random.Random(0).randbytes(SIZE), tmp_path / "model"
+    target.write_bytes(data[:there])
+    with web_server() as web:
+        web.pages["/bucket/store/model"] = Page(data, ranges=ranges_known)
+        web.pages["/bucket/store/empty"] = Page(b"", ranges=ranges_known)
+        how = {"endpoint_url": web.url, "key": "key", "secret": "secret"}
+        objects = open_objects("s3://bucket/store", how, reached=True)
+        assert objects.download("model", target) == hashlib.sha256(data).hexdigest()
+        assert objects.download("empty", tmp_path / "empty") == hashlib.sha256().hexdigest()
+    assert target.read_bytes() == data
 
 
 def made(store: Store, make_folder: MakeFolder, action: Action, size: int = SIZE) -> Artifact:

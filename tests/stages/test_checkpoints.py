@@ -7,6 +7,7 @@ import pytest
 
 from stages.checkpoints import KEPT, drop_checkpoints, fetch_checkpoint, latest_checkpoint, save_checkpoint
 from stages.errors import UserError
+from stages.mirror import Mirror
 from stages.store import BadBlob, Store
 
 KEY = "0" * 64
@@ -79,6 +80,18 @@ def test_an_attempt_cannot_save_a_step_twice(any_store: Store, make_folder: Make
     save_checkpoint(any_store, KEY, "one", 10, make_folder(step_files(10)))
     with pytest.raises(UserError, match="already saved"):
         save_checkpoint(any_store, KEY, "one", 10, make_folder(step_files(11)))
+
+
+@pytest.mark.parametrize("local", [5, 20])
+def test_what_broke_off_on_its_way_is_not_left_behind(
+    any_store: Store, make_folder: MakeFolder, tmp_path: Path, local: int
+) -> None:
+    save_checkpoint(any_store, KEY, "one", 10, make_folder(step_files(10)))
+    for name in (f"{local}", ".fetching-9-one", ".fetching-15-two"):
+        (tmp_path / "work" / "checkpoints" / name).mkdir(parents=True)
+    Mirror(any_store, KEY, tmp_path / "work", print).restore()
+    left = {path.name for path in (tmp_path / "work" / "checkpoints").iterdir()}
+    assert left == ({"5", "10"} if local == 5 else {"20"})
 
 
 def test_dropping_leaves_nothing_of_this_key(any_store: Store, make_folder: MakeFolder) -> None:

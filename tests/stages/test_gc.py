@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from stages import cache
 from stages.checkpoints import latest_checkpoint, save_checkpoint
 from stages.errors import UserError
 from stages.gc import GRACE, Tally, collect, verify
@@ -244,6 +245,21 @@ def test_interrupted_uploads_to_a_bucket_are_ended(s3, tmp_path: Path) -> None: 
     assert collect(store, grace=NOW).freed["unfinished"].count == 0
 
 
+def test_an_upload_that_is_gone_on_with_is_not_ended(s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    store = open_store(s3.url, tmp_path / "cache")
+    fs: Any = store.objects.fs  # type: ignore[attr-defined]
+    where = {"Bucket": s3.bucket, "Key": "store/blobs/sha256/ab/half"}
+    where["UploadId"] = fs.call_s3("create_multipart_upload", **where)["UploadId"]
+    [begun] = fs.call_s3("list_multipart_uploads", Bucket=s3.bucket, Prefix="store/")["Uploads"]
+    sent = begun["Initiated"]
+    while sent.timestamp() < begun["Initiated"].timestamp() + 1:  # servers tell times in whole seconds
+        fs.call_s3("upload_part", **where, PartNumber=1, Body=b"some")
+        sent = max(part["LastModified"] for part in fs.call_s3("list_parts", **where)["Parts"])
+    assert store.objects.unfinished(sent.timestamp(), True) == 0
+    assert store.objects.unfinished(sent.timestamp() + 1, True) == 1
+    assert store.objects.unfinished(sent.timestamp() + 1, True) == 0
+
+
 def test_local_views_that_nobody_asked_for_go(
     s3, tmp_path: Path, make_folder: MakeFolder, make_action: MakeAction
 ) -> None:  # type: ignore[no-untyped-def]
@@ -259,6 +275,27 @@ def test_local_views_that_nobody_asked_for_go(
     assert collect(store).freed["cache"] == collect(store, delete=True).freed["cache"]
     assert not old.exists() and contents(new) == {"both": b"b"}
     assert len([p for p in (tmp_path / "cache" / "blobs").rglob("*") if p.is_file()]) == 1
+
+
+def test_what_broke_off_on_this_machine_goes_once_it_is_old_and_nobody_is_at_it(store: Store) -> None:
+    work = store.cache / "work" / "train"
+    kept = [store.cache / "begun" / "busy", work / "busy" / "checkpoints" / ".fetching-3-one" / "weights"]
+    gone = [store.cache / "begun" / "old", work / "old" / "checkpoints" / ".fetching-3-one" / "weights"]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    long_ago = time.time() - 20 * 24 * 3600
+    for path in store.cache.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    young = work / "young" / "checkpoints" / ".fetching-3-one" / "weights"
+    young.parent.mkdir(parents=True)
+    young.write_bytes(bytes(1000))
+    with cache.begun(store.cache, "busy"), cache.if_free(work / "busy" / "lock") as free:
+        assert free
+        assert collect(store).freed["cache"] == collect(store, delete=True).freed["cache"] == Tally(2, 2000)
+        assert all(path.exists() for path in (*kept, young)) and not any(path.exists() for path in gone)
+    assert collect(store, delete=True).freed["cache"] == Tally(2, 2000)
+    assert not list(work.glob("busy/checkpoints/*")) and young.exists()
 
 
 @dataclass(frozen=True)

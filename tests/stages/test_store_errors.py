@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.cache import begun
 from stages.errors import UserError
 from stages.identity import Action
 from stages.objects.memory import MemoryObjects
@@ -89,6 +90,19 @@ def test_somebody_without_rights_can_use_a_store_of_their_own(tmp_path: Path, re
     view.chmod(0o755)
     (view / "a").unlink()
     assert (store.view(artifact.tree) / "a").read_bytes() == b"a"
+
+
+def test_a_download_that_another_user_began_is_no_hindrance(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    with begun(tmp_path / "cache", "blob") as theirs:
+        theirs.write_bytes(b"half")
+    theirs.chmod(0o444)
+    (tmp_path / "cache" / "lock").chmod(0o666)
+    theirs.parent.chmod(0o777)
+    request.getfixturevalue("somebody")
+    with begun(tmp_path / "cache", "blob") as ours:
+        ours.write_bytes(b"whole")
+        assert theirs.read_bytes() == b"half"
+    assert list(theirs.parent.iterdir()) == [theirs]
 
 
 def test_a_file_where_the_store_should_be(tmp_path: Path) -> None:

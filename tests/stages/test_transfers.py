@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import time
 from io import DEFAULT_BUFFER_SIZE
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_what_was_not_written_to_its_end_has_no_digest(tmp_path: Path) -> None:
     with Growing(tmp_path / "nowhere") as growing:
         pass
     assert growing.sha256 == ""
+
+
+def test_what_broke_off_is_not_read_to_its_end(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(OSError, match="away"), Growing(tmp_path / "file") as growing:
+        with (tmp_path / "file").open("wb") as file:
+            file.truncate(256 * 2**30)  # it takes no room, and minutes to read
+        growing.grew(256 * 2**30)
+        raise OSError("the server went away")
+    assert growing.sha256 == "" and time.monotonic() - began < 30
 
 
 def test_a_bucket_tells_the_digest_of_what_it_brought(
