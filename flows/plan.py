@@ -1,7 +1,7 @@
 """The plan: what would run, and why. Reads manifests only, one look-up a stage; imports neither Prefect nor torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from flows.graph import select, stage_named
@@ -77,6 +77,10 @@ def make_plan(
         for damaged, reason in _damaged(run, steps[stage]):
             steps[damaged] = Step(damaged, "runs", reason, steps[damaged].key, regrows=True)
     for stage in chosen:
+        again = [s for s in run.upstream(stage) if steps[s].regrows or steps[s].state == "unknown"]
+        if again and steps[stage].state == "cached":
+            steps[stage] = replace(steps[stage], state="unknown", reason=_waits(again))
+    for stage in chosen:
         for above in run.upstream(stage):
             if above not in chosen and above not in run.artifacts and steps[stage].state != "cached":
                 run.inputs(stage)  # raises, naming +stage
@@ -131,7 +135,7 @@ def _step(
 ) -> Step:
     waiting = [s for s in run.upstream(stage) if before[s].state in ("runs", "unknown")]
     if waiting:
-        why = f"depends on {', '.join(waiting)}"
+        why = _waits(waiting)
         if not chosen:
             return Step(stage, "skipped", f"not selected; {why}")
         return Step(stage, "runs", f"forced; {why}") if forced else Step(stage, "unknown", why)
@@ -150,6 +154,10 @@ def _step(
     if not chosen:
         return Step(stage, "skipped", "not selected; not made with these settings", action.key)
     return Step(stage, "runs", _why(stage, action.document, baseline.get(stage)), action.key)
+
+
+def _waits(above: Sequence[str]) -> str:
+    return f"depends on {', '.join(above)}"
 
 
 def _asked_for(run: Run, chosen: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ Layout below the store's URL::
     locks/  checkpoints/        see stages.lease and stages.checkpoints
     quarantine/                 what did not hold the bytes its name says
     format.json                 the layout's version
+    clock.json                  written to learn what time it is there
 
 Opening and finding import neither s3fs nor fsspec unless the URL asks for them, and `s3://` seldom does.
 """
@@ -43,6 +44,8 @@ FORMAT = 1
 STALE = 24 * 3600.0
 """Seconds after which a blob that is used again is made young again before a manifest lists it. Half of gc's grace."""
 
+COUNTED_ON = 3600.0
+"""Seconds after which the store is asked again what time it is."""
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """The clock that nobody sets; on Linux it also counts while the machine sleeps."""
 
@@ -54,6 +57,13 @@ class Ref(NamedTuple):
 
     document: dict[str, Json]
     version: str
+
+
+class _Asked(NamedTuple):
+    """What time it was at the store, and by the clock that nobody sets, when it was asked."""
+
+    at: float
+    told: float
 
 
 def open_store(
@@ -313,14 +323,16 @@ class Store:
         return {sha256: reason for sha256, reason in reasons if reason}
 
     def _now(self) -> float:
-        """The time at the store, as this machine's clock may be wrong: asked once, then counted on. Seconds since the
-        epoch."""
-        return self._ahead + time.clock_gettime(_STEADY)
+        """The time at the store, as this machine's clock may be wrong: asked again after `COUNTED_ON` seconds, as that
+        one may be set too, and counted on in between. Seconds since the epoch."""
+        if time.clock_gettime(_STEADY) - self._asked.at > COUNTED_ON:
+            vars(self).pop("_asked", None)
+        asked = self._asked
+        return asked.told + time.clock_gettime(_STEADY) - asked.at
 
     @cached_property
-    def _ahead(self) -> float:
-        """Seconds by which the store's clock is ahead of the one that nobody sets."""
-        return clock_of(self.objects) - time.clock_gettime(_STEADY)
+    def _asked(self) -> _Asked:
+        return _Asked(time.clock_gettime(_STEADY), clock_of(self.objects))
 
     def _spread(self, function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterable[Any]:
         return map(function, items) if self.objects.local("") is not None else spread(function, items, threads)

@@ -252,11 +252,12 @@ class S3Objects:
             return Piece(data, int(told.rpartition("/")[2])) if told else all_from(start, data)
 
         try:
-            return self._patiently(lambda: sync(self.fs.loop, some))
+            found: Piece | None = self._patiently(lambda: sync(self.fs.loop, some))
         except OSError as error:
             if code_of(error) not in ("InvalidRange", "416"):
                 raise
             return None
+        return found
 
     def _conditional(self, path: str, data: bytes, **condition: str) -> str | None:
         def write(writer: str) -> str:

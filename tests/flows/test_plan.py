@@ -135,8 +135,9 @@ def test_a_lost_blob_of_what_a_run_is_for_grows_back_although_all_is_made(tmp_pa
         [lost[stage], *_] = run.artifacts[stage].tree.files
         rehearsal.store.objects.delete(blob_path(lost[stage].sha256))
     plan = make_plan(rehearsal.start(20))
-    assert plan.to_run == ["merge", "publish"], "nobody reads the tokens any more"
-    for stage in plan.to_run:
+    assert plan.to_run == ["merge", "evaluate", "publish"], "nobody reads the tokens any more"
+    assert (plan.step("evaluate").state, plan.step("evaluate").reason) == ("unknown", "depends on merge")
+    for stage in ("merge", "publish"):
         assert plan.step(stage).regrows and lost[stage].path in plan.step(stage).reason
     assert make_plan(rehearsal.start(20), ("+train",)).to_run == [], "which was not asked for the weights"
 

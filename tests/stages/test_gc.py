@@ -30,8 +30,8 @@ from stages.errors import UserError
 from stages.gc import GRACE, Tally, collect, verify
 from stages.identity import Action
 from stages.lease import lease
-from stages.objects import Entry, Objects, blob_path
-from stages.store import STALE, Artifact, BadBlob, Store, open_store
+from stages.objects import Entry, Objects, blob_path, clock_of
+from stages.store import COUNTED_ON, STALE, Artifact, BadBlob, Store, open_store
 
 NOW = -5.0
 """A grace that has passed for everything, whatever a server's clock rounds to."""
@@ -144,6 +144,20 @@ def test_a_clock_that_is_behind_by_years_takes_no_old_blob_for_young(
             store.commit_whole(make_action("convert"), {"chat/0": made}, {}, {})
         assert blob.stat().st_mtime > old + GRACE
         age(store, GRACE + 60)
+
+
+def test_a_store_s_clock_that_is_set_is_heard_of_within_the_hour(
+    store: Store, make_folder: MakeFolder, make_action: MakeAction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as wrong:
+        wrong.setattr("stages.store.clock_of", lambda objects: clock_of(objects) - 2 * 365 * 24 * 3600)
+        made = store.commit(make_action(name="first"), make_folder({"shared": b"s"}), {}, {})
+    age(store, GRACE + 60)
+    blob, steady = Path(store.url) / blob_path(made.tree.files[0].sha256), time.clock_gettime
+    old = blob.stat().st_mtime
+    monkeypatch.setattr(time, "clock_gettime", lambda which: steady(which) + COUNTED_ON)
+    store.commit(make_action(name="again"), make_folder({"shared": b"s"}), {}, {})
+    assert blob.stat().st_mtime > old + GRACE
 
 
 def test_old_runs_that_no_ref_names_keep_nothing(any_store: Store, four: dict[str, Artifact]) -> None:

@@ -92,5 +92,9 @@ def test_a_key_that_may_not_delete_does_all_that_a_worker_does(
     drop_checkpoints(store, make_action().key)
     again = store.commit(make_action(), make_folder({"a": b"forced"}), {}, {}, replace=True)
     assert store.recall("pack", made.key, made.digest) is not None and again.digest != made.digest
+    another, before = open_store(s3.url, tmp_path / "cache", keys(WORKER)), list(store.objects.list(""))
+    another.commit(make_action(n=2), make_folder({"b": b"more"}), {}, {})
+    more = sorted(e.path.partition("/")[0] for e in store.objects.list("") if e.path not in {e.path for e in before})
+    assert more == ["actions", "blobs"], "what is left besides would become more with every run"
     with pytest.raises(MayNotDelete):
         collect(store, delete=True, grace=-60)
