@@ -174,14 +174,16 @@ def log_probs(model: Any, sequences: list[tuple[int, list[int]]]) -> LogProbs:
         ("grpo", {}, by_group, dapo),
         ("gdpo", {}, one_by_one, dapo),
         ("rloo", {"beta": 0.0}, leaving_one_out, rloo),
-        ("grpo", {"loss": "dr_grpo", "scale_rewards": "none"}, against_group, dr_grpo),
+        pytest.param(
+            "grpo", {"loss": "dr_grpo", "scale_rewards": "none"}, against_group, dr_grpo, marks=pytest.mark.full
+        ),
         ("grpo", {"loss": "grpo", "importance": "sequence"}, by_group, gspo),
         ("grpo", {"loss": "grpo"}, by_group, grpo),
-        ("grpo", {"loss": "bnpo"}, by_group, dapo),
-        ("grpo", {"loss": "luspo", "importance": "sequence"}, by_group, luspo),
-        ("grpo", {"loss": "cispo", "epsilon_high": RATIO}, by_group, cispo),
-        ("grpo", {"loss": "sapo"}, by_group, sapo),
-        ("grpo", {"loss": "vespo"}, by_group, vespo),
+        pytest.param("grpo", {"loss": "bnpo"}, by_group, dapo, marks=pytest.mark.full),
+        pytest.param("grpo", {"loss": "luspo", "importance": "sequence"}, by_group, luspo, marks=pytest.mark.full),
+        pytest.param("grpo", {"loss": "cispo", "epsilon_high": RATIO}, by_group, cispo, marks=pytest.mark.full),
+        pytest.param("grpo", {"loss": "sapo"}, by_group, sapo, marks=pytest.mark.full),
+        pytest.param("grpo", {"loss": "vespo"}, by_group, vespo, marks=pytest.mark.full),
     ],
     ids=["dapo", "gdpo", "rloo", "dr_grpo", "gspo", "grpo", "bnpo", "luspo", "cispo", "sapo", "vespo"],
 )
