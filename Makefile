@@ -57,7 +57,7 @@ lint: setup-dev  ## ruff, mypy --strict, import contracts
 audit: setup-dev  ## look the pinned versions up among known vulnerabilities (needs a network)
 	@$(BIN)/python -m venv build/audit
 	@build/audit/bin/pip -q --disable-pip-version-check install pip-audit
-	@build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	@build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(AUDIT)
 
 bench: setup-dev  ## the timings in benchmarks/ that need no GPU
 	@$(BIN)/python -m benchmarks.packing

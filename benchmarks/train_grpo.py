@@ -60,7 +60,8 @@ def main() -> None:
             some = [json.loads(line) for line in lines[first : first + every]]
             means = {
                 name: sum(each[name] for each in some) / len(some)
-                for name in ("reward", "completion_length", "equal_groups", "clip_fraction")
+                for name in ("reward", "completion_length", "equal_groups", "clip_fraction", "vllm_difference")
+                if name in some[0]
             }
             print(f"steps {first + 1:4}-{first + len(some):4}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
         print(json.dumps(dict(trained.facts)), flush=True)

@@ -29,9 +29,14 @@ class VllmChoice(StageConfig):
     """Share of the GPU's memory that it takes where it is colocated; 0.3 when left out."""
     sleep: bool = False
     """Give that memory back while a step trains: slower, for models that need it."""
+    asynchronous: bool = False
+    """Let the server write the next batch while this one trains: by the weights of one step ago, for which importance
+    sampling corrects."""
 
     @model_validator(mode="after")
     def _of_the_server(self) -> Self:
+        if self.mode == "colocate" and self.asynchronous:
+            raise ValueError("asynchronous: a GPU that trains has no time to write: set mode: server beside it")
         if self.mode == "server" and (self.memory is not None or self.sleep):
             raise ValueError("memory and sleep are set where the server is started: take them out, or colocate it")
         return self
@@ -80,6 +85,8 @@ class RewardedOptions(SampledOptions):
             raise ValueError("rewards: name at least one")
         if self.environment and ENVIRONMENT in self.rewards:
             raise ValueError(f"rewards: the environment's own is called {ENVIRONMENT}: choose another name")
+        if self.environment and self.vllm and self.vllm.asynchronous:
+            raise ValueError("vllm.asynchronous: an episode is written turn by turn: take it or the environment out")
         return self
 
 

@@ -19,9 +19,12 @@ class RlooOptions(RewardedOptions):
     """Bring a batch's advantages to mean 0 and standard deviation 1."""
 
     @model_validator(mode="after")
-    def _no_environment(self) -> Self:
+    def _as_trl_has_it(self) -> Self:
         if self.environment:
             raise ValueError("environment: rloo has none in TRL: choose grpo or gdpo")
+        if self.vllm and self.vllm.asynchronous:
+            # TRL's loss takes the probabilities of now for those of sampling.
+            raise ValueError("vllm.asynchronous: rloo does not correct for older weights: choose grpo or gdpo")
         return self
 
 

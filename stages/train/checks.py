@@ -49,6 +49,10 @@ def _of_objective(config: "TrainConfig") -> Iterator[str]:
     for name, is_set in unread.items():
         if is_set:
             yield f"`{name}`: {config.objective} trains on what the model itself writes, without it; take it out"
+    if config.method == "lora" and config.objective_options.get("vllm"):
+        for name in ("experts", "new_tokens"):
+            if getattr(config.lora, name):
+                yield f"`lora.{name}`: vLLM cannot be told such weights: take it or `objective_options.vllm` out"
 
 
 def _of_method(config: "TrainConfig") -> Iterator[str]:

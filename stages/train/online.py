@@ -110,6 +110,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             optimizers=(optimizer, LambdaLR(optimizer, schedules.multiplier(config, total))),
             **given,
         )
+        if rewarded and rewarded.vllm:
+            vllm_engine.adjust(trainer, rewarded, [rows[i]["prompt"] for i in asked])
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(online_trainer.Saving(work.runtime.save_seconds, iterations, stop))
         checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints")

@@ -8,6 +8,8 @@ from typing import Any
 from stages.errors import UserError
 from stages.objectives.grpo import RewardedOptions
 from stages.runtime import Runtime
+from stages.train.ahead import Ahead, Prompts
+from stages.train.vllm_weights import Told
 
 SHARE = 0.3
 """Of the GPU's memory, where the recipe does not say how much."""
@@ -44,3 +46,21 @@ def arguments(
         "vllm_max_model_length": length,
         **correction,
     }
+
+
+def adjust(trainer: Any, options: RewardedOptions, prompts: Sequence[Any]) -> None:
+    """Let TRL's trainer tell vLLM the right weights and, if the recipe says so, ask it a step ahead. `prompts` are all
+    in the order they are asked."""
+    assert options.vllm is not None
+    trainer.vllm_generation.model = Told(trainer.model)
+    if options.vllm.asynchronous:
+        trainer.vllm_generation = Ahead(trainer.vllm_generation, lambda: _following(trainer, options, prompts))
+
+
+def _following(trainer: Any, options: RewardedOptions, prompts: Sequence[Any]) -> Prompts | None:
+    """The token ids of the batch after the one that the trainer is at."""
+    start = (trainer.state.global_step // options.iterations + 1) * options.prompts_per_step
+    asked = list(prompts[start : start + options.prompts_per_step])
+    if not asked:
+        return None
+    return [ids for ids in trainer.processing_class(text=asked)["input_ids"] for _ in range(options.group_size)]

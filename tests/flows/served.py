@@ -11,13 +11,13 @@ from pathlib import Path
 
 import httpx
 
-from tests.flows.raised import free_port
+from tests.conftest import free_ports
 
 
 @contextmanager
 def serving(words: Sequence[str], home: Path, url: str = "http://127.0.0.1") -> Iterator[int]:
     """`regrow WORDS` with a port that is free, answering at `url`; what it prints is in `home`/served.log."""
-    port, log = free_port(), home / "served.log"
+    port, log = free_ports(1)[0], home / "served.log"
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("PREFECT_", "REGROW_"))}
     with log.open("wb") as out:
         process = subprocess.Popen(

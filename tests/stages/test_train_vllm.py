@@ -73,13 +73,23 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     return folder
 
 
-def judged(output: Path, facts: Facts) -> None:
-    """What holds however vLLM is reached: the reward goes up, so it was told the new weights, and they agree."""
+def judged(output: Path, facts: Facts, difference: float | None = 0.05) -> None:
+    """What holds however vLLM is reached: the reward goes up, so it was told the new weights, and they agree, where
+    TRL's trainer says by how much."""
     told = figures(output)
-    rewards = [step["reward"] for step in told]
-    assert sum(rewards[-4:]) > 1.2 * sum(rewards[:4])
-    assert all(step["vllm_difference"] < 0.05 for step in told)
-    assert len(read_table(output / "rollouts.arrow")) == facts["completions"] == 12 * 2 * 8
+    rewards, quarter = [step["reward"] for step in told], len(told) // 4
+    assert sum(rewards[-quarter:]) > 1.15 * sum(rewards[:quarter])
+    if difference is not None:
+        assert all(step["vllm_difference"] < difference for step in told)
+    assert len(read_table(output / "rollouts.arrow")) == facts["completions"] == len(told) * 2 * 8
+
+
+def asked(folder: Path, objective: str, method: str, **vllm: Any) -> dict[str, Any]:
+    """A recipe that learns in seconds: an adapter of this small model needs more steps than all its weights."""
+    if method == "full":
+        return recipe(folder, objective, vllm=vllm) | {"precision": "bf16", "learning_rate": 1e-3}
+    config = recipe(folder, objective, steps=40, vllm=vllm) | {"precision": "bf16", "learning_rate": 1e-2}
+    return config | {"method": "lora", "lora": {"rank": 8, "alpha": 16}}
 
 
 @pytest.mark.gpu
@@ -90,16 +100,20 @@ def test_colocated_it_writes_with_the_weights_of_the_moment(
 ) -> None:
     """In a process of its own, as a training is: vLLM keeps its share of the memory until the process ends."""
     pytest.importorskip("vllm")
-    config = recipe(tmp_path, objective, vllm={"memory": 0.1}) | {"method": method, "precision": "bf16"}
-    config |= {"learning_rate": 3e-3, "lora": {"rank": 8}} if method == "lora" else {"learning_rate": 1e-3}
+    config = asked(tmp_path, objective, method, memory=0.1)
     paths = {name: str(path) for name, path in given(tmp_path, small_model).items()}
     (tmp_path / "asked.json").write_text(json.dumps([str(tmp_path / "made"), paths, config]))
     subprocess.run([sys.executable, "-m", "tests.stages.test_train_vllm", str(tmp_path / "asked.json")], check=True)
-    judged(tmp_path / "made/output", json.loads((tmp_path / "made/facts.json").read_text()))
+    facts = json.loads((tmp_path / "made/facts.json").read_text())
+    judged(tmp_path / "made/output", facts, None if objective == "rloo" else 0.05)
 
 
 @pytest.mark.gpu
-def test_a_server_is_told_the_weights_of_the_moment(tmp_path: Path, small_model: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_server_is_told_the_weights_of_the_moment(
+    tmp_path: Path, small_model: Path, method: str, asynchronous: bool
+) -> None:
     """On a second GPU, as NCCL does not send from a GPU to itself."""
     import torch
 
@@ -110,11 +124,11 @@ def test_a_server_is_told_the_weights_of_the_moment(tmp_path: Path, small_model:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    asked = ["serve", str(small_model), "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512"]
+    started = ["serve", str(small_model), "--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512"]
     told = ["--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs"]
     more = ["--max-logprobs", "-1", "--gpu-memory-utilization", "0.1", "--enforce-eager"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *asked, *told, *more]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *started, *told, *more]
     server = subprocess.Popen(command, env=environment)
     try:
         for _ in range(1800):
@@ -124,7 +138,7 @@ def test_a_server_is_told_the_weights_of_the_moment(tmp_path: Path, small_model:
             except OSError:
                 assert server.poll() is None
                 time.sleep(0.1)
-        config = recipe(tmp_path, vllm={"mode": "server"}) | {"precision": "bf16", "learning_rate": 1e-3}
+        config = asked(tmp_path, "grpo", method, mode="server", asynchronous=asynchronous)
         paths = {name: str(path) for name, path in given(tmp_path, small_model).items()}
         (tmp_path / "asked.json").write_text(json.dumps([str(tmp_path / "made"), paths, config]))
         subprocess.run(
@@ -132,7 +146,8 @@ def test_a_server_is_told_the_weights_of_the_moment(tmp_path: Path, small_model:
             check=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "0", "REGROW_VLLM_URL": address},
         )
-        judged(tmp_path / "made/output", json.loads((tmp_path / "made/facts.json").read_text()))
+        facts = json.loads((tmp_path / "made/facts.json").read_text())
+        judged(tmp_path / "made/output", facts, 0.5 if asynchronous else 0.05)  # a step's learning lies between them
     finally:
         server.terminate()
         server.wait()
