@@ -23,6 +23,7 @@ from stages import arithmetic, objectives, own_code
 from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.judge import Judge
+from stages.objectives.ebft import EbftOptions
 from stages.objectives.grpo import RewardedOptions, SampledOptions
 from stages.stage import Facts, Work
 from stages.train import (
@@ -30,6 +31,7 @@ from stages.train import (
     adapters,
     checkpoints,
     checks,
+    features,
     model,
     online_trainer,
     optimizers,
@@ -80,6 +82,9 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     choices = rewarded.rewards if rewarded else {}
     room, again = options.max_new_tokens, episodes is not None
     rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, room, messages=again)
+    left_out = 0
+    if isinstance(options, EbftOptions):
+        rows, left_out = features.anchored(rows, tokenizer, options, prompts.positions(inputs["model"]))
     steps = -(-len(rows) // options.prompts_per_step)
     iterations = online_trainer.group_and_iterations(options)[1]
     total = config.max_steps or math.ceil(config.epochs * steps) * iterations
@@ -94,6 +99,14 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         given: dict[str, Any] = {"model": trained, "processing_class": tokenizer}
         if objective.online.teacher:
             given["teacher_model"] = teacher.load(config, inputs, device, trained)
+        elif isinstance(options, EbftOptions):
+            frozen = features.Frozen(trained, inputs["model"], device)
+            given["reward_funcs"] = features.Matching(
+                frozen,
+                tokenizer,
+                options,
+                lambda *batch: recorder.keep_with("features", trainer.state.global_step, *batch),
+            )
         else:
             given["reward_funcs"] = recorder.functions(lambda: trainer.state.global_step, episodes)
         arguments = online_trainer.arguments(config, options, objective.online, total, device, reporting, work)
@@ -151,11 +164,14 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
         "seconds_of_training": round(done - ready, 2),
         "completions_per_second": round((written - earlier) / (done - ready), 2),
     }
-    if judge is None:
-        return facts
     judged = [entry for entry in history if "reward" in entry]  # not where a batch is trained on once more
+    if isinstance(options, EbftOptions):
+        facts |= {"places_left_out": left_out}
+        facts |= {f"{name}_feature_loss": judged[at]["feature_loss"] for name, at in (("first", 0), ("last", -1))}
+    if not judged:
+        return facts
     return facts | {
-        "unscored": dict(judge.unscored),
+        "unscored": dict(judge.unscored) if judge else {},
         "first_reward": judged[0]["reward"],
         "last_reward": judged[-1]["reward"],
         "equal_groups": round(sum(entry["equal_groups"] for entry in judged) / len(judged), 4),

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from stages import objectives
 from stages.errors import UserError
-from stages.objectives.grpo import RewardedOptions, SampledOptions
+from stages.objectives.grpo import SampledOptions
 from stages.objectives.on_policy_distillation import OnPolicyOptions
 from stages.stage import Work
 from stages.train import TrainConfig, checkpoints, teacher, weights
@@ -32,19 +32,31 @@ MEASURES = {
     "tools/call_frequency": "tool_calls",
     "tools/failure_frequency": "tool_failures",
     "sampling/sampling_logp_difference/mean": "vllm_difference",
+    "feature_loss": "feature_loss",
 }
 """TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
 learned from those. `cut_off` is the share of completions that reached the most tokens. `tool_calls` are an
 episode's, and `tool_failures` the share of them that gave an error. `vllm_difference` is how far
-vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean."""
+vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean. `feature_loss` is how far
+features are from the reference's, squared."""
 
-SHOWN = ("loss", "grad_norm", "reward", "kl", "completion_length", "cut_off", "equal_groups", "clip_fraction")
+SHOWN = (
+    "loss",
+    "grad_norm",
+    "reward",
+    "kl",
+    "completion_length",
+    "cut_off",
+    "equal_groups",
+    "clip_fraction",
+    "feature_loss",
+)
 """What is told while it trains."""
 
 
 def group_and_iterations(options: SampledOptions) -> tuple[int, int]:
     """Completions to each prompt, and how often each batch of them is trained on."""
-    return (options.group_size, options.iterations) if isinstance(options, RewardedOptions) else (1, 1)
+    return getattr(options, "group_size", 1), getattr(options, "iterations", 1)
 
 
 def arguments(

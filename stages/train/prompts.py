@@ -57,8 +57,7 @@ def read(
         for reward, parsed in [rewards.load(choice)]
         for column in reward.needs(parsed)
     }
-    described = AutoConfig.from_pretrained(inputs["model"], local_files_only=True).get_text_config()
-    context = getattr(described, "max_position_embeddings", None) or math.inf
+    context = positions(inputs["model"])
     rows: list[Row] = []
     windows.begin(range(bins.steps), 0)
     for number in range(len(bins)):
@@ -91,6 +90,12 @@ def read(
                 _refuse_other(text, said, tokenizer)
             rows.append({"prompt": said if messages else text, "columns": json.dumps(columns)})
     return rows
+
+
+def positions(folder: Path) -> float:
+    """The most tokens that a model takes."""
+    described = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return getattr(described, "max_position_embeddings", None) or math.inf
 
 
 def _place(plan: Path, shards: Sequence[str], document: int) -> str:

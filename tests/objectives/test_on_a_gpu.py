@@ -21,7 +21,7 @@ from tests.objectives import test_kto, test_reward_models
 from tests.stages import test_train_online
 from tests.stages.packed import Packed, turns
 
-PAIRS, ONLINE = ("cpo", "dpo", "orpo", "reward", "simpo"), ("gdpo", "grpo", "on_policy_distillation", "rloo")
+PAIRS, ONLINE = ("cpo", "dpo", "orpo", "reward", "simpo"), ("ebft", "gdpo", "grpo", "on_policy_distillation", "rloo")
 KINDS = {
     **dict.fromkeys(PAIRS, test_reward_models.pairs),
     "process_reward": test_reward_models.solutions,
@@ -108,6 +108,8 @@ def test_completions_are_made_and_judged_on_a_gpu(
     config = test_train_online.recipe(tmp_path, objective, 3) | more
     if objective == "rloo":
         config["objective_options"] |= {"beta": 0.0}
+    if objective == "ebft":
+        config["objective_options"] = {"group_size": 8, "prompts_per_step": 2}
     if objective == "gdpo":
         config["objective_options"]["rewards"]["short"] = {"reward": "length", "options": {"most": 8}}
     if objective == "on_policy_distillation":

@@ -59,6 +59,8 @@ def prepare(folder: Path, model: Path, objective: str) -> tuple[dict[str, Path],
         options = test_train_online.recipe(folder, objective)["objective_options"] | {"group_size": 4}
         if objective == "gdpo":
             options["rewards"]["short"] = {"reward": "length", "options": {"most": 8}}
+        if objective == "ebft":
+            options = {"group_size": 4, "prompts_per_step": 2}
         if objective == "on_policy_distillation":
             options = {"prompts_per_step": 2, "max_new_tokens": 12, "student_share": 0.5}
             inputs["teacher"] = teacher(model, folder / "teacher")
