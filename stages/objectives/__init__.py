@@ -45,8 +45,6 @@ class Online:
     """The config's arguments, from the objective's options."""
     teacher: bool = False
     """Whether the trainer has `fetch.teacher` beside the model, to ask about each completion."""
-    references: bool = False
-    """Whether prompts have reference answers, which completions are compared with (`stages.train.features`)."""
 
 
 def _not_packed(*_: Any) -> Any:

@@ -43,9 +43,4 @@ def settings(options: EbftOptions) -> Mapping[str, Any]:
     return {**sampling_settings(options), "num_generations": options.group_size, "beta": 0.0}
 
 
-OBJECTIVE = Objective(
-    version=1,
-    options=EbftOptions,
-    kinds=("prompt",),
-    online=Online("RLOOTrainer", settings, references=True),
-)
+OBJECTIVE = Objective(version=1, options=EbftOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))

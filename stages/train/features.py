@@ -20,8 +20,8 @@ DEPTHS = (0.25, 0.5, 0.75)
 """How far up the layers features are read."""
 REST = "rest"
 """Where a row has the tokens with which its reference goes on."""
-AT_ONCE = 64
-"""Texts that are read at once."""
+AT_ONCE = 16
+"""Texts that are read at once: the hidden states of all layers are held for them."""
 SMALLEST = 1e-5
 """Directions of a group that are this much smaller than its largest are rounding, and left as nothing."""
 
