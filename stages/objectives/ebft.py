@@ -2,9 +2,9 @@
 to match those of the reference answer.
 
 From a prompt and the beginning of its answer, at every `stride`-th token, the model writes `group_size` continuations
-of `max_new_tokens`. A frozen copy of the model before training reads each; its hidden states at the last token, a
-quarter, half and three quarters up its layers, side by side, are the features phi. With phi* those of the reference's
-own continuation, a continuation's reward is
+of `max_new_tokens`. A frozen copy of the model before training reads each; its hidden states at the last token before
+the end, a quarter, half and three quarters up its layers, side by side, are the features phi. With phi* those of the
+reference's own continuation, a continuation's reward is
 
     2 cos(phi_j, phi*) - 2 diversity mean over the others i of phi_j . phi_i
 
@@ -33,7 +33,8 @@ class EbftOptions(SampledOptions):
     group_size: int = Field(default=4, ge=2)
     """Continuations from each place."""
     diversity: float = Field(default=1.0, ge=0)
-    """How much it counts against a continuation that the others are like it."""
+    """How much it counts against a continuation that the others are like it; with `whiten` only those that are the
+    same are, all others being made equally unlike."""
     whiten: bool = True
     """Let all directions in which the continuations of a group differ count alike."""
 

@@ -30,7 +30,7 @@ class VllmChoice(StageConfig):
     sleep: bool = False
     """Give that memory back while a step trains: slower, for models that need it."""
     asynchronous: bool = False
-    """Let the server write the next batch while this one trains: by the weights of one step ago, for which importance
+    """Let the server write the next batch while this one trains: by the weights of one batch ago, for which importance
     sampling corrects."""
 
     @model_validator(mode="after")

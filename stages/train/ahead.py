@@ -1,8 +1,8 @@
 """Asynchronous rollouts: while a step trains, vLLM's server writes the completions of the next one.
 
-Those are then by the weights of one step ago, never older. TRL's loss weighs every token by how probable the weights of
-now and those that wrote it make it (`vllm_importance_sampling_correction`), which corrects for that as it does for what
-vLLM computes differently.
+Those are then by the weights of one batch ago, never older. TRL's loss weighs every token by how much more probable the
+weights of now make it than those that wrote it (`vllm_importance_sampling_mode: token_truncate`, at most three times).
+That corrects for both: for the older weights, and for what vLLM computes differently.
 """
 
 import threading
@@ -42,10 +42,12 @@ class Ahead:
 
     def generate(self, prompts: Prompts, images: Any, num_generations: int, profiler: Any = None) -> Any:
         """The completions of `prompts`: written ahead, or now where a training begins."""
-        if self._written and self._prompts == prompts:
+        if self._written is None:
+            given = self.generation.generate(prompts, images, num_generations, profiler)
+        elif self._prompts == prompts:
             given = self._written.result()
         else:
-            given = self.generation.generate(prompts, images, num_generations, profiler)
+            raise RuntimeError("completions were written ahead for other prompts than those that are asked for")
         self._prompts, self._written = self.following(), None
         if ahead := self._prompts:
             self._written = in_background(lambda: self.generation.generate(ahead, None, num_generations))

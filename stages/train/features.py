@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -18,8 +19,6 @@ from stages.objectives.ebft import EbftOptions
 
 DEPTHS = (0.25, 0.5, 0.75)
 """How far up the layers features are read."""
-REST = "rest"
-"""Where a row has the tokens with which its reference goes on."""
 AT_ONCE = 16
 """Texts that are read at once: the hidden states of all layers are held for them."""
 SMALLEST = 1e-5
@@ -29,13 +28,15 @@ Tokens = list[int]
 
 
 def anchored(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, options: EbftOptions, positions: float
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, options: EbftOptions, positions: float, seed: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Every prompt with every beginning of its reference, as prompts with the tokens that come next, in `REST`; and how
-    many were left out, because as a text they would be other tokens or are too long for the model's `positions`.
+    """Every prompt with every beginning of its reference, as prompts with the tokens that come next, in `rest`; and how
+    many were left out, because as a text they would be other tokens or are too long for the model's `positions`. In an
+    order drawn by `seed`, or a step would hold the places of one text alone.
 
-    Raises UserError at a row without a reference, and if nothing is left.
+    Raises UserError at a row without a reference or with a control token in it, and if nothing is left.
     """
+    control = control_tokens(tokenizer)
     made, left_out = [], 0
     for row in rows:
         columns = json.loads(row["columns"])
@@ -45,19 +46,29 @@ def anchored(
                 f"train.objective_options.reference: expected a text in the column {options.reference!r}, which is "
                 f"{reference!r} for the prompt {row['prompt'][:200]!r}; it has {', '.join(columns) or 'no columns'}"
             )
-        begin = tokenizer(row["prompt"])["input_ids"]
-        answer = [*tokenizer(reference)["input_ids"], tokenizer.eos_token_id]
-        for at in range(0, len(answer), options.stride):
-            ids = begin + answer[:at]
-            text = tokenizer.decode(ids)
-            rest = answer[at : at + options.max_new_tokens]
-            if len(ids) + options.max_new_tokens > positions or tokenizer(text)["input_ids"] != ids:
+        begin, answer = tokenizer([row["prompt"], reference])["input_ids"]
+        if control.intersection(answer):
+            raise UserError(
+                "train: a reference holds the text of a control token, which would be read as one: "
+                f"{reference[:300]!r}. Take such rows out with a filter"
+            )
+        places = range(0, len(answer), options.stride)
+        ids = [begin + answer[:at] for at in places]
+        texts = tokenizer.batch_decode(ids)
+        for at, tokens, text, again in zip(places, ids, texts, tokenizer(texts)["input_ids"], strict=True):
+            if len(tokens) + options.max_new_tokens > positions or again != tokens:
                 left_out += 1
                 continue
-            made.append({"prompt": text, "columns": json.dumps({**columns, REST: rest})})
+            rest = answer[at : at + options.max_new_tokens]
+            made.append({"prompt": text, "columns": row["columns"], "rest": rest})
     if not made:
         raise UserError("train: no prompt with the beginning of its reference fits into the model's positions")
-    return made, left_out
+    return [made[i] for i in np.random.default_rng(seed).permutation(len(made))], left_out
+
+
+def control_tokens(tokenizer: Any) -> frozenset[int]:
+    """Those that end a turn, among others."""
+    return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 class Matching:
@@ -76,21 +87,21 @@ class Matching:
         keep: Callable[[Sequence[str], Sequence[str], list[float]], None],
     ) -> None:
         self.frozen, self.tokenizer, self.options, self.keep = frozen, tokenizer, options, keep
+        self.control = control_tokens(tokenizer)
 
     def __call__(
         self,
         prompts: list[str],
         completions: list[str],
         completion_ids: list[Tokens],
-        columns: list[str],
+        rest: list[Tokens],
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float]:
         group = self.options.group_size
         begins: list[Tokens] = self.tokenizer(text=prompts)["input_ids"]
-        rests: list[Tokens] = [json.loads(row)[REST] for row in columns]
-        texts = [begin + written for begin, written in zip(begins, completion_ids, strict=True)]
-        references = [begins[i] + rests[i] for i in range(0, len(prompts), group)]
+        texts = [self._read(begin, written) for begin, written in zip(begins, completion_ids, strict=True)]
+        references = [begins[i] + rest[i] for i in range(0, len(prompts), group)]
         found = self.frozen.features(texts + references)
         written, wanted = found[: len(texts)].reshape(-1, group, found.shape[1]), found[len(texts) :]
         log_metric("feature_loss", float(feature_loss(written, wanted)))
@@ -98,9 +109,14 @@ class Matching:
         self.keep(prompts, completions, rewards)
         return rewards
 
+    def _read(self, begin: Tokens, written: Tokens) -> Tokens:
+        """A text as it is read: an end of turn looks much the same after whatever was said, so the features are of what
+        came before it."""
+        return begin + [token for token in written if token not in self.control]
+
 
 class Frozen:
-    """The model before training, which reads texts: under its adapter where it has one, else a copy."""
+    """The model before training, which reads texts: under its adapter where it has one, else a copy of all weights."""
 
     def __init__(self, trained: Any, folder: Path, device: str) -> None:
         self.trained = trained
@@ -113,9 +129,16 @@ class Frozen:
 
     @torch.no_grad()
     def features(self, texts: Sequence[Tokens]) -> Tensor:
-        """[texts, depths * width], float32: hidden states at each text's last token."""
+        """[texts, depths * width], float32: hidden states at each text's last token.
+
+        Equal texts are read once: beside others they would differ by rounding, which whitening makes a difference of.
+        """
+        places = {text: place for place, text in enumerate(dict.fromkeys(map(tuple, texts)))}
+        return self._read(list(places))[[places[tuple(text)] for text in texts]]
+
+    def _read(self, texts: Sequence[Sequence[int]]) -> Tensor:
         model = self.trained if self.copy is None else self.copy
-        layers = [int(depth * model.config.get_text_config().num_hidden_layers) for depth in DEPTHS]
+        layers = [max(1, int(depth * model.config.get_text_config().num_hidden_layers)) for depth in DEPTHS]
         found = []
         with _resting(model), model.disable_adapter() if self.copy is None else nullcontext():
             for start in range(0, len(texts), AT_ONCE):

@@ -84,7 +84,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     rows = prompts.read(inputs, work, tokenizer, objective.kinds, choices, room, messages=again)
     left_out = 0
     if isinstance(options, EbftOptions):
-        rows, left_out = features.anchored(rows, tokenizer, options, prompts.positions(inputs["model"]))
+        rows, left_out = features.anchored(rows, tokenizer, options, prompts.positions(inputs["model"]), config.seed)
     steps = -(-len(rows) // options.prompts_per_step)
     iterations = online_trainer.group_and_iterations(options)[1]
     total = config.max_steps or math.ceil(config.epochs * steps) * iterations

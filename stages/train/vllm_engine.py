@@ -29,8 +29,10 @@ def arguments(
     """TRL's arguments, for a recipe that asks for it and the prompts it will be asked."""
     choice = options.vllm
     assert choice is not None
-    # vespo weighs tokens itself, and TRL asks for a correction by tokens beside it.
-    correction = {"vllm_importance_sampling_mode": "token_truncate"} if getattr(options, "loss", "") == "vespo" else {}
+    # TRL's own choice weighs whole completions, and leaves out those that have become three times as probable: a batch
+    # later those are many. vespo weighs tokens itself, and TRL asks for a correction by tokens beside it.
+    by_tokens = choice.asynchronous or getattr(options, "loss", "") == "vespo"
+    correction = {"vllm_importance_sampling_mode": "token_truncate"} if by_tokens else {}
     if choice.mode == "server":
         where = {"vllm_server_base_url": runtime.vllm_url}
         return {"use_vllm": True, "vllm_mode": "server", **where, **correction}

@@ -1,4 +1,4 @@
-"""Completions written while a step trains: by the weights of one step ago, never while the server is told new ones."""
+"""Completions written while a step trains: by the weights of one batch ago, never while the server is told new ones."""
 
 import inspect
 import threading
@@ -60,14 +60,16 @@ def test_the_step_trains_while_the_next_batch_is_written() -> None:
     assert ahead.generate([[1]], None, 1) == [(1, 0)]
 
 
-def test_other_prompts_than_those_written_ahead_are_asked_for_anew() -> None:
+def test_other_prompts_than_those_written_ahead_are_an_error() -> None:
+    """Or they would be written twice, and nobody would hear that nothing is ahead."""
     server = Server()
     ahead = Ahead(server, lambda: [[1]])
-    server.let_go.release(3)
+    server.let_go.release(2)
     ahead.sync_weights()
     ahead.generate([[0]], None, 1)
     ahead.sync_weights()
-    assert ahead.generate([[7]], None, 1) == [(7, 1)]
+    with pytest.raises(RuntimeError, match="other prompts"):
+        ahead.generate([[7]], None, 1)
 
 
 def test_what_fails_while_a_step_trains_is_raised_at_the_next() -> None:
