@@ -28,9 +28,10 @@ ADAPTERS: list[dict[str, Any]] = [
 ]
 
 
-def network(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def network(folder: Path, dtype: torch.dtype = torch.float32, tied: bool = False) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).to(dtype)
+    config = AutoConfig.from_pretrained(folder, tie_word_embeddings=tied)
+    return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
 def trained(model: Any, folder: Path, **lora: Any) -> PeftModel:
@@ -47,10 +48,11 @@ def copies(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("lora", ADAPTERS, ids=str)
-def test_they_are_those_of_the_merged_model_by_its_names(tiny_model: Path, lora: dict[str, Any]) -> None:
-    names = {name for name, _ in network(tiny_model).named_parameters()}
-    adapted = trained(network(tiny_model), tiny_model, **lora)
+def test_they_are_those_of_the_merged_model_by_its_names(tiny_model: Path, lora: dict[str, Any], tied: bool) -> None:
+    names = {name for name, _ in network(tiny_model, tied=tied).named_parameters()}
+    adapted = trained(network(tiny_model, tied=tied), tiny_model, **lora)
     told = list(Told(adapted).named_parameters())  # all asked for before one is looked at, as a server's are packed
     alone = adapted.merge_and_unload()
     expected = dict(alone.named_parameters())
