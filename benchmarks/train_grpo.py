@@ -63,7 +63,8 @@ def main() -> None:
                 for name in ("reward", "completion_length", "equal_groups", "clip_fraction", "vllm_difference")
                 if name in some[0]
             }
-            print(f"steps {first + 1:4}-{first + len(some):4}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+            shown = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+            print(f"steps {first + 1:4}-{first + len(some):4}  {shown}", flush=True)
         print(json.dumps(dict(trained.facts)), flush=True)
         merged = run.store.view(execute(run, "merge").artifact.tree)
         print("after ", accuracy(run, merged), flush=True)
