@@ -99,11 +99,16 @@ class Recorder:
         return count
 
     def keep_with(
-        self, name: str, step: int, prompts: Sequence[str], completions: Sequence[str], scores: list[float]
+        self,
+        name: str,
+        step: Callable[[], int],
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        scores: list[float],
     ) -> None:
         """Write down a batch of the step after `step` ones, with one reward that was found elsewhere."""
         self._scores = {name: scores}
-        self.keep(step, prompts, completions)
+        self.keep(step(), prompts, completions)
 
     def keep(self, step: int, prompts: Sequence[str], completions: Sequence[str]) -> None:
         """Write down a batch of the step after `step` ones, with the rewards that were found last."""
