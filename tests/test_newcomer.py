@@ -87,6 +87,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.regrow("down")
 
 
+@pytest.fixture(scope="module")
+def quickstart(place: Place) -> None:
+    """Run, for the tests of what can be done afterwards: each of them may be the first one of its process."""
+    place.run("configs/quickstart.yaml")
+
+
 def test_the_quickstart_runs_for_two_steps_and_then_has_nothing_to_do(place: Place) -> None:
     _runs_and_has_nothing_to_do(place, "configs/quickstart.yaml")
 
@@ -128,8 +134,8 @@ def _runs_and_has_nothing_to_do(place: Place, recipe: str, *arguments: str) -> N
     assert {step["state"] for step in plan["steps"]} <= {"cached", "skipped"}
 
 
+@pytest.mark.usefixtures("quickstart")
 def test_the_published_folder_loads_as_the_card_says(place: Place) -> None:
-    place.run("configs/quickstart.yaml")
     folder = place.home / "out" / "quickstart"
     card = (folder / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.S)
@@ -148,8 +154,8 @@ def test_the_published_folder_loads_as_the_card_says(place: Place) -> None:
         assert f"| {stage} | `" in card
 
 
+@pytest.mark.usefixtures("quickstart")
 def test_a_changed_key_reruns_only_what_depends_on_it(place: Place) -> None:
-    place.run("configs/quickstart.yaml")
     settings = place.settings("configs/quickstart.yaml")
     changed = [*settings, "--set", "train.learning_rate=5e-4"]
     plan = json.loads(place.regrow("plan", "configs/quickstart.yaml", "--json", *changed).stdout)
@@ -201,6 +207,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@pytest.mark.usefixtures("quickstart")
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_runs(place: Place, command: str) -> None:
     words = shlex.split(command)[1:]
