@@ -187,7 +187,7 @@ def test_a_failed_run_ends_with_the_command_that_goes_on(place: Place, tmp_path:
 @pytest.mark.full
 def test_the_quickstart_teaches_what_the_base_model_cannot_do(place: Place) -> None:
     to = place.home / "out" / "whole"
-    done = place.regrow("run", "configs/quickstart.yaml", "--set", f"publish.to={to}")
+    done = place.regrow("run", "configs/quickstart.yaml", "--set", "name=whole", "--set", f"publish.to={to}")
     assert "passed: clearly better" in done.stdout
     scores = json.loads((to / "scores.json").read_text())
     task = scores["tasks"]["reversal"]
