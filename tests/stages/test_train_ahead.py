@@ -3,9 +3,11 @@
 vLLM itself needs a GPU (test_train_vllm.py). Here a second copy of the model writes in its place, behind TRL's trainer.
 """
 
+import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flows.execute import execute
+from flows.recipe import load
+from flows.run import start
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.store import open_store
 from stages.tables import read_table
 from stages.train import STAGE, TrainConfig
 from tests.stages.test_train_online import figures, recipe, train
@@ -47,13 +53,14 @@ class Writer:
         written: list[list[int]] = []
         chances: list[list[list[float]]] = []
         for prompt in prompts[::num_generations]:
-            ids = torch.tensor([prompt] * num_generations)
-            told = torch.zeros(num_generations, 0)
+            read, cache = torch.tensor([prompt] * num_generations), None
+            ids, told = torch.zeros(num_generations, 0, dtype=torch.long), torch.zeros(num_generations, 0)
             for _ in range(self.most):
-                scores = self.network(ids).logits[:, -1].float().log_softmax(-1)
-                drawn = torch.multinomial(scores.exp(), 1, generator=self.chance)
-                ids, told = torch.cat([ids, drawn], 1), torch.cat([told, scores.gather(1, drawn)], 1)
-            for row, likely in zip(ids[:, len(prompt) :].tolist(), told.tolist(), strict=True):
+                out = self.network(read, past_key_values=cache, use_cache=True)
+                scores, cache = out.logits[:, -1].float().log_softmax(-1), out.past_key_values
+                read = torch.multinomial(scores.exp(), 1, generator=self.chance)
+                ids, told = torch.cat([ids, read], 1), torch.cat([told, scores.gather(1, read)], 1)
+            for row, likely in zip(ids.tolist(), told.tolist(), strict=True):
                 length = row.index(self.end) + 1 if self.end in row else self.most
                 written.append(row[:length])
                 chances.append([[one] for one in likely[:length]])
@@ -62,10 +69,16 @@ class Writer:
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Lets a copy of a model write, once it is told which."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Writer)
     monkeypatch.setattr("stages.train.vllm_engine.refuse", lambda device: None)
-    monkeypatch.setattr(Writer, "folder", tiny_model, raising=False)
+    return lambda folder: monkeypatch.setattr(Writer, "folder", folder, raising=False)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_model: Path, writes: Callable[[Path], None]) -> dict[str, Path]:
+    writes(tiny_model)
     return given(tmp_path, tiny_model)
 
 
@@ -113,3 +126,32 @@ def test_asynchronous_a_suspended_run_goes_on_at_the_prompts_it_had_come_to(
     assert facts["resumed_at_step"] == 2 + iterations
     asked_for = [[row["prompt"] for row in read_table(made / "rollouts.arrow").to_pylist()] for made in (whole, parts)]
     assert asked_for[0] == asked_for[1] and len(asked_for[0]) == 6 // iterations * 2 * 8
+
+
+@pytest.mark.full
+def test_a_step_ahead_a_real_model_learns_what_it_learns_in_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: Callable[[Path], None]
+) -> None:
+    """`configs/grpo.yaml`, in which a model learns to answer sums with a number alone, and which."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    runtime = Runtime.model_validate({"device": "cpu", "store": str(tmp_path / "store"), "cache": tmp_path / "cache"})
+    run = start(load(Path("configs/grpo.yaml"), ()), runtime, open_store(runtime.store, runtime.cache))
+    for stage in ("fetch", "convert", "tokenize", "pack"):
+        execute(run, stage)
+    inputs = {name: run.store.view(tree) for name, tree in run.inputs("train").items()}
+    writes(inputs["model"])
+    recipe = run.config("train").model_dump(mode="json")
+    learned: dict[bool, list[float]] = {}
+    for asynchronous in (False, True):
+        vllm = {"mode": "server", "asynchronous": asynchronous}
+        config = recipe | {"objective_options": recipe["objective_options"] | {"vllm": vllm}}
+        output, _ = train(tmp_path / str(asynchronous), inputs, config, vllm_url="http://localhost:8000")
+        learned[asynchronous] = [step["reward"] for step in figures(output)]
+    told = {
+        name: [round(sum(rewards[at : at + 10]) / 10, 3) for at in range(0, 40, 10)]
+        for name, rewards in learned.items()
+    }
+    print(json.dumps(told))
+    for first, *_, last in told.values():
+        assert last > first + 0.2, told
+    assert told[True][-1] > 0.7 * told[False][-1], told
