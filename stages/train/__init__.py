@@ -21,7 +21,8 @@ This file holds the recipe section and declares the stage; the work is in the fi
     state.py         what a checkpoint holds
     checkpoints.py   complete or invisible
     adamw.py         AdamW over weights of 16 + 16 bits
-    lora_linear.py   a layer with its adapter as one operation; lora_mlp.py: two that go together
+    lora_linear.py   a layer with its adapter as one operation; lora_mlp.py, lora_attention.py: layers that go
+                     together, whose weights lora_stack.py lays together
     lora_experts.py  adapters of a mixture's experts
     float8.py        products in 8 bits
     speed.py         chooses among these, and compiles
@@ -261,7 +262,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
 STAGE = Stage(
     name="train",
     artifact="adapter",
-    version=7,
+    version=8,
     config=TrainConfig,
     run=run,
     streamed=frozenset({"tokens"}),

@@ -1,14 +1,16 @@
 """A linear layer with a LoRA adapter as one operation: y = x W' + scale (x A') B', and its three gradients.
 
 PEFT computes the same in separate steps, each of which reads and writes a whole activation, in float32 where adapters
-are. Here the adapter's products are added into the layer's (no pass of their own), x is kept once, and W may be nf4:
-it is then widened for each product and forgotten. An operation of torch's library, so torch.compile leaves it whole.
+are. Here the layer's product is added onto the adapter's, which costs less than the other way about: the large product
+reads what it adds to while it computes. x is kept once, and W may be nf4: it is then widened for each product and
+forgotten. An operation of torch's library, so torch.compile leaves it whole.
 
     quicken(model)      # every layer that PEFT adapted and this computes exactly
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as AdaptedLinear
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.train.float8 import Float8Linear
 
-__all__ = ["Fast", "FastLinear", "lora_linear", "quicken", "wide"]
+__all__ = ["Fast", "FastLinear", "Outputs", "are_plain_now", "lora_linear", "quicken", "wide"]
 
 BLOCK = 64
 """Numbers of an nf4 weight that share a scale."""
@@ -31,8 +33,8 @@ def lora_linear(
     or nf4 as bitsandbytes packs it, with `absmax` [blocks of 64] in float32. All others share one dtype."""
     rows = x.reshape(-1, x.shape[-1])
     reduced = rows @ (a * scale).T
-    y = nn.functional.linear(rows, wide(weight, absmax, a, b), bias)
-    y.addmm_(reduced, b.T)
+    y = nn.functional.linear(reduced, b, bias)
+    y.addmm_(rows, wide(weight, absmax, a, b).T)
     return y.view(*x.shape[:-1], b.shape[0]), reduced
 
 
@@ -48,8 +50,8 @@ def _gradients(
     """The gradients by x, a and b."""
     outs, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     by_reduced = outs @ (b * scale)
-    by_x = outs @ wide(weight, absmax, a, b)
-    by_x.addmm_(by_reduced, a)
+    by_x = by_reduced @ a
+    by_x.addmm_(outs, wide(weight, absmax, a, b))
     return by_x.view(x.shape), by_reduced.T @ rows, outs.T @ reduced
 
 
@@ -86,19 +88,32 @@ def wide(weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return wide
 
 
+class Outputs(NamedTuple):
+    """What layers give that read the same x, computed at once: it takes the place of x, and each picks its own."""
+
+    shape: torch.Size
+    """That of x."""
+    parts: tuple[Tensor, ...]
+
+
 class Fast:
     """The forward pass of PEFT's adapted layers, while they are nothing but W x + scale B A x."""
 
     absmax: Tensor | None
     base_layer: Any
+    place: int
+    """Which of the `Outputs` is this layer's."""
 
     def is_plain_now(self: Any, x: Tensor) -> bool:
         """Whether the adapter is switched on and beside the weight, and of the input's dtype."""
         (name,) = self.active_adapters
         return not self.disable_adapters and not self.merged and x.dtype == self.lora_A[name].weight.dtype
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor | Outputs, *args: Any, **kwargs: Any) -> Tensor:
         """[..., out] from [..., in]."""
+        if isinstance(x, Outputs):
+            mine: Tensor = x.parts[self.place]
+            return mine
         if args or kwargs or not self.is_plain_now(x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         (name,) = self.active_adapters
@@ -110,6 +125,11 @@ class Fast:
             return rows.view(y.shape)
         y = lora_linear(x, base.weight, self.absmax, base.bias, a, b, scale)[0]
         return y
+
+
+def are_plain_now(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether all of them are `Fast` and compute so now; merging puts plain layers in their place."""
+    return all(isinstance(layer, Fast) and layer.is_plain_now(x) for layer in layers)
 
 
 class FastLinear(Fast, AdaptedLinear):  # type: ignore[misc]

@@ -1,10 +1,11 @@
 """The first half of a gated feed-forward layer with LoRA adapters as one operation: silu(gate(x)) * up(x).
 
 Gate and up are the widest activations of a model. Adding an adapter's product to each is a pass over both; here it is
-added where silu reads them anyway, forward and backward, and both share one product with x and one pass over x's
-gradient. See `stages.train.lora_linear`.
+added where silu reads them anyway, forward and backward, and both lie beside one another: one product with x, one of
+their gradients by x. See `stages.train.lora_linear` and `stages.train.lora_stack`.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.train.lora_linear import Fast, wide
+from stages.train.lora_linear import Fast, are_plain_now
+from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_swiglu", "quicken"]
 
@@ -24,81 +26,83 @@ TOLERANCE = 0.02
 
 @torch.library.custom_op("regrow::lora_swiglu", mutates_args=())
 def lora_swiglu(
-    x: Tensor, gate: Tensor, up: Tensor, gate_absmax: Tensor | None, up_absmax: Tensor | None,
-    gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, gate_scale: float, up_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result [..., width]; then, for the backward pass, x gate', x up', and scale x A' of both [rows, rank]."""
+    x: Tensor, weights: Sequence[Tensor], absmaxes: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The result [..., width]; then, for the backward pass, x W' [rows, 2 * width] and scale x A' [rows, 2 * rank] of
+    gate and up, beside one another. Weights, a and b are gate's and up's, of the same shapes."""
     rows = x.reshape(-1, x.shape[-1])
-    reduced = rows @ torch.cat([gate_a * gate_scale, up_a * up_scale]).T
-    rank = gate_a.shape[0]
-    # Copies also of a single row, whose parts are contiguous already: an operation's results must not share memory.
-    by_gate, by_up = (
-        half.clone(memory_format=torch.contiguous_format) for half in torch.split(reduced, [rank, len(up_a)], 1)
-    )
-    gates = rows @ wide(gate, gate_absmax, gate_a, gate_b).T
-    ups = rows @ wide(up, up_absmax, up_a, up_b).T
+    reduced = rows @ torch.cat([each * scale for each, scale in zip(a, scales, strict=True)]).T
+    both = rows.new_empty(len(rows), 2 * len(b[0]))
+    weights = as_one(weights, absmaxes, a, b)
+    for part, weight in zip(both.chunk(len(weights), 1), weights, strict=True):
+        torch.mm(rows, weight.T, out=part)
     if x.is_cuda:
         from stages.kernels import swiglu
 
-        out = swiglu.forward(gates, ups, (by_gate, by_up), (gate_b, up_b))
+        out = swiglu.forward(both, reduced, (b[0], b[1]))
     else:
-        out = F.silu(gates + by_gate @ gate_b.T) * (ups + by_up @ up_b.T)
-    return out.view(*x.shape[:-1], out.shape[-1]), gates, ups, by_gate, by_up
+        gates, ups = _whole(both, reduced, b)
+        out = F.silu(gates) * ups
+    return out.view(*x.shape[:-1], out.shape[-1]), both, reduced
 
 
 @lora_swiglu.register_fake
-def _(
-    x: Tensor, gate: Tensor, up: Tensor, gate_absmax: Any, up_absmax: Any,
-    gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, gate_scale: float, up_scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    width, rows = gate_b.shape[0], x.shape[:-1].numel()
-    flat = [x.new_empty(rows, width) for _ in range(2)] + [x.new_empty(rows, a.shape[0]) for a in (gate_a, up_a)]
-    return x.new_empty(*x.shape[:-1], width), *flat
+def _(x: Tensor, weights: Any, absmaxes: Any, a: Any, b: Any, scales: Any) -> tuple[Tensor, ...]:
+    width, rank, rows = len(b[0]), len(a[0]), x.shape[:-1].numel()
+    return x.new_empty(*x.shape[:-1], width), x.new_empty(rows, 2 * width), x.new_empty(rows, 2 * rank)
 
 
 @torch.library.custom_op("regrow::lora_swiglu_backward", mutates_args=())
 def _gradients(
-    d_out: Tensor, x: Tensor, gate: Tensor, up: Tensor, gate_absmax: Tensor | None, up_absmax: Tensor | None,
-    gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor,
-    gates: Tensor, ups: Tensor, by_gate: Tensor, by_up: Tensor, gate_scale: float, up_scale: float,
+    d_out: Tensor, x: Tensor, weights: Sequence[Tensor], absmaxes: Sequence[Tensor], a: Sequence[Tensor],
+    b: Sequence[Tensor], both: Tensor, reduced: Tensor, scales: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients by x, gate's a and b, up's a and b."""
-    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(gates.shape).contiguous()
+    """The gradients by x, gate's a, up's a, gate's b and up's b."""
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1]).contiguous()
     if x.is_cuda:
         from stages.kernels import swiglu
 
-        d_gate, d_up = swiglu.backward(d_rows, gates, ups, (by_gate, by_up), (gate_b, up_b))
+        d_both = swiglu.backward(d_rows, both, reduced, (b[0], b[1]))
     else:
-        g, u = gates + by_gate @ gate_b.T, ups + by_up @ up_b.T
+        g, u = _whole(both, reduced, b)
         share = torch.sigmoid(g)
-        d_gate, d_up = d_rows * u * share * (1 + g * (1 - share)), d_rows * g * share
-    d_reduced = torch.cat([d_gate @ (gate_b * gate_scale), d_up @ (up_b * up_scale)], dim=1)
-    by_x = d_gate @ wide(gate, gate_absmax, gate_a, gate_b)
-    by_x.addmm_(d_up, wide(up, up_absmax, up_a, up_b))
-    by_x.addmm_(d_reduced, torch.cat([gate_a, up_a]))
-    by_a = d_reduced.T @ rows
-    rank = gate_a.shape[0]
-    by_gate_b, by_up_b = d_gate.T @ by_gate, d_up.T @ by_up
-    return by_x.view(x.shape), by_a[:rank].clone(), by_gate_b, by_a[rank:].clone(), by_up_b
+        d_both = torch.cat([d_rows * u * share * (1 + g * (1 - share)), d_rows * g * share], dim=1)
+    halves = d_both.chunk(2, 1)
+    d_reduced = torch.cat([half @ (each * scale) for half, each, scale in zip(halves, b, scales, strict=True)], dim=1)
+    by_x = d_reduced @ torch.cat(list(a))
+    weights = as_one(weights, absmaxes, a, b)
+    for part, weight in zip(d_both.chunk(len(weights), 1), weights, strict=True):
+        by_x.addmm_(part, weight)
+    by_gate_a, by_up_a = (d_reduced.T @ rows).chunk(2)
+    by_gate_b, by_up_b = (half.T @ by for half, by in zip(halves, reduced.chunk(2, 1), strict=True))
+    # Copies: an operation's results must not share memory.
+    return by_x.view(x.shape), by_gate_a.clone(), by_up_a.clone(), by_gate_b, by_up_b
 
 
 @_gradients.register_fake
-def _(
-    d_out: Tensor, x: Tensor, gate: Tensor, up: Tensor, gate_absmax: Any, up_absmax: Any,
-    gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, *_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(torch.empty_like(each) for each in (x, gate_a, gate_b, up_a, up_b))
+def _(d_out: Tensor, x: Tensor, weights: Any, absmaxes: Any, a: Any, b: Any, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(each) for each in (x, *a, *b))
+
+
+def _whole(both: Tensor, reduced: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate and up with their adapters' products, [rows, width] each."""
+    (gates, ups), (by_gate, by_up) = both.chunk(2, 1), reduced.chunk(2, 1)
+    return gates + by_gate @ b[0].T, ups + by_up @ b[1].T
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[1:])
-    ctx.scales = inputs[9:]
+    x, weights, absmaxes, a, b, ctx.scales = inputs
+    ctx.scaled = len(absmaxes)
+    ctx.save_for_backward(x, *output[1:], *a, *b, *weights, *absmaxes)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    by_x, *adapters = _gradients(d_out, *ctx.saved_tensors, *ctx.scales)
-    return by_x, None, None, None, None, *adapters, None, None
+def _backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, both, reduced, *rest = ctx.saved_tensors
+    a, b, weights, absmaxes = rest[:2], rest[2:4], rest[4:6], rest[6:]
+    by_x, *factors = _gradients(d_out, x, weights, absmaxes, a, b, both, reduced, ctx.scales)
+    return by_x, [None] * 2, [None] * ctx.scaled, factors[:2], factors[2:], None
 
 
 lora_swiglu.register_autograd(_backward, setup_context=_keep)
@@ -110,13 +114,14 @@ class _FastMlp:
     def forward(self: Any, x: Tensor) -> Tensor:
         """[..., width] from [..., width]."""
         gate, up = self.gate_proj, self.up_proj
-        if not (gate.is_plain_now(x) and up.is_plain_now(x)):
+        if not are_plain_now([gate, up], x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         g, u = gate.active_adapters[0], up.active_adapters[0]
         hidden = lora_swiglu(
-            x, gate.base_layer.weight, up.base_layer.weight, gate.absmax, up.absmax,
-            gate.lora_A[g].weight, gate.lora_B[g].weight, up.lora_A[u].weight, up.lora_B[u].weight,
-            gate.scaling[g], up.scaling[u],
+            x, [gate.base_layer.weight, up.base_layer.weight],
+            [] if gate.absmax is None else [gate.absmax, up.absmax],
+            [gate.lora_A[g].weight, up.lora_A[u].weight], [gate.lora_B[g].weight, up.lora_B[u].weight],
+            [gate.scaling[g], up.scaling[u]],
         )[0]  # fmt: skip
         return self.down_proj(hidden)  # type: ignore[no-any-return]
 
@@ -129,6 +134,7 @@ def quicken(model: nn.Module) -> int:
             kind: Any = type(module)
             now = _fast_class(kind)
             if _same(module, now):
+                stack([module.gate_proj, module.up_proj])
                 module.__class__ = now
                 found += 1
     return found
@@ -141,8 +147,13 @@ def _fast_class(before: type) -> type:
 
 def _fits(module: nn.Module) -> bool:
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj")]
-    fast = all(isinstance(part, Fast) and part.base_layer.bias is None for part in parts)
-    return fast and hasattr(module, "act_fn") and hasattr(module, "down_proj")
+    if not all(isinstance(part, Fast) and part.base_layer.bias is None for part in parts):
+        return False
+    packed = {part.absmax is None for part in parts}
+    shapes = {
+        tuple(side[part.active_adapters[0]].weight.shape for side in (part.lora_A, part.lora_B)) for part in parts
+    }
+    return len(packed) == len(shapes) == 1 and hasattr(module, "act_fn") and hasattr(module, "down_proj")
 
 
 @torch.no_grad()

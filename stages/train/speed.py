@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stages.train import TrainConfig, adamw, float8, lora_experts, lora_linear, lora_mlp
+from stages.train import TrainConfig, adamw, float8, lora_attention, lora_experts, lora_linear, lora_mlp
 from stages.train.adamw import is_split
 from stages.train.optimizers import can_split
 from stages.train.recomputing import layers
@@ -47,6 +47,7 @@ def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, in
             done["fused_adapters"] = lora_linear.quicken(model)
             if config.precision != "fp8":
                 done["fused_feed_forwards"] = lora_mlp.quicken(model)
+                done["fused_attentions"] = lora_attention.quicken(model)
     if config.method == "lora" and not sharded:
         done["grouped_experts"] = lora_experts.quicken(model)
     if config.precision == "fp8" and not sharded:

@@ -50,15 +50,14 @@ def test_output_and_gradients_are_those_of_the_parts(device: str, rank: int) -> 
 def test_the_kernels_are_the_plain_formula() -> None:
     from stages.kernels import swiglu
 
-    gate, up, d_out = (torch.randn(70, 150) for _ in range(3))
-    reduced, b = (torch.randn(70, 4), torch.randn(70, 4)), (torch.randn(150, 4), torch.randn(150, 4))
-    g = (gate + reduced[0] @ b[0].T).requires_grad_()
-    u = (up + reduced[1] @ b[1].T).requires_grad_()
+    both, d_out, reduced = torch.randn(70, 300), torch.randn(70, 150), torch.randn(70, 8)
+    b = (torch.randn(150, 4), torch.randn(150, 4))
+    g = (both[:, :150] + reduced[:, :4] @ b[0].T).requires_grad_()
+    u = (both[:, 150:] + reduced[:, 4:] @ b[1].T).requires_grad_()
     expected = nn.functional.silu(g) * u
-    torch.testing.assert_close(swiglu.forward(gate, up, reduced, b), expected.detach(), rtol=1e-4, atol=1e-4)
-    gradients = torch.autograd.grad(expected, (g, u), d_out)
-    for found, wanted in zip(swiglu.backward(d_out, gate, up, reduced, b), gradients, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(swiglu.forward(both, reduced, b), expected.detach(), rtol=1e-4, atol=1e-4)
+    gradients = torch.cat(torch.autograd.grad(expected, (g, u), d_out), dim=1)
+    torch.testing.assert_close(swiglu.backward(d_out, both, reduced, b), gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_the_trial_leaves_the_adapters_as_they_were() -> None:
@@ -106,3 +105,32 @@ def test_switched_off_adapters_are_off() -> None:
     assert lora_mlp.quicken(model) == 1
     with model.disable_adapter():
         torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_lie_together_and_merge(compiled: bool) -> None:
+    model = adapted()
+    x = torch.randn(3, 32)
+    expected = model(x)
+    lora_linear.quicken(model)
+    assert lora_mlp.quicken(model) == 1
+    layer = model.get_base_model()[0]
+    places = [part.base_layer.weight.untyped_storage().data_ptr() for part in (layer.gate_proj, layer.up_proj)]
+    assert places[0] == places[1]
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-4)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("laid_together", [True, False])
+def test_the_operation_is_sound(laid_together: bool) -> None:
+    x = torch.randn(3, 6, requires_grad=True)
+    weights = list(torch.split(torch.randn(16, 6), 8))
+    if not laid_together:
+        weights = [weight.clone() for weight in weights]
+    a, b = ([torch.randn(*shape, requires_grad=True) for _ in range(2)] for shape in ((2, 6), (8, 2)))
+    torch.library.opcheck(lora_mlp.lora_swiglu, (x, weights, [], a, b, [0.5, 2.0]))
