@@ -42,6 +42,8 @@ CHILD_ENVIRONMENT = {
     # Some libraries write what they iterate over a set: the same bytes in every process.
     "PYTHONHASHSEED": "0",
     "TOKENIZERS_PARALLELISM": "true",
+    # Pydantic would look for plug-ins through all that is installed, in every process.
+    "PYDANTIC_DISABLE_PLUGINS": "__all__",
     # OpenMP's threads spin while they wait, which on a busy machine starves the thread they wait for: five times
     # slower was seen with two other jobs on two cores.
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -3,6 +3,7 @@
 Apart from `stages.convert`, so that `regrow plan` loads neither Arrow nor Jinja.
 """
 
+import datetime
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,19 +12,20 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from stages import chat_template, filters, formats, own_code
 from stages.convert import ConvertPart
 from stages.filters import LeftOut
 from stages.formats import BadRow, Conversation, Example, Reader, auto
-from stages.forms import Formed, Forms
-from stages.marks import TRAIN_NO, kind_of
+from stages.forms import Formed, Forms, Layout, laid_out
+from stages.marks import TRAIN_NO
 from stages.reward_models import SEPARATOR
 from stages.rows import Place, Row, read_rows
 from stages.sequences import Sequencer, Written
 from stages.stage import Facts, UserError, Work
-from stages.tables import BATCH_ROWS, CONVERSATIONS, CONVERSATIONS_OF_IDS, SPAN
+from stages.tables import BATCH_ROWS, CONVERSATIONS, CONVERSATIONS_OF_IDS, SPAN, Numbers, offsets
 from stages.tokenizer_files import read_tokenizer
 
 PLACES = 10
@@ -34,6 +36,12 @@ BATCH_CHARACTERS = 1 << 26
 
 _tokenizer = lru_cache(maxsize=1)(read_tokenizer)
 """One for all shards of a process: its vocabulary is megabytes of JSON."""
+
+
+@lru_cache(maxsize=1)
+def _forms(tokenizer: Path, template: str, today: datetime.date | None) -> Forms:
+    """Likewise: the shapes of one shard are those of the next."""
+    return Forms(chat_template.load(_tokenizer(tokenizer), template, today))
 
 
 def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -48,7 +56,8 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
     reader = _reader(config, name, seen)
     tokenizer = _tokenizer(inputs["tokenizer"])
-    template = chat_template.load(tokenizer, config.template, config.date) if reader.templated else None
+    forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated else None
+    template = forms.template if forms else None
     counts = _Counts(name, config.bad_rows)
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
         {
@@ -56,13 +65,13 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
             "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
         }
     )
-    sequencer = Sequencer(reader, tokenizer, template, Forms(template) if template else None, config.reasoning)
+    sequencer = Sequencer(reader, tokenizer, forms, config.reasoning)
     with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         batch: list[Written] = []
         size = 0
         for converted in _converted(chain(seen, rows), sequencer, counts):
             batch += converted
-            size += sum(len(one.rendered.text) for one in converted)
+            size += sum([one.rendered.length for one in converted])
             if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
                 writer.write_batch(_batch(batch, schema))
                 batch, size = [], 0
@@ -186,40 +195,56 @@ def _converted(
         for one in found:
             if one.rendered.unwritten:
                 counts.unwritten.update(one.rendered.unwritten)
-        counts.turns_without_end += sum(sequencer.without_end(one.rendered) for one in found)
+        counts.turns_without_end += sum([sequencer.without_end(one.rendered) for one in found])
         yield found
 
 
 def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
-    """Columns built whole: an Arrow struct a span at a time would cost more than the render."""
-    ends: list[int] = []
-    turns: list[int] = []
-    kinds: list[int] = []
-    offsets = [0]
-    for one in rows:
-        rendered = one.rendered
+    """Columns built whole: an Arrow value at a time would cost more than the render."""
+    layouts: list[Layout] = []
+    gaps: list[Numbers] = []
+    pieces: list[bytes] = []
+    contents: list[int] = []
+    first = 0
+    for rendered in (one.rendered for one in rows):
         if isinstance(rendered, Formed):
-            ends += rendered.ends()
-            turns += rendered.form.turns
-            kinds += rendered.form.kinds
+            layouts.append(rendered.form.layout)
+            gaps.append(rendered.form.gaps + first)
+            pieces += rendered.pieces
+            contents += map(len, rendered.contents)
         else:
-            ends += [span.end for span in rendered.spans]
-            turns += [span.turn for span in rendered.spans]
-            kinds += [kind_of(span.origin, span.role, span.train) for span in rendered.spans]
-        offsets.append(len(ends))
+            layouts.append(laid_out(rendered.spans))
+            pieces.append(rendered.text.encode())
+        first += len(layouts[-1].lengths)
+    lengths, turns, kinds = (np.concatenate(column) for column in zip(*layouts, strict=True))
+    if gaps:
+        lengths[np.concatenate(gaps)] = contents
+    counts = np.array([len(layout.lengths) for layout in layouts])
+    borders, through = offsets(counts), offsets(lengths)
+    ends = through[1:] - np.repeat(through[borders[:-1]], counts)
     structs = pa.StructArray.from_arrays(
         [pa.array(column, field.type) for column, field in zip((ends, turns, kinds), SPAN, strict=True)],
         fields=list(SPAN),
     )
-    said = [one.rendered.text if one.ids is None else one.ids for one in rows]
+    text = schema.field(2).type
+    said = (
+        pa.StringArray.from_buffers(len(rows), *_utf8(through[borders], pieces))
+        if text == pa.string()
+        else pa.array([one.ids for one in rows], text)
+    )
     return pa.RecordBatch.from_arrays(
         [
             pa.array([one.row for one in rows], pa.uint32()),
             pa.array([one.part for one in rows], pa.uint8()),
-            pa.array(said, schema.field(2).type),
-            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, type=schema.field("spans").type),
+            said,
+            pa.ListArray.from_arrays(pa.array(borders, pa.int32()), structs, type=schema.field("spans").type),
             pa.array([one.identity for one in rows], pa.binary(16)),
             pa.array([one.extra for one in rows], pa.string()),
         ],
         schema=schema,
     )
+
+
+def _utf8(borders: Numbers, pieces: list[bytes]) -> tuple[pa.Buffer, pa.Buffer]:
+    """The buffers of a column of texts that begin and end at `borders` of the pieces together."""
+    return pa.py_buffer(borders.astype(np.int32)), pa.py_buffer(b"".join(pieces))

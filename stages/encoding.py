@@ -5,7 +5,6 @@ to the span that holds its first byte. For byte-level vocabularies the first byt
 byte lengths, checked by their sum row by row); every other row asks the tokenizer for its offsets.
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stages import fast_encoding
+from stages import exact_json, fast_encoding
 from stages.errors import UserError
 from stages.fast_encoding import Fast, Ids, Positions
 from stages.marks import ORIGIN_CONTENT
@@ -84,7 +83,7 @@ class Encoder:
 def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False, fast: bool = True) -> Encoder:
     """Make an encoder, with its fast backend or not. `control` are texts that are control tokens besides those that the
     file calls special."""
-    settings = json.loads(tokenizer_json)
+    settings = exact_json.loads(tokenizer_json)
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
     added = settings["added_tokens"] = settings.get("added_tokens") or []
     for token in added:
@@ -114,7 +113,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _tokenizer(settings: Mapping[str, Any]) -> Any:
     import tokenizers
 
-    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+    return tokenizers.Tokenizer.from_str(exact_json.dumps(settings))
 
 
 def _steps(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
@@ -211,8 +210,8 @@ def _starts(
     starts = np.zeros(len(ids), np.int64)
     ends_of_rows = np.cumsum(counts)
     if encoder.lengths is not None:
-        lengths = encoder.lengths[ids]
-        through = np.concatenate(([0], np.cumsum(lengths)))
+        through = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(encoder.lengths[ids], out=through[1:])
         starts = through[:-1]
         found = through[np.concatenate(([0], ends_of_rows))]
         slow = np.diff(found) != sizes

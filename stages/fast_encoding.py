@@ -4,7 +4,6 @@ It is optional (`pip install 'regrow[fast]'`) and changes no id: for every shard
 some hard ones, and where they differ, or where fastokens cannot read the tokenizer, Hugging Face's does all the work.
 """
 
-import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from stages import exact_json
 
 Ids = npt.NDArray[np.uint32]
 Positions = npt.NDArray[np.int64]
@@ -91,7 +92,7 @@ def load(settings: Mapping[str, Any], exact: Any) -> Fast | None:
     made_up = exact.get_vocab_size(with_added_tokens=True) + len(settings["added_tokens"])
     settings, meanings = _digits_as_tokens(settings, exact, made_up)
     try:
-        return Fast(Tokenizer.from_json_str(json.dumps(settings)), made_up, meanings, exact)
+        return Fast(Tokenizer.from_json_str(exact_json.dumps(settings)), made_up, meanings, exact)
     except Exception:  # whatever it does not know of a tokenizer: the other way is always there
         return None
 

@@ -5,17 +5,20 @@ one conversation tells the render of every other of its shape, and a template ru
 Everything else is rendered by `stages.rendering`; what comes out is the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import NamedTuple
+
+import numpy as np
 
 from stages import rendering
 from stages.chat_template import Template
 from stages.copying import Copying
-from stages.formats import Conversation
-from stages.marks import ORIGIN_CONTENT, kind_of
+from stages.formats import BadRow, Conversation, Turn
+from stages.marks import ORIGIN_CONTENT, ORIGIN_END, kind_of
 from stages.rendering import Rendered, Span
 from stages.sandbox import LARGEST
+from stages.tables import Kinds, Numbers
 
 MOST = 4096
 """Shapes that are remembered."""
@@ -24,50 +27,83 @@ Shape = tuple[tuple[str, int], ...]
 """Role and TRAIN_* of each turn."""
 
 
+class Layout(NamedTuple):
+    """The spans of a text as columns: their bytes, turns and kinds."""
+
+    lengths: Numbers
+    turns: Numbers
+    kinds: Kinds
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """The render of a shape, with gaps for the contents."""
 
-    parts: list[str]
+    parts: list[bytes]
     """What stands before, between and after the contents."""
-    lengths: list[int]
-    """Bytes of each span, 0 for a content."""
-    gaps: list[int]
-    """The places of the contents in `lengths`."""
-    turns: list[int]
-    kinds: list[int]
+    length: int
+    """Characters of all that."""
+    layout: Layout
+    """Of its spans, of which those of contents have no bytes yet."""
+    gaps: Numbers
+    """The places of the contents among the spans."""
     spans: list[Span]
     """Of the conversation it was learned from."""
+    without_end: int
+    """Turns of the assistant that nothing ends."""
 
 
 class Formed(NamedTuple):
-    """A conversation as text, like `rendering.Rendered`, its spans not written out."""
+    """A conversation as text, like `rendering.Rendered`, but neither put together nor its spans written out."""
 
-    text: str
     form: Form
-    sizes: list[int]
-    """Bytes of each content."""
+    contents: list[bytes]
+    length: int
+    """Characters of the text."""
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """The text from left to right."""
+        pieces = [b""] * (2 * len(self.contents) + 1)
+        pieces[::2] = self.form.parts
+        pieces[1::2] = self.contents
+        return pieces
+
+    @property
+    def text(self) -> str:
+        """As `rendering.Rendered` has it."""
+        return b"".join(self.pieces).decode()
+
+    @property
+    def spans(self) -> list[Span]:
+        """As `rendering.Rendered` has them."""
+        lengths = self.form.layout.lengths.copy()
+        lengths[self.form.gaps] = [len(content) for content in self.contents]
+        ends = np.cumsum(lengths).tolist()
+        return [
+            span._replace(start=start, end=end)
+            for span, start, end in zip(self.form.spans, [0, *ends[:-1]], ends, strict=True)
+        ]
 
     @property
     def unwritten(self) -> list[str]:
         """A form writes everything."""
         return []
 
-    def ends(self) -> list[int]:
-        """The end of each span in bytes."""
-        lengths = self.form.lengths.copy()
-        for gap, size in zip(self.form.gaps, self.sizes, strict=True):
-            lengths[gap] = size
-        return list(accumulate(lengths))
 
-    @property
-    def spans(self) -> list[Span]:
-        """As `rendering.Rendered` has them."""
-        ends = self.ends()
-        starts = [0, *ends[:-1]]
-        return [
-            span._replace(start=start, end=end) for span, start, end in zip(self.form.spans, starts, ends, strict=True)
-        ]
+def laid_out(spans: Sequence[Span]) -> Layout:
+    """Spans as columns."""
+    return Layout(
+        np.array([span.end - span.start for span in spans], np.int64),
+        np.array([span.turn for span in spans], np.int64),
+        np.array([kind_of(span.origin, span.role, span.train) for span in spans], np.uint8),
+    )
+
+
+def without_end(spans: Sequence[Span]) -> int:
+    """Turns of the assistant that nothing ends: the model would not learn to stop there."""
+    last = {span.turn: span.origin for span in spans if span.role == "assistant"}
+    return sum(origin != ORIGIN_END for origin in last.values())
 
 
 @dataclass
@@ -83,13 +119,11 @@ class Forms:
         proof = Copying(self.template.compiled.environment.parse(self.template.source))
         self.copies, self.trims, self.roles = proof.copies, proof.trims, proof.roles
 
-    def render(self, conversation: Conversation) -> Rendered | Formed:
-        """What `rendering.render` gives, perhaps sooner. Raises what that raises."""
+    def render(self, conversation: Conversation, contents: list[bytes] | None) -> Rendered | Formed:
+        """What `rendering.render` gives, perhaps sooner; `contents` is what `plain` tells of the conversation. Raises
+        what that raises."""
         turns = conversation.turns
-        if not self.copies or not plain(conversation):
-            return rendering.render(self.template, conversation)
-        contents = [turn.content or "" for turn in turns]
-        if not self._goes_in_whole(contents):
+        if not self.copies or contents is None or not self._goes_in_whole(turns, contents):
             return rendering.render(self.template, conversation)
         shape = tuple([(turn.role, turn.train) for turn in turns])
         if self.roles and any(role in self.roles for role, _ in shape):
@@ -102,23 +136,24 @@ class Forms:
         form = self.known[shape]
         if form is None:
             return rendering.render(self.template, conversation)
-        pieces = [""] * (2 * len(contents) + 1)
-        pieces[::2] = form.parts
-        pieces[1::2] = contents
-        sizes = [len(text) if text.isascii() else len(text.encode()) for text in contents]
-        return Formed("".join(pieces), form, sizes)
+        return Formed(form, contents, form.length + sum([len(turn.content or "") for turn in turns]))
 
-    def _goes_in_whole(self, contents: list[str]) -> bool:
+    def _goes_in_whole(self, turns: list[Turn], contents: list[bytes]) -> bool:
         """Whether trimming changes no content, none is as good as absent, and all are far from any limit."""
         if not all(contents) or sum(map(len, contents)) > LARGEST // 4:
             return False
-        return not self.trims or not any(text[0].isspace() or text[-1].isspace() for text in contents)
+        said = [turn.content or "" for turn in turns] if self.trims else []
+        return not any(text[0].isspace() or text[-1].isspace() for text in said)
 
 
-def plain(conversation: Conversation) -> bool:
-    """Whether roles, contents and their training flags are all there is."""
+def plain(conversation: Conversation) -> list[bytes] | None:
+    """The contents in UTF-8, where roles, contents and their training flags are all there is; else None.
+
+    Raises BadRow when one holds half a surrogate pair, which no UTF-8 can say.
+    """
     if conversation.tools is not None or conversation.ids is not None:
-        return False
+        return None
+    contents = []
     for turn in conversation.turns:
         if (
             turn.content is None
@@ -128,23 +163,23 @@ def plain(conversation: Conversation) -> bool:
             or turn.tool_call_id is not None
             or turn.runs is not None
         ):
-            return False
-    return True
+            return None
+        contents.append(turn.content)
+    try:
+        return [content.encode() for content in contents]
+    except UnicodeEncodeError as error:
+        raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
 
 
-def _learned(rendered: Rendered, contents: list[str]) -> Form | None:
+def _learned(rendered: Rendered, contents: list[bytes]) -> Form | None:
     """The form of a render, if it holds every content once, whole and in order."""
-    data = rendered.text.encode()
-    said = [span for span in rendered.spans if span.origin == ORIGIN_CONTENT]
-    if rendered.unwritten or [(s.turn, data[s.start : s.end].decode()) for s in said] != list(enumerate(contents)):
+    data, spans = rendered.text.encode(), rendered.spans
+    said = [span for span in spans if span.origin == ORIGIN_CONTENT]
+    if rendered.unwritten or [(s.turn, data[s.start : s.end]) for s in said] != list(enumerate(contents)):
         return None
     borders = [0, *(at for span in said for at in (span.start, span.end)), len(data)]
-    spans = rendered.spans
-    return Form(
-        parts=[data[low:high].decode() for low, high in zip(borders[::2], borders[1::2], strict=True)],
-        lengths=[0 if span.origin == ORIGIN_CONTENT else span.end - span.start for span in spans],
-        gaps=[place for place, span in enumerate(spans) if span.origin == ORIGIN_CONTENT],
-        turns=[span.turn for span in spans],
-        kinds=[kind_of(span.origin, span.role, span.train) for span in spans],
-        spans=spans,
-    )
+    parts = [data[low:high] for low, high in zip(borders[::2], borders[1::2], strict=True)]
+    layout = laid_out(spans)
+    gaps = np.array([place for place, span in enumerate(spans) if span.origin == ORIGIN_CONTENT], np.int64)
+    layout.lengths[gaps] = 0
+    return Form(parts, sum(len(part.decode()) for part in parts), layout, gaps, spans, without_end(spans))

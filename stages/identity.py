@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ Json = Any
 
 SCHEMA = 1
 """Version of the key's own form."""
+
+HASHERS = 4
+"""Files that are hashed side by side."""
 
 
 def canonical_json(value: Json) -> str:
@@ -125,13 +129,20 @@ def join(trees: Iterable[Tree]) -> Tree:
 
 def tree_of(folder: Path) -> Tree:
     """The tree of a local folder's regular files. Raises ValueError for links and other special files."""
-    files = []
+    paths = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is not a plain file: an artifact holds only plain files")
         if path.is_file():
-            files.append(File(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_file(path)))
-    return Tree(tuple(files))
+            paths.append(path)
+    with ThreadPoolExecutor(HASHERS) as pool:  # hashing lets go of the interpreter lock
+        digests = pool.map(sha256_file, paths)
+        return Tree(
+            tuple(
+                File(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
+                for path, digest in zip(paths, digests, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class Rendered:
     unwritten: list[str]
     """What the row has but the template left out, e.g. `reasoning of assistant`."""
 
+    @property
+    def length(self) -> int:
+        """Characters of the text."""
+        return len(self.text)
+
 
 def render(template: Template, conversation: Conversation, *, prompt: bool = False) -> Rendered:
     """Render a conversation once; `prompt` asks the assistant to go on, as inference does (`add_generation_prompt`).

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stages import exact_json
 from stages.errors import UserError
 from stages.formats import BadRow
 
 LONGEST = 1 << 28
 """Bytes that a line, or one field of a CSV file, may have: a row must fit into memory several times."""
+
+AHEAD = 1 << 20
+"""Bytes of a file of lines that are read at once."""
 
 Row = dict[str, Any]
 Place = str
@@ -37,11 +41,11 @@ class _Unreadable(Exception):
 
 
 def _jsonl(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
-    with path.open("rb") as file:
+    with path.open("rb", buffering=AHEAD) as file:
         for number, line in enumerate(_lines(file, path.stat().st_size), first):
             if number == first:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
+            if line and not line.isspace():
                 yield f"line {number}", _parsed(line) if len(line) <= LONGEST else _TOO_LONG
 
 
@@ -62,7 +66,7 @@ def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _parsed(line: bytes) -> Row | BadRow:
     try:
-        row = json.loads(line)
+        row = exact_json.loads(line)
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"is not UTF-8 text: {error}")
     except (json.JSONDecodeError, RecursionError) as error:
@@ -76,7 +80,7 @@ def _json(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
         yield from _jsonl(path, first)
         return
     try:
-        rows = json.loads(data)
+        rows = exact_json.loads(data)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _Unreadable(f" is not JSON: {error}") from error
     if not isinstance(rows, list):

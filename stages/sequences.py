@@ -6,9 +6,8 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from stages import rendering
-from stages.chat_template import Template
 from stages.formats import BadRow, Conversation, Example, Reader, Reasoning, Turn
-from stages.forms import Formed, Forms, plain
+from stages.forms import Formed, Forms, plain, without_end
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 from stages.rendering import Piece, Rendered, Span
 from stages.tokenizer_files import Tokenizer
@@ -33,9 +32,8 @@ class Sequencer(NamedTuple):
 
     reader: Reader
     tokenizer: Tokenizer
-    template: Template | None
     forms: Forms | None
-    """Of the template."""
+    """Of the chat template, where there is one."""
     reasoning: Reasoning
 
     def sequences(self, number: int, made: Conversation | Example) -> list[Written]:
@@ -44,16 +42,18 @@ class Sequencer(NamedTuple):
         if self.reasoning != "keep":
             for part in parts:
                 _forget(part.turns, self.reasoning)
-        digest, extra = identity(made), _extra(made)
+        contents = [plain(part) for part in parts]
+        digest, extra = _identity(made, contents), _extra(made)
         found = [
-            Written(number, place, self.rendered(part), digest, extra, part.ids) for place, part in enumerate(parts)
+            Written(number, place, self.rendered(part, said), digest, extra, part.ids)
+            for place, (part, said) in enumerate(zip(parts, contents, strict=True))
         ]
-        if any(len(one.rendered.text) > LONGEST for one in found):
+        if any(one.rendered.length > LONGEST for one in found):
             raise BadRow("too long", f"has more than {LONGEST} characters: expected less")
         return found
 
-    def rendered(self, conversation: Conversation) -> Rendered | Formed:
-        """One sequence as text with spans. Raises BadRow."""
+    def rendered(self, conversation: Conversation, contents: list[bytes] | None) -> Rendered | Formed:
+        """One sequence as text with spans; `contents` is what `forms.plain` tells of it. Raises BadRow."""
         turns = conversation.turns
         if self.reader.ids:
             return _of_ids(conversation)
@@ -62,26 +62,26 @@ class Sequencer(NamedTuple):
             raise BadRow("wrong type", "has raw text before turns with roles: expected it to stand alone or last")
         if not said:
             return self._raw(conversation)
-        if self.template is None or self.forms is None:
+        if self.forms is None:
             raise BadRow("no chat template", f"has turns with roles, and {self.reader.format} uses no chat template")
         if said == len(turns):
             prompt = self.reader.kind == "prompt"
             return (
-                rendering.render(self.template, conversation, prompt=True)
+                rendering.render(self.forms.template, conversation, prompt=True)
                 if prompt
-                else self.forms.render(conversation)
+                else self.forms.render(conversation, contents)
             )
-        asked = rendering.render(self.template, Conversation(turns[:said], conversation.tools), prompt=True)
+        asked = rendering.render(self.forms.template, Conversation(turns[:said], conversation.tools), prompt=True)
         return _followed(asked, turns, _texts(turns, said, conversation.between))
 
     def without_end(self, rendered: Rendered | Formed) -> int:
         """Turns that the model should write, but which nothing ends: it would not learn to stop there."""
-        spans = rendered.form.spans if isinstance(rendered, Formed) else rendered.spans
-        last = {span.turn: span.origin for span in spans if span.role == "assistant"}
+        if isinstance(rendered, Formed):
+            return rendered.form.without_end
         open_ended = self.reader.verbatim or self.reader.ids or self.reader.kind in ("stepwise", "prompt")
-        if not open_ended and spans and spans[-1].role == "text":
-            last[spans[-1].turn] = spans[-1].origin
-        return sum(origin != ORIGIN_END for origin in last.values())
+        last = rendered.spans[-1] if rendered.spans else None
+        raw = not open_ended and last is not None and last.role == "text" and last.origin != ORIGIN_END
+        return without_end(rendered.spans) + raw
 
     def _raw(self, conversation: Conversation) -> Rendered:
         """Raw text between the tokenizer's own begin token (if it adds one) and its end token (if it has one)."""
@@ -151,8 +151,13 @@ def identity(made: Conversation | Example) -> bytes:
 
     Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
     """
-    if isinstance(made, Conversation) and plain(made):
-        return _of_plain(made)
+    return _identity(made, [plain(made)] if isinstance(made, Conversation) else [])
+
+
+def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) -> bytes:
+    """The same, with what `forms.plain` tells of the parts."""
+    if isinstance(made, Conversation) and contents[0] is not None:
+        return _of_plain(made.turns, contents[0])
     said: Any = _normal(made) if isinstance(made, Conversation) else [[*map(_normal, made.parts)], made.extra]
     try:
         normal = json.dumps(said, ensure_ascii=False, sort_keys=True).encode()
@@ -163,16 +168,12 @@ def identity(made: Conversation | Example) -> bytes:
     return hashlib.sha256(normal).digest()[:16]
 
 
-def _of_plain(conversation: Conversation) -> bytes:
+def _of_plain(turns: list[Turn], contents: list[bytes]) -> bytes:
     """The same for a conversation of which roles, contents and flags are all there is: JSON would be slow."""
-    said: list[str] = []
-    for turn in conversation.turns:
-        content = turn.content or ""
-        said += [f"{turn.role} {turn.train} {len(content)} ", content]
-    try:
-        return hashlib.sha256("".join(said).encode()).digest()[:16]
-    except UnicodeEncodeError as error:
-        raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
+    said: list[bytes] = []
+    for turn, content in zip(turns, contents, strict=True):
+        said += [f"{turn.role} {turn.train} {len(turn.content or '')} ".encode(), content]
+    return hashlib.sha256(b"".join(said)).digest()[:16]
 
 
 def _normal(conversation: Conversation) -> list[Any]:

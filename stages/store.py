@@ -163,6 +163,7 @@ class Store:
             if not self._lacking(winner.tree):
                 return winner
             replace = True
+        changed = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
         try:
             tree = tree_of(folder)
             check_paths(tree)
@@ -171,10 +172,10 @@ class Store:
         artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), {})
         data = encode(artifact)
         sources = {file.sha256: (file, folder / file.path) for file in tree.files}
-        self._settle(sources)
+        self._settle(sources, changed)
         artifact, ours = self._publish(artifact, data, replace)
         if ours:
-            self._settle(sources)  # somebody may have deleted a blob just before the manifest stood
+            self._settle(sources, changed)  # somebody may have deleted a blob just before the manifest stood
             if self.objects.local("") is None:
                 for file, source in sources.values():
                     views.keep(self.cache, source, file, self.cache_limit)
@@ -287,22 +288,27 @@ class Store:
                 if self.objects.swap(path, data, version) is not None:
                     return artifact, True
 
-    def _settle(self, sources: Mapping[str, tuple[File, Path]]) -> None:
-        """Write the blobs that are not there, until a look finds every one there with its size, and young."""
+    def _settle(self, sources: Mapping[str, tuple[File, Path]], changed: Mapping[Path, int]) -> None:
+        """Write the blobs that are not there, until a look finds every one there with its size, and young. `changed`
+        tells when the sources had been changed, in nanoseconds, before they were hashed."""
         tree = Tree(tuple(file for file, _ in sources.values()))
 
         def put(sha256: str, moved: Moved) -> None:
             file, source = sources[sha256]
-            if source.stat().st_size != file.size:
+            found = source.stat()
+            if found.st_size != file.size:
                 raise UserError(f"{source}: changed while it was being stored; run the stage again")
             self.objects.upload(source, blob_path(sha256), sha256, moved)
+            stored = self.objects.local(blob_path(sha256))
+            if stored is not None and stored.samefile(source) and found.st_mtime_ns == changed[source]:
+                views.trust(self.cache, stored, file)
 
         for _ in range(5):
             lacking = self._lacking(tree, younger_than=STALE)
             if not lacking:
                 return
             with moving("uploaded", sum(sources[sha256][0].size for sha256 in lacking)) as moved:
-                list(self._spread(partial(put, moved=moved), lacking, 4))
+                list(spread(partial(put, moved=moved), lacking, 4))
         raise UserError(f"{self.url}: files vanish as fast as they are written; is something else deleting there?")
 
     def _lacking(self, tree: Tree, younger_than: float = math.inf) -> dict[str, str]:

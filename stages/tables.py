@@ -26,6 +26,7 @@ SPAN = pa.struct(
 starts where the one before it ends, the first at 0."""
 
 Kinds = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
 
 
 def origins(kinds: Kinds) -> Kinds:
@@ -50,6 +51,11 @@ def starts(ends: NDArray[np.uint32], counts: NDArray[np.integer]) -> NDArray[np.
     first = np.cumsum(counts) - counts
     found[first[counts > 0]] = 0
     return found
+
+
+def offsets(counts: NDArray[np.integer]) -> Numbers:
+    """Where each of some lists begins in what they hold, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 
 
 CONVERSATIONS = pa.schema(

@@ -2,13 +2,13 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages import exact_json
 from stages.errors import UserError
 
 
@@ -55,7 +55,7 @@ def refuse_other_words(teacher: Path, student: Path) -> None:
     """Raise UserError when the tokenizers of two models' folders have other tokens, or the teacher's has none."""
 
     def words(folder: Path) -> dict[str, int]:
-        document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        document = exact_json.loads((folder / "tokenizer.json").read_bytes())
         known = document["model"]["vocab"]
         known = dict(known) if isinstance(known, dict) else {word: place for place, (word, *_) in enumerate(known)}
         return known | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
@@ -72,7 +72,7 @@ def refuse_other_words(teacher: Path, student: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    found = exact_json.loads(path.read_bytes()) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 

@@ -26,7 +26,7 @@ from stages.tokenizer_files import backend
 
 _log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 """Text encoded at once: enough to keep all cores busy, little enough to keep memory flat."""
 
 

@@ -131,8 +131,7 @@ def intact(cache: Path, path: Path, file: File, sha256: str | None = None) -> bo
         return False
     if found.st_size != file.size:
         return False
-    record = _record(cache, found)
-    seal = f"{file.sha256} {found.st_size} {found.st_mtime_ns}"
+    record, seal = _record(cache, found), _seal(file, found)
     if record.exists() and record.read_text() == seal:
         return True
     if (sha256 or sha256_file(path)) != file.sha256:
@@ -141,6 +140,19 @@ def intact(cache: Path, path: Path, file: File, sha256: str | None = None) -> bo
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(seal)
     return True
+
+
+def trust(cache: Path, path: Path, file: File) -> None:
+    """Spare `intact` the hashing of a local file that was hashed just now, and which nobody could write to since."""
+    with suppress(OSError):  # a full disk: then it is hashed once more
+        found = path.stat()
+        record = _record(cache, found)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(_seal(file, found))
+
+
+def _seal(file: File, found: os.stat_result) -> str:
+    return f"{file.sha256} {found.st_size} {found.st_mtime_ns}"
 
 
 def _record(cache: Path, found: os.stat_result) -> Path:

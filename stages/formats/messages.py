@@ -60,9 +60,11 @@ def convert(row: Row, options: Options) -> Conversation:
     return Conversation(with_system(row, found, options), offered(row, options))
 
 
-def turns(messages: Iterable[Any], place: str, options: Options) -> list[Turn]:
+def turns(messages: list[Any], place: str, options: Options) -> list[Turn]:
     """A list of messages as turns. `place` is where it stands. Raises BadRow."""
     called = names(options)
+    if not options.roles and (texts := _texts(messages, called)):
+        return texts
     found: list[Turn] = []
     for message in messages:
         try:
@@ -70,6 +72,20 @@ def turns(messages: Iterable[Any], place: str, options: Options) -> list[Turn]:
         except BadRow as error:
             raise error.inside(f"{place}[{len(found)}]") from error
     return found
+
+
+def _texts(messages: list[Any], at: Names) -> list[Turn] | None:
+    """The turns of messages that hold a known role and a text and nothing else, as most do; else None."""
+    role, content = at.role, at.content
+    try:
+        found = [
+            Turn(ROLES[said[role]], text)
+            for said in messages
+            if len(said) == 2 and isinstance(text := said[content], str)
+        ]
+    except (KeyError, TypeError):  # no object, no such field, or a role of another kind: `turn` tells
+        return None
+    return found if len(found) == len(messages) else None
 
 
 def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
@@ -83,8 +99,6 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
         except BadRow as error:
             raise error.inside(at.role) from error
     content = message.get(at.content)
-    if len(message) == 2 and isinstance(content, str):
-        return Turn(role, content)
     found = Turn(role, None, flag(message, at.flags))
     calls: list[dict[str, Any]] = []
     if isinstance(content, list):

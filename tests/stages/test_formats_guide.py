@@ -52,7 +52,7 @@ def written(settings: convert.ConvertPart, rows: list[dict[str, Any]]) -> list[l
         settings.format, settings.fields, settings.roles, settings.options, code=settings.code, rows=rows
     )
     template = load(TOKENIZER, "qwen")
-    sequencer = Sequencer(reader, TOKENIZER, template, Forms(template), settings.reasoning)
+    sequencer = Sequencer(reader, TOKENIZER, Forms(template), settings.reasoning)
     return [sequencer.sequences(number, reader.convert(row)) for number, row in enumerate(rows)]
 
 

@@ -10,7 +10,7 @@ from stages import chat_template, converting, rendering, templates
 from stages.copying import Copying
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Turn
-from stages.forms import Form, Formed, Forms
+from stages.forms import Form, Formed, Forms, plain
 from stages.sandbox import environment
 from stages.tokenizer_files import Tokenizer, read_tokenizer
 from tests.stages.chats import conversations, digest, messages, run_convert, smollm2, source
@@ -81,7 +81,7 @@ def test_a_template_that_looks(kind: str) -> None:
 
 def rendered(forms: Forms, conversation: Conversation) -> object:
     try:
-        found = forms.render(conversation)
+        found = forms.render(conversation, plain(conversation))
     except BadRow as error:
         return str(error)
     return found.text, found.spans, found.unwritten
@@ -128,7 +128,7 @@ def test_a_form_gives_what_the_render_gives(known: dict[str, Forms], chats: list
 def test_forms_are_used_and_few_renders_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     forms = Forms(chat_template.load(read_tokenizer(smollm2()), "tokenizer"))
     chats = [Conversation([Turn("user", f"q{n}"), Turn("assistant", "é" * (n + 1))] * (1 + n % 2)) for n in range(20)]
-    found = [forms.render(chat) for chat in chats]
+    found = [forms.render(chat, plain(chat)) for chat in chats]
     assert sum(isinstance(one, Formed) for one in found) == 18
     assert all(isinstance(form, Form) for form in forms.known.values()) and len(forms.known) == 2
     assert [one.text for one in found] == [rendering.render(forms.template, chat).text for chat in chats]

@@ -66,8 +66,8 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, request: pytest.FixtureR
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "a").write_bytes(b"a")
     artifact = store.commit(Action("pack", {}, {}, {}), tmp_path / "output", {}, {})
-    (tmp_path / "closed").mkdir()
-    (tmp_path / "closed").chmod(0o555)
+    for folder in (tmp_path / "closed", tmp_path / "closed" / "cache"):
+        folder.chmod(0o555)
     request.getfixturevalue("somebody")
     with pytest.raises(UserError, match=r"closed/cache: .*REGROW_CACHE"):
         store.view(artifact.tree)

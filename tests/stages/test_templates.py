@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from stages import templates
 from stages.chat_template import Template, load
 from stages.formats import BadRow, Conversation, Turn
-from stages.forms import Formed, Forms
+from stages.forms import Formed, Forms, plain
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.rendering import Rendered, render
 from stages.templates import Named
@@ -117,8 +117,9 @@ def by_form(name: str, conversation: Conversation) -> Rendered | Formed:
         for number, turn in enumerate(conversation.turns)
     ]
     with suppress(BadRow):
-        forms(name).render(Conversation(first, conversation.tools))
-    return forms(name).render(conversation)
+        twin = Conversation(first, conversation.tools)
+        forms(name).render(twin, plain(twin))
+    return forms(name).render(conversation, plain(conversation))
 
 
 def check(name: str, conversation: Conversation) -> None:

@@ -1,0 +1,45 @@
+"""JSON at orjson's speed with the values that Python's own `json` gives.
+
+orjson is asked first. It refuses some of what `json` takes (NaN, halves of surrogate pairs, UTF-16), and makes floats
+of whole numbers that have more than 64 bits: then `json` decides.
+"""
+
+import json
+from typing import Any
+
+import orjson
+
+__all__ = ["dumps", "loads"]
+
+_BITS_63 = float(1 << 63)
+
+
+def loads(data: bytes | str) -> Any:
+    """What `json.loads` gives. Raises what that raises."""
+    try:
+        found = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(data)
+    return json.loads(data) if _may_be_rounded(found) else found
+
+
+def dumps(value: Any) -> str:
+    """JSON text of a value that `loads` gave. Not of NaN, which JSON does not have: it becomes null."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # what only `json` can say
+        return json.dumps(value)
+
+
+def _may_be_rounded(value: Any) -> bool:
+    """Whether a value holds a float that may have been a whole number of more than 64 bits."""
+    left = [[value]]
+    while left:
+        some: Any = left.pop()
+        for inner in some.values() if type(some) is dict else some:
+            kind = type(inner)
+            if kind is dict or kind is list:
+                left.append(inner)
+            elif kind is float and abs(inner) >= _BITS_63:
+                return True
+    return False
