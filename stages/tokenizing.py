@@ -5,6 +5,7 @@ Apart from `stages.tokenize`, so that `regrow plan` loads neither Arrow nor NumP
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
+from stages.runtime import cores
 from stages.stage import Facts, UserError, Work
 from stages.tables import SPAN, SPANS, origins, read_batches, starts, tokens_schema
 from stages.tokenize import TokenizeConfig
@@ -47,6 +49,7 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
         tokenized = _passed if "ids" in reader.schema.names else _tokenized
     control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
     fast = tokenized is _tokenized and _much(source.stat().st_size)
+    _share_cores(work.runtime.workers)
     encoder = _encoder(inputs["tokenizer"], work.runtime.cache / "tokenizers", tuple(control), trusted, fast)
     if tokenized is _tokenized:
         encoder = _agreed(encoder, source)
@@ -79,6 +82,12 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
 def _encoder(tokenizer: Path, memory: Path, control: tuple[str, ...], trusted: bool, fast: bool) -> Encoder:
     """One for all shards of a process: reading a tokenizer takes longer than a small shard."""
     return load(backend(tokenizer, memory), control, trusted=trusted, fast=fast)
+
+
+def _share_cores(workers: int) -> None:
+    """Have encoders use no more threads than a process has cores for itself: more get in each other's way."""
+    for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
+        os.environ.setdefault(name, str(max(1, cores() // workers)))
 
 
 _seen = 0
