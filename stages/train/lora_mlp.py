@@ -1,8 +1,9 @@
-"""The first half of a gated feed-forward layer with LoRA adapters as one operation: silu(gate(x)) * up(x).
+"""A gated feed-forward layer with LoRA adapters as one operation: down(silu(gate(x)) * up(x)).
 
 Gate and up are the widest activations of a model. Adding an adapter's product to each is a pass over both; here it is
-added where silu reads them anyway, forward and backward, and both lie beside one another: one product with x, one of
-their gradients by x. See `stages.train.lora_linear` and `stages.train.lora_stack`.
+added where silu reads them anyway, forward and backward, and so is what down's adapter adds to the gradient. Their
+product, as wide, is not kept for the backward pass, which has it in registers. Gate and up lie beside one another: one
+product with x, one of their gradients. See `stages.train.lora_linear` and `stages.train.lora_stack`.
 """
 
 from collections.abc import Sequence
@@ -16,73 +17,90 @@ from torch.nn import functional as F
 from stages.train.lora_linear import Fast, are_plain_now
 from stages.train.lora_stack import as_one, stack
 
-__all__ = ["lora_swiglu", "quicken"]
+__all__ = ["lora_mlp", "quicken"]
 
+LAYERS = ("gate_proj", "up_proj", "down_proj")
 TRIED_ROWS = 16
 """Rows of random input on which a layer is compared with what it was before."""
 TOLERANCE = 0.02
 """Largest difference, relative to the largest output: room for bfloat16."""
 
 
-@torch.library.custom_op("regrow::lora_swiglu", mutates_args=())
-def lora_swiglu(
+@torch.library.custom_op("regrow::lora_mlp", mutates_args=())
+def lora_mlp(
     x: Tensor, weights: Sequence[Tensor], absmaxes: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor],
     scales: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result [..., width]; then, for the backward pass, x W' [rows, 2 * width] and scale x A' [rows, 2 * rank] of
-    gate and up, beside one another. Weights, a and b are gate's and up's, of the same shapes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, of x's shape; then, for the backward pass, x W' [rows, 2 * width] and scale x A' [rows, 2 * rank] of
+    gate and up, beside one another, and scale x A' [rows, rank] of down.
+
+    Weights [out, in], a [rank, in], b [out, rank] and scales are those of gate, up and down, the first two of the same
+    shapes; all or none are nf4, with `absmaxes` [blocks of 64] in float32.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    reduced = rows @ torch.cat([each * scale for each, scale in zip(a, scales, strict=True)]).T
+    reduced = rows @ torch.cat([each * scale for each, scale in zip(a[:2], scales[:2], strict=True)]).T
     both = rows.new_empty(len(rows), 2 * len(b[0]))
-    weights = as_one(weights, absmaxes, a, b)
-    for part, weight in zip(both.chunk(len(weights), 1), weights, strict=True):
+    wide = as_one(weights[:2], absmaxes[:2], a[:2], b[:2])
+    for part, weight in zip(both.chunk(len(wide), 1), wide, strict=True):
         torch.mm(rows, weight.T, out=part)
     if x.is_cuda:
         from stages.kernels import swiglu
 
-        out = swiglu.forward(both, reduced, (b[0], b[1]))
+        product = swiglu.forward(both, reduced, b[:2])
     else:
         gates, ups = _whole(both, reduced, b)
-        out = F.silu(gates) * ups
-    return out.view(*x.shape[:-1], out.shape[-1]), both, reduced
+        product = F.silu(gates) * ups
+    reduced_down = product @ (a[2] * scales[2]).T
+    out = reduced_down @ b[2].T
+    (weight,) = as_one(weights[2:], absmaxes[2:], a[2:], b[2:])
+    out.addmm_(product, weight.T)
+    return out.view(*x.shape[:-1], out.shape[-1]), both, reduced, reduced_down
 
 
-@lora_swiglu.register_fake
+@lora_mlp.register_fake
 def _(x: Tensor, weights: Any, absmaxes: Any, a: Any, b: Any, scales: Any) -> tuple[Tensor, ...]:
-    width, rank, rows = len(b[0]), len(a[0]), x.shape[:-1].numel()
-    return x.new_empty(*x.shape[:-1], width), x.new_empty(rows, 2 * width), x.new_empty(rows, 2 * rank)
+    sizes = (2 * len(b[0]), 2 * len(a[0]), len(a[2]))
+    return x.new_empty(*x.shape[:-1], len(b[2])), *(x.new_empty(x.shape[:-1].numel(), size) for size in sizes)
 
 
-@torch.library.custom_op("regrow::lora_swiglu_backward", mutates_args=())
+@torch.library.custom_op("regrow::lora_mlp_backward", mutates_args=())
 def _gradients(
     d_out: Tensor, x: Tensor, weights: Sequence[Tensor], absmaxes: Sequence[Tensor], a: Sequence[Tensor],
-    b: Sequence[Tensor], both: Tensor, reduced: Tensor, scales: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients by x, gate's a, up's a, gate's b and up's b."""
-    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1]).contiguous()
+    b: Sequence[Tensor], both: Tensor, reduced: Tensor, reduced_down: Tensor, scales: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients by x, then by every a, then by every b."""
+    rows, outs = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    by_down_b = outs.T @ reduced_down
+    d_reduced_down = outs @ (b[2] * scales[2])
+    (weight,) = as_one(weights[2:], absmaxes[2:], a[2:], b[2:])
+    d_product = outs @ weight
     if x.is_cuda:
         from stages.kernels import swiglu
 
-        d_both = swiglu.backward(d_rows, both, reduced, (b[0], b[1]))
+        d_both, by_gate_b, by_up_b, by_down_a = swiglu.backward(
+            d_product, both, reduced, b[:2], d_reduced_down, a[2].contiguous()
+        )
     else:
+        d_product.addmm_(d_reduced_down, a[2])
         g, u = _whole(both, reduced, b)
         share = torch.sigmoid(g)
-        d_both = torch.cat([d_rows * u * share * (1 + g * (1 - share)), d_rows * g * share], dim=1)
-    halves = d_both.chunk(2, 1)
-    d_reduced = torch.cat([half @ (each * scale) for half, each, scale in zip(halves, b, scales, strict=True)], dim=1)
-    by_x = d_reduced @ torch.cat(list(a))
-    weights = as_one(weights, absmaxes, a, b)
-    for part, weight in zip(d_both.chunk(len(weights), 1), weights, strict=True):
+        d_both = torch.cat([d_product * u * share * (1 + g * (1 - share)), d_product * g * share], dim=1)
+        by_gate_b, by_up_b = (half.T @ by for half, by in zip(d_both.chunk(2, 1), reduced.chunk(2, 1), strict=True))
+        by_down_a = d_reduced_down.T @ (g * share * u)
+    halves = zip(d_both.chunk(2, 1), b, scales, strict=False)
+    d_reduced = torch.cat([half @ (each * scale) for half, each, scale in halves], dim=1)
+    by_x = d_reduced @ torch.cat([a[0], a[1]])
+    wide = as_one(weights[:2], absmaxes[:2], a[:2], b[:2])
+    for part, weight in zip(d_both.chunk(len(wide), 1), wide, strict=True):
         by_x.addmm_(part, weight)
     by_gate_a, by_up_a = (d_reduced.T @ rows).chunk(2)
-    by_gate_b, by_up_b = (half.T @ by for half, by in zip(halves, reduced.chunk(2, 1), strict=True))
     # Copies: an operation's results must not share memory.
-    return by_x.view(x.shape), by_gate_a.clone(), by_up_a.clone(), by_gate_b, by_up_b
+    return [by_x.view(x.shape), by_gate_a.clone(), by_up_a.clone(), by_down_a, by_gate_b, by_up_b, by_down_b]
 
 
 @_gradients.register_fake
-def _(d_out: Tensor, x: Tensor, weights: Any, absmaxes: Any, a: Any, b: Any, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(each) for each in (x, *a, *b))
+def _(d_out: Tensor, x: Tensor, weights: Any, absmaxes: Any, a: Any, b: Any, *_: Any) -> list[Tensor]:
+    return [torch.empty_like(each) for each in (x, *a, *b)]
 
 
 def _whole(both: Tensor, reduced: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -99,13 +117,13 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, both, reduced, *rest = ctx.saved_tensors
-    a, b, weights, absmaxes = rest[:2], rest[2:4], rest[4:6], rest[6:]
-    by_x, *factors = _gradients(d_out, x, weights, absmaxes, a, b, both, reduced, ctx.scales)
-    return by_x, [None] * 2, [None] * ctx.scaled, factors[:2], factors[2:], None
+    x, both, reduced, reduced_down, *rest = ctx.saved_tensors
+    a, b, weights, absmaxes = rest[:3], rest[3:6], rest[6:9], rest[9:]
+    by_x, *factors = _gradients(d_out, x, weights, absmaxes, a, b, both, reduced, reduced_down, ctx.scales)
+    return by_x, [None] * 3, [None] * ctx.scaled, factors[:3], factors[3:], None
 
 
-lora_swiglu.register_autograd(_backward, setup_context=_keep)
+lora_mlp.register_autograd(_backward, setup_context=_keep)
 
 
 class _FastMlp:
@@ -113,17 +131,19 @@ class _FastMlp:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """[..., width] from [..., width]."""
-        gate, up = self.gate_proj, self.up_proj
-        if not are_plain_now([gate, up], x):
+        layers = [self.gate_proj, self.up_proj, self.down_proj]
+        if not are_plain_now(layers, x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
-        g, u = gate.active_adapters[0], up.active_adapters[0]
-        hidden = lora_swiglu(
-            x, [gate.base_layer.weight, up.base_layer.weight],
-            [] if gate.absmax is None else [gate.absmax, up.absmax],
-            [gate.lora_A[g].weight, up.lora_A[u].weight], [gate.lora_B[g].weight, up.lora_B[u].weight],
-            [gate.scaling[g], up.scaling[u]],
-        )[0]  # fmt: skip
-        return self.down_proj(hidden)  # type: ignore[no-any-return]
+        names = [layer.active_adapters[0] for layer in layers]
+        out: Tensor = lora_mlp(
+            x,
+            [layer.base_layer.weight for layer in layers],
+            [layer.absmax for layer in layers if layer.absmax is not None],
+            [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
+            [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],
+            [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
+        )[0]
+        return out
 
 
 def quicken(model: nn.Module) -> int:
@@ -146,20 +166,21 @@ def _fast_class(before: type) -> type:
 
 
 def _fits(module: nn.Module) -> bool:
-    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj")]
+    parts: list[Any] = [getattr(module, name, None) for name in LAYERS]
     if not all(isinstance(part, Fast) and part.base_layer.bias is None for part in parts):
         return False
     packed = {part.absmax is None for part in parts}
-    shapes = {
-        tuple(side[part.active_adapters[0]].weight.shape for side in (part.lora_A, part.lora_B)) for part in parts
-    }
-    return len(packed) == len(shapes) == 1 and hasattr(module, "act_fn") and hasattr(module, "down_proj")
+    pairs = [
+        (part.lora_A[part.active_adapters[0]].weight, part.lora_B[part.active_adapters[0]].weight) for part in parts
+    ]
+    gate, up, _ = (tuple(each.shape for each in pair) for pair in pairs)
+    return len(packed) == 1 and gate == up and hasattr(module, "act_fn")
 
 
 @torch.no_grad()
 def _same(module: Any, now: type) -> bool:
     """Whether the layer gives the same either way; its adapters' zeros filled for the trial."""
-    layers = [module.gate_proj, module.up_proj]
+    layers = [getattr(module, name) for name in LAYERS]
     factors = [layer.lora_B[layer.active_adapters[0]].weight for layer in layers]
     kept = [factor.clone() for factor in factors]
     a = module.gate_proj.lora_A[module.gate_proj.active_adapters[0]].weight
