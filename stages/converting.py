@@ -247,4 +247,5 @@ def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
 
 def _utf8(borders: Numbers, pieces: list[bytes]) -> tuple[pa.Buffer, pa.Buffer]:
     """The buffers of a column of texts that begin and end at `borders` of the pieces together."""
-    return pa.py_buffer(borders.astype(np.int32)), pa.py_buffer(b"".join(pieces))
+    _, ends = pa.array(borders, pa.int32()).buffers()  # refuses what has more bytes than Arrow can count
+    return ends, pa.py_buffer(b"".join(pieces))

@@ -1,7 +1,7 @@
 """JSON at orjson's speed with the values that Python's own `json` gives.
 
 orjson is asked first. It refuses some of what `json` takes (NaN, halves of surrogate pairs, UTF-16), and makes floats
-of whole numbers that have more than 64 bits: then `json` decides.
+of whole numbers that have more than 64 bits, and goes deeper into lists than Python may: then `json` decides.
 """
 
 import json
@@ -12,6 +12,8 @@ import orjson
 __all__ = ["dumps", "loads"]
 
 _BITS_63 = float(1 << 63)
+_DEEPEST = 900
+"""Lists and objects within one another that both read for certain."""
 
 
 def loads(data: bytes | str) -> Any:
@@ -20,7 +22,7 @@ def loads(data: bytes | str) -> Any:
         found = orjson.loads(data)
     except orjson.JSONDecodeError:
         return json.loads(data)
-    return json.loads(data) if _may_be_rounded(found) else found
+    return json.loads(data) if _is_doubtful(found) else found
 
 
 def dumps(value: Any) -> str:
@@ -31,15 +33,19 @@ def dumps(value: Any) -> str:
         return json.dumps(value)
 
 
-def _may_be_rounded(value: Any) -> bool:
-    """Whether a value holds a float that may have been a whole number of more than 64 bits."""
-    left = [[value]]
-    while left:
-        some: Any = left.pop()
-        for inner in some.values() if type(some) is dict else some:
-            kind = type(inner)
-            if kind is dict or kind is list:
-                left.append(inner)
-            elif kind is float and abs(inner) >= _BITS_63:
-                return True
-    return False
+def _is_doubtful(value: Any) -> bool:
+    """Whether a value holds a float that may have been a whole number of more than 64 bits, or is very deep."""
+    level: list[Any] = [[value]]
+    for _ in range(_DEEPEST):
+        deeper: list[Any] = []
+        for some in level:
+            for inner in some.values() if type(some) is dict else some:
+                kind = type(inner)
+                if kind is dict or kind is list:
+                    deeper.append(inner)
+                elif kind is float and abs(inner) >= _BITS_63:
+                    return True
+        if not deeper:
+            return False
+        level = deeper
+    return True

@@ -134,13 +134,13 @@ def tree_of(folder: Path) -> Tree:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is not a plain file: an artifact holds only plain files")
         if path.is_file():
-            paths.append(path)
+            paths.append((path, path.stat().st_size))  # before it is hashed: one that still grows will be told by it
     with ThreadPoolExecutor(HASHERS) as pool:  # hashing lets go of the interpreter lock
-        digests = pool.map(sha256_file, paths)
+        digests = pool.map(sha256_file, [path for path, _ in paths])
         return Tree(
             tuple(
-                File(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
-                for path, digest in zip(paths, digests, strict=True)
+                File(path.relative_to(folder).as_posix(), size, digest)
+                for (path, size), digest in zip(paths, digests, strict=True)
             )
         )
 

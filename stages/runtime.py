@@ -29,9 +29,13 @@ def default_home() -> Path:
 
 
 def cores() -> int:
-    """Cores that this process may use, 16 at most: more readers of one disk do not read faster."""
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(usable, 16)
+    """Processes that share the machine, one a core and 16 at most: more readers of one disk do not read faster."""
+    return min(all_cores(), 16)
+
+
+def all_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class Runtime(Described):

@@ -163,11 +163,11 @@ class Store:
             if not self._lacking(winner.tree):
                 return winner
             replace = True
-        changed = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
         try:
+            changed = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
             tree = tree_of(folder)
             check_paths(tree)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise UserError(f"{action.stage}: {error}") from error
         artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), {})
         data = encode(artifact)
@@ -300,8 +300,9 @@ class Store:
                 raise UserError(f"{source}: changed while it was being stored; run the stage again")
             self.objects.upload(source, blob_path(sha256), sha256, moved)
             stored = self.objects.local(blob_path(sha256))
-            if stored is not None and stored.samefile(source) and found.st_mtime_ns == changed[source]:
-                views.trust(self.cache, stored, file)
+            with suppress(FileNotFoundError):  # it vanished already: the next look finds that
+                if stored is not None and stored.samefile(source) and found.st_mtime_ns == changed.get(source):
+                    views.trust(self.cache, source, file)
 
         for _ in range(5):
             lacking = self._lacking(tree, younger_than=STALE)

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
-from stages.runtime import cores
+from stages.runtime import all_cores
 from stages.stage import Facts, UserError, Work
 from stages.tables import SPAN, SPANS, origins, read_batches, starts, tokens_schema
 from stages.tokenize import TokenizeConfig
@@ -85,9 +85,9 @@ def _encoder(tokenizer: Path, memory: Path, control: tuple[str, ...], trusted: b
 
 
 def _share_cores(workers: int) -> None:
-    """Have encoders use no more threads than a process has cores for itself: more get in each other's way."""
+    """Have encoders use no more threads than each of the processes has cores: more get in each other's way."""
     for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
-        os.environ.setdefault(name, str(max(1, cores() // workers)))
+        os.environ.setdefault(name, str(max(1, all_cores() // workers)))
 
 
 _seen = 0

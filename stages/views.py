@@ -11,8 +11,8 @@ Layout of the local cache, which may be deleted whenever nothing runs::
 
 Inputs too large for one disk are not viewed but brought in parts and released again: `stages.streams`.
 
-A file counts as verified while its inode, size and modification time stay what they were when it was hashed; silent
-decay of the disk is what `verify --deep` is for.
+A file counts as verified while its inode, size and modification time stay what they were when it was hashed, or when
+it was committed right after; silent decay of the disk is what `verify --deep` is for.
 """
 
 import errno
@@ -143,7 +143,8 @@ def intact(cache: Path, path: Path, file: File, sha256: str | None = None) -> bo
 
 
 def trust(cache: Path, path: Path, file: File) -> None:
-    """Spare `intact` the hashing of a local file that was hashed just now, and which nobody could write to since."""
+    """Spare `intact` the hashing of a local file that was hashed just now and had not changed when it became read-only.
+    Its time stamp may be too young to tell a later change apart: who made it is to have finished with it."""
     with suppress(OSError):  # a full disk: then it is hashed once more
         found = path.stat()
         record = _record(cache, found)

@@ -99,6 +99,8 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
         except BadRow as error:
             raise error.inside(at.role) from error
     content = message.get(at.content)
+    if len(message) == 2 and isinstance(content, str):
+        return Turn(role, content)
     found = Turn(role, None, flag(message, at.flags))
     calls: list[dict[str, Any]] = []
     if isinstance(content, list):

@@ -129,6 +129,8 @@ def backward(
     """
     (height, width), rank, rank_out = d_out.shape, b[0].shape[1], len(a_out)
     d_both = torch.empty_like(both)
+    if not height:  # an expert that no token went to
+        return d_both, *(d_out.new_zeros(width, rank) for _ in range(2)), d_out.new_zeros(rank_out, width)
     padded = _padded(max(rank, rank_out))
     columns = COLUMNS if padded <= 16 else COLUMNS // 2
     across, down = triton.cdiv(width, columns), triton.cdiv(height, ROWS)

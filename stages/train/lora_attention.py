@@ -168,7 +168,8 @@ def _fits(module: nn.Module) -> bool:
 @cache
 def _only_hands_on(kind: Any) -> bool:
     """Whether all that an attention's forward pass does with its input is to look at its shape but for the last
-    dimension, and to hand it to each of the three layers once. Read off its source: some gate or norm by it as well."""
+    dimension, and to hand it to each of the three layers once, and whether it changes nothing in place. Read off its
+    source: some gate or norm by it as well."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError):
@@ -181,4 +182,7 @@ def _only_hands_on(kind: Any) -> bool:
     texts = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call | ast.Subscript)]
     uses = sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
     looks = texts.count(f"{name}.shape[:-1]")
-    return name == "hidden_states" and all(texts.count(call) == 1 for call in calls) and uses == looks + len(calls)
+    # OLMo clips q, k and v in place, which parts of one tensor do not allow.
+    in_place = any(isinstance(node, ast.Attribute) and node.attr.endswith("_") for node in nodes)
+    handed = all(texts.count(call) == 1 for call in calls) and uses == looks + len(calls)
+    return name == "hidden_states" and handed and not in_place

@@ -33,9 +33,14 @@ def lora_linear(
     or nf4 as bitsandbytes packs it, with `absmax` [blocks of 64] in float32. All others share one dtype."""
     rows = x.reshape(-1, x.shape[-1])
     reduced = rows @ (a * scale).T
-    y = nn.functional.linear(reduced, b, bias)
-    y.addmm_(rows, wide(weight, absmax, a, b).T)
-    return y.view(*x.shape[:-1], b.shape[0]), reduced
+    y = x.new_empty(*x.shape[:-1], b.shape[0])  # not a view: some models change in place what a layer gives
+    flat = y.view(-1, b.shape[0])
+    if bias is None:
+        torch.mm(reduced, b.T, out=flat)
+    else:
+        torch.addmm(bias, reduced, b.T, out=flat)
+    flat.addmm_(rows, wide(weight, absmax, a, b).T)
+    return y, reduced
 
 
 @lora_linear.register_fake

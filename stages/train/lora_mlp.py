@@ -22,6 +22,8 @@ __all__ = ["lora_mlp", "quicken"]
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 TRIED_ROWS = 16
 """Rows of random input on which a layer is compared with what it was before."""
+MOST_RANK = 128
+"""Above this the kernel's tiles do not fit beside one another on every GPU."""
 TOLERANCE = 0.02
 """Largest difference, relative to the largest output: room for bfloat16."""
 
@@ -174,7 +176,8 @@ def _fits(module: nn.Module) -> bool:
         (part.lora_A[part.active_adapters[0]].weight, part.lora_B[part.active_adapters[0]].weight) for part in parts
     ]
     gate, up, _ = (tuple(each.shape for each in pair) for pair in pairs)
-    return len(packed) == 1 and gate == up and hasattr(module, "act_fn")
+    small = all(len(a) <= MOST_RANK for a, _ in pairs)
+    return len(packed) == 1 and gate == up and small and hasattr(module, "act_fn")
 
 
 @torch.no_grad()

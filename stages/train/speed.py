@@ -2,7 +2,7 @@
 torch.compile.
 
 hold(model, config)             # before the pre-flight check: the dtype that training computes in
-compilelayers(model)           # after it: one graph for all decoder layers of a kind
+compile_layers(model)           # after it: one graph for all decoder layers of a kind
 """
 
 from contextlib import AbstractContextManager

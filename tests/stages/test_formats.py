@@ -113,6 +113,15 @@ class TestMessages:
         found = turns("messages", row, fields=fields, roles={"client": "user", "agent": "assistant"})
         assert [(t.role, t.content) for t in found] == [("user", "hi"), ("assistant", "hello")]
 
+    @pytest.mark.parametrize("roles", [{}, {"client": "user"}])
+    @pytest.mark.parametrize(("field", "name"), [("role", "name"), ("content", "thinking")])
+    def test_a_field_with_the_name_of_another_one_is_read_once(
+        self, field: str, name: str, roles: dict[str, str]
+    ) -> None:
+        plain = {"role": "user", "content": "hi"}
+        row = {"messages": [{name if key == field else key: value for key, value in plain.items()}]}
+        assert turns("messages", row, fields={field: name}, roles=roles) == [Turn("user", "hi")]
+
     @pytest.mark.parametrize(
         ("row", "reason", "says"),
         [

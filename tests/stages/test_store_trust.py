@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import stages.identity
 import stages.store
 from stages import views
+from stages.errors import UserError
 from stages.identity import Action, Tree, tree_of
 from stages.objects import blob_path
 from stages.store import BadBlob, Store
@@ -68,6 +70,21 @@ def test_what_changed_during_its_commit_is_seen(
     artifact = store.commit(make_action(), folder, {}, {})
     with pytest.raises(BadBlob):
         store.view(artifact.tree)
+
+
+def test_what_grows_while_it_is_hashed_is_refused(
+    store: Store, make_folder: MakeFolder, make_action: Callable[..., Action], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed_then_grown(path: Path) -> str:
+        found = real(path)
+        with path.open("ab") as file:
+            file.write(b" ")
+        return found
+
+    real = stages.identity.sha256_file
+    monkeypatch.setattr(stages.identity, "sha256_file", hashed_then_grown)
+    with pytest.raises(UserError, match="changed while it was being stored"):
+        store.commit(make_action(), make_folder(FILES), {}, {})
 
 
 def rewritten(path: Path, data: bytes) -> None:

@@ -8,10 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, OlmoConfig, Qwen2Config, Qwen3Config
 from transformers.models.afmoe.modeling_afmoe import AfmoeAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.olmo.modeling_olmo import OlmoAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -186,3 +187,14 @@ def test_an_attention_that_does_more_with_its_input_is_left_alone() -> None:
 def test_layers_of_a_kind_share_a_class_so_that_they_share_a_compiled_graph() -> None:
     ours = quickened(adapted(count=3))
     assert len({type(layer) for layer in ours.get_base_model().layers}) == 1
+
+
+def test_an_attention_that_clips_its_outputs_in_place_keeps_three_layers() -> None:
+    torch.manual_seed(0)
+    net = Net(OlmoAttention, OlmoConfig(**SIZES, clip_qkv=0.5, attn_implementation="sdpa"))
+    theirs = get_peft_model(net, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    ours = copy.deepcopy(theirs)
+    assert lora_linear.quicken(ours) == 4
+    assert lora_attention.quicken(ours) == 0
+    x = torch.randn(2, 5, 32)
+    assert_alike(outcome(ours, x), outcome(theirs, x), 1e-4)

@@ -162,3 +162,10 @@ def test_the_operation_is_sound(laid_together: bool) -> None:
     shapes = ((2, 6), (2, 6), (3, 8)), ((8, 2), (8, 2), (6, 3))
     a, b = ([torch.randn(*shape, requires_grad=True) for shape in side] for side in shapes)
     torch.library.opcheck(lora_mlp.lora_mlp, (x, weights, [], a, b, [0.5, 2.0, 1.0]))
+
+
+def test_ranks_that_the_kernel_has_no_room_for_are_left_to_the_layers() -> None:
+    for rank, fused in ((lora_mlp.MOST_RANK, 1), (lora_mlp.MOST_RANK + 1, 0)):
+        model = adapted(rank=rank)
+        assert lora_linear.quicken(model) == 3
+        assert lora_mlp.quicken(model) == fused
