@@ -130,7 +130,7 @@ def backward(
     (height, width), rank, rank_out = d_out.shape, b[0].shape[1], len(a_out)
     d_both = torch.empty_like(both)
     if not height:  # an expert that no token went to
-        return d_both, *(d_out.new_zeros(width, rank) for _ in range(2)), d_out.new_zeros(rank_out, width)
+        return d_both, torch.zeros_like(b[0]), torch.zeros_like(b[1]), torch.zeros_like(a_out)
     padded = _padded(max(rank, rank_out))
     columns = COLUMNS if padded <= 16 else COLUMNS // 2
     across, down = triton.cdiv(width, columns), triton.cdiv(height, ROWS)
