@@ -7,7 +7,8 @@ import numpy as np
 from stages.data_report import Source, added, joined
 from stages.marks import ROLES
 from stages.selection import REASONS, Taken
-from stages.tokenized import Flags, Numbers, Rows, Shard
+from stages.tables import Numbers
+from stages.tokenized import Flags, Rows, Shard
 
 PLACES = 10
 """Dropped rows listed by place, for each reason and source."""

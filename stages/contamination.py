@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from stages.grams import Hashes, read_grams
 from stages.marks import ROLES
-from stages.tokenized import Files, Flags, Numbers, Rows, Shard, consecutive
+from stages.tables import Numbers
+from stages.tokenized import Files, Flags, Rows, Shard, consecutive
 
 RUN = 8
 """Tokens in a run."""

@@ -226,12 +226,10 @@ def _batch(rows: list[Written], schema: pa.Schema) -> pa.RecordBatch:
         [pa.array(column, field.type) for column, field in zip((ends, turns, kinds), SPAN, strict=True)],
         fields=list(SPAN),
     )
-    text = schema.field(2).type
-    said = (
-        pa.StringArray.from_buffers(len(rows), *_utf8(through[borders], pieces))
-        if text == pa.string()
-        else pa.array([one.ids for one in rows], text)
-    )
+    if "ids" in schema.names:
+        said = pa.array([one.ids for one in rows], schema.field("ids").type)
+    else:
+        said = pa.StringArray.from_buffers(len(rows), *_utf8(through[borders], pieces))
     return pa.RecordBatch.from_arrays(
         [
             pa.array([one.row for one in rows], pa.uint32()),

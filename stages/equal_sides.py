@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages.tables import read_table
-from stages.tokenized import Files, Flags, Numbers, Rows, Shard
+from stages.tables import Numbers, read_table
+from stages.tokenized import Files, Flags, Rows, Shard
 
 
 def equal_sides(files: Files, shards: Sequence[Shard], rows: Rows, looked: Flags) -> Numbers:

@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.marks import ORIGIN_CONTENT, ROLES
-from stages.tables import origins, read_batches, roles
-from stages.tokenized import Files, Flags, Numbers, Rows, Shard, Spans, consecutive, read_spans
+from stages.tables import Numbers, origins, read_batches, roles
+from stages.tokenized import Files, Flags, Rows, Shard, Spans, consecutive, read_spans
 
 Hashes = NDArray[np.uint64]
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from stages.grams import Grams, Hashes, read_grams
 from stages.marks import ROLES
-from stages.tokenized import Files, Flags, Numbers, Rows, Shard
+from stages.tables import Numbers
+from stages.tokenized import Files, Flags, Rows, Shard
 
 RUN = 5
 """Tokens in a run."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from packing.plan import Plan, pack
 from packing.wrap import Pieces, wrap
-from stages.tables import BATCH_ROWS, BINS, documents_schema, read_table
-from stages.tokenized import Files, Numbers, Rows, Shard, consecutive
+from stages.tables import BATCH_ROWS, BINS, Numbers, documents_schema, read_table
+from stages.tokenized import Files, Rows, Shard, consecutive
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from stages.plan_files import Documents
 from stages.samples import samples
 from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, UserError, Work
-from stages.tables import read_table
-from stages.tokenized import Files, Numbers, Rows, Shard, find_shards, read_rows
+from stages.tables import Numbers, read_table
+from stages.tokenized import Files, Rows, Shard, find_shards, read_rows
 from stages.tokenizer_files import backend
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
-from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, TOP, read_batches, read_table
+from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, TOP, offsets, read_batches, read_table
 from stages.tokenizer_files import refuse_other_words
 
 TOKENS = 8192
@@ -108,8 +108,9 @@ def _writing(path: Path, schema: pa.Schema) -> Iterator[Any]:
 
 
 def _lists(values: NDArray[Any], lengths: NDArray[np.int64], schema: pa.Schema, name: str) -> pa.ListArray:
-    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(values), type=schema.field(name).type)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets(lengths), pa.int32()), pa.array(values), type=schema.field(name).type
+    )
 
 
 def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:

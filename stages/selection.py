@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from stages.tokenized import Flags, Numbers, Rows, Shard
+from stages.tables import Numbers
+from stages.tokenized import Flags, Rows, Shard
 
 REASONS = (
     "overlong",

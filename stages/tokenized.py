@@ -20,9 +20,8 @@ from stages.errors import UserError
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, ROLES, TRAIN_UNSET, TRAIN_YES
 from stages.reward_models import SEPARATOR
 from stages.stage import Tell
-from stages.tables import origins, read_table, roles, starts, trains
+from stages.tables import Numbers, origins, read_table, roles, starts, trains
 
-Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 SEQUENCES = {"preference": 2}

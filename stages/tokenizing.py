@@ -22,7 +22,7 @@ from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
 from stages.runtime import all_cores
 from stages.stage import Facts, UserError, Work
-from stages.tables import SPAN, SPANS, origins, read_batches, starts, tokens_schema
+from stages.tables import SPAN, SPANS, offsets, origins, read_batches, starts, tokens_schema
 from stages.tokenize import TokenizeConfig
 from stages.tokenizer_files import backend
 
@@ -137,7 +137,7 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
     first_bytes, origin = starts(ends.to_numpy(), counts).astype(np.int64), origins(kinds.to_numpy())
-    first_span = np.concatenate(([0], np.cumsum(counts)))
+    first_span = offsets(counts)
     sizes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
     encoded, begins, stops = [], [], []
     for low, high in _chunks(sizes):
@@ -179,6 +179,5 @@ def _chunks(sizes: Positions) -> Iterator[tuple[int, int]]:
 
 def _lists(values: Any, counts: Positions, schema: pa.Schema, name: str) -> pa.ListArray:
     kind = schema.field(name).type
-    offsets = pa.array(np.concatenate(([0], np.cumsum(counts))), pa.int32())
     values = values if isinstance(values, pa.Array) else pa.array(values, kind.value_type)
-    return pa.ListArray.from_arrays(offsets, values, type=kind)
+    return pa.ListArray.from_arrays(pa.array(offsets(counts), pa.int32()), values, type=kind)

@@ -131,14 +131,13 @@ def intact(cache: Path, path: Path, file: File, sha256: str | None = None) -> bo
         return False
     if found.st_size != file.size:
         return False
-    record, seal = _record(cache, found), _seal(file, found)
-    if record.exists() and record.read_text() == seal:
+    record = _record(cache, found)
+    if record.exists() and record.read_text() == _seal(file, found):
         return True
     if (sha256 or sha256_file(path)) != file.sha256:
         return False
     if time.time_ns() - found.st_mtime_ns > FRESH:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(seal)
+        _remember(cache, file, found)
     return True
 
 
@@ -146,10 +145,13 @@ def trust(cache: Path, path: Path, file: File) -> None:
     """Spare `intact` the hashing of a local file that was hashed just now and had not changed when it became read-only.
     Its time stamp may be too young to tell a later change apart: who made it is to have finished with it."""
     with suppress(OSError):  # a full disk: then it is hashed once more
-        found = path.stat()
-        record = _record(cache, found)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(_seal(file, found))
+        _remember(cache, file, path.stat())
+
+
+def _remember(cache: Path, file: File, found: os.stat_result) -> None:
+    record = _record(cache, found)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(_seal(file, found))
 
 
 def _seal(file: File, found: os.stat_result) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.train.lora_linear import Fast, Outputs, are_plain_now
+from stages.train.lora_linear import Fast, Outputs, are_plain_now, in_front
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_qkv", "quicken"]
@@ -144,14 +144,9 @@ def quicken(model: nn.Module) -> int:
                 layer.place = place
             stack(layers)
             kind: Any = type(module)
-            module.__class__ = _fast_class(kind)
+            module.__class__ = in_front(_FastAttention, kind)
             found += 1
     return found
-
-
-@cache  # one class for all layers of a kind, or torch.compile would compile each by itself
-def _fast_class(before: type) -> type:
-    return type(f"Fast{before.__name__}", (_FastAttention, before), {})
 
 
 def _fits(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.train.float8 import Float8Linear
 
-__all__ = ["Fast", "FastLinear", "Outputs", "are_plain_now", "lora_linear", "quicken", "wide"]
+__all__ = ["Fast", "FastLinear", "Outputs", "are_plain_now", "in_front", "lora_linear", "quicken", "wide"]
 
 BLOCK = 64
 """Numbers of an nf4 weight that share a scale."""
@@ -137,6 +137,12 @@ def are_plain_now(layers: Sequence[Any], x: Tensor) -> bool:
     return all(isinstance(layer, Fast) and layer.is_plain_now(x) for layer in layers)
 
 
+@cache  # one class for all modules of a kind, or torch.compile would compile each by itself
+def in_front(fast: type, kind: type) -> type:
+    """A class of module `kind`, with the forward pass of `fast` in front of its own."""
+    return type(f"Fast{kind.__name__}", (fast, kind), {})
+
+
 class FastLinear(Fast, AdaptedLinear):  # type: ignore[misc]
     """Over a linear layer."""
 
@@ -169,11 +175,10 @@ def _fast_class(module: Any) -> tuple[type | None, Tensor | None]:
     return _over_4_bits(), _scales(state)
 
 
-@cache  # one class for all layers, or torch.compile would compile each by itself
 def _over_4_bits() -> type:
     from peft.tuners.lora.bnb import Linear4bit
 
-    return type("FastLinear4bit", (Fast, Linear4bit), {})
+    return in_front(Fast, Linear4bit)
 
 
 def _scales(state: Any) -> Tensor:

@@ -7,14 +7,13 @@ product with x, one of their gradients. See `stages.train.lora_linear` and `stag
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.train.lora_linear import Fast, are_plain_now
+from stages.train.lora_linear import Fast, are_plain_now, in_front
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_mlp", "quicken"]
@@ -154,17 +153,12 @@ def quicken(model: nn.Module) -> int:
     for module in model.modules():
         if not isinstance(module, _FastMlp) and _fits(module):
             kind: Any = type(module)
-            now = _fast_class(kind)
+            now = in_front(_FastMlp, kind)
             if _same(module, now):
                 stack([module.gate_proj, module.up_proj])
                 module.__class__ = now
                 found += 1
     return found
-
-
-@cache  # one class for all layers of a kind, or torch.compile would compile each by itself
-def _fast_class(before: type) -> type:
-    return type(f"Fast{before.__name__}", (_FastMlp, before), {})
 
 
 def _fits(module: nn.Module) -> bool:
