@@ -1,7 +1,8 @@
-"""Speed of TRL's SFTTrainer on the same input: `python -m benchmarks.train_trl 8b lora --attention regrow --rows 2`.
+"""Speed of TRL's SFTTrainer on the same input: `python -m benchmarks.train_trl 8b lora --rows 2`.
 
-Its best settings: packing bfd, Liger's kernels beside TRL's own loss head, bfloat16, fused AdamW, and the same
-variable-length attention kernel handed to it (`--attention regrow`), or SDPA, where it falls without flash-attn.
+Its best settings: packing bfd, Liger's kernels beside TRL's own loss head, bfloat16, fused AdamW, and a variable-length
+attention kernel handed to it: torch's, or the one that our own side takes (`--attention regrow`: flash-attn's if it is
+installed); or SDPA, where it falls without flash-attn.
 """
 
 import argparse
@@ -19,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shape")
     parser.add_argument("method", choices=["full", "lora"])
-    parser.add_argument("--attention", default="regrow", choices=["regrow", "sdpa"])
+    parser.add_argument("--attention", default="torch", choices=["torch", "regrow", "sdpa"])
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--global-batch", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true")
@@ -46,7 +47,8 @@ def main() -> None:
     data = Dataset.from_list(
         [{"input_ids": row, "labels": [-100] * start + row[start:]} for row, start in zip(rows, starts, strict=True)]
     )
-    attention = implementation(device) if given.attention == "regrow" else "sdpa"
+    kernels = {"torch": implementation(device, kernel="torch"), "regrow": implementation(device), "sdpa": "sdpa"}
+    attention = kernels[given.attention]
     model = train_input.model(given.shape, device, attn_implementation=attention)
     if given.nf4:
         train_input.to_nf4(model)

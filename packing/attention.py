@@ -5,11 +5,11 @@
 transformers hands the boundaries (`cu_seq_lens_q`) from the model's arguments through to the attention function, and
 builds no mask for an implementation that it knows no mask for.
 
-On a GPU in 16-bit this is one variable-length kernel: torch's (`torch.nn.attention.varlen`), or that of an installed
-flash-attn (`packing.flash`), under the name "regrow_fa2" to "regrow_fa4". Elsewhere each document is a call
-of scaled dot product attention: its cost is the sum of squared document lengths, against the square of the sum for one
-call with a mask. (SmolLM2's 9 heads, 2,048 tokens in documents of about 60, one CPU core, forward and backward: 26 ms
-against 471 ms.)
+On a GPU in 16-bit this is one variable-length kernel: torch's (`torch.nn.attention.varlen`), our own for Hopper
+(`packing.varlen`) under the name "regrow_hopper", or that of an installed flash-attn (`packing.flash`), under the name
+"regrow_fa2" to "regrow_fa4". Elsewhere each document is a call of scaled dot product attention: its cost is the sum of
+squared document lengths, against the square of the sum for one call with a mask. (SmolLM2's 9 heads, 2,048 tokens in
+documents of about 60, one CPU core, forward and backward: 26 ms against 471 ms.)
 """
 
 import inspect
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from packing import flash
+from packing import flash, varlen
 from packing.flash import Attention
 
 __all__ = ["implementation", "register"]
@@ -40,13 +40,14 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(f"{NAME}_hopper", partial(attend, own=True))
     for version in flash.MODULES:
         AttentionInterface.register(f"{NAME}_fa{version}", partial(attend, flash_attn=version))
 
 
 def implementation(device: "str | torch.device", config: Any = None, kernel: Attention = "auto") -> str:
-    """The attention implementation to load a model with, for packed batches: "regrow", on every device, or its form for
-    the flash-attn that is installed, unless `kernel` is torch.
+    """The attention implementation to load a model with, for packed batches: "regrow", on every device, or unless
+    `kernel` is torch its form for the fastest kernel that is there.
 
     Raises ValueError when `kernel` is flash and no flash-attn is installed that runs on the device.
 
@@ -67,6 +68,10 @@ def implementation(device: "str | torch.device", config: Any = None, kernel: Att
     chunked = getattr(config, "attention_chunk_size", None) is not None
     if chunked or not _takes_functions(config):
         return "eager"
+    # flash-attn 2 is torch's kernel but for scores that are capped, which ours does not do either.
+    slower = version is None or (version == 2 and getattr(config, "attn_logit_softcapping", None) is None)
+    if kernel == "auto" and slower and capability is not None and varlen.runs_on(capability):
+        return f"{NAME}_hopper"
     return NAME if version is None else f"{NAME}_fa{version}"
 
 
@@ -91,13 +96,15 @@ def attend(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     flash_attn: int | None = None,
+    own: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document; the signature is transformers' `AttentionInterface`.
 
     `query` is [1, heads, T, head size], `key` and `value` may have fewer heads; the result is [1, T, heads, head
     size]. A `sliding_window` of w lets a token see itself and the w - 1 before it. `softcap` bounds the scores and
-    `s_aux` [heads] are attention sinks. `flash_attn` is the version of flash-attn to use where it can.
+    `s_aux` [heads] are attention sinks. `flash_attn` is the version of flash-attn to use where it can, `own` whether
+    to use the kernels of `packing.varlen` where they can.
 
     Raises ValueError for what it would get wrong: no boundaries, more than one row, a mask, attention that is not
     causal, or more documents than the kernel takes.
@@ -109,9 +116,13 @@ def attend(
         raise ValueError(f"{kind}: a packed batch is one row [1, T], without attention mask and without cache")
     if not getattr(module, "is_causal", True) or kwargs.get("position_bias") is not None:
         raise ValueError(f"{kind} is not plain causal attention: packing cannot isolate it")
+    on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+    if own and on_gpu and softcap is None and varlen.fits(query, key, value):
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return varlen.varlen(q, k, v, cu_seq_lens_q, s_aux, scale, sliding_window)[0][None], None
     capped = softcap is not None and flash_attn is None
-    plain = not capped and s_aux is None and dropout == 0.0 and query.shape[-1] == value.shape[-1] <= 256
-    if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if on_gpu and not capped and s_aux is None and query.shape[-1] == value.shape[-1] <= 256:
         assert max_length_q is not None, "packing.collate gives max_length_q"
         how = (scaling, sliding_window, softcap, flash_attn)
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, *how), None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.train.lora_linear import Fast, Outputs, are_plain_now, in_front
+from stages.train.lora_linear import Fast, Outputs, are_plain_now, in_front, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_qkv", "quicken"]
@@ -36,7 +36,7 @@ def lora_qkv(
     or none are nf4, with `absmaxes` [blocks of 64] in float32.
     """
     rows = x.reshape(-1, x.shape[-1])
-    reduced = rows @ torch.cat([each * scale for each, scale in zip(a, scales, strict=True)]).T
+    reduced = narrowed(rows, [each.T for each in a], scales)
     out = rows.new_empty(len(rows), sum(map(len, b)))
     for i, (part, by, each) in enumerate(zip(_parts(out, b), _parts(reduced, a), b, strict=True)):
         if biases:
@@ -65,7 +65,7 @@ def _gradients(
     d_reduced = torch.empty_like(reduced)
     for part, by, each, scale in zip(_parts(outs, b), _parts(d_reduced, a), b, scales, strict=True):
         by.addmm_(part, each, beta=0, alpha=scale)
-    by_x = d_reduced @ torch.cat(list(a))
+    by_x = widened(d_reduced, a)
     weights = as_one(weights, absmaxes, a, b)
     for part, weight in zip(_parts(outs, weights), weights, strict=True):
         by_x.addmm_(part, weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.train.lora_linear import Fast, are_plain_now, in_front
+from stages.train.lora_linear import Fast, are_plain_now, in_front, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_mlp", "quicken"]
@@ -39,7 +39,7 @@ def lora_mlp(
     shapes; all or none are nf4, with `absmaxes` [blocks of 64] in float32.
     """
     rows = x.reshape(-1, x.shape[-1])
-    reduced = rows @ torch.cat([each * scale for each, scale in zip(a[:2], scales[:2], strict=True)]).T
+    reduced = narrowed(rows, [each.T for each in a[:2]], scales[:2])
     both = rows.new_empty(len(rows), 2 * len(b[0]))
     wide = as_one(weights[:2], absmaxes[:2], a[:2], b[:2])
     for part, weight in zip(both.chunk(len(wide), 1), wide, strict=True):
@@ -51,7 +51,7 @@ def lora_mlp(
     else:
         gates, ups = _whole(both, reduced, b)
         product = F.silu(gates) * ups
-    reduced_down = product @ (a[2] * scales[2]).T
+    reduced_down = narrowed(product, [a[2].T], scales[2:])
     out = reduced_down @ b[2].T
     (weight,) = as_one(weights[2:], absmaxes[2:], a[2:], b[2:])
     out.addmm_(product, weight.T)
@@ -72,7 +72,7 @@ def _gradients(
     """The gradients by x, then by every a, then by every b."""
     rows, outs = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     by_down_b = outs.T @ reduced_down
-    d_reduced_down = outs @ (b[2] * scales[2])
+    d_reduced_down = narrowed(outs, [b[2]], scales[2:])
     (weight,) = as_one(weights[2:], absmaxes[2:], a[2:], b[2:])
     d_product = outs @ weight
     if x.is_cuda:
@@ -89,8 +89,8 @@ def _gradients(
         by_gate_b, by_up_b = (half.T @ by for half, by in zip(d_both.chunk(2, 1), reduced.chunk(2, 1), strict=True))
         by_down_a = d_reduced_down.T @ (g * share * u)
     halves = zip(d_both.chunk(2, 1), b, scales, strict=False)
-    d_reduced = torch.cat([half @ (each * scale) for half, each, scale in halves], dim=1)
-    by_x = d_reduced @ torch.cat([a[0], a[1]])
+    d_reduced = torch.cat([narrowed(half, [each], [scale]) for half, each, scale in halves], dim=1)
+    by_x = widened(d_reduced, a[:2])
     wide = as_one(weights[:2], absmaxes[:2], a[:2], b[:2])
     for part, weight in zip(d_both.chunk(len(wide), 1), wide, strict=True):
         by_x.addmm_(part, weight)
