@@ -72,7 +72,7 @@ class Runtime(Described):
     auto: as little of it as memory allows."""
     attention: Literal["auto", "torch", "flash"] = "auto"
     """The attention kernel on a GPU: torch's own, flash-attn's (the newest that runs there; an error where none is
-    installed), or auto: flash-attn's where it is installed."""
+    installed), or auto, the fastest that is there: flash-attn 3 or 4, regrow's own on Hopper, flash-attn 2, torch's."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the decoder layers before training: auto does on a GPU, when training is long enough to win back the
     minute that it takes."""
