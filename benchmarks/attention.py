@@ -46,13 +46,10 @@ def times(shape: tuple[int, int, int, int], batch: np.ndarray[Any, np.dtype[np.i
     """What each kernel takes, forward + backward."""
     heads, key_heads, size, rows = shape
     boundaries = torch.from_numpy(np.append(0, batch.cumsum()).astype(np.int32)).cuda()
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    inputs = [
-        torch.randn(1, rows * SEQUENCE, each, size, device="cuda", dtype=torch.bfloat16)
-        .transpose(1, 2)
-        .requires_grad_()
-        for each in (heads, key_heads, key_heads)
-    ]
+    inputs = []
+    for each in (heads, key_heads, key_heads):
+        rows_first = torch.randn(1, rows * SEQUENCE, each, size, device="cuda", dtype=torch.bfloat16)
+        inputs.append(rows_first.transpose(1, 2).requires_grad_())
     ways: dict[str, dict[str, Any]] = {"torch": {}, "own": {"own": True}}
     if version := flash.installed(torch.cuda.get_device_capability()):
         ways[f"flash-attn {version}"] = {"flash_attn": version}
