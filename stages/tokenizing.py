@@ -32,7 +32,7 @@ CHUNK_BYTES = 1 << 20
 """Text encoded at once: enough to keep all cores busy, little enough to keep memory flat."""
 
 
-FAST_BYTES = 4 << 20
+FAST_BYTES = 2 << 20
 """Text that a process must have seen before it loads the fast backend, which takes as long as encoding so much without:
 a day of new data costs little. Both give the same ids."""
 
