@@ -1,8 +1,8 @@
 """Speed of TRL's SFTTrainer on the same input: `python -m benchmarks.train_trl 8b lora --rows 2`.
 
 Its best settings: packing bfd, Liger's kernels beside TRL's own loss head, bfloat16, fused AdamW, and a variable-length
-attention kernel handed to it: torch's, or the one that our own side takes (`--attention regrow`: flash-attn's if it is
-installed); or SDPA, where it falls without flash-attn.
+attention kernel handed to it: torch's, or the one that our own side takes (`--attention regrow`: flash-attn's if it
+is installed, or our own on Hopper); or SDPA, where it falls without flash-attn.
 """
 
 import argparse

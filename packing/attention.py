@@ -41,8 +41,9 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionInterface.register(f"{NAME}_hopper", partial(attend, own=True))
+    own = torch.cuda.is_available() and varlen.runs_on(torch.cuda.get_device_capability())
     for version in flash.MODULES:
-        AttentionInterface.register(f"{NAME}_fa{version}", partial(attend, flash_attn=version))
+        AttentionInterface.register(f"{NAME}_fa{version}", partial(attend, flash_attn=version, own=own))
 
 
 def implementation(device: "str | torch.device", config: Any = None, kernel: Attention = "auto") -> str:
@@ -104,7 +105,7 @@ def attend(
     `query` is [1, heads, T, head size], `key` and `value` may have fewer heads; the result is [1, T, heads, head
     size]. A `sliding_window` of w lets a token see itself and the w - 1 before it. `softcap` bounds the scores and
     `s_aux` [heads] are attention sinks. `flash_attn` is the version of flash-attn to use where it can, `own` whether
-    to use the kernels of `packing.varlen` where they can.
+    to use the kernels of `packing.varlen` where they can: instead of torch's, and of flash-attn's for sinks.
 
     Raises ValueError for what it would get wrong: no boundaries, more than one row, a mask, attention that is not
     causal, or more documents than the kernel takes.
@@ -117,6 +118,7 @@ def attend(
     if not getattr(module, "is_causal", True) or kwargs.get("position_bias") is not None:
         raise ValueError(f"{kind} is not plain causal attention: packing cannot isolate it")
     on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+    own = own and (flash_attn is None or s_aux is not None)
     if own and on_gpu and softcap is None and varlen.fits(query, key, value):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -6,8 +6,11 @@ What differs from kernels for a batch of sequences, and why it is faster on pack
   score with. There is no block of an empty or a short document that only finds out that it has nothing to do.
 - The query heads that share a head of keys lie in one block, so a block of 64 rows holds 16 tokens where there are
   four: less of it is cut off by a document's edge or by the diagonal, and keys are read once for all of them.
-- The backward pass adds nothing up through memory: queries in one kernel, keys and values in another. It is a
-  seventh product more, and the same bits every time.
+- The backward pass adds nothing up through memory: queries in one kernel, keys and values in another. That is seven
+  products instead of five, and the same bits every time.
+
+Names beside the paper's: `total` is O before it is divided, `most` is m, `sums` l, `logs` the logsumexp (to base 2),
+`shifts` D = rowsum(dO * O). A number that is not finite may reach other documents that share a block with it.
 
 `packing.varlen` makes an operation of torch's library of them. All times measured on an H200.
 """
@@ -25,22 +28,28 @@ ROWS, KEYS, WARPS = 64, 64, 4
 """Of a block: queries times heads, keys, and warps."""
 ROWS_FOR_KEYS = {64: 64, 128: 32}
 """By head size, rows at a time in the kernel that walks through them for a block of keys: it holds two sums."""
-STAGES_FOR_ROWS = {64: 3, 128: 2}
-"""By head size, blocks of keys on their way at once in the backward kernel that holds a block of rows."""
+STAGES = 3
+"""Blocks on their way from memory at once."""
+STAGES_FOR_QUERY = {64: 3, 128: 2}
+"""By head size, likewise in the backward kernel that holds a block of rows."""
+LIMITS = 512
+"""Tokens whose limits one program finds."""
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _limits(boundaries, lows, highs, size, documents, steps, window, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
+def _limits(boundaries, lows, highs, tokens, documents, steps, window, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    there = token < size
+    there = token < tokens
+    # Bisection for the first document that ends behind the token; what is behind the last boundary belongs to the last.
     left = tl.zeros((TOKENS,), tl.int32)
     right = tl.zeros((TOKENS,), tl.int32) + documents - 1
-    for _ in range(steps):  # bisection for the first document that ends behind the token
+    for _ in range(steps):
         middle = (left + right) // 2
         behind = tl.load(boundaries + middle + 1) > token
         left, right = tl.where(behind, left, tl.minimum(middle + 1, right)), tl.where(behind, middle, right)
-    low, high = tl.load(boundaries + left), tl.load(boundaries + left + 1)
+    low = tl.load(boundaries + left)
+    high = tl.where(left == documents - 1, tokens, tl.load(boundaries + left + 1))
     if WINDOW:
         low, high = tl.maximum(low, token - window + 1), tl.minimum(high, token + window)
     tl.store(lows + token, low, there)
@@ -48,17 +57,30 @@ def _limits(boundaries, lows, highs, size, documents, steps, window, WINDOW: tl.
 
 
 @triton.jit
-def _rows(first, size, kv_head, GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """Of each row of the block that begins with token `first`: its token, counted from there, its query head, and
-    whether there is such."""
+def _place(heads, GROUP: tl.constexpr):
+    """The head of keys that a program is for, and its block."""
+    kv_heads = heads // GROUP
+    return tl.program_id(0) % kv_heads, tl.program_id(0) // kv_heads
+
+
+@triton.jit
+def _rows(first, tokens, GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Of each row of the block that begins with token `first`: its token, counted from there, its query head, counted
+    from the first of the group, and whether there is such."""
     rows = tl.arange(0, ROWS)
     step, member = rows // PADDED, rows % PADDED
-    return step, kv_head * GROUP + member, (first + step < size) & (member < GROUP)
+    return step, member, (first + step < tokens) & (member < GROUP)
+
+
+@triton.jit
+def _head(base, number, stride):
+    """Where a head begins, which with heads before tokens may be more than 32 bits away."""
+    return base + tl.cast(number, tl.int64) * stride
 
 
 @triton.jit
 def _places(base, first, rows, stride, columns):
-    """[rows, columns] Of numbers in memory: only the first row's place may need 64 bits."""
+    """[rows, columns] Where the numbers of a block lie: only the way to its first row may need 64 bits."""
     return base + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
 
 
@@ -78,13 +100,13 @@ def _inner(begin, full, first, STEP: tl.constexpr):
 
 @triton.jit
 def _attend(
-    total, most, sums, query, keys, values, key_stride, value_stride, at, size, token, low, scale,
-    MASKED: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    total, most, sums, query, keys, values, key_stride, value_stride, at, tokens, token, low, scale,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the weighted sum of values, the largest score and the sum of weights so far."""
-    columns, rows = tl.arange(0, SIZE), tl.arange(0, KEYS)
+    columns, rows = tl.arange(0, WIDTH), tl.arange(0, KEYS)
     place = at + rows
-    key = _tile(keys, at, rows, key_stride, columns, place < size, MASKED)
+    key = _tile(keys, at, rows, key_stride, columns, place < tokens, MASKED)
     scores = tl.dot(query, tl.trans(key)) * scale
     if MASKED:
         seen = (place[None, :] <= token[:, None]) & (place[None, :] >= low[:, None])
@@ -93,29 +115,31 @@ def _attend(
     base = tl.where(largest == float("-inf"), 0.0, largest) if MASKED else largest  # a row that saw nothing yet
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(most - base)
-    value = _tile(values, at, rows, value_stride, columns, place < size, MASKED)
+    value = _tile(values, at, rows, value_stride, columns, place < tokens, MASKED)
     total = tl.dot(weights.to(value.dtype), value, total * shrink[:, None])
     return total, largest, sums * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
 def _forward(
-    query, keys, values, sinks, out, logs, lows, size, query_stride, query_head, key_stride, key_head, value_stride,
-    value_head, heads, scale, GROUP: tl.constexpr, PADDED: tl.constexpr, SINKS: tl.constexpr, SIZE: tl.constexpr,
+    query, keys, values, sinks, out, logs, lows, tokens, query_stride, query_head, key_stride, key_head, value_stride,
+    value_head, heads, scale, GROUP: tl.constexpr, PADDED: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    kv_head, first = tl.program_id(0), tl.program_id(1) * (ROWS // PADDED)
-    step, head, there = _rows(first, size, kv_head, GROUP, PADDED, ROWS)
-    token, columns = first + step, tl.arange(0, SIZE)
-    q = _tile(query + head[:, None] * query_head, first, step, query_stride, columns, there, True)
+    kv_head, block = _place(heads, GROUP)
+    first = block * (ROWS // PADDED)
+    step, member, there = _rows(first, tokens, GROUP, PADDED, ROWS)
+    token, head, columns = first + step, kv_head * GROUP + member, tl.arange(0, WIDTH)
+    group = _head(query, kv_head * GROUP, query_head)
+    q = _tile(group + member[:, None] * query_head, first, step, query_stride, columns, there, True)
     low = tl.load(lows + token, there, 0)
-    last = tl.minimum(first + ROWS // PADDED, size) - 1
+    last = tl.minimum(first + ROWS // PADDED, tokens) - 1
     begin, full = tl.load(lows + first), tl.load(lows + last)
     inner, after = _inner(begin, full, first, KEYS)
-    keys, values = keys + kv_head * key_head, values + kv_head * value_head
-    total = tl.zeros((ROWS, SIZE), tl.float32)
+    keys, values = _head(keys, kv_head, key_head), _head(values, kv_head, value_head)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
     if SINKS:
-        most = tl.load(sinks + head, there, 0.0).to(tl.float32) * 1.4426950408889634
+        most = tl.load(sinks + head, there, 0.0).to(tl.float32) * 1.4426950408889634  # LOG2_E
         sums = tl.full((ROWS,), 1.0, tl.float32)
     else:
         most = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -123,30 +147,33 @@ def _forward(
     # Three loops one after another take 0.9 of the time of two, of which one does both edges; not so on the way back.
     for at in tl.range(begin, tl.minimum(inner, last + 1), KEYS, num_stages=STAGES):
         total, most, sums = _attend(
-            total, most, sums, q, keys, values, key_stride, value_stride, at, size, token, low, scale, True, SIZE, KEYS
-        )
+            total, most, sums, q, keys, values, key_stride, value_stride, at, tokens, token, low, scale, True,
+            WIDTH, KEYS,
+        )  # fmt: skip
     for at in tl.range(inner, after, KEYS, num_stages=STAGES):
         total, most, sums = _attend(
-            total, most, sums, q, keys, values, key_stride, value_stride, at, size, token, low, scale, False, SIZE, KEYS
-        )
+            total, most, sums, q, keys, values, key_stride, value_stride, at, tokens, token, low, scale, False,
+            WIDTH, KEYS,
+        )  # fmt: skip
     for at in tl.range(after, last + 1, KEYS, num_stages=STAGES):
         total, most, sums = _attend(
-            total, most, sums, q, keys, values, key_stride, value_stride, at, size, token, low, scale, True, SIZE, KEYS
-        )
+            total, most, sums, q, keys, values, key_stride, value_stride, at, tokens, token, low, scale, True,
+            WIDTH, KEYS,
+        )  # fmt: skip
     result = (total / sums[:, None]).to(q.dtype)
-    tl.store(_places(out + head[:, None] * SIZE, first, step, heads * SIZE, columns), result, there[:, None])
+    tl.store(_places(out + head[:, None] * WIDTH, first, step, heads * WIDTH, columns), result, there[:, None])
     tl.store(logs + token * heads + head, most + tl.log2(sums), there)
 
 
 @triton.jit
 def _query_step(
-    total, query, d_out, logs, shift, keys, values, key_stride, value_stride, at, size, token, low, scale,
-    MASKED: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    total, query, d_out, logs, shift, keys, values, key_stride, value_stride, at, tokens, token, low, scale,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    columns, rows = tl.arange(0, SIZE), tl.arange(0, KEYS)
+    columns, rows = tl.arange(0, WIDTH), tl.arange(0, KEYS)
     place = at + rows
-    key = _tile(keys, at, rows, key_stride, columns, place < size, MASKED)
-    value = _tile(values, at, rows, value_stride, columns, place < size, MASKED)
+    key = _tile(keys, at, rows, key_stride, columns, place < tokens, MASKED)
+    value = _tile(values, at, rows, value_stride, columns, place < tokens, MASKED)
     weights = tl.exp2(tl.dot(query, tl.trans(key)) * scale - logs[:, None])
     if MASKED:
         seen = (place[None, :] <= token[:, None]) & (place[None, :] >= low[:, None])
@@ -157,56 +184,58 @@ def _query_step(
 
 @triton.jit
 def _by_query(
-    query, keys, values, out, d_out, logs, shifts, d_query, lows, size, query_stride, query_head, key_stride, key_head,
-    value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    query, keys, values, out, d_out, logs, shifts, d_query, lows, tokens, query_stride, query_head, key_stride,
+    key_head, value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    kv_head, first = tl.program_id(0), tl.program_id(1) * (ROWS // PADDED)
-    step, head, there = _rows(first, size, kv_head, GROUP, PADDED, ROWS)
-    token, columns = first + step, tl.arange(0, SIZE)
-    q = _tile(query + head[:, None] * query_head, first, step, query_stride, columns, there, True)
-    d = _tile(d_out + head[:, None] * SIZE, first, step, heads * SIZE, columns, there, True)
-    o = _tile(out + head[:, None] * SIZE, first, step, heads * SIZE, columns, there, True)
+    kv_head, block = _place(heads, GROUP)
+    first = block * (ROWS // PADDED)
+    step, member, there = _rows(first, tokens, GROUP, PADDED, ROWS)
+    token, head, columns = first + step, kv_head * GROUP + member, tl.arange(0, WIDTH)
+    group = _head(query, kv_head * GROUP, query_head)
+    q = _tile(group + member[:, None] * query_head, first, step, query_stride, columns, there, True)
+    d = _tile(d_out + head[:, None] * WIDTH, first, step, heads * WIDTH, columns, there, True)
+    o = _tile(out + head[:, None] * WIDTH, first, step, heads * WIDTH, columns, there, True)
     shift = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
     tl.store(shifts + token * heads + head, shift, there)
     log = tl.load(logs + token * heads + head, there, 0.0)
     low = tl.load(lows + token, there, 0)
-    last = tl.minimum(first + ROWS // PADDED, size) - 1
+    last = tl.minimum(first + ROWS // PADDED, tokens) - 1
     begin, full = tl.load(lows + first), tl.load(lows + last)
     inner, after = _inner(begin, full, first, KEYS)
-    keys, values = keys + kv_head * key_head, values + kv_head * value_head
-    total = tl.zeros((ROWS, SIZE), tl.float32)
+    keys, values = _head(keys, kv_head, key_head), _head(values, kv_head, value_head)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
     for at in tl.range(inner, after, KEYS, num_stages=STAGES):
         total = _query_step(
-            total, q, d, log, shift, keys, values, key_stride, value_stride, at, size, token, low, scale, False,
-            SIZE, KEYS,
+            total, q, d, log, shift, keys, values, key_stride, value_stride, at, tokens, token, low, scale, False,
+            WIDTH, KEYS,
         )  # fmt: skip
     before = (tl.minimum(inner, last + 1) - begin + KEYS - 1) // KEYS
     edges = before + tl.maximum(last - after + KEYS, 0) // KEYS
     for edge in tl.range(0, edges, num_stages=STAGES):
         at = tl.where(edge < before, begin + edge * KEYS, after + (edge - before) * KEYS)
         total = _query_step(
-            total, q, d, log, shift, keys, values, key_stride, value_stride, at, size, token, low, scale, True,
-            SIZE, KEYS,
+            total, q, d, log, shift, keys, values, key_stride, value_stride, at, tokens, token, low, scale, True,
+            WIDTH, KEYS,
         )  # fmt: skip
     result = (total * scaling).to(q.dtype)
-    tl.store(_places(d_query + head[:, None] * SIZE, first, step, heads * SIZE, columns), result, there[:, None])
+    tl.store(_places(d_query + head[:, None] * WIDTH, first, step, heads * WIDTH, columns), result, there[:, None])
 
 
 @triton.jit
 def _key_step(
-    by_key, by_value, key, value, query, query_stride, query_head, d_out, logs, shifts, at, size, kv_head, heads, place,
-    high, scale, MASKED: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
+    by_key, by_value, key, value, group, query_stride, query_head, d_out, logs, shifts, at, tokens, kv_head, heads,
+    place, high, scale, MASKED: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    step, head, there = _rows(at, size, kv_head, GROUP, PADDED, ROWS)
-    token, columns = at + step, tl.arange(0, SIZE)
-    where = token * heads + head
+    step, member, there = _rows(at, tokens, GROUP, PADDED, ROWS)
+    token, head, columns = at + step, kv_head * GROUP + member, tl.arange(0, WIDTH)
+    row = token * heads + head
     some: tl.constexpr = MASKED or GROUP != PADDED
-    q = _tile(query + head[:, None] * query_head, at, step, query_stride, columns, there, some)
-    d = _tile(d_out + head[:, None] * SIZE, at, step, heads * SIZE, columns, there, some)
-    log = tl.load(logs + where, there, 0.0) if some else tl.load(logs + where)
-    shift = tl.load(shifts + where, there, 0.0) if some else tl.load(shifts + where)
+    q = _tile(group + member[:, None] * query_head, at, step, query_stride, columns, there, some)
+    d = _tile(d_out + head[:, None] * WIDTH, at, step, heads * WIDTH, columns, there, some)
+    log = tl.load(logs + row, there, 0.0) if some else tl.load(logs + row)
+    shift = tl.load(shifts + row, there, 0.0) if some else tl.load(shifts + row)
     weights = tl.exp2(tl.dot(key, tl.trans(q)) * scale - log[None, :])
     if MASKED:
         seen = (token[None, :] >= place[:, None]) & (token[None, :] < high[:, None])
@@ -218,50 +247,51 @@ def _key_step(
 
 @triton.jit
 def _by_key(
-    query, keys, values, d_out, logs, shifts, d_keys, d_values, highs, size, query_stride, query_head, key_stride,
+    query, keys, values, d_out, logs, shifts, d_keys, d_values, highs, tokens, query_stride, query_head, key_stride,
     key_head, value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = ROWS // PADDED
-    kv_head, first = tl.program_id(0), tl.program_id(1) * KEYS
-    columns, rows = tl.arange(0, SIZE), tl.arange(0, KEYS)
+    kv_head, block = _place(heads, GROUP)
+    first, group = block * KEYS, _head(query, kv_head * GROUP, query_head)
+    columns, rows = tl.arange(0, WIDTH), tl.arange(0, KEYS)
     place = first + rows
-    there = place < size
-    key = _tile(keys + kv_head * key_head, first, rows, key_stride, columns, there, True)
-    value = _tile(values + kv_head * value_head, first, rows, value_stride, columns, there, True)
+    there = place < tokens
+    key = _tile(_head(keys, kv_head, key_head), first, rows, key_stride, columns, there, True)
+    value = _tile(_head(values, kv_head, value_head), first, rows, value_stride, columns, there, True)
     high = tl.load(highs + place, there, 0)
-    stop, full = tl.load(highs + tl.minimum(first + KEYS, size) - 1), tl.load(highs + first)
+    stop, full = tl.load(highs + tl.minimum(first + KEYS, tokens) - 1), tl.load(highs + first)
     inner = first + KEYS  # before it, the diagonal
     after = inner + tl.maximum(full - inner, 0) // STEP * STEP
-    by_key = tl.zeros((KEYS, SIZE), tl.float32)
-    by_value = tl.zeros((KEYS, SIZE), tl.float32)
+    by_key = tl.zeros((KEYS, WIDTH), tl.float32)
+    by_value = tl.zeros((KEYS, WIDTH), tl.float32)
     for at in tl.range(inner, after, STEP, num_stages=STAGES):
         by_key, by_value = _key_step(
-            by_key, by_value, key, value, query, query_stride, query_head, d_out, logs, shifts, at, size, kv_head,
-            heads, place, high, scale, False, GROUP, PADDED, SIZE, ROWS,
+            by_key, by_value, key, value, group, query_stride, query_head, d_out, logs, shifts, at, tokens, kv_head,
+            heads, place, high, scale, False, GROUP, PADDED, WIDTH, ROWS,
         )  # fmt: skip
     before = tl.minimum(KEYS, stop - first + STEP - 1) // STEP
     edges = before + tl.maximum(stop - after + STEP - 1, 0) // STEP
     for edge in tl.range(0, edges, num_stages=STAGES):
         at = tl.where(edge < before, first + edge * STEP, after + (edge - before) * STEP)
         by_key, by_value = _key_step(
-            by_key, by_value, key, value, query, query_stride, query_head, d_out, logs, shifts, at, size, kv_head,
-            heads, place, high, scale, True, GROUP, PADDED, SIZE, ROWS,
+            by_key, by_value, key, value, group, query_stride, query_head, d_out, logs, shifts, at, tokens, kv_head,
+            heads, place, high, scale, True, GROUP, PADDED, WIDTH, ROWS,
         )  # fmt: skip
-    stride = heads // GROUP * SIZE
+    stride = heads // GROUP * WIDTH
     by_key = (by_key * scaling).to(key.dtype)
-    tl.store(_places(d_keys + kv_head * SIZE, first, rows, stride, columns), by_key, there[:, None])
-    tl.store(_places(d_values + kv_head * SIZE, first, rows, stride, columns), by_value.to(key.dtype), there[:, None])
+    tl.store(_places(d_keys + kv_head * WIDTH, first, rows, stride, columns), by_key, there[:, None])
+    tl.store(_places(d_values + kv_head * WIDTH, first, rows, stride, columns), by_value.to(key.dtype), there[:, None])
 
 
-def limits(boundaries: Tensor, size: int, window: int | None) -> tuple[Tensor, Tensor]:
+def limits(boundaries: Tensor, tokens: int, window: int | None) -> tuple[Tensor, Tensor]:
     """int32 [T] each: the first token that a token sees, and the token after the last that sees it."""
-    lows, highs = (boundaries.new_empty(size) for _ in range(2))
-    documents, tokens = len(boundaries) - 1, 512
+    lows, highs = (boundaries.new_empty(tokens, dtype=torch.int32) for _ in range(2))
+    documents = len(boundaries) - 1
     kernel: Any = _limits
-    kernel[(triton.cdiv(size, tokens),)](
-        boundaries, lows, highs, size, documents, documents.bit_length(), window or 0, WINDOW=window is not None,
-        TOKENS=tokens,
+    kernel[(triton.cdiv(tokens, LIMITS),)](
+        boundaries, lows, highs, tokens, documents, documents.bit_length(), min(window or 0, tokens),
+        WINDOW=window is not None, TOKENS=LIMITS,
     )  # fmt: skip
     return lows, highs
 
@@ -286,13 +316,13 @@ def forward(
     `lows` int32 [T] is the first token that each sees, and never falls. `sinks` [heads] are scores that take their
     share of the softmax and give nothing.
     """
-    (size, heads, width), (group, padded) = query.shape, _group(query, keys)
-    out = query.new_empty(size, heads, width)
-    logs = query.new_empty(size, heads, dtype=torch.float32)
+    (tokens, heads, width), (group, padded) = query.shape, _group(query, keys)
+    out = query.new_empty(tokens, heads, width)
+    logs = query.new_empty(tokens, heads, dtype=torch.float32)
     kernel: Any = _forward
-    kernel[(keys.shape[1], triton.cdiv(size, ROWS // padded))](
-        query, keys, values, sinks, out, logs, lows, size, *_strides(query, keys, values), heads, scaling * LOG2_E,
-        GROUP=group, PADDED=padded, SINKS=sinks is not None, SIZE=width, ROWS=ROWS, KEYS=KEYS, STAGES=3,
+    kernel[(keys.shape[1] * triton.cdiv(tokens, ROWS // padded),)](
+        query, keys, values, sinks, out, logs, lows, tokens, *_strides(query, keys, values), heads, scaling * LOG2_E,
+        GROUP=group, PADDED=padded, SINKS=sinks is not None, WIDTH=width, ROWS=ROWS, KEYS=KEYS, STAGES=STAGES,
         num_warps=WARPS,
     )  # fmt: skip
     return out, logs
@@ -304,19 +334,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients by query, keys and values, and the sums of d_out * out [T, heads], for contiguous `d_out` and what
     `forward` was given and gave. `highs` int32 [T] is the token after the last that sees each, and never falls."""
-    (size, heads, width), (group, padded) = query.shape, _group(query, keys)
+    (tokens, heads, width), (group, padded) = query.shape, _group(query, keys)
     d_query, d_keys, d_values = (each.new_empty(each.shape) for each in (query, keys, values))
     shifts = torch.empty_like(logs)
-    where = (size, *_strides(query, keys, values), heads, scaling * LOG2_E, scaling)
-    shape = {"GROUP": group, "PADDED": padded, "SIZE": width, "KEYS": KEYS, "num_warps": WARPS}
+    sizes = (tokens, *_strides(query, keys, values), heads, scaling * LOG2_E, scaling)
+    shape = {"GROUP": group, "PADDED": padded, "WIDTH": width, "KEYS": KEYS, "num_warps": WARPS}
     by_query: Any = _by_query
-    by_query[(keys.shape[1], triton.cdiv(size, ROWS // padded))](
-        query, keys, values, out, d_out, logs, shifts, d_query, lows, *where, **shape, ROWS=ROWS,
-        STAGES=STAGES_FOR_ROWS[width],
+    by_query[(keys.shape[1] * triton.cdiv(tokens, ROWS // padded),)](
+        query, keys, values, out, d_out, logs, shifts, d_query, lows, *sizes, **shape, ROWS=ROWS,
+        STAGES=STAGES_FOR_QUERY[width],
     )  # fmt: skip
     by_key: Any = _by_key
-    by_key[(keys.shape[1], triton.cdiv(size, KEYS))](
-        query, keys, values, d_out, logs, shifts, d_keys, d_values, highs, *where, **shape,
-        ROWS=ROWS_FOR_KEYS[width], STAGES=3,
+    by_key[(keys.shape[1] * triton.cdiv(tokens, KEYS),)](
+        query, keys, values, d_out, logs, shifts, d_keys, d_values, highs, *sizes, **shape,
+        ROWS=ROWS_FOR_KEYS[width], STAGES=STAGES,
     )  # fmt: skip
     return d_query, d_keys, d_values, shifts

@@ -17,11 +17,16 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
+import hypothesis
 import pytest
 
 from tests.leftovers import pytest_configure, pytest_sessionfinish  # noqa: F401
 
 pytest_plugins = ["tests.reliability"]
+
+# How long an example takes is up to whatever else the machine does.
+hypothesis.settings.register_profile("regrow", deadline=None)
+hypothesis.settings.load_profile("regrow")
 
 ADMIN = ("admin-key", "admin-secret-admin-secret")
 READER = ("reader-key", "reader-secret-reader-secret")

@@ -4,6 +4,7 @@ Triton's interpreter runs them on a CPU: TRITON_INTERPRET=1 python -m pytest, wh
 """
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -16,20 +17,30 @@ from packing.attention import attend, implementation
 WHERE = pytest.param("cpu", marks=pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="no Triton"))
 DEVICES = [WHERE, pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = [130, 0, 1, 40, 77, 64, 3, 0]
-"""Blocks of 64 keys and of 16 or more queries begin and end anywhere in these."""
+"""Blocks of 64 keys and of up to 64 queries begin and end anywhere in these."""
+LAYOUTS = ("tokens first", "heads first", "beside one another", "size first")
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def inputs(heads: int, key_heads: int, size: int, device: str) -> Inputs:
-    """Query, keys and values as transformers hands them over, boundaries, and sinks; what a test wants gradients of."""
+def inputs(heads: int, key_heads: int, size: int, device: str, layout: str = LAYOUTS[0]) -> Inputs:
+    """Query, keys and values [1, heads, T, size] as they may lie in memory, boundaries, and sinks."""
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    options = {"device": device, "dtype": dtype}
-    shapes = [(1, sum(LENGTHS), each, size) for each in (heads, key_heads, key_heads)]
-    q, k, v = (torch.randn(shape, **options).transpose(1, 2).requires_grad_() for shape in shapes)  # type: ignore[call-overload]
-    boundaries = torch.tensor([0, *LENGTHS], device=device).cumsum(0).to(torch.int32)
-    return q, k, v, boundaries, torch.randn(heads, **options).requires_grad_()  # type: ignore[call-overload]
+    counts, tokens = [heads, key_heads, key_heads], sum(LENGTHS)
+    beside = torch.randn(1, tokens, sum(counts) + 1, size, device=device, dtype=dtype)
+    parts = [part.transpose(1, 2) for part in beside[:, :, :-1].split(counts, 2)]
+    if layout == "tokens first":
+        parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
+    elif layout == "heads first":
+        parts = [part.contiguous() for part in parts]
+    elif layout == "size first":
+        parts = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in parts]
+    q, k, v = (part.detach().requires_grad_() for part in parts)
+    boundaries = (
+        torch.tensor([[0, *LENGTHS], [-1] * (len(LENGTHS) + 1)], device=device).cumsum(1).to(torch.int32).T[:, 0]
+    )
+    return q, k, v, boundaries, torch.randn(2 * heads, device=device, dtype=dtype)[::2].requires_grad_()
 
 
 def own(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, sinks: Tensor | None, window: int | None) -> Tensor:
@@ -39,12 +50,21 @@ def own(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, sinks: Tensor | Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (50, False), (5, True), (None, True)])
-@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 2, 64), (7, 1, 128), (3, 1, 64), (4, 4, 128)])
+@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (50, False), (1, True), (2**31 - 1, True)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size", "layout"),
+    [
+        (8, 2, 64, LAYOUTS[0]),
+        (7, 1, 128, LAYOUTS[1]),
+        (6, 2, 64, LAYOUTS[2]),
+        (4, 4, 128, LAYOUTS[3]),
+        (16, 1, 64, LAYOUTS[2]),
+    ],
+)
 def test_output_and_gradients_are_those_of_each_document_by_itself(
-    heads: int, key_heads: int, size: int, window: int | None, with_sinks: bool, device: str
+    heads: int, key_heads: int, size: int, layout: str, window: int | None, with_sinks: bool, device: str
 ) -> None:
-    q, k, v, boundaries, sinks = inputs(heads, key_heads, size, device)
+    q, k, v, boundaries, sinks = inputs(heads, key_heads, size, device, layout)
     learned = [q, k, v, *([sinks] if with_sinks else [])]
     out = own(q, k, v, boundaries, sinks if with_sinks else None, window)
     weights = torch.randn_like(out)
@@ -73,10 +93,28 @@ def test_the_same_bits_every_time_and_under_torch_compile() -> None:
         assert all(map(torch.equal, found, first))
 
 
-@pytest.mark.gpu
+def test_two_graphs_serve_rows_of_every_length() -> None:
+    graphs = []
+
+    def remember(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., tuple[Tensor]]:
+        graphs.append(graph)
+        return lambda *_: (torch.empty(0),)
+
+    def attention(rows: Tensor, boundaries: Tensor) -> Tensor:
+        out, _, lows, highs = varlen.varlen(rows, rows, rows, boundaries, None, 0.1, None)
+        return out + (lows + highs)[:, None, None]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend=remember, fullgraph=True)
+    for length in (20, 30, 40, 50):
+        compiled(torch.empty(length, 4, 64), torch.tensor([0, length], dtype=torch.int32))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [None, 50])
-def test_it_is_an_operation_that_torchs_own_checks_pass(window: int | None) -> None:
-    q, k, v, boundaries, sinks = inputs(8, 2, 64, "cuda")
+def test_it_is_an_operation_that_torchs_own_checks_pass(window: int | None, device: str) -> None:
+    q, k, v, boundaries, sinks = inputs(8, 2, 64, device)
     rows = [each[0].transpose(0, 1) for each in (q, k, v)]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(varlen.varlen, (*rows, boundaries, sinks, 0.1, window), test_utils=checks)

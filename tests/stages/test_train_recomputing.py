@@ -233,3 +233,12 @@ def exact_gradients(made: Any, batch: dict[str, Any]) -> list[Tensor]:
     recompute(plain, "none")
     loss = objectives.find("sft").loss(plain, objectives.options_of("sft", {}), batch)
     return list(torch.autograd.grad(loss(batch)["loss"], [p for p in plain.parameters() if p.requires_grad]))
+
+
+def test_what_is_kept_names_our_own_operations_as_they_are_called() -> None:
+    import packing.attention
+    from stages.train import lora_attention, lora_linear, lora_mlp
+
+    ours = [packing.attention.varlen.varlen, packing.attention.flash.flash_attn_4]
+    ours += [lora_linear.lora_linear, lora_attention.lora_qkv, lora_mlp.lora_mlp]
+    assert {each._qualname for each in ours} == {name for name in recomputing.KEPT if name.startswith("regrow::")}
