@@ -126,6 +126,7 @@ def _forward(
     value_head, heads, scale, GROUP: tl.constexpr, PADDED: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One block of rows, through the keys that any of them sees: masked, whole, masked."""
     kv_head, block = _place(heads, GROUP)
     first = block * (ROWS // PADDED)
     step, member, there = _rows(first, tokens, GROUP, PADDED, ROWS)
@@ -170,6 +171,7 @@ def _query_step(
     total, query, d_out, logs, shift, keys, values, key_stride, value_stride, at, tokens, token, low, scale,
     MASKED: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """One block of keys: what it adds to the rows' gradient."""
     columns, rows = tl.arange(0, WIDTH), tl.arange(0, KEYS)
     place = at + rows
     key = _tile(keys, at, rows, key_stride, columns, place < tokens, MASKED)
@@ -188,6 +190,7 @@ def _by_query(
     key_head, value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of one block of rows, through the keys that any of them sees: whole blocks, then both edges."""
     kv_head, block = _place(heads, GROUP)
     first = block * (ROWS // PADDED)
     step, member, there = _rows(first, tokens, GROUP, PADDED, ROWS)
@@ -228,6 +231,7 @@ def _key_step(
     place, high, scale, MASKED: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    """One block of rows: what it adds to the keys' and values' gradients."""
     step, member, there = _rows(at, tokens, GROUP, PADDED, ROWS)
     token, head, columns = at + step, kv_head * GROUP + member, tl.arange(0, WIDTH)
     row = token * heads + head
@@ -251,6 +255,8 @@ def _by_key(
     key_head, value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of one block of keys and values, through the rows that see any of them: whole blocks, then both
+    edges."""
     STEP: tl.constexpr = ROWS // PADDED
     kv_head, block = _place(heads, GROUP)
     first, group = block * KEYS, _head(query, kv_head * GROUP, query_head)
