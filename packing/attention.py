@@ -6,7 +6,7 @@ transformers hands the boundaries (`cu_seq_lens_q`) from the model's arguments t
 builds no mask for an implementation that it knows no mask for.
 
 On a GPU in 16-bit this is one variable-length kernel: torch's (`torch.nn.attention.varlen`), our own for Hopper
-(`packing.varlen`) under the name "regrow_hopper", or that of an installed flash-attn (`packing.flash`), under the name
+(`packing.hopper`) under the name "regrow_hopper", or that of an installed flash-attn (`packing.flash`), under the name
 "regrow_fa2" to "regrow_fa4". Elsewhere each document is a call of scaled dot product attention: its cost is the sum of
 squared document lengths, against the square of the sum for one call with a mask. (SmolLM2's 9 heads, 2,048 tokens in
 documents of about 60, one CPU core, forward and backward: 26 ms against 471 ms.)
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from packing import flash, varlen
+from packing import flash, hopper
 from packing.flash import Attention
 
 __all__ = ["implementation", "register"]
@@ -41,7 +41,7 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionInterface.register(f"{NAME}_hopper", partial(attend, own=True))
-    own = torch.cuda.is_available() and varlen.runs_on(torch.cuda.get_device_capability())
+    own = torch.cuda.is_available() and hopper.runs_on(torch.cuda.get_device_capability())
     for version in flash.MODULES:
         AttentionInterface.register(f"{NAME}_fa{version}", partial(attend, flash_attn=version, own=own))
 
@@ -71,7 +71,7 @@ def implementation(device: "str | torch.device", config: Any = None, kernel: Att
         return "eager"
     # flash-attn 2 is torch's kernel but for scores that are capped, which ours does not do either.
     slower = version is None or (version == 2 and getattr(config, "attn_logit_softcapping", None) is None)
-    if kernel == "auto" and slower and capability is not None and varlen.runs_on(capability):
+    if kernel == "auto" and slower and capability is not None and hopper.runs_on(capability):
         return f"{NAME}_hopper"
     return NAME if version is None else f"{NAME}_fa{version}"
 
@@ -105,7 +105,7 @@ def attend(
     `query` is [1, heads, T, head size], `key` and `value` may have fewer heads; the result is [1, T, heads, head
     size]. A `sliding_window` of w lets a token see itself and the w - 1 before it. `softcap` bounds the scores and
     `s_aux` [heads] are attention sinks. `flash_attn` is the version of flash-attn to use where it can, `own` whether
-    to use the kernels of `packing.varlen` where they can: instead of torch's, and of flash-attn's for sinks.
+    to use the kernels of `packing.hopper` where they can: instead of torch's, and of flash-attn's for sinks.
 
     Raises ValueError for what it would get wrong: no boundaries, more than one row, a mask, attention that is not
     causal, or more documents than the kernel takes.
@@ -119,10 +119,10 @@ def attend(
         raise ValueError(f"{kind} is not plain causal attention: packing cannot isolate it")
     on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
     own = own and (flash_attn is None or s_aux is not None)
-    if own and on_gpu and softcap is None and varlen.fits(query, key, value):
+    if own and on_gpu and softcap is None and hopper.fits(query, key, value):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return varlen.varlen(q, k, v, cu_seq_lens_q, s_aux, scale, sliding_window)[0][None], None
+        return hopper.attention(q, k, v, cu_seq_lens_q, s_aux, scale, sliding_window)[0][None], None
     capped = softcap is not None and flash_attn is None
     if on_gpu and not capped and s_aux is None and query.shape[-1] == value.shape[-1] <= 256:
         assert max_length_q is not None, "packing.collate gives max_length_q"

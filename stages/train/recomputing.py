@@ -31,7 +31,13 @@ KEPT = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torch_attn::_varlen_attn",
     *("flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward", "flash_attn_3::fwd"),
-    *("regrow::varlen", "regrow::flash_attn_4", "regrow::lora_linear", "regrow::lora_qkv", "regrow::lora_mlp"),
+    *(
+        "regrow::hopper_attention",
+        "regrow::flash_attn_4",
+        "regrow::lora_linear",
+        "regrow::lora_qkv",
+        "regrow::lora_mlp",
+    ),
     "transformers::grouped_mm_fallback",
     *("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm"),
 )

@@ -239,6 +239,6 @@ def test_what_is_kept_names_our_own_operations_as_they_are_called() -> None:
     import packing.attention
     from stages.train import lora_attention, lora_linear, lora_mlp
 
-    ours = [packing.attention.varlen.varlen, packing.attention.flash.flash_attn_4]
+    ours = [packing.attention.hopper.attention, packing.attention.flash.flash_attn_4]
     ours += [lora_linear.lora_linear, lora_attention.lora_qkv, lora_mlp.lora_mlp]
     assert {each._qualname for each in ours} == {name for name in recomputing.KEPT if name.startswith("regrow::")}

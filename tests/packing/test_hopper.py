@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from packing import flash, varlen
+from packing import flash, hopper
 from packing.attention import attend, implementation
 
 WHERE = pytest.param("cpu", marks=pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="no Triton"))
@@ -37,15 +37,14 @@ def inputs(heads: int, key_heads: int, size: int, device: str, layout: str = LAY
     elif layout == "size first":
         parts = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in parts]
     q, k, v = (part.detach().requires_grad_() for part in parts)
-    boundaries = (
-        torch.tensor([[0, *LENGTHS], [-1] * (len(LENGTHS) + 1)], device=device).cumsum(1).to(torch.int32).T[:, 0]
-    )
+    ends = torch.tensor([0, *LENGTHS], device=device).cumsum(0).to(torch.int32)
+    boundaries = torch.stack([ends, ends], 1)[:, 0]  # not one after another in memory, and neither are the sinks
     return q, k, v, boundaries, torch.randn(2 * heads, device=device, dtype=dtype)[::2].requires_grad_()
 
 
 def own(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, sinks: Tensor | None, window: int | None) -> Tensor:
     rows = [each[0].transpose(0, 1) for each in (q, k, v)]
-    out: Tensor = varlen.varlen(*rows, boundaries, sinks, 0.1, window)[0]
+    out: Tensor = hopper.attention(*rows, boundaries, sinks, 0.1, window)[0]
     return out[None]
 
 
@@ -101,7 +100,7 @@ def test_two_graphs_serve_rows_of_every_length() -> None:
         return lambda *_: (torch.empty(0),)
 
     def attention(rows: Tensor, boundaries: Tensor) -> Tensor:
-        out, _, lows, highs = varlen.varlen(rows, rows, rows, boundaries, None, 0.1, None)
+        out, _, lows, highs = hopper.attention(rows, rows, rows, boundaries, None, 0.1, None)
         return out + (lows + highs)[:, None, None]
 
     torch._dynamo.reset()
@@ -117,12 +116,12 @@ def test_it_is_an_operation_that_torchs_own_checks_pass(window: int | None, devi
     q, k, v, boundaries, sinks = inputs(8, 2, 64, device)
     rows = [each[0].transpose(0, 1) for each in (q, k, v)]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(varlen.varlen, (*rows, boundaries, sinks, 0.1, window), test_utils=checks)
+    torch.library.opcheck(hopper.attention, (*rows, boundaries, sinks, 0.1, window), test_utils=checks)
 
 
 @pytest.mark.gpu
 def test_models_on_hopper_get_it_where_it_fits() -> None:
-    if torch.cuda.get_device_capability()[0] != varlen.HOPPER:
+    if torch.cuda.get_device_capability()[0] != hopper.HOPPER:
         pytest.skip("no Hopper")
     q, k, v, boundaries, sinks = inputs(8, 2, 64, "cuda")
     out, _ = attend(nn.Identity(), q, k, v, None, 0.1, s_aux=sinks, cu_seq_lens_q=boundaries, own=True)
@@ -149,7 +148,7 @@ def test_models_on_hopper_get_it_where_it_fits() -> None:
 )
 def test_heads_that_fit(heads: int, key_heads: int, size: int, value_size: int, taken: bool) -> None:
     q, k, v = (torch.empty(1, h, 4, s) for h, s in ((heads, size), (key_heads, size), (key_heads, value_size)))
-    assert varlen.fits(q, k, v) is taken
+    assert hopper.fits(q, k, v) is taken
 
 
 @pytest.mark.parametrize(

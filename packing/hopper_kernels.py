@@ -12,7 +12,7 @@ What differs from kernels for a batch of sequences, and why it is faster on pack
 Names beside the paper's: `total` is O before it is divided, `most` is m, `sums` l, `logs` the logsumexp (to base 2),
 `shifts` D = rowsum(dO * O). A number that is not finite may reach other documents that share a block with it.
 
-`packing.varlen` makes an operation of torch's library of them. All times measured on an H200.
+`packing.hopper` makes an operation of torch's library of them. All times measured on an H200.
 """
 
 from typing import Any
@@ -92,10 +92,14 @@ def _tile(base, first, rows, stride, columns, there, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _inner(begin, full, first, STEP: tl.constexpr):
-    """Of steps from `begin` on, where those begin and end that need no mask: all rows of a block see [full, first]."""
-    inner = begin + (full - begin + STEP - 1) // STEP * STEP
-    return inner, inner + tl.maximum(first + 1 - inner, 0) // STEP * STEP
+def _seen(lows, first, token, there, tokens, STEP: tl.constexpr, KEYS: tl.constexpr):
+    """What a block of STEP tokens sees: from where on each row, the last token of the block, from where on any row, and
+    where those blocks of keys begin and end that need no mask, for all rows see them whole."""
+    low = tl.load(lows + token, there, 0)
+    last = tl.minimum(first + STEP, tokens) - 1
+    begin, full = tl.load(lows + first), tl.load(lows + last)
+    inner = begin + (full - begin + KEYS - 1) // KEYS * KEYS
+    return low, last, begin, inner, inner + tl.maximum(first + 1 - inner, 0) // KEYS * KEYS
 
 
 @triton.jit
@@ -133,10 +137,7 @@ def _forward(
     token, head, columns = first + step, kv_head * GROUP + member, tl.arange(0, WIDTH)
     group = _head(query, kv_head * GROUP, query_head)
     q = _tile(group + member[:, None] * query_head, first, step, query_stride, columns, there, True)
-    low = tl.load(lows + token, there, 0)
-    last = tl.minimum(first + ROWS // PADDED, tokens) - 1
-    begin, full = tl.load(lows + first), tl.load(lows + last)
-    inner, after = _inner(begin, full, first, KEYS)
+    low, last, begin, inner, after = _seen(lows, first, token, there, tokens, ROWS // PADDED, KEYS)
     keys, values = _head(keys, kv_head, key_head), _head(values, kv_head, value_head)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     if SINKS:
@@ -145,7 +146,6 @@ def _forward(
     else:
         most = tl.full((ROWS,), float("-inf"), tl.float32)
         sums = tl.zeros((ROWS,), tl.float32)
-    # Three loops one after another take 0.9 of the time of two, of which one does both edges; not so on the way back.
     for at in tl.range(begin, tl.minimum(inner, last + 1), KEYS, num_stages=STAGES):
         total, most, sums = _attend(
             total, most, sums, q, keys, values, key_stride, value_stride, at, tokens, token, low, scale, True,
@@ -202,10 +202,7 @@ def _by_query(
     shift = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
     tl.store(shifts + token * heads + head, shift, there)
     log = tl.load(logs + token * heads + head, there, 0.0)
-    low = tl.load(lows + token, there, 0)
-    last = tl.minimum(first + ROWS // PADDED, tokens) - 1
-    begin, full = tl.load(lows + first), tl.load(lows + last)
-    inner, after = _inner(begin, full, first, KEYS)
+    low, last, begin, inner, after = _seen(lows, first, token, there, tokens, ROWS // PADDED, KEYS)
     keys, values = _head(keys, kv_head, key_head), _head(values, kv_head, value_head)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for at in tl.range(inner, after, KEYS, num_stages=STAGES):

@@ -1,8 +1,8 @@
 """Causal attention within packed documents as one operation of torch's library, with kernels of our own for Hopper.
 
-torch's kernel is a flash-attn 2 of before Hopper; on an H200 these (`packing.kernels`, Triton, which comes with torch)
-take 0.45 to 0.65 of its time on packed chats with four query heads to one of keys, and need no package.
-`regrow::varlen` is left whole by torch.compile.
+torch's kernel is a flash-attn 2 of before Hopper; on an H200 these (`packing.hopper_kernels`, in Triton, which comes
+with torch) take 0.46 to 0.68 of its time on packed chats with four query heads to one of keys, and need no package.
+`regrow::hopper_attention` is left whole by torch.compile.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fits", "runs_on", "varlen"]
+__all__ = ["attention", "fits", "runs_on"]
 
 SIZES = (64, 128)
 """Heads that the kernels' blocks fit."""
@@ -33,8 +33,8 @@ def fits(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     return size in SIZES and values.shape[-1] == size and (1 - WASTE) * padded <= group <= LARGEST_GROUP
 
 
-@torch.library.custom_op("regrow::varlen", mutates_args=())
-def varlen(
+@torch.library.custom_op("regrow::hopper_attention", mutates_args=())
+def attention(
     query: Tensor, keys: Tensor, values: Tensor, boundaries: Tensor, sinks: Tensor | None, scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -45,32 +45,32 @@ def varlen(
     0 and end with T; a `window` of w lets a token see itself and the w - 1 before it; `sinks` [heads] are scores that
     take their share of the softmax and give nothing.
     """
-    from packing import kernels
+    from packing import hopper_kernels
 
-    lows, highs = kernels.limits(boundaries.contiguous(), len(query), window)
+    lows, highs = hopper_kernels.limits(boundaries.contiguous(), len(query), window)
     sinks = None if sinks is None else sinks.contiguous()
     query, keys, values = (_in_rows(each) for each in (query, keys, values))
-    return *kernels.forward(query, keys, values, sinks, lows, scaling), lows, highs
+    return *hopper_kernels.forward(query, keys, values, sinks, lows, scaling), lows, highs
 
 
-@varlen.register_fake
+@attention.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, ...]:
     limits = (query.new_empty(query.shape[0], dtype=torch.int32) for _ in range(2))
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32), *limits
 
 
-@torch.library.custom_op("regrow::varlen_backward", mutates_args=())
+@torch.library.custom_op("regrow::hopper_attention_backward", mutates_args=())
 def _gradients(
     d_out: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, logs: Tensor, lows: Tensor,
     highs: Tensor, sinks: Tensor | None, scaling: float,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients by query, keys, values, and by sinks if there are any."""
-    from packing import kernels
+    from packing import hopper_kernels
 
     query, keys, values = (_in_rows(each) for each in (query, keys, values))
-    *found, shifts = kernels.backward(d_out.contiguous(), query, keys, values, out, logs, lows, highs, scaling)
+    *found, shifts = hopper_kernels.backward(d_out.contiguous(), query, keys, values, out, logs, lows, highs, scaling)
     if sinks is not None:
-        share = torch.exp2(sinks.float() * kernels.LOG2_E - logs)
+        share = torch.exp2(sinks.float() * hopper_kernels.LOG2_E - logs)
         found.append(-(share * shifts).sum(0).to(sinks.dtype))
     return found
 
@@ -98,4 +98,4 @@ def _backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return by_query, by_keys, by_values, None, by_sinks[0] if by_sinks else None, None, None
 
 
-varlen.register_autograd(_backward, setup_context=_keep)
+attention.register_autograd(_backward, setup_context=_keep)
