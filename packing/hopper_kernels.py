@@ -35,9 +35,11 @@ STAGES_FOR_QUERY = {64: 3, 128: 2}
 LIMITS = 512
 """Tokens whose limits one program finds."""
 LOG2_E = 1.4426950408889634
+VARYING = ["tokens", "documents", "steps"]
+"""Numbers that differ from batch to batch: Triton would compile a kernel again for those that 16 divides."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _limits(boundaries, lows, highs, tokens, documents, steps, window, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
@@ -124,7 +126,7 @@ def _attend(
     return total, largest, sums * shrink + tl.sum(weights, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _forward(
     query, keys, values, sinks, out, logs, lows, tokens, query_stride, query_head, key_stride, key_head, value_stride,
     value_head, heads, scale, GROUP: tl.constexpr, PADDED: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr,
@@ -184,7 +186,7 @@ def _query_step(
     return tl.dot(d_scores.to(key.dtype), key, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _by_query(
     query, keys, values, out, d_out, logs, shifts, d_query, lows, tokens, query_stride, query_head, key_stride,
     key_head, value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr,
@@ -246,7 +248,7 @@ def _key_step(
     return tl.dot(d_scores.to(q.dtype), q, by_key), by_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _by_key(
     query, keys, values, d_out, logs, shifts, d_keys, d_values, highs, tokens, query_stride, query_head, key_stride,
     key_head, value_stride, value_head, heads, scale, scaling, GROUP: tl.constexpr, PADDED: tl.constexpr,

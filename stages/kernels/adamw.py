@@ -32,7 +32,7 @@ def _at(addresses, index, at, like: tl.constexpr, ALIGNED: tl.constexpr):
     return pointers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])  # another one each step: Triton would compile it again for multiples of 16
 def _update(
     parameters, remainders, gradients, firsts, seconds, counts, owners, starts, factor,
     learning_rate, beta1, beta2, epsilon, decay, correction1, correction2, seed,

@@ -20,6 +20,8 @@ PROGRAMS = 1024
 """At least so many at once on the way back: each sums over its share of the rows."""
 SUMMED_RANK = 64
 """Up to this rank sums fit into registers, of half as many columns where it is above 16."""
+VARYING = ["height", "steps"]
+"""Numbers that differ from one expert to another: Triton would compile a kernel again for those that 16 divides."""
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _whole(out, reduced, b, rows, columns, in_rows, in_columns, stride, reduced_
     return tile + tl.dot(left, right, out_dtype=tl.float32), mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _forward(
     gate, up, reduced_gate, reduced_up, b_gate, b_up, out, height, width, stride, reduced_stride, rank,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -49,7 +51,7 @@ def _forward(
     tl.store(out + rows[:, None].to(tl.int64) * width + columns[None, :], product.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _backward(
     d_out, gate, up, reduced_gate, reduced_up, reduced_out, b_gate, b_up, a_out, d_gate, d_up, sums,
     height, width, stride, reduced_stride, rank, rank_out, steps,

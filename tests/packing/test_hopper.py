@@ -6,6 +6,7 @@ Triton's interpreter runs them on a CPU: TRITON_INTERPRET=1 python -m pytest, wh
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_the_same_bits_every_time_and_under_torch_compile() -> None:
         assert all(map(torch.equal, found, first))
 
 
+@pytest.mark.gpu
+def test_kernels_are_compiled_for_the_first_batch_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    def step(tokens: int, documents: int) -> None:
+        q, k, v = (torch.randn(tokens, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+        boundaries = torch.tensor([*range(documents), tokens], dtype=torch.int32, device="cuda")
+        hopper.attention(q, k, v, boundaries, None, 0.1, None)[0].sum().backward()
+
+    step(200, 3)
+    compiled: list[Any] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **named: compiled.append(named["key"]))
+    for tokens, documents in ((200, 1), (208, 16), (201, 17), (1, 1)):
+        step(tokens, documents)
+    assert not compiled
+
+
 def test_two_graphs_serve_rows_of_every_length() -> None:
     graphs = []
 
@@ -127,6 +145,7 @@ def test_models_on_hopper_get_it_where_it_fits() -> None:
     out, _ = attend(nn.Identity(), q, k, v, None, 0.1, s_aux=sinks, cu_seq_lens_q=boundaries, own=True)
     assert torch.equal(out, own(q, k, v, boundaries, sinks, None))
     q, k, v, boundaries, _ = inputs(5, 1, 96, "cuda")
+    boundaries = boundaries.contiguous()  # torch's kernel wants them so
     out, _ = attend(nn.Identity(), q, k, v, None, 0.1, cu_seq_lens_q=boundaries, max_length_q=256, own=True)
     wanted, _ = attend(nn.Identity(), q.float(), k.float(), v.float(), None, 0.1, cu_seq_lens_q=boundaries)
     assert (out.float() - wanted).norm() < 1e-2 * wanted.norm()

@@ -144,3 +144,17 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(device: str, moments: str) -> Non
     steps(again, resumed, 3, device, first=3)
     for our, their in zip(again.parameters(), through.parameters(), strict=True):
         assert torch.equal(whole(our), whole(their))
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_compiled_in_the_first_step_and_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    model = layers().to("cuda")
+    split(model)
+    optimizer = SplitAdamW(model.parameters(), **SETTINGS)
+    steps(model, optimizer, 1, "cuda")
+    compiled: list[Any] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **named: compiled.append(named["key"]))
+    steps(model, optimizer, 40, "cuda", first=1)
+    assert not compiled
