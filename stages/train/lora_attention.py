@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.train.lora_linear import Fast, Outputs, are_plain_now, in_front, narrowed, widened
+from stages.train.lora_linear import Fast, Outputs, add_product, are_plain_now, in_front, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_qkv", "quicken"]
@@ -68,7 +68,7 @@ def _gradients(
     by_x = widened(d_reduced, a)
     weights = as_one(weights, absmaxes, a, b)
     for part, weight in zip(_parts(outs, weights), weights, strict=True):
-        by_x.addmm_(part, weight)
+        add_product(by_x, part, weight)
     by_a = torch.split(d_reduced.T @ rows, [len(each) for each in a])
     by_b = [part.T @ by for part, by in zip(_parts(outs, b), _parts(reduced, a), strict=True)]
     # Copies: an operation's results must not share memory.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.train.lora_linear import Fast, are_plain_now, in_front, narrowed, widened
+from stages.train.lora_linear import Fast, add_product, are_plain_now, in_front, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_mlp", "quicken"]
@@ -54,7 +54,7 @@ def lora_mlp(
     reduced_down = narrowed(product, [a[2].T], scales[2:])
     out = reduced_down @ b[2].T
     (weight,) = as_one(weights[2:], absmaxes[2:], a[2:], b[2:])
-    out.addmm_(product, weight.T)
+    add_product(out, product, weight.T)
     return out.view(*x.shape[:-1], out.shape[-1]), both, reduced, reduced_down
 
 
@@ -93,7 +93,7 @@ def _gradients(
     by_x = widened(d_reduced, a[:2])
     wide = as_one(weights[:2], absmaxes[:2], a[:2], b[:2])
     for part, weight in zip(d_both.chunk(len(wide), 1), wide, strict=True):
-        by_x.addmm_(part, weight)
+        add_product(by_x, part, weight)
     by_gate_a, by_up_a = (d_reduced.T @ rows).chunk(2)
     # Copies: an operation's results must not share memory.
     return [by_x.view(x.shape), by_gate_a.clone(), by_up_a.clone(), by_down_a, by_gate_b, by_up_b, by_down_b]

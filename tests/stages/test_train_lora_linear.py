@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from stages.train.lora_linear import FastLinear, lora_linear, quicken
+from stages.train import lora_linear as module
+from stages.train.lora_linear import FastLinear, add_product, lora_linear, quicken
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -52,6 +53,19 @@ def test_output_and_gradients_are_pefts(device: str, net_bias: bool, compiled: b
     for found, expected in zip(outcome(run, x), outcome(theirs, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(trained) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "width"), [(8, 32), (7, 32), (8, 40), (8, 7), (0, 32)])
+def test_a_product_is_added_whole_or_in_halves(
+    rows: int, width: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HALVED_FROM", 8)
+    onto, left = torch.randn(rows, width, device=device), torch.randn(rows, 6, device=device)
+    for right in (torch.randn(6, width, device=device), torch.randn(width, 6, device=device).T):
+        wanted = onto + left @ right
+        add_product(found := onto.clone(), left, right)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_the_operation_is_sound() -> None:
