@@ -8,6 +8,8 @@ A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut 
 `packing.attention`), so rows would only add padding.
 """
 
+import bisect
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,7 +324,7 @@ class _Batch(NamedTuple):
 
 
 class _Table:
-    """Rows of an Arrow file by number, a record batch at a time. All its batches but the last have the same size."""
+    """Rows of an Arrow file by number, a record batch at a time, whatever the sizes of its batches."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -332,7 +334,8 @@ class _Table:
     def _open(self) -> Any:
         if self._reader is None:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
-            self._size = self._reader.get_batch(0).num_rows if self._reader.num_record_batches else 0
+            sizes = (self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches))
+            self._ends = list(itertools.accumulate(sizes))
         return self._reader
 
     def close(self) -> None:
@@ -348,8 +351,8 @@ class _Table:
     def locate(self, row: int) -> tuple[_Batch, int]:
         """The batch that holds a row, and the row's place in it."""
         self._open()
-        number, place = divmod(row, self._size)
-        return self._batch(number), place
+        number = bisect.bisect_right(self._ends, row)
+        return self._batch(number), row - (self._ends[number - 1] if number else 0)
 
     def _load(self, number: int) -> _Batch:
         batch = self._open().get_batch(number)

@@ -1,5 +1,6 @@
 """Packed sequences read back from files, and the batches made of them."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -15,15 +16,22 @@ from packing.collate import IGNORED, Bin, PackedBins, collate
 ROWS = [list(range(10 * i, 10 * i + 3 + i % 5)) for i in range(20)]
 TRAINED = [[(0, 2)] if i % 3 else [(1, 2), (len(row) - 1, len(row))] for i, row in enumerate(ROWS)]
 BINS = [[3, 0, 7], [1], [2, 4, 5, 6], [19, 8, 18], list(range(9, 18))]
-BATCH = 4
-"""Rows in a record batch: rows of one bin come from several."""
+BATCHES = (4, 1, 0, 5, 2)
+"""Rows in each record batch, over and over: rows of one bin come from several, and no two need be of one size, for
+writers end a batch when it is large."""
 
 
 def write(path: Path, columns: dict[str, pa.Array]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(columns)
+    at, sizes = 0, itertools.cycle(BATCHES)
     with pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table, max_chunksize=BATCH)
+        while at < len(table):
+            part = table.slice(at, next(sizes)).combine_chunks()
+            writer.write_batch(
+                pa.RecordBatch.from_arrays([pa.array(c.to_pylist(), c.type) for c in part], schema=table.schema)
+            )
+            at += len(part)
 
 
 @pytest.fixture
