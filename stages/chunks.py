@@ -29,6 +29,8 @@ class Leaf(NamedTuple):
     kind: str
     train: int | None = None
     """The leaf's own TRAIN_*, where parts of a turn differ; None for the turn's."""
+    call: int | None = None
+    """Which of the turn's tool calls it is of."""
 
 
 CONTENT, REASONING, CALLS, NAMES, TOOLS = "content", "reasoning", "tool calls", "names", "tools"
@@ -86,7 +88,10 @@ def _message(turn: Turn, number: int, calls: Calls, leaves: list[Leaf]) -> dict[
             turn.reasoning, turn.reasoning_runs, Leaf(number, REASONING), leaves
         )
     if turn.tool_calls is not None:
-        message["tool_calls"] = [_tool_call(call, number, calls, leaves) for call in turn.tool_calls]
+        message["tool_calls"] = [
+            _tool_call(call, Leaf(number, CALLS, call=place), calls, leaves)
+            for place, call in enumerate(turn.tool_calls)
+        ]
     for name in ("name", "tool_call_id"):
         if (value := getattr(turn, name)) is not None:
             message[name] = _marked(value, Leaf(number, NAMES), leaves)
@@ -105,16 +110,16 @@ def _text(text: str, runs: Runs | None, leaf: Leaf, leaves: list[Leaf]) -> Any:
     return Traced(text, tuple(found))
 
 
-def _tool_call(call: Mapping[str, Any], number: int, calls: Calls, leaves: list[Leaf]) -> dict[str, Any]:
+def _tool_call(call: Mapping[str, Any], leaf: Leaf, calls: Calls, leaves: list[Leaf]) -> dict[str, Any]:
     function = call["function"]
     arguments = function["arguments"]
     if calls.as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
     marked = {
-        "name": _marked(function["name"], Leaf(number, CALLS), leaves),
-        "arguments": _marked(arguments, Leaf(number, CALLS), leaves),
+        "name": _marked(function["name"], leaf, leaves),
+        "arguments": _marked(arguments, leaf, leaves),
     }
-    identity = {"id": _marked(call["id"], Leaf(number, NAMES), leaves)} if "id" in call else {}
+    identity = {"id": _marked(call["id"], Leaf(leaf.turn, NAMES), leaves)} if "id" in call else {}
     return {**identity, "type": "function", "function": marked}
 
 

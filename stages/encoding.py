@@ -19,7 +19,7 @@ import numpy.typing as npt
 from stages import exact_json, fast_encoding
 from stages.errors import UserError
 from stages.fast_encoding import Fast, Ids, Positions
-from stages.marks import ORIGIN_CONTENT
+from stages.marks import ORIGIN_CONTENT, TRAIN_NO
 
 _SAMPLES = ("Hello world", " lead", "\n\n x", "a  b", "12 345", "é漢字🙂")
 
@@ -149,10 +149,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Spans:
-    """The spans of some rows, flat: bytes at which they start in their row, their origins, and how many a row has."""
+    """Spans of some rows, flat: bytes at which they start in their row, ORIGIN_*, TRAIN_*, and how many a row has."""
 
     starts: Positions
     origins: npt.NDArray[np.uint8]
+    trains: npt.NDArray[np.uint8]
     counts: Positions
 
 
@@ -323,11 +324,27 @@ def _template_ranges(bounds: list[int], origins: list[int]) -> Iterator[tuple[in
             start = at
 
 
-def carry(spans: Spans, sizes: Positions, encoded: Encoded) -> tuple[Positions, Positions]:
-    """Spans in bytes as spans in tokens (begin and end, in their rows): a token goes where its first byte is."""
+def carry(spans: Spans, sizes: Positions, encoded: Encoded, texts: Sequence[str]) -> tuple[Positions, Positions]:
+    """Spans in bytes as spans in tokens (begin and end, in their rows): a token goes where its first byte is.
+
+    Between two texts of the data, where a part that trains may meet one that does not, it goes where its first byte is
+    that is no white space: a space at the end of one is a token with the word that begins the other. What no white
+    space parts is not to be learned when the data says so of the second.
+    """
     base = np.cumsum(sizes) - sizes
     first_token = np.cumsum(encoded.counts) - encoded.counts
-    begin = np.searchsorted(encoded.starts, spans.starts + np.repeat(base, spans.counts), "left")
+    row = np.repeat(np.arange(len(sizes)), spans.counts)
+    at = spans.starts + base[row]
+    begin = np.searchsorted(encoded.starts, at, "left")
+    content = spans.origins == ORIGIN_CONTENT
+    met = np.flatnonzero(content[1:] & content[:-1] & (row[1:] == row[:-1])) + 1
+    met = met[(np.append(encoded.starts, -1)[begin[met]] != at[met]) & (begin[met] > first_token[row[met]])]
+    for number in met.tolist():
+        start = encoded.starts[begin[number] - 1] - base[row[number]]
+        shared = texts[row[number]].encode()[start : spans.starts[number]]
+        refused = spans.trains[number] == TRAIN_NO != spans.trains[number - 1]
+        if shared.isspace() or refused:
+            begin[number] -= 1
+    begin = np.minimum.accumulate(begin[::-1])[::-1]  # where a token holds whole spans
     end = np.append(begin[1:], len(encoded.starts))
-    row_start = np.repeat(first_token, spans.counts)
-    return begin - row_start, end - row_start
+    return begin - first_token[row], end - first_token[row]

@@ -5,6 +5,7 @@ split what the template wrote between two strings of data: the end of a turn, th
 assistant has to write although it is no data, such as the markup around a tool call.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,13 +140,25 @@ def spans(pieces: Iterable[Piece], turns: list[Turn]) -> list[Span]:
     return found
 
 
+_THOUGHT = re.compile(r"</think>|\[/THINK\]")
+_MARKS = re.compile(r"</?think>|\[/?THINK\]")
+"""What reasoning in a content stands between, which a template that splits it may write itself."""
+
+
 def _unwritten(conversation: Conversation, chunks: list[Chunk]) -> list[str]:
     """What the row has and the render lacks. Raises BadRow when the assistant's part is one of a kind that trains."""
-    written = {leaf[:2] for _, leaf, _ in chunks if leaf}
+    written: dict[tuple[int, str], int] = {}
+    calls: set[tuple[int, int | None]] = set()
+    for text, leaf, _ in chunks:
+        if leaf:
+            written[leaf[:2]] = written.get(leaf[:2], 0) + len(text)
+            calls.add((leaf.turn, leaf.call))
     missing = ["tools"] if conversation.tools and (NO_TURN, TOOLS) not in written else []
     for number, turn in enumerate(conversation.turns):
         said = {CONTENT: (turn.content or "").strip(), REASONING: turn.reasoning, CALLS: turn.tool_calls}
         absent = [kind for kind, value in said.items() if value and (number, kind) not in written]
+        if CALLS not in absent and any((number, call) not in calls for call in range(len(turn.tool_calls or ()))):
+            absent.append(CALLS)
         silent = all(kind in absent for kind, value in said.items() if value)
         if turn.role == "assistant" and absent and (CALLS in absent or silent):
             raise BadRow(
@@ -153,6 +166,18 @@ def _unwritten(conversation: Conversation, chunks: list[Chunk]) -> list[str]:
                 f"the chat template leaves out turn {number}'s {' and '.join(absent)}: choose one that writes it",
             )
         missing += [f"{kind} of {turn.role}" for kind in absent]
+        for kind, text in ((CONTENT, turn.content or ""), (REASONING, turn.reasoning or "")):
+            there = written.get((number, kind), len(text))
+            if there < len(text.strip()) and _lost(text, chunks, number, kind):
+                thought = kind == CONTENT and _THOUGHT.search(text)
+                missing.append(f"{'reasoning' if thought else f'part of the {kind}'} of {turn.role}")
         if turn.role == "assistant" and not any((number, kind) in written for kind in (CONTENT, REASONING, CALLS)):
             missing.append("empty answer of assistant")  # whose end is not known then, and does not train
     return missing
+
+
+def _lost(text: str, chunks: list[Chunk], turn: int, kind: str) -> bool:
+    """Whether the render lacks more of a text than white space and the marks around reasoning."""
+    written = "".join(piece for piece, leaf, _ in chunks if leaf and leaf[:2] == (turn, kind))
+    said, there = ("".join(_MARKS.sub("", one).split()) for one in (text, written))
+    return len(there) < len(said)

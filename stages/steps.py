@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode
-from stages.marks import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, ROLES, TRAIN_NO
+from stages.marks import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, ROLES, TRAIN_NO, TRAIN_UNSET
 from stages.tables import roles, trains
 
 
@@ -35,10 +35,15 @@ def tokens(encoder: Encoder, prompt: str, steps: Sequence[str], separator: str) 
         pieces += [(step, ORIGIN_CONTENT), (separator, ORIGIN_END)]
     lengths = np.array([len(text.encode()) for text, _ in pieces], np.int64)
     origins = np.array([origin for _, origin in pieces], np.uint8)
-    spans, size = Spans(np.cumsum(lengths) - lengths, origins, np.array([len(pieces)])), lengths.sum(keepdims=True)
+    unset = np.full(len(pieces), TRAIN_UNSET, np.uint8)
+    spans, size = (
+        Spans(np.cumsum(lengths) - lengths, origins, unset, np.array([len(pieces)])),
+        lengths.sum(keepdims=True),
+    )
+    texts = ["".join(text for text, _ in pieces)]
     try:
-        encoded = encode(encoder, ["".join(text for text, _ in pieces)], size, spans)
+        encoded = encode(encoder, texts, size, spans)
     except Unwritable as error:
         raise ValueError(str(error)) from error
-    _, ends = carry(spans, size, encoded)
+    _, ends = carry(spans, size, encoded, texts)
     return encoded.ids.tolist(), (ends[2::2] - 1).tolist()

@@ -22,7 +22,7 @@ from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
 from stages.runtime import all_cores
 from stages.stage import Facts, UserError, Work
-from stages.tables import SPAN, SPANS, offsets, origins, read_batches, starts, tokens_schema
+from stages.tables import SPAN, SPANS, offsets, origins, read_batches, starts, tokens_schema, trains
 from stages.tokenize import TokenizeConfig
 from stages.tokenizer_files import backend
 
@@ -136,18 +136,20 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     spans = batch.column("spans")
     ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
-    first_bytes, origin = starts(ends.to_numpy(), counts).astype(np.int64), origins(kinds.to_numpy())
+    first_bytes, numbers = starts(ends.to_numpy(), counts).astype(np.int64), kinds.to_numpy()
+    origin, train = origins(numbers), trains(numbers)
     first_span = offsets(counts)
     sizes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
     encoded, begins, stops = [], [], []
     for low, high in _chunks(sizes):
         here = slice(first_span[low], first_span[high])
-        some = Spans(first_bytes[here], origin[here], counts[low:high])
+        some = Spans(first_bytes[here], origin[here], train[here], counts[low:high])
+        texts = batch.column("text")[low:high].to_pylist()
         try:
-            encoded.append(encode(encoder, batch.column("text")[low:high].to_pylist(), sizes[low:high], some))
+            encoded.append(encode(encoder, texts, sizes[low:high], some))
         except Unwritable as error:
             raise Unwritable(low + error.row, str(error)) from error
-        begin, end = carry(some, sizes[low:high], encoded[-1])
+        begin, end = carry(some, sizes[low:high], encoded[-1], texts)
         begins.append(begin)
         stops.append(end)
     begin, end = np.concatenate(begins), np.concatenate(stops)

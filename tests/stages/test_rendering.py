@@ -267,6 +267,39 @@ def test_what_the_template_leaves_out_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "content", "told"),
+    [
+        ("m.content.split('</think>')[-1]", "<think>\nOne more.\n</think>\n\nIt is 4.", ["reasoning of assistant"]),
+        ("m.content.split('</think>')[-1]", "It is 4.", []),
+        ("m.content.split('[/THINK]')[-1].strip()", "[THINK]One more.[/THINK] 4.", ["reasoning of assistant"]),
+        (
+            "'<think>' + m.content.replace('<think>', '')",
+            "<think>One more.</think> 4.",
+            [],
+        ),  # it writes the mark itself
+        ("m.content.split('#')[0]", "It is 4. # sure", ["part of the content of assistant"]),
+        ("m.content | trim", " It is \n 4. ", []),
+    ],
+)
+def test_part_of_a_text_that_the_template_leaves_out_is_told(written: str, content: str, told: list[str]) -> None:
+    answer = f"{{% if m.role == 'assistant' %}}{{{{ {written} }}}}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    loaded = template("{% for m in messages %}" + answer + "</s>{% endfor %}")
+    assert render(loaded, Conversation([Turn("user", "3+1?"), Turn("assistant", content)])).unwritten == told
+
+
+def test_a_template_that_writes_one_of_two_calls_is_refused() -> None:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {"x": 1}}} for name in ("f", "g")]
+    loaded = template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% if m.tool_calls %}"
+        "{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments | tojson }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert render(loaded, Conversation([Turn("user", "?"), Turn("assistant", None, tool_calls=calls[:1])]))
+    with pytest.raises(BadRow, match="leaves out turn 1's tool calls"):
+        render(loaded, Conversation([Turn("user", "?"), Turn("assistant", None, tool_calls=calls)]))
+
+
+@pytest.mark.parametrize(
     ("source", "says"),
     [
         ("{% for %}", "does not compile: line 1"),

@@ -1,5 +1,6 @@
 """tokenize: ids are Hugging Face's, except that nobody forges a control token; spans land on the right tokens."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,10 @@ from stages.errors import UserError
 from stages.formats import Conversation, Turn
 from stages.identity import tree_of
 from stages.marks import NO_TURN, ORIGIN_CONTENT
-from stages.rendering import Rendered, render, spans
+from stages.marks import TRAIN_NO as NO
+from stages.marks import TRAIN_UNSET as UNSET
+from stages.marks import TRAIN_YES as YES
+from stages.rendering import Rendered, Span, render, spans
 from stages.tables import read_table
 from stages.tokenizer_files import backend, read_tokenizer
 from tests.stages.chats import conversations, digest, rows_of, run_convert, run_tokenize, smollm2, source
@@ -36,10 +40,11 @@ def encoded(encoder: Encoder, rows: list[Rendered]) -> tuple[list[Encoding], lis
     spans = Spans(
         np.array([span.start for row in rows for span in row.spans], np.int64),
         np.array([span.origin for row in rows for span in row.spans], np.uint8),
+        np.array([span.train for row in rows for span in row.spans], np.uint8),
         np.array([len(row.spans) for row in rows], np.int64),
     )
     found = encode(encoder, [row.text for row in rows], sizes, spans)
-    begin, end = carry(spans, sizes, found)
+    begin, end = carry(spans, sizes, found, [row.text for row in rows])
     starts = found.starts - np.repeat(np.cumsum(sizes) - sizes, found.counts)
     tokens = np.split(np.stack([found.ids, starts], 1), np.cumsum(found.counts)[:-1])
     bounds = np.split(np.stack([begin, end], 1), np.cumsum(spans.counts)[:-1])
@@ -231,6 +236,36 @@ def test_a_token_over_a_border_belongs_to_where_it_begins() -> None:
     row = _written([("user\n", 0), ("\n\nhi", 1)])  # the first two line breaks are one token
     [tokens], [bounds] = encoded(load_encoder(made.to_str(), []), [row])
     assert [start for _, start in tokens] == [0, 1, 2, 3, 4, 6, 7] and bounds == [(0, 5), (5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        ([("x ", YES), ("hi", NO)], ["x", " hi"]),  # the space is of one token with the second word
+        ([("x ", NO), ("hi", YES)], ["x", " hi"]),
+        ([("x", NO), (" hi", YES)], ["x", " hi"]),
+        ([("h", YES), ("i", NO)], ["", "hi"]),  # what the data marks is not learned with what it does not
+        ([("h", NO), ("i", YES)], ["hi", ""]),
+        ([("h", UNSET), ("i", UNSET)], ["hi", ""]),
+        ([("x ", YES), ("h", NO), ("i", YES)], ["x", " hi", ""]),
+        ([("x", NO), (" ", YES), ("hi", NO)], ["x", "", " hi"]),
+    ],
+)
+def test_a_token_over_two_texts_of_the_data_goes_with_its_word_and_never_learns_what_it_must_not(
+    parts: list[tuple[str, int]], wanted: list[str]
+) -> None:
+    made = byte_level()
+    text = "".join(part for part, _ in parts)
+    ends = list(itertools.accumulate(len(part) for part, _ in parts))
+    found = [
+        Span(end - len(part), end, ORIGIN_CONTENT, 0, "user", train)
+        for (part, train), end in zip(parts, ends, strict=True)
+    ]
+    other = Rendered("hi", [Span(0, 2, ORIGIN_CONTENT, 0, "user", YES)], [])
+    rows, bounds = encoded(load_encoder(made.to_str(), []), [other, Rendered(text, found, []), other])
+    said = [made.decode([number for number, _ in rows[1][begin:end]]) for begin, end in bounds[1]]
+    assert said == wanted
+    assert bounds[0] == bounds[2] == [(0, 1)]
 
 
 def test_what_cannot_be_written_as_text_is_refused_by_its_row() -> None:
