@@ -122,8 +122,8 @@ def _warnings(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{source['name']}: {warning}"
     if report["too_short"]:
         yield (
-            f"{report['too_short']:,} held-out rows have too short a question to look for it in the rows that train: "
-            "only exact copies of those rows were left out"
+            f"{report['too_short']:,} held-out rows have a question that is too short, or whose words all stand in "
+            "many rows, to look for it in those that train: only exact copies of those rows were left out"
         )
 
 

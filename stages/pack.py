@@ -107,7 +107,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
 STAGE = Stage(
     name="pack",
     artifact="plan",
-    version=6,
+    version=7,
     config=PackConfig,
     run=run,
     streamed=frozenset({"tokens"}),

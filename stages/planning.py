@@ -101,18 +101,21 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
     own = [config.of(shard.source) for shard in shards]
     fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
     heldout = selection.held_out(rows, shards, fractions)
+    weights, limits = [s.weight for s in own], [s.limit for s in own]
+    turns = selection.precedence(weights, limits)[rows.shard]
     reasons = selection.drop_reasons(
         rows,
         heldout,
         None if config.documents == "wrapped" or config.overlong == "truncate" else config.sequence_length,
-        config.deduplicate,
+        turns if config.deduplicate else None,
         must_train=shards[0].kind != "prompt",
     )
     reasons[equal_sides(files, shards, rows, reasons == KEPT)] = EQUAL_SIDES
     like: dict[int, tuple[int, float]] = {}
     if config.near_duplicates is not None:
         kept = reasons == KEPT
-        order = np.concatenate([np.flatnonzero(kept & heldout), np.flatnonzero(kept & ~heldout)])
+        others = np.flatnonzero(kept & ~heldout)
+        order = np.append(np.flatnonzero(kept & heldout), others[np.argsort(turns[others], kind="stable")])
         like = near_duplicates(files, shards, rows, order, config.near_duplicates)
         reasons[list(like)] = NEAR_DUPLICATE
     too_short = 0
@@ -122,10 +125,10 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
         like, too_short = {**like, **found.rows}, found.too_short
         reasons[list(found.rows)] = CONTAMINATED
     training = (reasons == KEPT) & ~heldout
-    sources, limits = [shard.source for shard in shards], [s.limit for s in own]
+    sources = [shard.source for shard in shards]
     reasons[selection.beyond_limit(rows, training, sources, limits, config.seed)] = LIMITED
     training &= reasons == KEPT
-    copies = np.where(training, selection.copies(rows, [s.weight for s in own], config.seed), 0)
+    copies = np.where(training, selection.copies(rows, weights, config.seed), 0)
     reasons[training & (copies == 0)] = UNSAMPLED
     return Taken(heldout, reasons, copies, like, too_short)
 

@@ -49,6 +49,12 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
+def verdict(value: Any) -> bool | None:
+    """True or false, 1 or 0, or these as text, as a CSV has them; None for what is neither."""
+    said = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
+    return {"true": True, "1": True, "false": False, "0": False}.get(said)
+
+
 def listed(row: Row) -> str:
     """The row's columns, for messages."""
     return ", ".join(map(str, row)) or "nothing"

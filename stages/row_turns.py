@@ -18,6 +18,10 @@ class Wording(StageConfig):
     chat template."""
 
 
+ASKING = ("system", "user")
+"""Who has the word before an answer."""
+
+
 def said(row: Row, name: str, role: str, options: Options) -> list[Turn]:
     """The field `name` as turns: text that `role` says, one message, or a list of them. Raises BadRow."""
     value = row.get(name)
@@ -47,6 +51,30 @@ def prompt_of(turns: list[Turn]) -> list[Turn]:
         if turn.train == TRAIN_UNSET:
             turn.train = TRAIN_NO
     return turns
+
+
+def after_prompt(prompt: list[Turn], answer: list[Turn], place: str) -> tuple[list[Turn], list[Turn]]:
+    """The prompt and what answers it, where the answer may say the prompt again at its beginning, or more of the
+    conversation than that. Raises BadRow for an answer that begins with another question: a row would ask twice."""
+    if answer[: len(prompt)] == prompt and answer[0].role != "text":
+        return prompt, answer[len(prompt) :]
+    if answer[0].role not in ASKING or not any(turn.role == "user" for turn in prompt):
+        return prompt, answer
+    if not any((turn.content or "").strip() for turn in prompt):
+        return [], answer
+    for end in range(len(answer) - 1, 0, -1):
+        common = min(end, len(prompt))
+        if all(map(_alike, answer[end - common : end], prompt[-common:])):
+            return (answer[:end] if end >= len(prompt) else prompt), answer[end:]
+    raise BadRow(
+        "two prompts",
+        f"{place} begins with a turn of {answer[0].role} that the prompt does not hold: expected the answer alone, or "
+        "the prompt before it",
+    )
+
+
+def _alike(one: Turn, other: Turn) -> bool:
+    return one.role == other.role and (one.content or "").strip() == (other.content or "").strip()
 
 
 def split_answer(turns: list[Turn], place: str) -> tuple[list[Turn], list[Turn]]:

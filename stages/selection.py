@@ -68,24 +68,34 @@ def held_out(rows: Rows, shards: Sequence[Shard], fractions: Sequence[float]) ->
 
 
 def drop_reasons(
-    rows: Rows, heldout: Flags, limit: int | None, deduplicate: bool, must_train: bool = True
+    rows: Rows, heldout: Flags, limit: int | None, turns: Numbers | None, must_train: bool = True
 ) -> NDArray[np.uint8]:
     """[rows] KEPT, or why the row is dropped, as far as it can be told from its own numbers and from equal rows.
 
-    `limit` is the most tokens a row may have; None if rows are cut. With `must_train`, a row with nothing to train on
-    in one of its sequences is of no use.
+    `limit` is the most tokens a row may have; None if rows are cut. Of equal rows the first by `turns` [rows] stays;
+    None keeps all. With `must_train`, a row with nothing to train on in one of its sequences is of no use; one without
+    a token never is.
     """
     reasons = np.full(len(rows), KEPT, np.uint8)
     if limit is not None:
         reasons[rows.length.sum(axis=1) > limit] = OVERLONG
-    if must_train:
-        reasons[(reasons == KEPT) & (rows.trained == 0).any(axis=1)] = NOTHING
+    needed = rows.trained if must_train else rows.length
+    reasons[(reasons == KEPT) & (needed == 0).any(axis=1)] = NOTHING
     known = pc.is_in(rows.identity, value_set=rows.identity.filter(pa.array(heldout))).to_numpy(zero_copy_only=False)
     reasons[(reasons == KEPT) & ~heldout & known] = IN_HELDOUT
-    if deduplicate:
+    if turns is not None:
         left = np.flatnonzero(reasons == KEPT)
+        left = left[np.argsort(turns[left], kind="stable")]
         reasons[left[_seen_before(rows.identity.take(pa.array(left)))]] = DUPLICATE
     return reasons
+
+
+def precedence(weights: Sequence[float], limits: Sequence[int | None]) -> Numbers:
+    """[sources] Whose of several equal rows stays, lowest first: one that is taken at all before one that may not be,
+    the heavier before the lighter. A source that is switched off takes no row from another."""
+    keys = [(weight == 0, limit is not None, -weight) for weight, limit in zip(weights, limits, strict=True)]
+    order = sorted(set(keys))
+    return np.array([order.index(key) for key in keys], np.int64)
 
 
 def beyond_limit(

@@ -62,8 +62,8 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
             try:
                 ids, spans, slow = tokenized(encoder, batch, schema)
             except Unwritable as error:
-                row = batch.column("row")[error.row].as_py()
-                raise UserError(f"{counts['source']}, row {row + 1}: {error}; take the row out") from error
+                row = counts.get("first", 0) + batch.column("row")[error.row].as_py() + 1
+                raise UserError(f"{counts['source']}, row {row}: {error}; take the row out") from error
             columns = {**dict(zip(batch.schema.names, batch.columns, strict=True)), "ids": ids, "spans": spans}
             for writer, own in ((ids_file, schema), (spans_file, SPANS)):
                 writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in own.names], schema=own))

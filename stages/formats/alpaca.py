@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
+from stages.formats.messages import refuse_media
 from stages.marks import TRAIN_NO, TRAIN_YES
 from stages.row_fields import kind_of, text_at
 from stages.stage import StageConfig
@@ -37,6 +38,7 @@ PREAMBLE = {
 
 def convert(row: Row, options: Options) -> Conversation:
     """One row to one conversation. Raises BadRow."""
+    refuse_media(row)
     system = text_at(row, options.name("system"), optional=True)
     instruction = text_at(row, options.name("instruction"))
     given = text_at(row, options.name("input"), optional=True)
@@ -77,13 +79,14 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     given = [name for name in INPUTS if isinstance(row.get(name), str)]
     if not isinstance(row.get("instruction"), str) or len(output) != 1 or len(given) > 1:
         return None
-    called = {"output": output[0], "input": next((name for name in INPUTS if name in row), "input")}
+    there = [name for name in INPUTS if name in row]
+    called = {"output": output[0], "input": (given or there or INPUTS)[0]}
     return {standard: name for standard, name in called.items() if standard != name}
 
 
 FORMAT = Format(
     convert,
-    version=2,
+    version=3,
     fields=frozenset({"instruction", "input", "output", "system", "history"}),
     options=AlpacaOptions,
     templated=lambda options: options.wording == "chat",

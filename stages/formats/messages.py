@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from stages.formats import ROLES, BadRow, Conversation, Format, Options, Row, Runs, Turn
 from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
-from stages.row_fields import json_at, kind_of, list_at, object_at, shown, text_at
+from stages.row_fields import json_at, kind_of, list_at, object_at, shown, text_at, verdict
 
-MEDIA = frozenset({"images", "videos", "audios"})
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Columns that hold what this is not for."""
 
 
@@ -92,6 +92,8 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     """One message of the list. Raises BadRow."""
     message = object_at(message)
     said = message.get(at.role)
+    if isinstance(said, str) and options.roles.get(said, said) == "function_call":
+        return _calling(message, at)
     role = ROLES.get(said) if isinstance(said, str) and not options.roles else None
     if role is None:
         try:
@@ -131,6 +133,15 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     if found.runs and found.train == TRAIN_UNSET:
         found.train = found.runs[-1][1]  # the end of the turn goes with what stands before it
     return found
+
+
+def _calling(message: Mapping[str, Any], at: Names) -> Turn:
+    """A turn whose content is tool calls as JSON. Raises BadRow."""
+    text_at(message, at.content)
+    calls = called(message, at.content)
+    if not calls:
+        raise BadRow("missing field", f"{at.content} has no tool call in it")
+    return Turn("assistant", None, flag(message, at.flags), tool_calls=calls)
 
 
 def flag(said: Mapping[str, Any], flags: Iterable[str]) -> int:
@@ -295,12 +306,17 @@ def _tool_call(value: Any) -> dict[str, Any]:
     return {**identity, "type": "function", "function": function}
 
 
-def offered(row: Row, options: Options) -> list[Any] | None:
-    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound. Raises BadRow."""
+def refuse_media(row: Row) -> None:
+    """Raises BadRow for a row with pictures or sound."""
     if not MEDIA.isdisjoint(row):
         for name in sorted(MEDIA & row.keys()):
             if row[name]:
                 raise BadRow("content that is not text", f"{name} holds {kind_of(row[name])}: only text can be learned")
+
+
+def offered(row: Row, options: Options) -> list[Any] | None:
+    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound. Raises BadRow."""
+    refuse_media(row)
     place = options.name("tools")
     value = row.get(place)
     if value is None and row.get("functions"):  # what OpenAI had before tools
@@ -336,7 +352,7 @@ def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a list of `role` and `content` in one of the columns that public data has it in."""
     found = [column for column in COLUMNS if chats(row.get(column), "role", "content")]
-    if len(found) != 1 or isinstance(row.get("kto_tag"), bool):
+    if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
     return {} if found == ["messages"] else {"messages": found[0]}
 
@@ -359,7 +375,7 @@ MESSAGE_FIELDS = frozenset(
 
 FORMAT = Format(
     convert,
-    version=2,
+    version=3,
     fields=MESSAGE_FIELDS | {"messages", "system", "tools"},
     recognises=recognises,
 )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import MESSAGE_FIELDS, offered, with_system
 from stages.row_fields import kind_of
-from stages.row_turns import Wording, dialogue, prompt_of, said
+from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said
 
 
 def convert(row: Row, options: Options) -> Example:
@@ -21,18 +21,26 @@ def convert(row: Row, options: Options) -> Example:
     prompt_field = options.name("prompt")
     prompt = said(row, prompt_field, "user", options) if row.get(prompt_field) is not None else []
     answers = [said(row, name, "assistant", options) for name in names]
+    if prompt:
+        (prompt, answers[0]), (other, answers[1]) = map(after_prompt, [prompt] * 2, answers, names)
+        if prompt != other:
+            raise BadRow("two prompts", f"{names[0]} and {names[1]} do not begin alike: expected one prompt")
     if not prompt:
         answers = _opened(answers, names, prompt_field)
-    shared = prompt or answers[0][: _common(answers)]
-    whole = [[*shared, *answer[len(shared) if answer[: len(shared)] == shared else 0 :]] for answer in answers]
-    for name, turns in zip(names, whole, strict=True):
-        if len(turns) == len(shared):
+    if all(answers) and (not prompt or answers[0][0].role in ASKING):
+        common = _common(answers)
+        prompt, answers = prompt + answers[0][:common], [answer[common:] for answer in answers]
+    for name, answer in zip(names, answers, strict=True):
+        if not answer:
             raise BadRow("no answer", f"{name} says nothing after the prompt: expected an answer")
-    if whole[0] == whole[1]:
+        if answer[0].role in ASKING:
+            told = f"{name} goes on with a turn of {answer[0].role} that the other does not have"
+            raise BadRow("two prompts", f"{told}: expected two answers to one prompt")
+    if answers[0] == answers[1]:
         raise BadRow("identical sides", f"{names[0]} and {names[1]} are the same: expected a preferred answer")
     tools = offered(row, options)
-    begun = prompt_of(with_system(row, shared, options))
-    parts = [Conversation(begun + turns[len(shared) :], tools) for turns in whole]
+    begun = prompt_of(with_system(row, prompt, options))
+    parts = [Conversation(begun + answer, tools) for answer in answers]
     return Example(parts, _margin(row, options.name("margin")))
 
 
@@ -83,6 +91,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
+    version=2,
     fields=MESSAGE_FIELDS | {"prompt", "chosen", "rejected", "margin", "system", "tools", "from", "value"},
     options=Wording,
     kind="preference",

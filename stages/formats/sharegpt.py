@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
-from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, called, chats, flag, offered, turn, with_system
+from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, chats, offered, turn, with_system
 from stages.formats.messages import names as message_names
-from stages.row_fields import list_at, object_at, text_at
+from stages.row_fields import list_at, verdict
 
 
 def convert(row: Row, options: Options) -> Conversation:
@@ -29,16 +29,7 @@ def turns(said: list[Any], place: str, options: Options) -> list[Turn]:
     found: list[Turn] = []
     for one in said:
         try:
-            one = object_at(one)
-            speaker = one.get(at.role)
-            if isinstance(speaker, str) and options.roles.get(speaker, speaker) == "function_call":
-                text_at(one, at.content)
-                calls = called(one, at.content)
-                found.append(Turn("assistant", None, flag(one, at.flags), tool_calls=calls or None))
-                if not calls:
-                    raise BadRow("missing field", f"{at.content} has no tool call in it")
-            else:
-                found.append(turn(one, options, at))
+            found.append(turn(one, options, at))
         except BadRow as error:
             raise error.inside(f"{place}[{len(found)}]") from error
     return found
@@ -47,14 +38,14 @@ def turns(said: list[Any], place: str, options: Options) -> list[Turn]:
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a list of `from` and `value` in one of the columns that public data has it in."""
     found = [column for column in COLUMNS if chats(row.get(column), "from", "value")]
-    if len(found) != 1 or isinstance(row.get("kto_tag"), bool):
+    if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
     return {} if found == ["conversations"] else {"conversations": found[0]}
 
 
 FORMAT = Format(
     convert,
-    version=2,
+    version=3,
     fields=MESSAGE_FIELDS - {"role", "content"} | {"conversations", "from", "value", "system", "tools"},
     recognises=recognises,
 )

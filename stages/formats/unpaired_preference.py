@@ -2,42 +2,46 @@
 
     {"prompt": "Name a colour.", "completion": "Blue.", "label": true}
 
-Prompt and completion are texts or messages. Without a prompt, the completion is a whole conversation, and its last
-turn is the answer. With `options: {wording: text}` plain texts are raw text, without a chat template.
+Prompt and completion are texts or messages; the label is true or false, 1 or 0, or these as text. Without a prompt, the
+completion is a whole conversation, and its last turn is the answer. With `options: {wording: text}` plain texts are raw
+text, without a chat template.
 """
 
 from collections.abc import Mapping
 
-from stages.formats import BadRow, Conversation, Example, Format, Options, Row
+from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, offered, with_system
-from stages.row_fields import shown
-from stages.row_turns import Wording, prompt_of, said, split_answer
+from stages.row_fields import shown, verdict
+from stages.row_turns import Wording, after_prompt, prompt_of, said, split_answer
 
 
 def convert(row: Row, options: Options) -> Example:
     """One row to a conversation with its label. Raises BadRow."""
     label, field, prompt_field = options.name("label"), options.name("completion"), options.name("prompt")
-    good = row.get(label)
-    if good not in (0, 1) or isinstance(good, float):
-        raise BadRow("wrong type", f"{label} is {shown(good)}: expected true or false")
+    good = verdict(row.get(label))
+    if good is None:
+        raise BadRow("wrong type", f"{label} is {shown(row.get(label))}: expected true or false")
     completion = said(row, field, "assistant", options)
-    if row.get(prompt_field) is None:
-        if len(completion) == 1:
-            raise BadRow("missing field", f"{prompt_field} is missing: expected text or messages")
+    prompt: list[Turn] = []
+    if row.get(prompt_field) is not None:
+        prompt, completion = after_prompt(said(row, prompt_field, "user", options), completion, field)
+    elif len(completion) == 1:
+        raise BadRow("missing field", f"{prompt_field} is missing: expected text or messages")
+    if not completion:
+        raise BadRow("no answer", f"{field} says nothing after the prompt: expected an answer")
+    if not prompt:
         prompt, completion = split_answer(completion, field)
-    else:
-        prompt = said(row, prompt_field, "user", options)
     begun = prompt_of(with_system(row, prompt, options))
-    return Example([Conversation(begun + completion, offered(row, options))], {"label": bool(good)})
+    return Example([Conversation(begun + completion, offered(row, options))], {"label": good})
 
 
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a label, true or false, beside a completion (or response), or LLaMA-Factory's `kto_tag`."""
-    if isinstance(row.get("kto_tag"), bool):
+    if verdict(row.get("kto_tag")) is not None:
         found = [name for name in COLUMNS if isinstance(row.get(name), list)]
         return {"completion": found[0], "label": "kto_tag"} if len(found) == 1 else None
     found = [name for name in ("completion", "response") if isinstance(row.get(name), str | list)]
-    if not isinstance(row.get("label"), bool) or len(found) != 1:
+    if verdict(row.get("label")) is None or len(found) != 1:
         return None
     asked = [name for name in ("prompt", "instruction") if isinstance(row.get(name), str | list)]
     if len(asked) > 1 or ("instruction" in asked and "input" in row):
@@ -48,6 +52,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
+    version=2,
     fields=MESSAGE_FIELDS | {"prompt", "completion", "label", "system", "tools", "from", "value"},
     options=Wording,
     kind="unpaired_preference",

@@ -202,7 +202,7 @@ def test_questions_too_short_to_look_for_are_said(tmp_path: Path) -> None:
     shard(tmp_path / "tokens", "chat/00000", [row(*each) for each in GOOD])
     shard(tmp_path / "tokens", "probe/00000", [row(("user", 3), ("assistant", 4))], split="heldout")
     (told,) = Packed(tmp_path / "tokens", tmp_path / "out").report["warnings"]
-    assert told.startswith("1 held-out rows have too short a question to look for it")
+    assert told.startswith("1 held-out rows have a question that is too short, or whose words")
 
 
 def test_turned_roles_are_said(tmp_path: Path) -> None:

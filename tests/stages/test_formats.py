@@ -246,6 +246,9 @@ def test_completion_is_one_turn_of_text() -> None:
 
 class TestPreference:
     ASKED: ClassVar = [{"role": "user", "content": "q"}]
+    OTHER: ClassVar = [{"role": "user", "content": "p"}]
+    MORE: ClassVar = [{"role": "system", "content": "s"}, *ASKED]
+    SAID: ClassVar = {"role": "assistant", "content": "a"}
 
     @staticmethod
     def sides(row: Any, **own: Any) -> list[list[tuple[str, str | None, int]]]:
@@ -266,6 +269,24 @@ class TestPreference:
         ]
         wanted = [[("user", "q", TRAIN_NO), ("assistant", text, TRAIN_UNSET)] for text in "ab"]
         assert [self.sides(row) for row in rows] == [wanted] * len(rows)
+
+    def test_a_prompt_that_the_answers_repeat_in_a_longer_conversation_is_said_once(self) -> None:
+        system, earlier = {"role": "system", "content": "s"}, [{"role": "user", "content": "p"}]
+        earlier += [{"role": "assistant", "content": "x"}]
+        for prompt, begun in [
+            ("q", [system, *self.ASKED]),
+            ("q ", [*self.ASKED]),
+            ("", [*self.ASKED]),
+            ("q", [*earlier, *self.ASKED]),
+            ([system], [*self.ASKED]),
+            ([system, *self.ASKED], [*self.ASKED]),
+        ]:
+            chosen, rejected = ([*begun, {"role": "assistant", "content": text}] for text in "ab")
+            sides = self.sides({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            first = [system] if prompt and isinstance(prompt, list) else []
+            said = [turn["content"] for turn in [*first, *begun]]
+            assert [[content for _, content, _ in side] for side in sides] == [[*said, "a"], [*said, "b"]]
+            assert all(train == TRAIN_NO for side in sides for _, _, train in side[:-1])
 
     def test_answers_of_several_turns_part_where_they_differ(self) -> None:
         more = [{"role": "assistant", "content": "s"}, {"role": "user", "content": "r"}]
@@ -298,12 +319,69 @@ class TestPreference:
             ({"prompt": "q", "chosen": [], "rejected": "b"}, "empty conversation", "chosen is empty"),
             ({"prompt": ASKED, "chosen": ASKED, "rejected": "b"}, "no answer", "chosen says nothing after the prompt"),
             ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "wrong type", "margin is text"),
+            ({"prompt": "p", "chosen": [*ASKED, SAID], "rejected": "b"}, "two prompts", "chosen begins with a turn of"),
+            ({"prompt": "q", "chosen": [*ASKED, SAID], "rejected": [*MORE, SAID]}, "two prompts", "do not begin alike"),
+            ({"chosen": [*ASKED, SAID], "rejected": [*OTHER, SAID]}, "two prompts", "chosen goes on with a turn of us"),
         ],
     )
     def test_a_bad_row_is_told(self, row: Any, reason: str, says: str) -> None:
         with pytest.raises(BadRow, match=says) as error:
             reader("preference")(row)
         assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["unpaired_preference", "prompt_completion"])
+def test_a_completion_that_repeats_its_prompt_asks_once(name: str) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    for completion in ([said], [asked, said], [{"role": "system", "content": "s"}, asked, said]):
+        made = reader(name)({"prompt": "q", "completion": completion, "label": True})
+        found = made.parts[0] if isinstance(made, Example) else made
+        wanted = [(turn["role"], turn["content"]) for turn in completion]
+        assert [(turn.role, turn.content) for turn in found.turns][-len(wanted) :] == wanted
+        assert [turn.role for turn in found.turns].count("user") == 1
+    for completion, says in (([asked], "says nothing after the prompt"), ([{**asked, "content": "p"}, said], "begins")):
+        with pytest.raises(BadRow, match=says):
+            reader(name)({"prompt": "q", "completion": completion, "label": True})
+
+
+@pytest.mark.parametrize(
+    ("label", "good"),
+    [(True, True), (False, False), (1, True), (0, False), ("True", True), ("false", False), ("0", False)],
+)
+def test_a_label_is_one_however_it_is_written(label: Any, good: bool) -> None:
+    row = {"prompt": "q", "completion": "a", "label": label}
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "kto_tag": label}
+    made = reader("unpaired_preference")(row)
+    assert isinstance(made, Example) and made.extra == {"label": good}
+    for each in (row, chat):
+        read = [
+            name for name in ("unpaired_preference", "prompt_completion", "messages") if find(name).recognises(each)
+        ]
+        assert find("unpaired_preference").recognises(each) is not None
+        assert not read or read == ["unpaired_preference"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("sharegpt", {"conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "a"}]}),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "<image> What?"}, {"role": "assistant", "content": "a"}]},
+        ),
+        ("alpaca", {"instruction": "<image> What?", "output": "a"}),
+    ],
+)
+def test_pictures_are_refused(name: str, row: Any) -> None:
+    assert reader(name)(row | {"image": None})
+    for column in ("image", "images"):
+        with pytest.raises(BadRow, match=f"{column} holds text: only text can be learned"):
+            reader(name)(row | {column: "a.jpg"})
+
+
+def test_alpacas_input_is_the_column_that_says_something() -> None:
+    row = {"instruction": "Sum up.", "input": None, "context": "Long.", "output": None, "response": "Short."}
+    assert find("alpaca").recognises(row) == {"input": "context", "output": "response"}
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ def test_each_row_has_the_fate_that_reading_the_rules_row_by_row_gives(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("pack")
-    told = sorted(told, key=lambda each: each[0])
+    turn = {"a": (False, limit is not None, -1.0), "b": (weight == 0, False, -weight), "c": (False, False, -1.0)}
+    told = sorted(told, key=lambda each: (turn[each[0]], each[0]))  # whose of equal rows stays
     by_source: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "c": []}
     fates: list[str] = []
     made = [row(("user", 3), *[("assistant", size)] * answers, identity=str(who)) for _, who, size, answers in told]
@@ -227,6 +228,16 @@ def test_duplicates_stay_when_asked_but_held_out_rows_never_train(tmp_path: Path
     assert packed.facts["dropped"] == {"in held-out": 1}
 
 
+@pytest.mark.parametrize("own", [{"weight": 0}, {"limit": 1}])
+def test_a_source_that_is_switched_off_or_limited_takes_no_rows_from_another(tmp_path: Path, own: Any) -> None:
+    asked = ("user", 3), ("assistant", 4)
+    for source in "ab":
+        shard(tmp_path / "tokens", f"{source}/00000", [row(*asked, identity=str(n)) for n in range(5)])
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sources={"a": own})
+    assert packed.rows() == {("b/00000", n) for n in range(5)}
+    assert packed.facts["dropped"] == {"duplicate": 5}
+
+
 def test_truncation_cuts_the_end_and_counts(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     rows = [
@@ -243,9 +254,10 @@ def test_truncation_cuts_the_end_and_counts(tmp_path: Path) -> None:
 
 def test_prompts_longer_than_a_sequence_are_dropped_and_counted(tmp_path: Path) -> None:
     prompts = [{**row(("user", size)), "extra": "{}"} for size in (3, 90, 5)]
+    prompts.append({**prompts[0], "ids": [], "spans": []})  # raw text may be empty
     shard(tmp_path / "tokens", "asked/00000", prompts, kind="prompt")
     packed = Packed(tmp_path / "tokens", tmp_path / "out")
-    assert packed.facts["dropped"] == {"overlong": 1}
+    assert packed.facts["dropped"] == {"nothing to train on": 1, "overlong": 1}
     assert packed.rows() == {("asked/00000", 0), ("asked/00000", 2)}
     with pytest.raises(UserError, match=r"asked/00000, row 102: 93 tokens do not fit into pack\.sequence_length 64"):
         Packed(tmp_path / "tokens", tmp_path / "other", overlong="error")
