@@ -41,7 +41,7 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     targets = _targets(model, lora.targets, layers)
     experts = _experts(model) if lora.experts else set()
-    saved = _whole(model, lora.modules_to_save)
+    saved, spelled = _whole(model, lora.modules_to_save)
     renamed = _renamed(model, targets)
     if renamed and lora.dora:
         named = _some(name for name in targets if _last(name) in renamed)
@@ -62,7 +62,7 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
                     lora_dropout=lora.dropout,
                     target_modules=_short(targets, layers),
                     target_parameters=sorted({".".join(name.split(".")[-2:]) for name in experts}) or None,
-                    modules_to_save=list(lora.modules_to_save) or None,
+                    modules_to_save=spelled or None,
                     ensure_weight_tying=bool(lora.modules_to_save) and _tied(model),
                     trainable_token_indices=_rows(model, lora.new_tokens, folder) if lora.new_tokens else None,
                     use_rslora=lora.rslora,
@@ -255,18 +255,32 @@ def _tied(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config().tie_word_embeddings)
 
 
-def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> set[str]:
-    """The modules whose names are some wanted ones, or end with them as whole parts."""
-    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> tuple[set[str], list[str]]:
+    """The modules whose names are some wanted ones or end with them as whole parts, and what to call them to PEFT,
+    which looks only at how a name ends: `input_layernorm` ends with `norm`."""
+    every = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    filled = [name for name in every if next(model.get_submodule(name).parameters(), None) is not None]
     found: set[str] = set()
+    spelled: list[str] = []
     for wanted_name in wanted:
-        meant = {name for name in names if f".{name}".endswith(f".{wanted_name}")}
+        meant = {name for name in filled if f".{name}".endswith(f".{wanted_name}")}
         if not meant:
             raise UserError(
-                f"train.lora.modules_to_save: no module is called {wanted_name!r}{nearest(wanted_name, names)}"
+                f"train.lora.modules_to_save: no module is called {wanted_name!r}{nearest(wanted_name, filled)}"
+            )
+        names = [wanted_name] if _ending(every, (wanted_name,)) == meant else sorted(meant)
+        if others := _ending(every, names) - meant:
+            raise UserError(
+                f"train.lora.modules_to_save: for {wanted_name!r}, PEFT would train {_some(others)} besides "
+                f"{_some(meant)}: name another module"
             )
         found |= meant
-    return found
+        spelled += names
+    return found, list(dict.fromkeys(spelled))
+
+
+def _ending(names: Iterable[str], ends: Sequence[str]) -> set[str]:
+    return {name for name in names if name.endswith(tuple(ends))}
 
 
 def _rows(model: PreTrainedModel, tokens: tuple[str, ...], folder: Path) -> dict[str, list[int]]:

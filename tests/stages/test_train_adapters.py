@@ -264,3 +264,30 @@ def test_a_model_without_experts_says_so(folder: Path) -> None:
 def test_a_module_to_save_that_does_not_exist_is_refused_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UserError, match="no module is called 'embed_token': did you mean 'embed_tokens'"):
         adapted(folder, section(modules_to_save=["embed_token"]))
+
+
+def test_a_module_to_save_is_that_module_and_none_whose_name_ends_like_it(folder: Path, tmp_path: Path) -> None:
+    trained = adapted(folder, section(modules_to_save=["norm"], targets=["q_proj"]))
+    whole = {n for n, p in trained.named_parameters() if p.requires_grad and "lora" not in n}
+    assert whole == {"base_model.model.model.norm.modules_to_save.default.weight"}
+    shake(trained)
+    adapters.save(trained, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, logits(trained), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["input_layernorm"], ["model.norm", "up_proj"]])
+def test_modules_to_save_that_peft_understands_are_written_as_they_were_given(
+    folder: Path, tmp_path: Path, names: list[str]
+) -> None:
+    adapters.save(adapted(folder, section(modules_to_save=names)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == names
+
+
+def test_a_module_to_save_that_peft_cannot_tell_from_another_is_refused(folder: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.my_lm_head = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match="for 'lm_head', PEFT would train my_lm_head besides lm_head"):
+        adapters.adapt(network, section(modules_to_save=["lm_head"]).lora, folder)
