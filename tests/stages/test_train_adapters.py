@@ -19,21 +19,6 @@ from tests.stages.test_merge import make_model, run
 
 IDS = torch.arange(5, 29)[None]
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "num_key_value_heads": 4,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
 MLP = ("gate_proj", "up_proj", "down_proj")
 DENSE = {f"0.mlp.{name}" for name in MLP}
 SHARED = {f"1.mlp.shared_experts.{name}" for name in MLP}
@@ -43,7 +28,7 @@ ROUTED = {"1.mlp.experts", "1.mlp.experts.base_layer"}
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense layer, and one of routed experts and a shared one."""
-    return make_model(tmp_path_factory.mktemp("mixture"), "DeepseekV3Config", **DEEPSEEK)
+    return make_model(tmp_path_factory.mktemp("mixture"), "DeepseekV3Config", **tiny.DEEPSEEK)
 
 
 @pytest.fixture(scope="module")
