@@ -1,15 +1,23 @@
 """LoRA and its kin on a loaded model, through PEFT: where the adapters go, how they start, what they are written as.
 
 Adapters are held in float32 beside weights of the recipe's precision; autocast chooses the arithmetic.
+
+In many mixtures, PEFT takes every `gate_proj`, `up_proj` and `down_proj` for those of the routed experts, as they were
+called in transformers 4, and adapts the fused experts in place of the layer that was named: a shared expert's, a dense
+layer's. It does so again when it loads an adapter. So it is kept from that here, and such layers are written as
+`target_parameters`, which it takes as they are: the same tensors by the same names.
 """
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,32 +35,46 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     """The model with fresh float32 adapters, everything else frozen; the start is drawn from torch's seed.
 
     `folder` is where the model came from. Raises UserError when a target names no layer, a layer is narrower than the
-    rank, or PEFT refuses a layer.
+    rank, or PEFT refuses a layer or adapts another.
     """
+    modules = {id(module): name for name, module in model.named_modules()}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    targets = _targets(model, lora.targets, layers)
+    experts = _experts(model) if lora.experts else set()
+    saved, spelled = _whole(model, lora.modules_to_save)
+    renamed = _renamed(model, targets)
+    if renamed and lora.dora:
+        named = _some(name for name in targets if _last(name) in renamed)
+        raise UserError(
+            f"train.lora.dora: of {model.config.model_type}, PEFT would load the adapter of {named} onto the fused "
+            "experts, and what it would load rightly has no dora: take dora out, or leave "
+            f"{', '.join(sorted(renamed))} out of train.lora.targets"
+        )
     if lora.init == "eva":
         warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem_usage")
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=_targets(model, lora.targets, layers),
-                target_parameters=_experts(model) if lora.experts else None,
-                modules_to_save=_whole(model, lora.modules_to_save) or None,
-                ensure_weight_tying=bool(lora.modules_to_save) and _tied(model),
-                trainable_token_indices=_rows(model, lora.new_tokens, folder) if lora.new_tokens else None,
-                use_rslora=lora.rslora,
-                use_dora=lora.dora,
-                init_lora_weights=STARTS.get(lora.init, lora.init),
-                eva_config=EvaConfig(rho=1.0) if lora.init == "eva" else None,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with _as_named() if renamed else nullcontext():
+            adapted = get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=_short(targets, layers),
+                    target_parameters=sorted({".".join(name.split(".")[-2:]) for name in experts}) or None,
+                    modules_to_save=spelled or None,
+                    ensure_weight_tying=bool(lora.modules_to_save) and _tied(model),
+                    trainable_token_indices=_rows(model, lora.new_tokens, folder) if lora.new_tokens else None,
+                    use_rslora=lora.rslora,
+                    use_dora=lora.dora,
+                    init_lora_weights=STARTS.get(lora.init, lora.init),
+                    eva_config=EvaConfig(rho=1.0) if lora.init == "eva" else None,
+                    task_type="CAUSAL_LM",
+                ),
+            )
     except ValueError as error:
         raise UserError(f"train.lora: {model.config.model_type} does not take this adapter: {error}") from error
+    _refuse_others(adapted, modules, {name for name in targets if not _within(name, saved)} | experts)
     for name, module in _adapters(adapted):
         narrowest = min(module.in_features, module.out_features)
         if lora.rank > narrowest:
@@ -108,8 +130,10 @@ def save(model: PeftModel, folder: Path) -> None:
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = None  # a path of this machine
     config["eva_config"] = config["loftq_config"] = None
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT keeps a set
+    config |= _survives(model, config)
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(config[name], list):
+            config[name].sort()  # PEFT keeps a set
     if config["init_lora_weights"] == "eva":
         config["init_lora_weights"] = True  # it is done; PEFT would warn of a start that is missing
     config |= folding.unfold(model, folder / "adapter_model.safetensors")
@@ -122,14 +146,84 @@ def _adapters(model: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), module
 
 
-def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> list[str]:
+def _renamed(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The last parts of layers' names that PEFT takes for a mixture's routed experts."""
+    found = set()
+    for last in {_last(name) for name in names}:
+        config = LoraConfig(target_modules=[last])
+        try:
+            conversion.convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # of fused weights it wants all
+            found.add(last)
+        if set(config.target_modules or ()) != {last}:
+            found.add(last)
+    return found
+
+
+@contextmanager
+def _as_named() -> Iterator[None]:
+    """Have PEFT adapt the layers of the names that it is given."""
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
+
+
+def _survives(model: PeftModel, config: dict[str, Any]) -> dict[str, Any]:
+    """What changes in a written config so that PEFT loads the adapter onto the layers that were trained."""
+    base = model.get_base_model()
+    layers = {name for name, module in _adapters(model) if not isinstance(module, ParamWrapper)}
+    renamed = _renamed(base, layers)
+    if not renamed:
+        return {}
+    return {
+        "target_modules": [name for name in config["target_modules"] if _last(name) not in renamed],
+        "target_parameters": [
+            *(config["target_parameters"] or ()),
+            *(f"{name}.weight" for name in layers if _last(name) in renamed),
+        ],
+        "lora_dropout": 0.0,  # with which PEFT takes no parameters; it is for training
+    }
+
+
+def _refuse_others(adapted: PeftModel, modules: dict[int, str], meant: set[str]) -> None:
+    """Raise UserError unless the adapters are on the layers and fused weights that were meant, of `modules` by id."""
+    found = set()
+    for _, module in _adapters(adapted):
+        name = modules[id(module.get_base_layer())]
+        found.add(f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name)
+    if found != meant:
+        raise UserError(
+            f"train.lora: PEFT does not adapt in {adapted.config.model_type} what targets and experts ask for: it "
+            f"leaves out {_some(meant - found)} and adapts {_some(found - meant)} instead: name other layers in "
+            "train.lora.targets"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of some names, and how many others there are."""
+    first, *others = sorted(names) or ["nothing"]
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dict[str, nn.Module]) -> set[str]:
     if isinstance(targets, str):
-        return _short({n for n, module in layers.items() if _is_plain(module)} - _head(model, layers), layers)
+        return {name for name, module in layers.items() if _is_plain(module)} - _head(model, layers)
     found: set[str] = set()
     for target in targets:
         meant = {name for name in layers if matches(target, name)}
         if not meant:
-            choices = sorted({name.rpartition(".")[2] for name in layers})
+            choices = sorted({_last(name) for name in layers})
             raise UserError(f"train.lora.targets: no layer is called {target!r}; there are {', '.join(choices)}")
         if _tied(model) and model.get_output_embeddings() in [layers[name] for name in meant]:
             raise UserError(
@@ -137,7 +231,7 @@ def _targets(model: PreTrainedModel, targets: str | tuple[str, ...], layers: dic
                 "merged: leave it out, or name the embeddings in train.lora.modules_to_save"
             )
         found |= meant
-    return _short(found, layers)
+    return found
 
 
 def _is_plain(module: Any) -> bool:
@@ -153,22 +247,40 @@ def _head(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
 
 def _short(meant: set[str], layers: dict[str, nn.Module]) -> list[str]:
     """The layers by the last parts of their names, if those name no other layer."""
-    ends = {name.rpartition(".")[2] for name in meant}
-    return sorted(ends if all(n in meant for n in layers if n.rpartition(".")[2] in ends) else meant)
+    ends = {_last(name) for name in meant}
+    return sorted(ends if all(n in meant for n in layers if _last(n) in ends) else meant)
 
 
 def _tied(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config().tie_word_embeddings)
 
 
-def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
-    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> tuple[set[str], list[str]]:
+    """The modules whose names are some wanted ones or end with them as whole parts, and what to call them to PEFT,
+    which looks only at how a name ends: `input_layernorm` ends with `norm`."""
+    every = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    filled = [name for name in every if next(model.get_submodule(name).parameters(), None) is not None]
+    found: set[str] = set()
+    spelled: list[str] = []
     for wanted_name in wanted:
-        if not any(name == wanted_name or name.endswith(f".{wanted_name}") for name in names):
+        meant = {name for name in filled if f".{name}".endswith(f".{wanted_name}")}
+        if not meant:
             raise UserError(
-                f"train.lora.modules_to_save: no module is called {wanted_name!r}{nearest(wanted_name, names)}"
+                f"train.lora.modules_to_save: no module is called {wanted_name!r}{nearest(wanted_name, filled)}"
             )
-    return list(wanted)
+        names = [wanted_name] if _ending(every, (wanted_name,)) == meant else sorted(meant)
+        if others := _ending(every, names) - meant:
+            raise UserError(
+                f"train.lora.modules_to_save: for {wanted_name!r}, PEFT would train {_some(others)} besides "
+                f"{_some(meant)}: name another module"
+            )
+        found |= meant
+        spelled += names
+    return found, list(dict.fromkeys(spelled))
+
+
+def _ending(names: Iterable[str], ends: Sequence[str]) -> set[str]:
+    return {name for name in names if name.endswith(tuple(ends))}
 
 
 def _rows(model: PreTrainedModel, tokens: tuple[str, ...], folder: Path) -> dict[str, list[int]]:
@@ -188,20 +300,18 @@ def _rows(model: PreTrainedModel, tokens: tuple[str, ...], folder: Path) -> dict
     return {name: rows for name, module in model.named_modules() if id(module) in outer}
 
 
-def _experts(model: PreTrainedModel) -> list[str]:
-    """The fused weights [experts, ., .] of a mixture's layers, by the end of their names, as PEFT wants them."""
+def _experts(model: PreTrainedModel) -> set[str]:
+    """The fused weights [experts, ., .] of a mixture's layers."""
     config = model.config.get_text_config()
     counts = {
         getattr(config, name, None)
         for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     }
     found = {
-        ".".join(name.split(".")[-2:])
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and parameter.shape[0] in counts
+        name for name, parameter in model.named_parameters() if parameter.ndim == 3 and parameter.shape[0] in counts
     }
     if not found:
         raise UserError(
             f"train.lora.experts: {config.model_type} has no experts whose weights lie in one piece: take the key out"
         )
-    return sorted(found)
+    return found

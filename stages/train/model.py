@@ -6,6 +6,7 @@ weights loses every update smaller than about 1/256 of a weight, which at usual 
 frozen is held in the recipe's precision, or in 4 or 8 bits.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,14 +92,33 @@ def ready(
 
 
 def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write all weights in the dtype of the model they came from, in `source`."""
-    dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype
-    if dtype != torch.bfloat16:  # what that does not hold is not written
+    """Write all weights in the dtypes of the model they came from, in `source`."""
+    described = AutoConfig.from_pretrained(source, local_files_only=True)
+    if described.dtype != torch.bfloat16:  # what that does not hold is not written
         adamw.widen(model)
-    model.to(dtype or torch.float32).save_pretrained(folder)
+    dtype = described.dtype or torch.float32
+    others = _of_another_dtype(described, dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = adamw.whole(tensor).to(others[name]) if name in others else tensor.data.to(dtype)
+    model.save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)  # the Trainer changed the one in memory
+
+
+def _of_another_dtype(described: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The weights and buffers that transformers holds in another dtype than a model's own, such as the biases by which
+    a router chooses experts: rounded, they choose others."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(described, dtype=dtype)
+    kept = empty._get_dtype_plan(dtype)  # parts of names
+    found = {}
+    for name, tensor in [*empty.named_parameters(), *empty.named_buffers()]:
+        wanted = next((kept[part] for part in kept if re.search(part.replace("*", ".*"), name)), tensor.dtype)
+        if wanted != dtype:
+            found[name] = wanted
+    return found
 
 
 @contextmanager

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stages.identity import tree_of
 from stages.objectives import sft
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig
+from stages.train import STAGE, TrainConfig, model
 from tests.stages import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train_losses.json"
@@ -84,6 +85,42 @@ def test_full_weights_keep_the_models_dtype_and_config(tmp_path: Path, inputs: d
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert not torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("lora", [{}, {"method": "lora", "lora": {"rank": 4, "restart_every": 1}}])
+@pytest.mark.parametrize("config_name", ["DeepseekV3Config", "Ernie4_5_MoeConfig"])
+def test_what_a_model_keeps_in_float32_is_written_in_float32(
+    tmp_path: Path, inputs: dict[str, Path], config_name: str, lora: dict[str, Any]
+) -> None:
+    sizes = tiny.DEEPSEEK if config_name.startswith("Deep") else tiny.ERNIE
+    model = tiny.save(tmp_path / "model", config_name, dtype="bfloat16", **sizes)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if "correction_bias" in name:
+            tensor.data = 5 + torch.rand(tensor.shape)
+    network.save_pretrained(model)
+    output, _ = train(tmp_path, {**inputs, "model": model}, {**RECIPES["full"], "max_steps": 2, **lora})
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, output / "weights"))
+    assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
+    biases = [name for name in before if "correction_bias" in name]
+    assert biases and all(torch.equal(after[name], before[name]) for name in biases)
+    wide = [name for name in before if "gate.weight" in name and before[name].dtype == torch.float32]
+    assert bool(wide) == (config_name == "Ernie4_5_MoeConfig")
+    if not lora:  # what trains in float32 keeps its last bits
+        assert all(not torch.equal(after[name], after[name].bfloat16().float()) for name in wide)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_of_one_dtype_are_written_as_the_model_in_that_dtype(tmp_path: Path, dtype: str) -> None:
+    folder = tiny.llama(tmp_path / "model", dtype=dtype, tie_word_embeddings=True)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_weights(network, folder, tmp_path / "ours")
+    network.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+    ours, theirs = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("ours", "theirs"))
+    assert ours == theirs
 
 
 def test_metrics_say_what_each_step_read(tmp_path: Path, inputs: dict[str, Path]) -> None:

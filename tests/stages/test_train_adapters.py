@@ -1,11 +1,13 @@
 """Adapters one by one: where they go, how they start, what is written, and that it fits the model as it came."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from packing.collate import Bin, collate
@@ -13,9 +15,20 @@ from stages.errors import UserError
 from stages.train import TrainConfig, adapters, model
 from stages.train.patterns import matches
 from tests.stages import tiny
+from tests.stages.test_merge import make_model, run
 
 IDS = torch.arange(5, 29)[None]
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
+MLP = ("gate_proj", "up_proj", "down_proj")
+DENSE = {f"0.mlp.{name}" for name in MLP}
+SHARED = {f"1.mlp.shared_experts.{name}" for name in MLP}
+ROUTED = {"1.mlp.experts", "1.mlp.experts.base_layer"}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense layer, and one of routed experts and a shared one."""
+    return make_model(tmp_path_factory.mktemp("mixture"), "DeepseekV3Config", **tiny.DEEPSEEK)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +180,67 @@ def test_experts_are_adapted_in_their_fused_weights(tmp_path: Path, config_name:
     assert (logits(trained) - logits_before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("lora", "expected"),
+    [
+        ({}, DENSE | SHARED),
+        ({"dropout": 0.1}, DENSE | SHARED),
+        ({"init": "pissa"}, DENSE | SHARED),
+        ({"init": "orthogonal"}, DENSE | SHARED),
+        ({"init": "eva", "rslora": True}, DENSE | SHARED),
+        ({"experts": True}, DENSE | SHARED | ROUTED),
+        ({"experts": True, "targets": ["q_proj"]}, ROUTED),
+        ({"targets": ["shared_experts"]}, SHARED),
+        ({"targets": ["layers.0.mlp", "q_proj"]}, DENSE),
+        ({"targets": ["re:.*shared_experts\\.down_proj"]}, {"1.mlp.shared_experts.down_proj"}),
+        ({"modules_to_save": ["shared_experts"]}, DENSE),
+    ],
+)
+def test_a_mixtures_adapters_are_where_they_were_asked_for_and_are_loaded_and_merged_there(
+    mixture: Path, tmp_path: Path, lora: dict[str, Any], expected: set[str]
+) -> None:
+    trained = adapted(mixture, section(**lora))
+    assert {place for place in places(trained) if "mlp" in place} == expected
+    before = plain(mixture)
+    torch.testing.assert_close(logits(trained), before, rtol=1e-4, atol=1e-4)
+    shake(trained)
+    wanted = logits(trained)
+    adapters.save(trained, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    assert places(again) == places(trained)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, wanted, rtol=1e-3, atol=1e-3)
+    run(tmp_path / "merged", mixture, tmp_path)
+    old, new = load_file(mixture / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    changed = {name for name in old if "mlp" in name and not torch.equal(old[name], new[name])}
+    assert any(".experts." in name for name in changed) == ("experts" in lora)
+    whole = SHARED if "modules_to_save" in lora else set()
+    assert {name for name in changed if ".experts." not in name} == {
+        f"model.layers.{name}.weight" for name in (expected | whole) - ROUTED
+    }
+
+
+def test_dora_on_a_layer_that_peft_would_load_as_experts_is_refused(mixture: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj and 5 more onto the fused experts"):
+        adapted(mixture, section(dora=True))
+    assert places(adapted(mixture, section(dora=True, targets=["q_proj"])))
+
+
+def test_adapters_in_other_places_than_asked_for_are_refused(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "_renamed", lambda *_: set())
+    wanted = r"leaves out model\.layers\.0\.mlp\.down_proj and 5 more and adapts .*\.experts\.down_proj and 1 more"
+    with pytest.raises(UserError, match=wanted):
+        adapted(mixture, section())
+
+
+def test_an_adapter_that_peft_loads_by_its_layers_names_is_written_with_them(folder: Path, tmp_path: Path) -> None:
+    adapters.save(adapted(folder, section(dropout=0.1)), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted([*MLP, "k_proj", "o_proj", "q_proj", "v_proj"])
+    assert config["target_parameters"] is None and config["lora_dropout"] == 0.1
+
+
 def test_a_model_without_experts_says_so(folder: Path) -> None:
     with pytest.raises(UserError, match="llama has no experts"):
         adapted(folder, section(experts=True))
@@ -175,3 +249,30 @@ def test_a_model_without_experts_says_so(folder: Path) -> None:
 def test_a_module_to_save_that_does_not_exist_is_refused_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UserError, match="no module is called 'embed_token': did you mean 'embed_tokens'"):
         adapted(folder, section(modules_to_save=["embed_token"]))
+
+
+def test_a_module_to_save_is_that_module_and_none_whose_name_ends_like_it(folder: Path, tmp_path: Path) -> None:
+    trained = adapted(folder, section(modules_to_save=["norm"], targets=["q_proj"]))
+    whole = {n for n, p in trained.named_parameters() if p.requires_grad and "lora" not in n}
+    assert whole == {"base_model.model.model.norm.modules_to_save.default.weight"}
+    shake(trained)
+    adapters.save(trained, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, logits(trained), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["input_layernorm"], ["model.norm", "up_proj"]])
+def test_modules_to_save_that_peft_understands_are_written_as_they_were_given(
+    folder: Path, tmp_path: Path, names: list[str]
+) -> None:
+    adapters.save(adapted(folder, section(modules_to_save=names)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == names
+
+
+def test_a_module_to_save_that_peft_cannot_tell_from_another_is_refused(folder: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.my_lm_head = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match="for 'lm_head', PEFT would train my_lm_head besides lm_head"):
+        adapters.adapt(network, section(modules_to_save=["lm_head"]).lora, folder)

@@ -12,6 +12,24 @@ from packing.plan import pack
 from stages.tables import BINS, SPANS, documents_schema, tokens_schema, write_table
 
 VOCABULARY = 64
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+"""Sizes of a DeepseekV3 with a dense layer, and one of routed experts and a shared one."""
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1}
+"""Sizes of an Ernie4_5_Moe of the same kind, whose router trains in float32."""
 
 
 def llama(folder: Path, **changes: Any) -> Path:
