@@ -17,7 +17,6 @@ from typing import Any
 
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +25,12 @@ from stages import quantization
 from stages.errors import UserError
 from stages.train import Lora, adamw, checks, folding
 from stages.train.patterns import matches, nearest
+
+conversion: Any
+try:
+    from peft.utils import transformers_weight_conversion as conversion
+except ImportError:  # an older PEFT, which adapts the layers that it is told
+    conversion = None
 
 STARTS = {"kaiming": True, "loftq": True}
 """Our names for what PEFT calls otherwise; loftq starts like any other and is then replaced."""
@@ -148,7 +153,9 @@ def _adapters(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def _renamed(model: nn.Module, names: Iterable[str]) -> set[str]:
     """The last parts of layers' names that PEFT takes for a mixture's routed experts."""
-    found = set()
+    found: set[str] = set()
+    if conversion is None:
+        return found
     for last in {_last(name) for name in names}:
         config = LoraConfig(target_modules=[last])
         try:
@@ -162,7 +169,7 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 @contextmanager
 def _as_named() -> Iterator[None]:
-    """Have PEFT adapt the layers of the names that it is given."""
+    """Have PEFT adapt the layers of the names that it is given: it offers no way to say so."""
     convert = conversion.convert_peft_config_for_transformers
     conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
