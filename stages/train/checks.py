@@ -12,7 +12,7 @@ from stages.runtime import Runtime
 from stages.train import optimizers
 
 if TYPE_CHECKING:
-    from stages.train import TrainConfig
+    from stages.train import Lora, TrainConfig
 
 
 ELEMENTWISE = ("adamw_torch_fused", "adamw_16bit", "adamw_torch")
@@ -75,9 +75,10 @@ def _of_method(config: "TrainConfig") -> Iterator[str]:
     if config.method == "full":
         if config.quantize:
             yield "quantized weights cannot be trained themselves: set `method: lora`, or take `quantize` out"
-        for name in ("restart_every", "plus_ratio"):
-            if getattr(config.lora, name) is not None:
-                yield f"`lora.{name}` is set, but the method is full: set `method: lora`, or take it out"
+        if names := _changed(config.lora):
+            said = ", ".join(f"`lora.{name}`" for name in names)
+            are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+            yield f"{said} {are} set, but the method is full: set `method: lora`, or take {them} out"
     full = config.full
     if full.spectrum is not None and full.only:
         yield "`full.spectrum` and `full.only` both choose the weights that train: keep one, or use `full.freeze`"
@@ -85,6 +86,12 @@ def _of_method(config: "TrainConfig") -> Iterator[str]:
         yield "`full.lisa` chooses the layers that train: take `only`, `freeze` and `spectrum` out"
     if full.lisa is not None and config.ema is not None:
         yield "`ema` would average layers that rest with layers that train: take it or `full.lisa` out"
+
+
+def _changed(section: "Lora") -> list[str]:
+    """The fields of a section that do not have their default."""
+    plain = type(section)()
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(plain, name)]
 
 
 def _of_lora(config: "TrainConfig") -> Iterator[str]:
@@ -97,6 +104,8 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
             yield f"`lora.init: {lora.init}` does not work on fused experts: leave it out, or set `lora.experts: false`"
     if lora.dora and (lora.init in FROM_WEIGHTS or lora.init == "eva"):
         yield f"`lora.dora` does not work with `lora.init: {lora.init}`: take one out"
+    if lora.restart_every is None and "restart_warmup" in _changed(lora):
+        yield "`lora.restart_warmup` is set, but nothing restarts: set `lora.restart_every`, or take it out"
     if lora.restart_every is not None:
         if lora.dora:
             yield "`lora.restart_every` does not work with `lora.dora`: a magnitude cannot be added to weights"
@@ -142,6 +151,8 @@ def _of_steps(config: "TrainConfig") -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and value > 1 and value != int(value):
             yield f"`{name}` is {value:g}: a whole number of steps, or a share below 1"
+    if config.decay != type(config).model_fields["decay"].default and config.schedule != "wsd":
+        yield f"`decay` is for the schedule wsd, not {config.schedule}: set `schedule: wsd`, or take it out"
     if config.floor and config.schedule in ("constant", "inverse_sqrt"):
         yield f"`floor` is for schedules that fall to an end: cosine, linear or wsd, not {config.schedule}"
     if config.evaluate_every is None:
