@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
@@ -43,6 +43,8 @@ class Kind:
     """Why it needs a GPU, where it does."""
     low_rank: bool = False
     """Whether its options are those of the matrices' parameter group."""
+    coupled: bool = False
+    """Whether its own weight decay goes through its averages: the weights then decay before its step."""
 
 
 EPS: Mapping[str, Value] = {"eps": 1e-8}
@@ -58,21 +60,34 @@ APOLLO: Mapping[str, Value] = {
 FREE: Mapping[str, Value] = {"r": 0.0, "weight_lr_power": 2.0}
 ADEMAMIX: Mapping[str, Value] = {"beta3": 0.9999, "alpha": 5.0, "eps": 1e-8}
 EXTRA = "optimizers"
+DECAY = "decoupled_weight_decay"
+"""The weight decay of a parameter group whose optimizer is told of none."""
 PAGED = "pages its state between GPU and CPU"
 
 
-def _bnb(name: str, bits: int, options: Mapping[str, Value], gpu: str = "", betas: bool = True, **fixed: Any) -> Kind:
+def _bnb(name: str, bits: int, options: Mapping[str, Value], gpu: str = "", **fixed: Any) -> Kind:
     given = {"optim_bits": bits, **fixed}
-    return Kind(f"bitsandbytes.optim:{name}", given, options, "quantized", betas, gpu=gpu)
+    return Kind(f"bitsandbytes.optim:{name}", given, options, "quantized", gpu=gpu)
+
+
+def _rmsprop(bits: int) -> Kind:
+    options = {"alpha": 0.99, "momentum": 0.0, **EPS}
+    return replace(_bnb("RMSprop", bits, options), betas=False, coupled=True)
 
 
 OPTIMIZERS: Mapping[str, Kind] = {
     "adamw_torch_fused": Kind("torch.optim:AdamW", {"fused": True}, EPS),
     "adamw_torch": Kind("torch.optim:AdamW", {}, EPS),
     "adamw_16bit": Kind("stages.train.adamw:SplitAdamW", {"moments": "bfloat16"}, EPS),
-    "sgd": Kind("torch.optim:SGD", {}, {"momentum": 0.0, "nesterov": False}, betas=False),
-    "adagrad": Kind("torch.optim:Adagrad", {}, {"lr_decay": 0.0, "eps": 1e-10}, betas=False),
-    "rmsprop": Kind("torch.optim:RMSprop", {}, {"alpha": 0.99, "momentum": 0.0, "centered": False, **EPS}, betas=False),
+    "sgd": Kind("torch.optim:SGD", {}, {"momentum": 0.0, "nesterov": False}, betas=False, coupled=True),
+    "adagrad": Kind("torch.optim:Adagrad", {}, {"lr_decay": 0.0, "eps": 1e-10}, betas=False, coupled=True),
+    "rmsprop": Kind(
+        "torch.optim:RMSprop",
+        {},
+        {"alpha": 0.99, "momentum": 0.0, "centered": False, **EPS},
+        betas=False,
+        coupled=True,
+    ),
     "muon": Kind(
         "torch.optim:Muon",
         {"adjust_lr_fn": "match_rms_adamw"},
@@ -96,8 +111,8 @@ OPTIMIZERS: Mapping[str, Kind] = {
     "ademamix_8bit": _bnb("AdEMAMix", 8, ADEMAMIX),
     "paged_ademamix_8bit": _bnb("AdEMAMix", 8, ADEMAMIX, PAGED, is_paged=True),
     "paged_ademamix_32bit": _bnb("AdEMAMix", 32, ADEMAMIX, PAGED, is_paged=True),
-    "rmsprop_bnb_8bit": _bnb("RMSprop", 8, {"alpha": 0.99, "momentum": 0.0, **EPS}, betas=False),
-    "rmsprop_bnb_32bit": _bnb("RMSprop", 32, {"alpha": 0.99, "momentum": 0.0, **EPS}, betas=False),
+    "rmsprop_bnb_8bit": _rmsprop(8),
+    "rmsprop_bnb_32bit": _rmsprop(32),
     "schedule_free_adamw": Kind("schedulefree:AdamWScheduleFree", {}, {**FREE, **EPS}, EXTRA),
     "schedule_free_radam": Kind("schedulefree:RAdamScheduleFree", {}, {**FREE, **EPS}, EXTRA),
     "schedule_free_sgd": Kind("schedulefree:SGDScheduleFree", {}, {**FREE, "momentum": 0.9}, EXTRA, betas=False),
@@ -177,8 +192,25 @@ def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     else:
         given |= options
         plain = [_plain(group) for group in groups]
+    if kind.coupled:
+        given["weight_decay"] = 0.0
+        plain = [{**group, "weight_decay": 0.0, DECAY: group["weight_decay"]} for group in plain]
     optimizer: torch.optim.Optimizer = made(plain, **given)
+    if kind.coupled:
+        optimizer.register_step_pre_hook(_decay)
     return optimizer
+
+
+def _decay(optimizer: Any, *_: Any) -> None:
+    """Weight decay apart from the gradient (arXiv:1711.05101), of the weights that this step moves."""
+    import torch
+
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            if group[DECAY]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(1 - group["lr"] * group[DECAY])
 
 
 def parts_of(optimizer: Any) -> list[Any]:

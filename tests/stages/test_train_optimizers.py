@@ -60,7 +60,7 @@ class Run:
 
 
 def check(folder: Path, tmp_path: Path, name: str, device: str) -> None:
-    config = section(name)
+    config = section(name, weight_decay=0.1)
     first = Run(folder, config, device)
     losses = first.steps(12)
     assert losses[-1] < 0.75 * losses[0], losses
@@ -100,6 +100,53 @@ def test_matrices_decay_and_embeddings_have_a_rate_of_their_own(folder: Path) ->
     assert found["model.layers.0.input_layernorm.weight"] == (5e-3, 0.0)
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == (1e-4, 0.1)
     assert len(found) == len(list(trained.parameters()))
+
+
+DECAYS = [n for n in optimizers.OPTIMIZERS if n not in (*ON_GPU, "schedule_free_radam")]
+"""That one does not decay in its first steps, in which it only looks."""
+DECAY = {"weight_decay": 0.1, "learning_rate": 1e-2}
+
+
+def step_without_gradient(run: Run) -> None:
+    with optimizers.training(run.optimizer):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_decay_is_apart_from_the_gradient(folder: Path, name: str) -> None:
+    run = Run(folder, section(name, **DECAY), "cpu")
+    weight, norm = run.model.model.layers[0].mlp.up_proj.weight, run.model.model.norm.weight
+    expected = weight.detach() * (1 - 1e-2 * 0.1)
+    step_without_gradient(run)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(norm, torch.ones_like(norm))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in optimizers.OPTIMIZERS.items() if kind.coupled])
+def test_decay_stays_out_of_momentum_and_follows_the_learning_rate(folder: Path, name: str) -> None:
+    options = {} if name == "adagrad" else {"momentum": 0.9}
+    run = Run(folder, section(name, **DECAY, optimizer_options=options), "cpu")
+    weight = run.model.model.layers[0].mlp.up_proj.weight
+    expected = weight.detach() * (1 - 1e-2 * 0.1) * (1 - 5e-3 * 0.1)
+    step_without_gradient(run)
+    again = Run(folder, section(name, **DECAY, optimizer_options=options), "cpu")
+    again.model.load_state_dict(run.model.state_dict())
+    again.optimizer.load_state_dict(run.optimizer.state_dict())
+    for each in (run, again):
+        for group in each.optimizer.param_groups:
+            group["lr"] = 5e-3
+        step_without_gradient(each)
+        found = each.model.model.layers[0].mlp.up_proj.weight.detach()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_weights_that_rest_do_not_decay(folder: Path) -> None:
+    run = Run(folder, section("sgd", **DECAY), "cpu")
+    before = run.model.lm_head.weight.detach().clone()
+    run.optimizer.step()
+    assert torch.equal(run.model.lm_head.weight, before)
 
 
 def test_lora_plus_gives_b_a_higher_rate_than_a(folder: Path) -> None:
