@@ -267,6 +267,11 @@ def _own_betas(made: Any) -> Any:
     return inspect.signature(made).parameters["betas"].default
 
 
+def is_matrix(name: str, parameter: "torch.Tensor") -> bool:
+    """Whether a weight is a matrix, or one for each expert. The biases of fused experts lie in rows, and are none."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
 def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
     """Parameter groups of torch, each with `matrix`: whether it holds matrices of layers, not of embeddings or head."""
     embedded = {id(p) for p in _embedding_parameters(model)}
@@ -280,8 +285,9 @@ def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
             rate = config.embedding_learning_rate
         elif config.lora.plus_ratio is not None and ".lora_B." in name:
             rate *= config.lora.plus_ratio
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        key = (rate != config.learning_rate, rate, -decay, parameter.ndim == 2 and not embedding)
+        matrix = is_matrix(name, parameter)
+        decay = config.weight_decay if matrix else 0.0
+        key = (rate != config.learning_rate, rate, -decay, matrix and parameter.ndim == 2 and not embedding)
         found.setdefault(key, []).append(parameter)
     for (_, rate, decay, matrix), parameters in sorted(found.items(), key=lambda item: item[0]):
         yield {"params": parameters, "lr": rate, "weight_decay": -decay, "matrix": matrix}

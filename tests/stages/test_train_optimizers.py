@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
-from stages.train import TrainConfig, adapters, checks, optimizers, state
+from stages.train import TrainConfig, adapters, checks, freezing, optimizers, state
 from tests.stages import tiny
 
 RATES = {"sgd": 0.5, "schedule_free_sgd": 1.0, "adagrad": 0.02}
@@ -167,6 +167,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(folder: Path) -> None:
     names = {id(parameter): name for name, parameter in trained.named_parameters()}
     others = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
     assert {name for name in names.values() if "proj" not in name} == others
+
+
+def test_biases_of_fused_experts_are_no_matrices(tmp_path: Path) -> None:
+    """gpt-oss keeps them as [experts, width], and its experts' weights as [experts, width, width]."""
+    model = tiny.save(tmp_path, "GptOssConfig", num_local_experts=4, num_experts_per_tok=2)
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    names = [name for name, parameter in trained.named_parameters() if name.endswith("bias") and parameter.ndim == 2]
+    assert {name.rpartition(".")[2] for name in names} == {"gate_up_proj_bias", "down_proj_bias"}
+    weights = [name.removesuffix("_bias") for name in names]
+    optimizer: Any = optimizers.make(trained, section("muon", weight_decay=0.1))
+    muon, adamw = (rates(part, trained) for part in optimizer.parts)
+    assert not {*names, *weights} & {*muon}
+    assert {adamw[name][1] for name in names} == {0.0}
+    assert {adamw[name][1] for name in weights} == {0.1}
+    assert not freezing.spectrum(trained, 0.5) & {*names}
 
 
 def test_eight_bits_hold_the_matrices_but_not_the_embeddings(folder: Path) -> None:
