@@ -129,8 +129,11 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
 
 def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
     kind = optimizers.find(config.optimizer)
-    for name in config.optimizer_options:
-        if name not in kind.options:
+    for name, value in config.optimizer_options.items():
+        if name in kind.options:
+            if expected := _expected(name, value, kind.options[name]):
+                yield f"`optimizer_options.{name}` is {value!r}: {config.optimizer} takes {expected}"
+        else:
             near = difflib.get_close_matches(name, kind.options, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(kind.options) or 'none'}"
             yield f"`optimizer_options.{name}`: {config.optimizer} has no such option; {hint}"
@@ -144,6 +147,21 @@ def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
         yield f"`optimizer: {config.optimizer}` needs no schedule: set `schedule: constant`"
     if config.optimizer.startswith("schedule_free") and config.ema is not None:
         yield f"`ema`: {config.optimizer} averages the weights by itself; take it out"
+
+
+def _expected(name: str, value: optimizers.Value, plain: optimizers.Value) -> str:
+    """What an option takes, if a value is not that; `plain` is the value it has otherwise."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match plain:
+        case bool():
+            return "" if isinstance(value, bool) else "true or false"
+        case int():
+            return "" if isinstance(value, int) and number and value >= 1 else "a whole number, at least 1"
+        case float():
+            small = 0 < abs(plain) < 1e-3  # YAML reads 1e-08 as a word
+            return "" if number else f"a number, such as {plain:{'.1e' if small else 'g'}}"
+    words = optimizers.WORDS[name]
+    return "" if value in words else f"one of {', '.join(words)}"
 
 
 def _of_steps(config: "TrainConfig") -> Iterator[str]:
@@ -196,7 +214,8 @@ def refuse_ranks(config: "TrainConfig", runtime: Runtime) -> None:
 
 
 def refuse_device(config: "TrainConfig", device: str) -> None:
-    """Raise UserError where a device cannot do the precision or the optimizer, or the optimizer is not installed."""
+    """Raise UserError where a device cannot do the precision or the optimizer, or the optimizer is not installed or
+    refuses its options."""
     import torch
 
     optimizers.require(config.optimizer)
@@ -210,3 +229,4 @@ def refuse_device(config: "TrainConfig", device: str) -> None:
         plain = config.optimizer.removeprefix("paged_").replace("adamw_32bit", "adamw_torch_fused")
         plain = plain.replace("galore_adamw_8bit", "galore_adamw")
         raise UserError(f"train.optimizer {config.optimizer} {why}; on a CPU use {plain}")
+    optimizers.try_options(config)

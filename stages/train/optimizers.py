@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ class Kind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What makes this name of the class."""
     options: Mapping[str, Value] = field(default_factory=dict)
-    """What `train.optimizer_options` may set, with the values it has otherwise."""
+    """What `train.optimizer_options` may set, with the values it has otherwise. A whole number is at least 1."""
     extra: str = ""
     """The extra of regrow that installs it, where that is not `train`."""
     betas: bool = True
@@ -57,6 +58,12 @@ APOLLO: Mapping[str, Value] = {
     "scale_type": "channel",
     "proj_type": "std",
 }
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "proj": ("random", "svd"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "scale_type": ("channel", "tensor"),
+}
+"""The values of options that are words."""
 FREE: Mapping[str, Value] = {"r": 0.0, "weight_lr_power": 2.0}
 ADEMAMIX: Mapping[str, Value] = {"beta3": 0.9999, "alpha": 5.0, "eps": 1e-8}
 EXTRA = "optimizers"
@@ -165,17 +172,49 @@ def require(name: str) -> None:
 
 def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     """The optimizer over a model's trainable weights, the recipe's learning rate in its first group."""
-    import torch
-
     kind = find(config.optimizer)
     if config.optimizer == "adamw_torch_fused" and any(hasattr(p, "low_bits") for p in model.parameters()):
         kind = SPLIT
+    if kind.fixed.get("optim_bits") == 8:
+        _keep_embeddings_wide(model)
+    return _over(list(_groups(model, config)), kind, config)
+
+
+def try_options(config: "TrainConfig") -> None:
+    """Raise UserError for `optimizer_options` that the optimizer itself refuses: it takes a step on two small matrices,
+    before a model is loaded. One that needs a GPU, or has kernels of its own for one, is made only."""
+    import torch
+
+    if not config.optimizer_options:
+        return
+    kind = find(config.optimizer)
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((37, 23), (23, 37))]  # sizes that no rank has
+    group = {"params": weights, "lr": config.learning_rate, "weight_decay": config.weight_decay, "matrix": True}
+    try:
+        optimizer = _over([group], kind, config)
+        if not kind.gpu and kind.extra != "quantized":
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            with training(optimizer):
+                optimizer.step()
+    except UserError:
+        raise
+    except Exception as error:  # of any type: what a library meets that does not look at its arguments
+        given = ", ".join(f"{name}: {json.dumps(value)}" for name, value in config.optimizer_options.items())
+        raise UserError(
+            f"train.optimizer_options {{{given}}} do not work with {config.optimizer}, which says: {error}"
+        ) from error
+
+
+def _over(groups: list[dict[str, Any]], kind: Kind, config: "TrainConfig") -> "torch.optim.Optimizer":
+    """The optimizer over groups of parameters, each with `matrix`."""
+    import torch
+
     made = _class(config.optimizer, kind)
     given: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **kind.fixed}
     options = {**kind.options, **config.optimizer_options}
     if kind.betas and not kind.matrices and (betas := config.betas or _own_betas(made)):
         given["betas"] = (*betas[:2], options.pop("beta3")) if "beta3" in options else betas
-    groups = list(_groups(model, config))
     if kind.matrices:
         matrices, others = ([_plain(g) for g in groups if g["matrix"] == matrix] for matrix in (True, False))
         if not matrices:
@@ -184,8 +223,6 @@ def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
         if others:
             parts.append(torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas or (0.9, 0.999)))
         return together(parts)
-    if given.get("optim_bits") == 8:
-        _keep_embeddings_wide(model)
     if kind.low_rank:
         _let_load(made)
         plain = [{**_plain(group), **(options if group["matrix"] else {})} for group in groups]

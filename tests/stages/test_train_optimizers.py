@@ -1,5 +1,6 @@
 """Every optimizer by name: it learns, a checkpoint brings it back to the bit, and each group has its learning rate."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +201,29 @@ def test_galore_holds_its_state_in_low_rank(folder: Path) -> None:
     assert tuple(run.optimizer.state[weight]["exp_avg"].shape) == (128, 8)
 
 
+def options(name: str, **given: Any) -> dict[str, Any]:
+    return {"method": "full", "optimizer": name, "optimizer_options": given}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"optimizer": "adamw_torch_fuse"}, "did you mean 'adamw_torch_fused'"),
         ({"optimizer": "adamw_torch", "optimizer_options": {"epsilon": 1e-6}}, "did you mean `eps`"),
+        (
+            options("adamw_torch", eps="tiny"),
+            "`optimizer_options.eps` is 'tiny': adamw_torch takes a number, such as 1.0e-08",
+        ),
+        (options("adamw_torch", eps=True), "is True: adamw_torch takes a number"),
+        (options("adafactor", decay_rate="x"), "is 'x': adafactor takes a number, such as -0.8"),
+        (options("sgd", nesterov=1), "is 1: sgd takes true or false"),
+        (options("muon", ns_steps=2.5), "is 2.5: muon takes a whole number, at least 1"),
+        (options("muon", ns_steps=True), "is True: muon takes a whole number, at least 1"),
+        (options("galore_adamw", rank=0), "is 0: galore_adamw takes a whole number, at least 1"),
+        (options("galore_adamw", proj_type="foo"), "is 'foo': galore_adamw takes one of std, reverse_std, left, right"),
+        (options("galore_adamw", proj_type=1), "is 1: galore_adamw takes one of std"),
+        (options("apollo_adamw", proj="foo"), "is 'foo': apollo_adamw takes one of random, svd"),
+        (options("apollo_adamw", scale_type="foo"), "is 'foo': apollo_adamw takes one of channel, tensor"),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "sgd has none"),
         ({"optimizer": "galore_adamw"}, "an adapter is small already"),
         ({"optimizer": "schedule_free_adamw"}, "set `schedule: constant`"),
@@ -215,6 +234,36 @@ def test_galore_holds_its_state_in_low_rank(folder: Path) -> None:
 def test_settings_that_do_not_fit_are_refused_with_the_mend(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         TrainConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            options("sgd", nesterov=True),
+            "{nesterov: true} do not work with sgd, which says: Nesterov momentum",
+        ),
+        (options("muon", ns_steps=200), "{ns_steps: 200} do not work with muon, which says: Number of steps must be"),
+        (options("adamw_torch", eps=-1), "which says: Invalid epsilon value: -1"),
+        (options("adamw_8bit", eps=-1), "which says: Invalid epsilon value: -1"),
+        (options("apollo_adamw", proj_type="full"), "do not work with apollo_adamw, which says: full rank projection"),
+        (
+            options("apollo_adamw", rank=4, proj_type="left"),
+            '{rank: 4, proj_type: "left"} do not work with apollo_adamw, which says: The size of tensor',
+        ),
+    ],
+)
+def test_options_that_an_optimizer_refuses_are_told_before_a_model_is_loaded(wrong: dict[str, Any], said: str) -> None:
+    config = TrainConfig.model_validate(wrong)
+    with pytest.raises(UserError, match=re.escape(said)):
+        checks.refuse_device(config, "cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in optimizers.OPTIMIZERS if name not in ON_GPU])
+def test_the_options_an_optimizer_has_anyway_are_taken(name: str) -> None:
+    kind = optimizers.find(name)
+    schedule = "constant" if name.startswith("schedule_free") else "cosine"
+    checks.refuse_device(TrainConfig.model_validate({**options(name, **kind.options), "schedule": schedule}), "cpu")
 
 
 def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
