@@ -86,6 +86,8 @@ def _of_method(config: "TrainConfig") -> Iterator[str]:
         yield "`full.lisa` chooses the layers that train: take `only`, `freeze` and `spectrum` out"
     if full.lisa is not None and config.ema is not None:
         yield "`ema` would average layers that rest with layers that train: take it or `full.lisa` out"
+    if full.lisa is not None and config.optimizer.startswith("schedule_free"):
+        yield "`full.lisa` would lose a schedule-free optimizer's average of a layer that rests: choose another one"
 
 
 def _changed(section: "Lora") -> list[str]:

@@ -40,6 +40,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     (full(lisa={}, freeze=["mlp"]), "`full.lisa` chooses the layers that train: take `only`"),
     (full(lisa={}, spectrum=0.5), "`full.lisa` chooses the layers that train: take `only`"),
     (full(lisa={}) | {"ema": 0.9}, "`ema` would average layers that rest with layers that train"),
+    (full(lisa={}) | FREE, "`full.lisa` would lose a schedule-free optimizer's average of a layer that rests"),
     # adapters
     (lora(experts=True, dropout=0.1), "`lora.dropout` does not work on fused experts: take it out"),
     (lora(experts=True, dora=True), "`lora.dora` does not work on fused experts: take it out"),
