@@ -262,7 +262,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
 STAGE = Stage(
     name="train",
     artifact="adapter",
-    version=7,
+    version=8,
     config=TrainConfig,
     run=run,
     streamed=frozenset({"tokens"}),
