@@ -12,7 +12,7 @@ from stages.runtime import Runtime
 from stages.train import optimizers
 
 if TYPE_CHECKING:
-    from stages.train import TrainConfig
+    from stages.train import Lora, TrainConfig
 
 
 ELEMENTWISE = ("adamw_torch_fused", "adamw_16bit", "adamw_torch")
@@ -75,9 +75,10 @@ def _of_method(config: "TrainConfig") -> Iterator[str]:
     if config.method == "full":
         if config.quantize:
             yield "quantized weights cannot be trained themselves: set `method: lora`, or take `quantize` out"
-        for name in ("restart_every", "plus_ratio"):
-            if getattr(config.lora, name) is not None:
-                yield f"`lora.{name}` is set, but the method is full: set `method: lora`, or take it out"
+        if names := _changed(config.lora):
+            said = ", ".join(f"`lora.{name}`" for name in names)
+            are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+            yield f"{said} {are} set, but the method is full: set `method: lora`, or take {them} out"
     full = config.full
     if full.spectrum is not None and full.only:
         yield "`full.spectrum` and `full.only` both choose the weights that train: keep one, or use `full.freeze`"
@@ -85,6 +86,14 @@ def _of_method(config: "TrainConfig") -> Iterator[str]:
         yield "`full.lisa` chooses the layers that train: take `only`, `freeze` and `spectrum` out"
     if full.lisa is not None and config.ema is not None:
         yield "`ema` would average layers that rest with layers that train: take it or `full.lisa` out"
+    if full.lisa is not None and config.optimizer.startswith("schedule_free"):
+        yield "`full.lisa` would lose a schedule-free optimizer's average of a layer that rests: choose another one"
+
+
+def _changed(section: "Lora") -> list[str]:
+    """The fields of a section that do not have their default."""
+    plain = type(section)()
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(plain, name)]
 
 
 def _of_lora(config: "TrainConfig") -> Iterator[str]:
@@ -97,6 +106,8 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
             yield f"`lora.init: {lora.init}` does not work on fused experts: leave it out, or set `lora.experts: false`"
     if lora.dora and (lora.init in FROM_WEIGHTS or lora.init == "eva"):
         yield f"`lora.dora` does not work with `lora.init: {lora.init}`: take one out"
+    if lora.restart_every is None and "restart_warmup" in _changed(lora):
+        yield "`lora.restart_warmup` is set, but nothing restarts: set `lora.restart_every`, or take it out"
     if lora.restart_every is not None:
         if lora.dora:
             yield "`lora.restart_every` does not work with `lora.dora`: a magnitude cannot be added to weights"
@@ -120,8 +131,11 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
 
 def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
     kind = optimizers.find(config.optimizer)
-    for name in config.optimizer_options:
-        if name not in kind.options:
+    for name, value in config.optimizer_options.items():
+        if name in kind.options:
+            if expected := _expected(name, value, kind.options[name]):
+                yield f"`optimizer_options.{name}` is {value!r}: {config.optimizer} takes {expected}"
+        else:
             near = difflib.get_close_matches(name, kind.options, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(kind.options) or 'none'}"
             yield f"`optimizer_options.{name}`: {config.optimizer} has no such option; {hint}"
@@ -137,11 +151,28 @@ def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
         yield f"`ema`: {config.optimizer} averages the weights by itself; take it out"
 
 
+def _expected(name: str, value: optimizers.Value, plain: optimizers.Value) -> str:
+    """What an option takes, if a value is not that; `plain` is the value it has otherwise."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match plain:
+        case bool():
+            return "" if isinstance(value, bool) else "true or false"
+        case int():
+            return "" if isinstance(value, int) and number and value >= 1 else "a whole number, at least 1"
+        case float():
+            small = 0 < abs(plain) < 1e-3  # YAML reads 1e-08 as a word
+            return "" if number else f"a number, such as {plain:{'.1e' if small else 'g'}}"
+    words = optimizers.WORDS[name]
+    return "" if value in words else f"one of {', '.join(words)}"
+
+
 def _of_steps(config: "TrainConfig") -> Iterator[str]:
     for name in ("warmup", "decay", "evaluate_every"):
         value = getattr(config, name)
         if value is not None and value > 1 and value != int(value):
             yield f"`{name}` is {value:g}: a whole number of steps, or a share below 1"
+    if config.decay != type(config).model_fields["decay"].default and config.schedule != "wsd":
+        yield f"`decay` is for the schedule wsd, not {config.schedule}: set `schedule: wsd`, or take it out"
     if config.floor and config.schedule in ("constant", "inverse_sqrt"):
         yield f"`floor` is for schedules that fall to an end: cosine, linear or wsd, not {config.schedule}"
     if config.evaluate_every is None:
@@ -185,7 +216,8 @@ def refuse_ranks(config: "TrainConfig", runtime: Runtime) -> None:
 
 
 def refuse_device(config: "TrainConfig", device: str) -> None:
-    """Raise UserError where a device cannot do the precision or the optimizer, or the optimizer is not installed."""
+    """Raise UserError where a device cannot do the precision or the optimizer, or the optimizer is not installed or
+    refuses its options."""
     import torch
 
     optimizers.require(config.optimizer)
@@ -199,3 +231,4 @@ def refuse_device(config: "TrainConfig", device: str) -> None:
         plain = config.optimizer.removeprefix("paged_").replace("adamw_32bit", "adamw_torch_fused")
         plain = plain.replace("galore_adamw_8bit", "galore_adamw")
         raise UserError(f"train.optimizer {config.optimizer} {why}; on a CPU use {plain}")
+    optimizers.try_options(config)

@@ -48,7 +48,7 @@ def spectrum(model: Any, share: float) -> set[str]:
     kinds: dict[str, list[tuple[float, str]]] = {}
     outside = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in outside:
+        if optimizers.is_matrix(name, parameter) and id(parameter) not in outside:
             kind = re.sub(r"\.\d+\.", ".*.", name)
             kinds.setdefault(kind, []).append((signal_to_noise(parameter.detach()), name))
     chosen = {name for name, parameter in model.named_parameters() if id(parameter) in outside}

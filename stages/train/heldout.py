@@ -1,5 +1,6 @@
 """The loss of the rows that the plan held out, while training: early stopping, and the best weights kept."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -57,15 +58,15 @@ class Looks:
     def _look(self, step: int) -> None:
         loss = self.look()
         self.tell(step, loss)
-        better = not self.found or loss < min(loss for _, loss in self.found)
         self.found.append((step, loss))
-        if better and self.keeps:
+        if self.keeps and not math.isnan(loss) and self._best() == len(self.found) - 1:
             self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
         self.stop = self.patience is not None and len(self.found) - 1 - self._best() >= self.patience
 
     def _best(self) -> int:
-        """Place of the best look, the first of equals."""
-        return min(range(len(self.found)), key=lambda place: self.found[place][1])
+        """Place of the best look, the first of equals. No number is worse than any."""
+        losses = [loss for _, loss in self.found]
+        return min(range(len(losses)), key=lambda place: (math.isnan(losses[place]), losses[place]))
 
     def finish(self) -> None:
         """Put the best weights into the model, if they are to be kept."""
@@ -81,7 +82,7 @@ class Looks:
         return {
             "looks": [{"step": step, "loss": loss} for step, loss in self.found],
             "best_step": best[0],
-            "written_step": best[0] if self.keeps else self.found[-1][0],
+            "written_step": best[0] if self.best else self.found[-1][0],
             "stopped_early": self.stop,
         }
 

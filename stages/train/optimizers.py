@@ -8,9 +8,10 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import UserError
@@ -32,7 +33,7 @@ class Kind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What makes this name of the class."""
     options: Mapping[str, Value] = field(default_factory=dict)
-    """What `train.optimizer_options` may set, with the values it has otherwise."""
+    """What `train.optimizer_options` may set, with the values it has otherwise. A whole number is at least 1."""
     extra: str = ""
     """The extra of regrow that installs it, where that is not `train`."""
     betas: bool = True
@@ -43,6 +44,8 @@ class Kind:
     """Why it needs a GPU, where it does."""
     low_rank: bool = False
     """Whether its options are those of the matrices' parameter group."""
+    coupled: bool = False
+    """Whether its own weight decay goes through its averages: the weights then decay before its step."""
 
 
 EPS: Mapping[str, Value] = {"eps": 1e-8}
@@ -55,24 +58,43 @@ APOLLO: Mapping[str, Value] = {
     "scale_type": "channel",
     "proj_type": "std",
 }
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "proj": ("random", "svd"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "scale_type": ("channel", "tensor"),
+}
+"""The values of options that are words."""
 FREE: Mapping[str, Value] = {"r": 0.0, "weight_lr_power": 2.0}
 ADEMAMIX: Mapping[str, Value] = {"beta3": 0.9999, "alpha": 5.0, "eps": 1e-8}
 EXTRA = "optimizers"
+DECAY = "decoupled_weight_decay"
+"""The weight decay of a parameter group whose optimizer is told of none."""
 PAGED = "pages its state between GPU and CPU"
 
 
-def _bnb(name: str, bits: int, options: Mapping[str, Value], gpu: str = "", betas: bool = True, **fixed: Any) -> Kind:
+def _bnb(name: str, bits: int, options: Mapping[str, Value], gpu: str = "", **fixed: Any) -> Kind:
     given = {"optim_bits": bits, **fixed}
-    return Kind(f"bitsandbytes.optim:{name}", given, options, "quantized", betas, gpu=gpu)
+    return Kind(f"bitsandbytes.optim:{name}", given, options, "quantized", gpu=gpu)
+
+
+def _rmsprop(bits: int) -> Kind:
+    options = {"alpha": 0.99, "momentum": 0.0, **EPS}
+    return replace(_bnb("RMSprop", bits, options), betas=False, coupled=True)
 
 
 OPTIMIZERS: Mapping[str, Kind] = {
     "adamw_torch_fused": Kind("torch.optim:AdamW", {"fused": True}, EPS),
     "adamw_torch": Kind("torch.optim:AdamW", {}, EPS),
     "adamw_16bit": Kind("stages.train.adamw:SplitAdamW", {"moments": "bfloat16"}, EPS),
-    "sgd": Kind("torch.optim:SGD", {}, {"momentum": 0.0, "nesterov": False}, betas=False),
-    "adagrad": Kind("torch.optim:Adagrad", {}, {"lr_decay": 0.0, "eps": 1e-10}, betas=False),
-    "rmsprop": Kind("torch.optim:RMSprop", {}, {"alpha": 0.99, "momentum": 0.0, "centered": False, **EPS}, betas=False),
+    "sgd": Kind("torch.optim:SGD", {}, {"momentum": 0.0, "nesterov": False}, betas=False, coupled=True),
+    "adagrad": Kind("torch.optim:Adagrad", {}, {"lr_decay": 0.0, "eps": 1e-10}, betas=False, coupled=True),
+    "rmsprop": Kind(
+        "torch.optim:RMSprop",
+        {},
+        {"alpha": 0.99, "momentum": 0.0, "centered": False, **EPS},
+        betas=False,
+        coupled=True,
+    ),
     "muon": Kind(
         "torch.optim:Muon",
         {"adjust_lr_fn": "match_rms_adamw"},
@@ -96,8 +118,8 @@ OPTIMIZERS: Mapping[str, Kind] = {
     "ademamix_8bit": _bnb("AdEMAMix", 8, ADEMAMIX),
     "paged_ademamix_8bit": _bnb("AdEMAMix", 8, ADEMAMIX, PAGED, is_paged=True),
     "paged_ademamix_32bit": _bnb("AdEMAMix", 32, ADEMAMIX, PAGED, is_paged=True),
-    "rmsprop_bnb_8bit": _bnb("RMSprop", 8, {"alpha": 0.99, "momentum": 0.0, **EPS}, betas=False),
-    "rmsprop_bnb_32bit": _bnb("RMSprop", 32, {"alpha": 0.99, "momentum": 0.0, **EPS}, betas=False),
+    "rmsprop_bnb_8bit": _rmsprop(8),
+    "rmsprop_bnb_32bit": _rmsprop(32),
     "schedule_free_adamw": Kind("schedulefree:AdamWScheduleFree", {}, {**FREE, **EPS}, EXTRA),
     "schedule_free_radam": Kind("schedulefree:RAdamScheduleFree", {}, {**FREE, **EPS}, EXTRA),
     "schedule_free_sgd": Kind("schedulefree:SGDScheduleFree", {}, {**FREE, "momentum": 0.9}, EXTRA, betas=False),
@@ -150,17 +172,49 @@ def require(name: str) -> None:
 
 def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     """The optimizer over a model's trainable weights, the recipe's learning rate in its first group."""
-    import torch
-
     kind = find(config.optimizer)
     if config.optimizer == "adamw_torch_fused" and any(hasattr(p, "low_bits") for p in model.parameters()):
         kind = SPLIT
+    if kind.fixed.get("optim_bits") == 8:
+        _keep_embeddings_wide(model)
+    return _over(list(_groups(model, config)), kind, config)
+
+
+def try_options(config: "TrainConfig") -> None:
+    """Raise UserError for `optimizer_options` that the optimizer itself refuses: it takes a step on two small matrices,
+    before a model is loaded. One that needs a GPU, or has kernels of its own for one, is made only."""
+    import torch
+
+    if not config.optimizer_options:
+        return
+    kind = find(config.optimizer)
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((37, 23), (23, 37))]  # sizes that no rank has
+    group = {"params": weights, "lr": config.learning_rate, "weight_decay": config.weight_decay, "matrix": True}
+    try:
+        optimizer = _over([group], kind, config)
+        if not kind.gpu and kind.extra != "quantized":
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            with training(optimizer):
+                optimizer.step()
+    except UserError:
+        raise
+    except Exception as error:  # of any type: what a library meets that does not look at its arguments
+        given = ", ".join(f"{name}: {json.dumps(value)}" for name, value in config.optimizer_options.items())
+        raise UserError(
+            f"train.optimizer_options {{{given}}} do not work with {config.optimizer}, which says: {error}"
+        ) from error
+
+
+def _over(groups: list[dict[str, Any]], kind: Kind, config: "TrainConfig") -> "torch.optim.Optimizer":
+    """The optimizer over groups of parameters, each with `matrix`."""
+    import torch
+
     made = _class(config.optimizer, kind)
     given: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **kind.fixed}
     options = {**kind.options, **config.optimizer_options}
     if kind.betas and not kind.matrices and (betas := config.betas or _own_betas(made)):
         given["betas"] = (*betas[:2], options.pop("beta3")) if "beta3" in options else betas
-    groups = list(_groups(model, config))
     if kind.matrices:
         matrices, others = ([_plain(g) for g in groups if g["matrix"] == matrix] for matrix in (True, False))
         if not matrices:
@@ -169,16 +223,31 @@ def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
         if others:
             parts.append(torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas or (0.9, 0.999)))
         return together(parts)
-    if given.get("optim_bits") == 8:
-        _keep_embeddings_wide(model)
     if kind.low_rank:
         _let_load(made)
         plain = [{**_plain(group), **(options if group["matrix"] else {})} for group in groups]
     else:
         given |= options
         plain = [_plain(group) for group in groups]
+    if kind.coupled:
+        given["weight_decay"] = 0.0
+        plain = [{**group, "weight_decay": 0.0, DECAY: group["weight_decay"]} for group in plain]
     optimizer: torch.optim.Optimizer = made(plain, **given)
+    if kind.coupled:
+        optimizer.register_step_pre_hook(_decay)
     return optimizer
+
+
+def _decay(optimizer: Any, *_: Any) -> None:
+    """Weight decay apart from the gradient (arXiv:1711.05101), of the weights that this step moves."""
+    import torch
+
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            if group[DECAY]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(1 - group["lr"] * group[DECAY])
 
 
 def parts_of(optimizer: Any) -> list[Any]:
@@ -235,6 +304,11 @@ def _own_betas(made: Any) -> Any:
     return inspect.signature(made).parameters["betas"].default
 
 
+def is_matrix(name: str, parameter: "torch.Tensor") -> bool:
+    """Whether a weight is a matrix, or one for each expert. The biases of fused experts lie in rows, and are none."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
 def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
     """Parameter groups of torch, each with `matrix`: whether it holds matrices of layers, not of embeddings or head."""
     embedded = {id(p) for p in _embedding_parameters(model)}
@@ -248,8 +322,9 @@ def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
             rate = config.embedding_learning_rate
         elif config.lora.plus_ratio is not None and ".lora_B." in name:
             rate *= config.lora.plus_ratio
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        key = (rate != config.learning_rate, rate, -decay, parameter.ndim == 2 and not embedding)
+        matrix = is_matrix(name, parameter)
+        decay = config.weight_decay if matrix else 0.0
+        key = (rate != config.learning_rate, rate, -decay, matrix and parameter.ndim == 2 and not embedding)
         found.setdefault(key, []).append(parameter)
     for (_, rate, decay, matrix), parameters in sorted(found.items(), key=lambda item: item[0]):
         yield {"params": parameters, "lr": rate, "weight_decay": -decay, "matrix": matrix}

@@ -96,8 +96,17 @@ def copy_with(document: dict[str, Any], path: tuple[str, ...], value: Any) -> di
 ONLY_ONE_VALUE = {"options", "objective", "tasks.t.lm_eval", "tasks.t.metric", "tasks.t.few_shot"}
 """Fields with one value so far, or that exclude another field of the recipe above."""
 
+WSD: dict[str, Any] = {"schedule": "wsd"}
+RELORA: dict[str, Any] = {"lora": {"restart_every": 9}}
+
 BESIDES: dict[str, list[dict[str, Any]]] = {
-    "train": [{"method": "full"}, {"method": "full", "full": {"lisa": {"layers": 1}}}, {"evaluate_every": 1}],
+    "train": [
+        {"method": "full"},
+        {"method": "full", "full": {"lisa": {"layers": 1}}},
+        {"evaluate_every": 1},
+        WSD,
+        RELORA,
+    ],
     "evaluate": [{"tasks": {"t": {"source": "a", "reward_model": "steps"}}}],
 }
 """Settings beside which more fields take values."""

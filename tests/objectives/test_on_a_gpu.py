@@ -48,7 +48,9 @@ def train(folder: Path, inputs: dict[str, Path], device: str, **config: Any) -> 
         given["reference"] = folder / "reference"
     (folder / "output").mkdir(parents=True, exist_ok=True)
     work = Work(folder / "work", Runtime.model_validate({"device": device, "workers": 1}))
-    settings = {"learning_rate": 1e-3, "max_steps": 6, "lora": {"rank": 8}, "warmup": 0, **config}
+    settings = {"learning_rate": 1e-3, "max_steps": 6, "warmup": 0, **config}
+    if config["method"] == "lora":
+        settings["lora"] = {"rank": 8}
     TRAIN.run(TrainConfig.model_validate(settings), given, folder / "output", work)
     lines = (folder / "output/metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
@@ -104,7 +106,9 @@ def test_completions_are_made_and_judged_on_a_gpu(
     test_train_online.prompts(tmp_path / "tokens", tiny_model, [f"say {word}\n" for word in ("one", "two", "three")])
     packed = Packed(tmp_path / "tokens", tmp_path / "plan")
     inputs = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": packed.output}
-    more: dict[str, Any] = {"method": method, "precision": "bf16", "lora": {"rank": 4}}
+    more: dict[str, Any] = {"method": method, "precision": "bf16"}
+    if method == "lora":
+        more["lora"] = {"rank": 4}
     config = test_train_online.recipe(tmp_path, objective, 3) | more
     if objective == "rloo":
         config["objective_options"] |= {"beta": 0.0}

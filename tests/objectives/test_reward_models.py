@@ -99,7 +99,9 @@ def inputs(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> 
 def train(inputs: dict[str, Path], folder: Path, tell: Any = None, **config: Any) -> Path:
     output = folder / "output"
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"learning_rate": 1e-2, "precision": "fp32", "max_steps": 40, "lora": {"rank": 8}, "warmup": 0}
+    settings: dict[str, Any] = {"learning_rate": 1e-2, "precision": "fp32", "max_steps": 40, "warmup": 0}
+    if config.get("method") != "full":
+        settings["lora"] = {"rank": 8}
     work = Work(folder / "work", Runtime(device="cpu"), **({"tell": tell} if tell else {}))
     TRAIN.run(TrainConfig.model_validate({**settings, **config}), inputs, output, work)
     return output

@@ -30,11 +30,17 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     (full() | {"quantize": "nf4"}, "quantized weights cannot be trained themselves: set `method: lora`"),
     (full() | {"lora": {"restart_every": 5}}, "`lora.restart_every` is set, but the method is full"),
     (full() | {"lora": {"plus_ratio": 16}}, "`lora.plus_ratio` is set, but the method is full"),
+    (full() | {"lora": {"restart_warmup": 5}}, "`lora.restart_warmup` is set, but the method is full"),
+    (
+        full() | {"lora": {"targets": ["q_proj"], "rank": 64, "experts": True}},
+        "`lora.rank`, `lora.targets`, `lora.experts` are set, but the method is full: set `method: lora`, or take them",
+    ),
     (full(spectrum=0.5, only=["mlp"]), "`full.spectrum` and `full.only` both choose the weights that train: keep one"),
     (full(lisa={}, only=["mlp"]), "`full.lisa` chooses the layers that train: take `only`"),
     (full(lisa={}, freeze=["mlp"]), "`full.lisa` chooses the layers that train: take `only`"),
     (full(lisa={}, spectrum=0.5), "`full.lisa` chooses the layers that train: take `only`"),
     (full(lisa={}) | {"ema": 0.9}, "`ema` would average layers that rest with layers that train"),
+    (full(lisa={}) | FREE, "`full.lisa` would lose a schedule-free optimizer's average of a layer that rests"),
     # adapters
     (lora(experts=True, dropout=0.1), "`lora.dropout` does not work on fused experts: take it out"),
     (lora(experts=True, dora=True), "`lora.dora` does not work on fused experts: take it out"),
@@ -52,6 +58,10 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
         "`keep: best` does not work with `lora.restart_every`",
     ),
     (lora(restart_every=5) | FREE, "cannot reset the averages of a schedule-free optimizer: choose another one"),
+    (
+        lora(restart_warmup=5),
+        "`lora.restart_warmup` is set, but nothing restarts: set `lora.restart_every`, or take it",
+    ),
     (lora(init="loftq"), "`lora.init: loftq` makes up for quantization: set `quantize: nf4`, or choose another init"),
     (lora(init="loftq") | {"quantize": "int8"}, "`lora.init: loftq` makes up for quantization: set `quantize: nf4`"),
     *(
@@ -66,6 +76,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     # steps
     ({"warmup": 1.5}, "`warmup` is 1.5: a whole number of steps, or a share below 1"),
     ({"decay": 2.5, "schedule": "wsd"}, "`decay` is 2.5: a whole number of steps, or a share below 1"),
+    ({"decay": 0.1}, "`decay` is for the schedule wsd, not cosine: set `schedule: wsd`, or take it out"),
     ({"evaluate_every": 10.5}, "`evaluate_every` is 10.5: a whole number of steps, or a share below 1"),
     ({"floor": 0.1, "schedule": "constant"}, "`floor` is for schedules that fall to an end: cosine, linear or wsd"),
     ({"floor": 0.1, "schedule": "inverse_sqrt"}, "cosine, linear or wsd, not inverse_sqrt"),
@@ -91,7 +102,9 @@ def test_what_does_not_fit_together_is_named_with_its_mend(config: dict[str, Any
         lora(init="loftq") | {"quantize": "nf4"},
         lora(restart_every=5) | {"keep": "last", "evaluate_every": 5},
         lora(new_tokens=["<a>"], modules_to_save=["norm"]),
-        {"warmup": 10, "decay": 0.5, "evaluate_every": 20, "patience": 3, "keep": "best"},
+        full() | {"lora": {"rank": 16, "targets": "all-linear"}},
+        lora(restart_every=5, restart_warmup=2),
+        {"warmup": 10, "decay": 0.5, "schedule": "wsd", "evaluate_every": 20, "patience": 3, "keep": "best"},
     ],
     ids=lambda value: str(value)[:60],
 )

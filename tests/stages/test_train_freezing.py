@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
-from stages.train import Full, Lisa, freezing, heldout, neftune
+from stages.train import Full, Lisa, TrainConfig, freezing, heldout, neftune
 from tests.stages import tiny
 
 
@@ -104,8 +104,6 @@ def test_noise_has_the_papers_size_for_every_document(folder: Path) -> None:
 @settings(max_examples=30)
 @given(losses=st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0]), min_size=1, max_size=12), patience=st.integers(1, 4))
 def test_patience_counts_looks_since_the_best(losses: list[float], patience: int) -> None:
-    from stages.train import TrainConfig
-
     config = TrainConfig.model_validate({"evaluate_every": 1, "patience": patience, "keep": "best"})
     layer = torch.nn.Linear(1, 1, bias=False)
     given = iter(losses)
@@ -122,3 +120,28 @@ def test_patience_counts_looks_since_the_best(losses: list[float], patience: int
     assert done == (stops + 1 if stops is not None else len(losses))
     looks.finish()
     assert layer.weight.item() == best + 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "written", "stopped"),
+    [
+        ([math.nan, 2.0, 1.0, 3.0], 3, 3, False),
+        ([math.nan, math.inf, math.nan], 2, 2, False),
+        ([3.0, math.nan, 2.0], 3, 3, False),
+        ([1.0, math.nan, math.nan], 1, 1, True),
+        ([math.nan, math.nan, math.nan], 1, 3, True),
+    ],
+)
+def test_a_loss_that_is_no_number_is_never_the_best(
+    losses: list[float], best: int, written: int, stopped: bool
+) -> None:
+    config = TrainConfig.model_validate({"evaluate_every": 1, "patience": 2, "keep": "best"})
+    layer = torch.nn.Linear(1, 1, bias=False)
+    given = iter(losses)
+    looks = heldout.Looks(layer, config, None, 1, len(losses), lambda: next(given), None, lambda step, loss: None)
+    for step in range(1, len(losses) + 1):
+        torch.nn.init.constant_(layer.weight, step)
+        looks.after(step)
+    assert (looks.record["best_step"], looks.record["written_step"], looks.stop) == (best, written, stopped)
+    looks.finish()
+    assert layer.weight.item() == written

@@ -1,5 +1,6 @@
 """Every optimizer by name: it learns, a checkpoint brings it back to the bit, and each group has its learning rate."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
-from stages.train import TrainConfig, adapters, checks, optimizers, state
+from stages.train import TrainConfig, adapters, checks, freezing, optimizers, state
 from tests.stages import tiny
 
 RATES = {"sgd": 0.5, "schedule_free_sgd": 1.0, "adagrad": 0.02}
@@ -60,7 +61,7 @@ class Run:
 
 
 def check(folder: Path, tmp_path: Path, name: str, device: str) -> None:
-    config = section(name)
+    config = section(name, weight_decay=0.1)
     first = Run(folder, config, device)
     losses = first.steps(12)
     assert losses[-1] < 0.75 * losses[0], losses
@@ -102,6 +103,53 @@ def test_matrices_decay_and_embeddings_have_a_rate_of_their_own(folder: Path) ->
     assert len(found) == len(list(trained.parameters()))
 
 
+DECAYS = [n for n in optimizers.OPTIMIZERS if n not in (*ON_GPU, "schedule_free_radam")]
+"""That one does not decay in its first steps, in which it only looks."""
+DECAY = {"weight_decay": 0.1, "learning_rate": 1e-2}
+
+
+def step_without_gradient(run: Run) -> None:
+    with optimizers.training(run.optimizer):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_decay_is_apart_from_the_gradient(folder: Path, name: str) -> None:
+    run = Run(folder, section(name, **DECAY), "cpu")
+    weight, norm = run.model.model.layers[0].mlp.up_proj.weight, run.model.model.norm.weight
+    expected = weight.detach() * (1 - 1e-2 * 0.1)
+    step_without_gradient(run)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(norm, torch.ones_like(norm))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in optimizers.OPTIMIZERS.items() if kind.coupled])
+def test_decay_stays_out_of_momentum_and_follows_the_learning_rate(folder: Path, name: str) -> None:
+    options = {} if name == "adagrad" else {"momentum": 0.9}
+    run = Run(folder, section(name, **DECAY, optimizer_options=options), "cpu")
+    weight = run.model.model.layers[0].mlp.up_proj.weight
+    expected = weight.detach() * (1 - 1e-2 * 0.1) * (1 - 5e-3 * 0.1)
+    step_without_gradient(run)
+    again = Run(folder, section(name, **DECAY, optimizer_options=options), "cpu")
+    again.model.load_state_dict(run.model.state_dict())
+    again.optimizer.load_state_dict(run.optimizer.state_dict())
+    for each in (run, again):
+        for group in each.optimizer.param_groups:
+            group["lr"] = 5e-3
+        step_without_gradient(each)
+        found = each.model.model.layers[0].mlp.up_proj.weight.detach()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_weights_that_rest_do_not_decay(folder: Path) -> None:
+    run = Run(folder, section("sgd", **DECAY), "cpu")
+    before = run.model.lm_head.weight.detach().clone()
+    run.optimizer.step()
+    assert torch.equal(run.model.lm_head.weight, before)
+
+
 def test_lora_plus_gives_b_a_higher_rate_than_a(folder: Path) -> None:
     config = TrainConfig.model_validate({"lora": {"plus_ratio": 16}, "learning_rate": 1e-3})
     adapted = adapters.adapt(AutoModelForCausalLM.from_pretrained(folder), config.lora, folder)
@@ -122,6 +170,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(folder: Path) -> None:
     assert {name for name in names.values() if "proj" not in name} == others
 
 
+def test_biases_of_fused_experts_are_no_matrices(tmp_path: Path) -> None:
+    """gpt-oss keeps them as [experts, width], and its experts' weights as [experts, width, width]."""
+    model = tiny.save(tmp_path, "GptOssConfig", num_local_experts=4, num_experts_per_tok=2)
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    names = [name for name, parameter in trained.named_parameters() if name.endswith("bias") and parameter.ndim == 2]
+    assert {name.rpartition(".")[2] for name in names} == {"gate_up_proj_bias", "down_proj_bias"}
+    weights = [name.removesuffix("_bias") for name in names]
+    optimizer: Any = optimizers.make(trained, section("muon", weight_decay=0.1))
+    muon, adamw = (rates(part, trained) for part in optimizer.parts)
+    assert not {*names, *weights} & {*muon}
+    assert {adamw[name][1] for name in names} == {0.0}
+    assert {adamw[name][1] for name in weights} == {0.1}
+    assert not freezing.spectrum(trained, 0.5) & {*names}
+
+
 def test_eight_bits_hold_the_matrices_but_not_the_embeddings(folder: Path) -> None:
     run = Run(folder, section("adamw_8bit"), "cpu")
     run.steps(1)
@@ -138,11 +201,29 @@ def test_galore_holds_its_state_in_low_rank(folder: Path) -> None:
     assert tuple(run.optimizer.state[weight]["exp_avg"].shape) == (128, 8)
 
 
+def options(name: str, **given: Any) -> dict[str, Any]:
+    return {"method": "full", "optimizer": name, "optimizer_options": given}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"optimizer": "adamw_torch_fuse"}, "did you mean 'adamw_torch_fused'"),
         ({"optimizer": "adamw_torch", "optimizer_options": {"epsilon": 1e-6}}, "did you mean `eps`"),
+        (
+            options("adamw_torch", eps="tiny"),
+            "`optimizer_options.eps` is 'tiny': adamw_torch takes a number, such as 1.0e-08",
+        ),
+        (options("adamw_torch", eps=True), "is True: adamw_torch takes a number"),
+        (options("adafactor", decay_rate="x"), "is 'x': adafactor takes a number, such as -0.8"),
+        (options("sgd", nesterov=1), "is 1: sgd takes true or false"),
+        (options("muon", ns_steps=2.5), "is 2.5: muon takes a whole number, at least 1"),
+        (options("muon", ns_steps=True), "is True: muon takes a whole number, at least 1"),
+        (options("galore_adamw", rank=0), "is 0: galore_adamw takes a whole number, at least 1"),
+        (options("galore_adamw", proj_type="foo"), "is 'foo': galore_adamw takes one of std, reverse_std, left, right"),
+        (options("galore_adamw", proj_type=1), "is 1: galore_adamw takes one of std"),
+        (options("apollo_adamw", proj="foo"), "is 'foo': apollo_adamw takes one of random, svd"),
+        (options("apollo_adamw", scale_type="foo"), "is 'foo': apollo_adamw takes one of channel, tensor"),
         ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "sgd has none"),
         ({"optimizer": "galore_adamw"}, "an adapter is small already"),
         ({"optimizer": "schedule_free_adamw"}, "set `schedule: constant`"),
@@ -153,6 +234,36 @@ def test_galore_holds_its_state_in_low_rank(folder: Path) -> None:
 def test_settings_that_do_not_fit_are_refused_with_the_mend(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         TrainConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            options("sgd", nesterov=True),
+            "{nesterov: true} do not work with sgd, which says: Nesterov momentum",
+        ),
+        (options("muon", ns_steps=200), "{ns_steps: 200} do not work with muon, which says: Number of steps must be"),
+        (options("adamw_torch", eps=-1), "which says: Invalid epsilon value: -1"),
+        (options("adamw_8bit", eps=-1), "which says: Invalid epsilon value: -1"),
+        (options("apollo_adamw", proj_type="full"), "do not work with apollo_adamw, which says: full rank projection"),
+        (
+            options("apollo_adamw", rank=4, proj_type="left"),
+            '{rank: 4, proj_type: "left"} do not work with apollo_adamw, which says: The size of tensor',
+        ),
+    ],
+)
+def test_options_that_an_optimizer_refuses_are_told_before_a_model_is_loaded(wrong: dict[str, Any], said: str) -> None:
+    config = TrainConfig.model_validate(wrong)
+    with pytest.raises(UserError, match=re.escape(said)):
+        checks.refuse_device(config, "cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in optimizers.OPTIMIZERS if name not in ON_GPU])
+def test_the_options_an_optimizer_has_anyway_are_taken(name: str) -> None:
+    kind = optimizers.find(name)
+    schedule = "constant" if name.startswith("schedule_free") else "cosine"
+    checks.refuse_device(TrainConfig.model_validate({**options(name, **kind.options), "schedule": schedule}), "cpu")
 
 
 def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig, checks, zero
 from tests.stages import tiny
 
-CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32", "lora": {"rank": 4}}
+CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32"}
+ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 4}}, "full": {}}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     settings = Runtime.model_validate({"device": "cpu", **runtime})
     work = Work(folder / "work", settings, **({"tell": tell} if tell else {}))
-    facts = STAGE.run(TrainConfig.model_validate({**CONFIG, "method": method}), inputs, output, work)
+    facts = STAGE.run(
+        TrainConfig.model_validate({**CONFIG, **ADAPTERS[method], "method": method}), inputs, output, work
+    )
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines], facts
 

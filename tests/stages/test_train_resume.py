@@ -21,8 +21,10 @@ from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig, checkpoints, optimizers
 from tests.stages import tiny
 
-CONFIG = {"epochs": 3, "learning_rate": 1e-2, "lora": {"dropout": 0.1}}
-"""Dropout, so that the random state counts; three epochs, so that the order of steps does."""
+CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2}
+"""Three epochs, so that the order of steps counts."""
+ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"lora": {"dropout": 0.1}}, "full": {}}
+"""Dropout, so that the random state counts."""
 
 UNLIKE = (
     "adafactor",
@@ -72,7 +74,7 @@ def run(
     work = Work(
         folder / "work", Runtime.model_validate({"device": "cpu", **runtime}), **({"tell": tell} if tell else {})
     )
-    section = TrainConfig.model_validate({**CONFIG, "method": method, **(config or {})})
+    section = TrainConfig.model_validate({**CONFIG, **ADAPTERS[method], "method": method, **(config or {})})
     return STAGE.run(section, inputs, output, work)
 
 
@@ -170,7 +172,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, unbroken:
 def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     inputs = prepare(tmp_path)
     run(tmp_path, inputs, "lora", save_seconds=1e-9)
-    changed = TrainConfig.model_validate({**CONFIG, "method": "lora", "learning_rate": 2e-2})
+    changed = TrainConfig.model_validate({**CONFIG, **ADAPTERS["lora"], "method": "lora", "learning_rate": 2e-2})
     work = Work(tmp_path / "work", Runtime(device="cpu"))
     with pytest.raises(UserError, match=r"another recipe \(train.learning_rate 0.01 → 0.02\): remove that folder"):
         STAGE.run(changed, inputs, tmp_path / "output", work)
