@@ -123,6 +123,9 @@ class SplitAdamW(torch.optim.Optimizer):
     def clip(self, longest: float) -> Tensor:
         """The Euclidean norm of all gradients, float32; the next step scales them down to `longest` if it is more."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:  # of a step that was left out
+            self.factor = None
+            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         self.factor = (longest / (norm + 1e-6)).clamp(max=1.0)
