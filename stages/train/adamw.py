@@ -7,6 +7,7 @@ AdamW on bfloat16 weights alone drops every update smaller than about 1/256 of a
     split(model)                          # float32 and bfloat16 trained weights → 16 + 16 bits
     optimizer = SplitAdamW(parameters, lr=2e-4)
     whole(parameter)                      # the float32 weight
+    put(parameter, value)                 # split again
 
 On a GPU a step is one kernel over all weights, with the gradient's clipping in it (`factor`).
 """
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SplitAdamW", "is_split", "split", "whole", "widen"]
+__all__ = ["SplitAdamW", "is_split", "put", "split", "whole", "whole_on_cpu", "widen"]
 
 SPREAD = 0x9E3779B9
 """Of a step's number, so that neighbouring steps draw different random bits."""
 TABLES = 16
 """Tables of addresses kept: one for each set of weights that was updated together."""
+PIECE = 2**24
+"""Numbers of a weight that are put together at once for a copy, so that a full GPU has room for them."""
 
 
 def split(model: nn.Module, wide: Iterable[str] = ()) -> None:
@@ -50,6 +53,27 @@ def whole(parameter: Tensor) -> Tensor:
     """A trained weight in full precision."""
     remainder = getattr(parameter, "low_bits", None)
     return parameter.detach() if remainder is None else _together(parameter.detach(), remainder)
+
+
+def whole_on_cpu(parameter: Tensor) -> Tensor:
+    """A copy of a trained weight in full precision, in the CPU's memory."""
+    remainder = getattr(parameter, "low_bits", None)
+    if remainder is None:
+        return parameter.detach().to("cpu", copy=True)
+    copied = torch.empty(parameter.shape, dtype=torch.float32)
+    flat = (copied.view(-1), parameter.detach().reshape(-1), remainder.reshape(-1))
+    for piece, high, low in zip(*(torch.split(each, PIECE) for each in flat), strict=True):
+        piece.copy_(_together(high, low))
+    return copied
+
+
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Write a value into a trained weight, split as that is."""
+    with torch.no_grad():
+        if hasattr(parameter, "low_bits"):
+            value, remainder = _apart(value.float())
+            parameter.low_bits.copy_(remainder)
+        parameter.copy_(value)
 
 
 def widen(model: nn.Module) -> None:
@@ -99,6 +123,9 @@ class SplitAdamW(torch.optim.Optimizer):
     def clip(self, longest: float) -> Tensor:
         """The Euclidean norm of all gradients, float32; the next step scales them down to `longest` if it is more."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:  # of a step that was left out
+            self.factor = None
+            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         self.factor = (longest / (norm + 1e-6)).clamp(max=1.0)
@@ -153,8 +180,18 @@ class SplitAdamW(torch.optim.Optimizer):
             assert parameter.grad is not None
             update_(parameter, parameter.grad, self.state[parameter], self.factor, **rates)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer, without the remainders, which belong to the weights."""
+        described: dict[str, Any] = super().state_dict()
+        described["state"] = {
+            number: {name: value for name, value in state.items() if name != "low_bits"}
+            for number, state in described["state"].items()
+        }
+        return described
+
     def load_state_dict(self, state_dict: Any) -> None:
-        """As any optimizer, but every tensor keeps its own dtype; the remainders become those of the weights."""
+        """As any optimizer, but every tensor keeps its own dtype, and remainders are those that the weights have. State
+        that another AdamW wrote will do."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -163,8 +200,13 @@ class SplitAdamW(torch.optim.Optimizer):
             for name, value in saved.items():
                 kept = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 self.state[parameter][name] = kept
-                if name == "low_bits":
-                    parameter.low_bits = kept
+            if not saved:
+                continue
+            self.state[parameter]["step"] = int(saved["step"])  # torch's own counts in a tensor
+            if hasattr(parameter, "low_bits"):
+                if "low_bits" in saved:  # checkpoints had them here once, and beside them weights of 16 bits
+                    parameter.low_bits.copy_(saved["low_bits"])
+                self.state[parameter]["low_bits"] = parameter.low_bits
         self._tables.clear()
 
 

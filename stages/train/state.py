@@ -1,6 +1,6 @@
 """What a checkpoint of a training holds, in a form that any number of ranks can go on from.
 
-    weights.safetensors   the trained weights, whole
+    weights.safetensors   the trained weights, whole: in float32 also where training holds them split (`adamw`)
     optimizer.pt          the optimizer's state, whole; read without pickle's code
     scheduler.pt
     trainer_state.json    the position, and the figures of every step so far
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.errors import UserError
-from stages.train import optimizers, zero
+from stages.train import adamw, optimizers, zero
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -68,7 +68,7 @@ def whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
         tensor = tensor.full_tensor()
     elif hasattr(tensor, "ds_id"):
         tensor = zero.whole(tensor)
-    return tensor.detach().to("cpu", copy=True) if keep else torch.empty(0)
+    return adamw.whole_on_cpu(tensor) if keep else torch.empty(0)
 
 
 def weights_of(model: torch.nn.Module, keep: bool) -> Tensors:
@@ -92,9 +92,14 @@ def put_weights(model: torch.nn.Module, saved: Tensors) -> None:
     if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
         odd = sorted(saved.keys() ^ own.keys()) or [name for name in own if saved[name].shape != own[name].shape]
         raise UserError(f"the checkpoint holds other weights than this training ({odd[0]}): remove its folder")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+    halves = [name for name in own if saved[name].dtype == torch.bfloat16 and own[name].dtype == torch.float32]
+    if halves:  # the other 16 bits are in the optimizer's state, by which nothing here could find them
+        raise UserError(
+            f"the checkpoint holds only 16 bits of each weight ({halves[0]}), as an earlier version of regrow wrote it "
+            "from one rank in bf16: go on on such a machine and without sharding, or remove its folder"
+        )
+    for name, parameter in own.items():
+        adamw.put(parameter, saved[name])
 
 
 def load_optimizer(optimizer: Any, checkpoint: Path) -> None:
@@ -103,7 +108,15 @@ def load_optimizer(optimizer: Any, checkpoint: Path) -> None:
     for part, held in zip(optimizers.parts_of(optimizer), saved.get("parts", [saved]), strict=True):
         parameters = [p for group in part.param_groups for p in group["params"]]
         held["state"] = {number: _fitted(state, parameters[number]) for number, state in held["state"].items()}
+        # AdamW over split weights and torch's know the same of a weight, but not the same settings.
+        held["param_groups"] = [
+            {**own, **saved} for own, saved in zip(_settings(part), held["param_groups"], strict=True)
+        ]
     optimizer.load_state_dict(saved)
+
+
+def _settings(optimizer: Any) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _fitted(state: dict[str, Any], like: torch.Tensor) -> dict[str, Any]:
@@ -152,7 +165,9 @@ def size(parts: Sequence[Any]) -> int:
 
 def load_extra(holder: Any, name: str, checkpoint: Path) -> None:
     """Put what a checkpoint holds under a name of `PackedTrainer.extra` into its holder."""
-    holder.load_state_dict(torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+    path = checkpoint / f"{name}.pt"
+    if path.exists() or name != "scaler":  # which earlier versions did not write: it starts anew
+        holder.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def write(

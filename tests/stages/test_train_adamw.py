@@ -1,14 +1,16 @@
 """AdamW over split weights is AdamW over float32 weights: torch's own is the oracle."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from stages.train import adamw
-from stages.train.adamw import SplitAdamW, split, whole, widen
+from stages.errors import UserError
+from stages.train import adamw, state
+from stages.train.adamw import SplitAdamW, put, split, whole, whole_on_cpu, widen
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -129,21 +131,74 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(device: str, moments: str) -> Non
     split(through)
     optimizer = SplitAdamW(through.parameters(), **SETTINGS, moments=moments)
     steps(through, optimizer, 3, device)
-    weights = {name: value.clone() for name, value in through.state_dict().items()}
-    state = {"state": optimizer.state_dict()["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-    state["state"] = {
-        k: {n: v.clone() if torch.is_tensor(v) else v for n, v in s.items()} for k, s in state["state"].items()
-    }
+    weights = {name: whole_on_cpu(parameter) for name, parameter in through.named_parameters()}
+    saved = state.state_of(optimizer, keep=True)
     steps(through, optimizer, 3, device, first=3)
 
     again = layers(seed=1).to(device)
     split(again)
     resumed = SplitAdamW(again.parameters(), **SETTINGS, moments=moments)
-    again.load_state_dict(weights)
-    resumed.load_state_dict(state)
+    for name, parameter in again.named_parameters():
+        put(parameter, weights[name])
+    resumed.load_state_dict(saved)
     steps(again, resumed, 3, device, first=3)
     for our, their in zip(again.parameters(), through.parameters(), strict=True):
         assert torch.equal(whole(our), whole(their))
+
+
+@pytest.mark.parametrize("first", ["split", "torch"])
+def test_each_adamw_goes_on_where_the_other_was(first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(adamw, "PIECE", 100)  # so that a weight is copied in several
+
+    def made(seed: int, is_split: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = layers(seed)
+        if not is_split:
+            return model, torch.optim.AdamW(model.parameters(), fused=True, **SETTINGS)
+        split(model)
+        return model, SplitAdamW(model.parameters(), **SETTINGS)
+
+    through, oracle = made(0, False)
+    steps(through, oracle, 6, "cpu")
+    begun, optimizer = made(0, first == "split")
+    steps(begun, optimizer, 3, "cpu")
+    saved = state.weights_of(begun, keep=True)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    torch.save(state.state_of(optimizer, keep=True), tmp_path / state.OPTIMIZER)
+    ended, other = made(1, first != "split")
+    state.put_weights(ended, saved)
+    for our, their in zip(ended.parameters(), begun.parameters(), strict=True):
+        assert torch.equal(whole(our), whole(their))
+    state.load_optimizer(other, tmp_path)
+    if first == "split":
+        assert other.param_groups[0]["fused"], "its own settings stay"
+    steps(ended, other, 3, "cpu", first=3)
+    for our, their, old in zip(ended.parameters(), through.parameters(), layers().parameters(), strict=True):
+        assert (whole(our) - their).norm() < 1e-5 * (their - old).norm() + 1e-6 * their.norm()
+
+
+def test_what_was_saved_in_halves_goes_on_as_it_was_and_nowhere_else(tmp_path: Path) -> None:
+    """As checkpoints once were: 16 bits of each weight, and the others in the optimizer's state."""
+    through = layers()
+    split(through)
+    optimizer = SplitAdamW(through.parameters(), **SETTINGS)
+    steps(through, optimizer, 3, "cpu")
+    weights = {name: parameter.detach().clone() for name, parameter in through.named_parameters()}
+    described = optimizer.state_dict()
+    for number, parameter in enumerate(through.parameters()):
+        described["state"][number]["low_bits"] = parameter.low_bits
+    torch.save(described, tmp_path / state.OPTIMIZER)
+    steps(through, optimizer, 3, "cpu", first=3)
+
+    again = layers(seed=1)
+    split(again)
+    resumed = SplitAdamW(again.parameters(), **SETTINGS)
+    state.put_weights(again, weights)
+    state.load_optimizer(resumed, tmp_path)
+    steps(again, resumed, 3, "cpu", first=3)
+    for our, their in zip(again.parameters(), through.parameters(), strict=True):
+        assert torch.equal(whole(our), whole(their))
+    with pytest.raises(UserError, match=r"holds only 16 bits of each weight \(0.weight\)"):
+        state.put_weights(layers(), weights)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from stages import arithmetic
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
@@ -44,8 +45,12 @@ def train(folder: Path, inputs: dict[str, Path], config: dict[str, Any], **runti
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], facts
 
 
-def test_rolling_back_gives_the_training_that_never_took_the_step(tmp_path: Path, poisoned: dict[str, Path]) -> None:
-    config = {**CONFIG, "on_spike": "rollback"}
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rolling_back_gives_the_training_that_never_took_the_step(
+    tmp_path: Path, poisoned: dict[str, Path], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "cpu_has_bf16", lambda: True)
+    config = {**CONFIG, "precision": precision, "on_spike": "rollback"}
     found, facts = train(tmp_path / "rolled", poisoned, config, save_seconds=1e-9)
     left_out = [entry["step"] for entry in facts["left_out_steps"]]
     assert left_out[0] == 3 and len(left_out) == 2

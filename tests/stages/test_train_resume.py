@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from stages import arithmetic
 from stages.errors import UserError
 from stages.identity import tree_of
 from stages.runtime import Runtime
@@ -151,6 +153,31 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights_by_any_optimize
     facts = run(tmp_path / "parts", inputs, "full", config=config)
     assert 0 < facts["resumed_at_step"] < facts["steps"]
     assert tree_of(tmp_path / "parts/output") == tree_of(tmp_path / "whole/output")
+
+
+@pytest.mark.parametrize("has", [True, False], ids=["split first", "float32 first"])
+def test_what_began_in_bfloat16_goes_on_where_there_is_none_and_back(
+    tmp_path: Path, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 16 + 16 bits and of 32 are the same weights: updates that 16 bits do not hold are lost by neither."""
+    config = {"epochs": 1, "max_steps": 20, "learning_rate": 1e-5, "schedule": "constant", "warmup": 0}
+    inputs = prepare(tmp_path)
+    start = load_file(inputs["model"] / "model.safetensors")
+
+    def moved(folder: Path) -> torch.Tensor:
+        found = load_file(folder / "output/weights/model.safetensors")
+        return torch.cat([(weight - start[name]).flatten() for name, weight in found.items()])
+
+    monkeypatch.setattr(arithmetic, "cpu_has_bf16", lambda: not has)
+    run(tmp_path / "whole", inputs, "full", config=config)
+    monkeypatch.setattr(arithmetic, "cpu_has_bf16", lambda: has)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", inputs, "full", warn, config=config)
+    monkeypatch.setattr(arithmetic, "cpu_has_bf16", lambda: not has)
+    facts = run(tmp_path / "parts", inputs, "full", config=config)
+    assert 0 < facts["resumed_at_step"] < facts["steps"]
+    wanted = moved(tmp_path / "whole")
+    assert (moved(tmp_path / "parts") - wanted).norm() < 0.2 * wanted.norm()
 
 
 @pytest.mark.failure(
