@@ -26,12 +26,6 @@ from stages.errors import UserError
 from stages.train import Lora, adamw, checks, folding
 from stages.train.patterns import matches, nearest
 
-conversion: Any
-try:
-    from peft.utils import transformers_weight_conversion as conversion
-except ImportError:  # an older PEFT, which adapts the layers that it is told
-    conversion = None
-
 STARTS = {"kaiming": True, "loftq": True}
 """Our names for what PEFT calls otherwise; loftq starts like any other and is then replaced."""
 
@@ -151,9 +145,19 @@ def _adapters(model: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), module
 
 
+def _conversion() -> Any:
+    """PEFT's module that renames targets; None in an older PEFT, which adapts the layers that it is told."""
+    try:
+        from peft.utils import transformers_weight_conversion
+    except ImportError:
+        return None
+    return transformers_weight_conversion
+
+
 def _renamed(model: nn.Module, names: Iterable[str]) -> set[str]:
     """The last parts of layers' names that PEFT takes for a mixture's routed experts."""
     found: set[str] = set()
+    conversion = _conversion()
     if conversion is None:
         return found
     for last in {_last(name) for name in names}:
@@ -170,6 +174,7 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> set[str]:
 @contextmanager
 def _as_named() -> Iterator[None]:
     """Have PEFT adapt the layers of the names that it is given: it offers no way to say so."""
+    conversion = _conversion()
     convert = conversion.convert_peft_config_for_transformers
     conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
