@@ -1,7 +1,9 @@
 """What happens when the loss jumps: noted, stopped, or rolled back without the batch that did it.
 
 A loss or gradient norm is a spike when it lies more than `SIGMAS` standard deviations above the mean of the `WINDOW`
-steps before it (the rule of OLMo-core's SkipStepOptimizer). What is no number is always one.
+steps before it (the rule of OLMo-core's SkipStepOptimizer). What is no number is always one, but for gradients that
+were too large for fp16: that step is skipped, the next ones are scaled by less, and only a long row of such steps is
+a spike.
 
 To roll back is to go to the newest checkpoint before the step and train again with that step left out: no forward pass,
 no update, the learning rate moves on. Steps before it come out as they did, so the result is the one of a run that had
@@ -22,6 +24,8 @@ FEWEST = 64
 """Steps that must have been seen before anything is called a spike."""
 SIGMAS = 6.0
 """Standard deviations above the mean from which on a value is a spike."""
+MOST_SKIPPED = 24
+"""Steps that fp16 may skip one after another, each of which halves the scale: from 65536, where it starts, to 1/256."""
 MOST_LEFT_OUT = 10
 """Steps that may be left out before the training itself is called broken."""
 WATCHED = ("loss", "grad_norm")
@@ -50,6 +54,8 @@ class Watch:
     """Looks at every step's figures in order."""
 
     past: dict[str, deque[float]] = field(default_factory=lambda: {name: deque(maxlen=WINDOW) for name in WATCHED})
+    skipped: int = 0
+    """Steps that were skipped since the last one that was not."""
 
     @classmethod
     def after(cls, history: Iterable[Mapping[str, Any]]) -> "Watch":
@@ -64,6 +70,11 @@ class Watch:
         for name in WATCHED:
             if not math.isfinite(entry[name]):
                 return Spike(f"the {name} is {entry[name]}", finite=False)
+        self.skipped = self.skipped + 1 if entry.get("skipped") else 0
+        if self.skipped > MOST_SKIPPED:
+            return Spike(f"the gradient is no number at any scale, {self.skipped} times in a row,", finite=False)
+        if self.skipped:
+            return None
         found = next(filter(None, (self._spike(name, entry[name]) for name in WATCHED)), None)
         for name in WATCHED:
             self.past[name].append(entry[name])

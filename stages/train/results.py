@@ -50,6 +50,11 @@ def figures(trainer: PackedTrainer, resumed: int, seconds: float, device: str) -
         "trained_tokens": sum(entry["trained_tokens"] for entry in history),
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
+        **(
+            {"skipped_steps": int(sum(entry.get("skipped", 0) for entry in history))}
+            if "skipped" in history[-1]
+            else {}
+        ),
         "seconds_of_training": round(seconds, 2),
         "tokens_per_second": round(sum(entry["tokens"] for entry in here) / seconds, 1),
         "model_flops_per_second": round(flops),

@@ -165,7 +165,9 @@ def size(parts: Sequence[Any]) -> int:
 
 def load_extra(holder: Any, name: str, checkpoint: Path) -> None:
     """Put what a checkpoint holds under a name of `PackedTrainer.extra` into its holder."""
-    holder.load_state_dict(torch.load(checkpoint / f"{name}.pt", map_location="cpu", weights_only=True))
+    path = checkpoint / f"{name}.pt"
+    if path.exists() or name != "scaler":  # which earlier versions did not write: it starts anew
+        holder.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def write(

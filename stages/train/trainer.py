@@ -120,6 +120,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self.saver = Saver(training.work.folder / "checkpoints", Path(self.args.output_dir))
         self.extra: dict[str, Any] = {"between": between}
         """More that checkpoints hold, by name: each has `state_dict` and `load_state_dict`."""
+        if self.accelerator.scaler is not None:
+            self.extra["scaler"] = self.accelerator.scaler
         self.notes: list[str] = []
         """What a reader of the record should know: spikes that were let pass, checkpoints that failed."""
         self.progress = Progress(training)
@@ -143,6 +145,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Forward and backward of all micro-batches; returns the step's loss a trained token, on the device."""
         model.train()
+        if self.accelerator.scaler is not None:
+            # A scaler takes a step without gradients for a mistake, and accelerate the last skipped one for this one.
+            self.optimizer.scaler = None if self._left_out else self.accelerator.scaler
+            self.optimizer._is_overflow = False
         total = torch.zeros((), device=self.args.device)
         self._measures: dict[str, torch.Tensor] = {}
         baseline = self._baseline(inputs)
@@ -169,6 +175,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             return group.sum(total)
         return group.sum(total) / group.size
 
+    @property
+    def _left_out(self) -> bool:
+        """Whether the step under way trains nothing."""
+        return self.state.global_step in self.training.steps.left_out
+
     def _baseline(self, inputs: Step) -> dict[str, dict[str, torch.Tensor]]:
         """What the objective wants to know of a whole step before its losses, as their batches take it."""
         if self.training.baseline is None:
@@ -193,7 +204,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         if isinstance(optimizer, Zero):
             return optimizer.norm
+        if self._left_out:
+            return torch.zeros((), device=self.args.device)
         if isinstance(optimizer, SplitAdamW):
+            self.accelerator.unscale_gradients()  # if there is a scaler
             return optimizer.clip(self.args.max_grad_norm)
         norm: torch.Tensor = super()._clip_grad_norm(model)
         return norm
@@ -219,7 +233,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             entry |= {"tokens": steps.tokens(position), "trained_tokens": steps.trained(position)}
             grad_norm = self.zero.norm if self.zero else grad_norm
             norm = grad_norm if isinstance(grad_norm, torch.Tensor) else torch.tensor(float(grad_norm))
-            self.queue.put(entry, loss=loss, grad_norm=norm.to(loss.device), **self._measures)
+            norm = norm.to(loss.device)
+            if self.accelerator.scaler is not None:  # which skips just these, where accelerate may not hear of it
+                self._measures["skipped"] = ~norm.isfinite()
+                norm = norm.nan_to_num(0.0, 0.0)
+            self.queue.put(entry, loss=loss, grad_norm=norm, **self._measures)
         ending = self.control.should_save or self.control.should_training_stop
         self.settle(wait=ending or self.state.global_step >= self.state.max_steps)
         if self.control.should_save:
