@@ -3,13 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from packing.collate import Bin, collate
 from packing.isolation import check_isolation
 from stages import quantization
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
-from stages.train import TrainConfig, float8, model, speed
+from stages.train import TrainConfig, float8, model, recomputing, speed
 from stages.train.data import to_device
+from stages.train.ranks import Group
+
+AT_ONCE = 8192
+"""Tokens of a batch whose loss is compared."""
 
 
 def prove_isolation(trained: Any, config: TrainConfig, device: str) -> Mapping[str, float]:
@@ -27,20 +33,51 @@ def prove_isolation(trained: Any, config: TrainConfig, device: str) -> Mapping[s
         raise UserError(f"train: {error}") from error
 
 
-def prove_float8(
-    trained: Any, config: TrainConfig, objective: Objective, loss: LossSums, tried: Sequence[Bin], device: str
-) -> float:
-    """The relative change of the loss on some of the data. Raises UserError for one that is too large."""
-    batches = [objective.prepare(collate([each], speed.PADDING)) for each in tried]
+@torch.no_grad()
+def choose_float8(
+    trained: Any,
+    config: TrainConfig,
+    objective: Objective,
+    loss: LossSums,
+    tried: Sequence[Bin],
+    device: str,
+    group: Group,
+) -> dict[str, Any]:
+    """Have as many linear layers compute in 8 bits as leave the loss on some of the data nearly what it is, on every
+    rank the same. Returns which, how many of how many and the relative change, for the record. Raises UserError when
+    even the fewest change it too much."""
+    size = max(1, AT_ONCE // max(len(packed.ids) for packed in tried))
+    batches = [
+        objective.prepare(collate(tried[at : at + size], speed.PADDING)) for at in range(0, len(tried), size)
+    ]  # fmt: skip
+    choices = list(float8.choices(recomputing.layers(trained)).items())
+    able = choices[0][1]
 
-    def measured() -> float:
+    def measured(chosen: Sequence[Any]) -> float:
+        float8.only(able, chosen)
         with speed.autocast(trained, config, device):
             return sum(float(loss(to_device(batch, device))["loss"]) for batch in batches)
 
-    change = float8.loss_change(trained, measured)
-    if not abs(change) <= float8.LARGEST_CHANGE:
+    before, changes = measured([]), []
+    for _, chosen in choices:
+        changes.append(measured(chosen) / before - 1)
+        if abs(changes[-1]) <= float8.LARGEST_CHANGE:
+            break
+    last = group.agree(len(changes) - 1)
+    name, chosen = choices[last]
+    float8.only(able, chosen)
+    if not abs(changes[-1]) <= float8.LARGEST_CHANGE:
         raise UserError(
-            f"train.precision: in fp8 the model's loss on its own data changes by {100 * change:+.2f} % "
-            f"({100 * float8.LARGEST_CHANGE:g} % is allowed): small models lose more by it than they gain; set bf16"
+            f"train.precision: in fp8 the model's loss on its own data changes by {100 * changes[0]:+.2f} %, and by "
+            f"{100 * changes[-1]:+.2f} % with the fewest layers ({name}); {100 * float8.LARGEST_CHANGE:g} % is "
+            "allowed: set bf16"
         )
-    return round(change, 5)
+    change = round(changes[min(last, len(changes) - 1)], 5)
+    if group.rank == 0:
+        print(f"fp8: {len(chosen)} of {len(able)} linear layers ({name}), loss {100 * change:+.2f} %")  # noqa: T201
+    return {
+        "float8_layers": len(chosen),
+        "float8_layers_able": len(able),
+        "float8_choice": name,
+        "float8_loss_change": change,
+    }

@@ -41,7 +41,7 @@ from stages.train.data import (
 from stages.train.heldout import look_of
 from stages.train.planning import plan_memory, refuse_too_big
 from stages.train.policy import Watch
-from stages.train.proofs import prove_float8, prove_isolation
+from stages.train.proofs import choose_float8, prove_isolation
 from stages.train.ranks import Group, Stopping
 from stages.train.recomputing import Mode, recompute
 from stages.train.samples import batches, one_document, two_documents
@@ -54,8 +54,8 @@ FIRST = 16
 """The sequences whose activations adapters may start from."""
 FEW = 16
 """Tokens of a batch whose loss does not matter."""
-TRIED = 8
-"""The sequences whose loss in 8 bits is compared with that in 16."""
+TRIED = 65_536
+"""Tokens whose loss in 8 bits is compared with that in 16: fewer say 0.8 to 2.2 % where 1.3 % is true."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def attempt(
             loss = objective.loss(trained, options, tried)
             baseline = objective.baseline and objective.baseline(trained, options, tried)
         if faster.get("float8_layers"):
-            few = windows.read(range(min(TRIED, len(bins))))
-            faster["float8_loss_change"] = prove_float8(trained, config, objective, loss, few, place)
+            few = windows.read(range(min(-(-TRIED // bins.sequence_length), len(bins))))
+            faster |= choose_float8(trained, config, objective, loss, few, place, group)
         plan = plan_memory(
             config,
             trained,

@@ -51,7 +51,7 @@ def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, in
     if config.method == "lora" and not sharded:
         done["grouped_experts"] = lora_experts.quicken(model)
     if config.precision == "fp8" and not sharded:
-        done["float8_layers"] = sum(float8.convert(layer) for layer in layers(model))
+        done["float8_layers"] = float8.convert(layers(model))
     return done
 
 

@@ -26,7 +26,7 @@ def outcome(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     y = model(x)
     (y.float() ** 2).mean().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]  # type: ignore[list-item]
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -34,7 +34,7 @@ def outcome(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
 def test_output_and_gradients_are_near_the_plain_layers(device: str, frozen: bool) -> None:
     plain = layers(device).requires_grad_(not frozen)
     narrow = copy.deepcopy(plain)
-    assert float8.convert(narrow) == 2
+    assert float8.convert([narrow]) == 2
     x = torch.randn(4, 8, 64, device=device, dtype=torch.bfloat16)
     for found, expected in zip(outcome(narrow, x), outcome(plain, x), strict=True):
         assert found.dtype == expected.dtype
@@ -51,7 +51,7 @@ def test_one_large_number_takes_no_bits_from_a_value_of_its_size() -> None:
 def test_rows_that_are_no_multiple_of_16_are_computed_plainly() -> None:
     plain = layers()
     narrow = copy.deepcopy(plain)
-    float8.convert(narrow)
+    float8.convert([narrow])
     x = torch.randn(7, 64, dtype=torch.bfloat16)
     assert torch.equal(narrow(x), plain(x))
 
@@ -59,35 +59,70 @@ def test_rows_that_are_no_multiple_of_16_are_computed_plainly() -> None:
 def test_adapters_and_odd_sizes_are_not_converted() -> None:
     model = nn.ModuleDict({"lora_A": nn.ModuleDict({"default": nn.Linear(64, 16)}), "odd": nn.Linear(60, 64)})
     holder = nn.ModuleDict({"layer": model})
-    assert float8.convert(holder) == 0
+    assert float8.convert([holder]) == 0
 
 
-def test_the_change_of_a_loss_is_measured_against_the_plain_layers_and_leaves_them_narrow() -> None:
-    narrow = layers()
-    plain = copy.deepcopy(narrow)
-    float8.convert(narrow)
-    x = torch.randn(16, 64, dtype=torch.bfloat16)
+def decoder(layers: int) -> list[nn.Module]:
+    """Decoder layers of one that widens and one that narrows in attention, and in the feed-forward layer."""
 
-    @torch.no_grad()
-    def loss(model: nn.Module) -> float:
-        return float(model(x).float().square().mean())
+    def pair() -> nn.Module:
+        return nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32)})
 
-    change = float8.loss_change(narrow, lambda: loss(narrow))
-    assert change == loss(narrow) / loss(plain) - 1 != 0.0
-    assert all(isinstance(layer, float8.Float8Linear) for layer in narrow)
+    return [nn.ModuleDict({"self_attn": pair(), "mlp": pair()}) for _ in range(layers)]
 
 
-def test_a_model_that_fp8_makes_worse_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "refuse_device", lambda config, device: None)  # of a CPU, which emulates the products
-    inputs = {"model": tiny.llama(tmp_path / "model"), **tiny.plan(tmp_path, tiny.documents(24))}
+def test_choices_go_from_all_layers_to_few() -> None:
+    each: Any = decoder(8)
+    found = list(float8.choices(each).values())
+    assert [len(chosen) for chosen in found] == [32, 24, 12, 6, 4]
+    assert {id(m) for m in found[0]} == {id(m) for layer in each for m in layer.modules() if type(m) is nn.Linear}
+    assert {id(m) for m in found[2]} == {id(m) for layer in each[1:-1] for m in layer["mlp"].values()}
+    assert [id(m) for m in found[3]] == [id(layer["mlp"]["up"]) for layer in each[1:-1]]
+    assert [id(m) for m in found[4]] == [id(layer["mlp"]["up"]) for layer in each[2:-2]]
+
+
+def test_a_model_of_two_decoder_layers_has_no_choice_without_them() -> None:
+    assert list(float8.choices(decoder(2))) == ["all"]
+
+
+def test_only_what_is_chosen_computes_in_8_bits() -> None:
+    each = decoder(4)
+    able = float8.choices(each)["all"]
+    for chosen in (able, able[2:4], []):
+        float8.only(able, chosen)
+        assert [isinstance(m, float8.Float8Linear) for m in able] == [any(m is c for c in chosen) for m in able]
+        assert float8.choices(each)["all"] == able
+
+
+def train(folder: Path, monkeypatch: pytest.MonkeyPatch, **model: Any) -> Any:
+    """The facts of a step in fp8, which a CPU emulates."""
+    monkeypatch.setattr(checks, "refuse_device", lambda config, device: None)
+    folder.mkdir()
+    inputs = {"model": tiny.llama(folder / "model", **model), **tiny.plan(folder, tiny.documents(24))}
+    (folder / "out").mkdir()
     config = TrainConfig.model_validate({"precision": "fp8", "method": "full", "max_steps": 1})
-    work = Work(tmp_path / "work", Runtime(device="cpu"))
-    for name, largest in (("good", 0.5), ("bad", 1e-9)):
+    return STAGE.run(config, inputs, folder / "out", Work(folder / "work", Runtime(device="cpu")))
+
+
+def test_as_many_layers_compute_in_8_bits_as_the_loss_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found: dict[str, Any] = {}
+    done: list[int] = []
+    for name, largest in (("all", 0.5), ("fewer", None)):
+        if largest is None:  # a little less than all change it by
+            largest = 0.99 * abs(found["all"]["float8_loss_change"])
         monkeypatch.setattr(float8, "LARGEST_CHANGE", largest)
-        (tmp_path / name).mkdir()
-        if name == "good":
-            facts: Any = STAGE.run(config, inputs, tmp_path / name, work)
-            assert 0 < abs(facts["speed"]["float8_loss_change"]) < largest
-        else:
-            with pytest.raises(UserError, match=r"in fp8 the model's loss on its own data changes by .* set bf16"):
-                STAGE.run(config, inputs, tmp_path / name, work)
+        found[name] = train(tmp_path / name, monkeypatch, num_hidden_layers=4)["speed"]
+        done.append(found[name]["float8_layers"])
+        assert 0 < abs(found[name]["float8_loss_change"]) < largest
+        assert f"fp8: {done[-1]} of 28 linear layers ({found[name]['float8_choice']}), loss " in capfd.readouterr().out
+    assert done[0] == 28 > done[1] > 0
+
+
+def test_a_model_that_even_few_layers_in_fp8_make_worse_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float8, "LARGEST_CHANGE", 1e-9)
+    with pytest.raises(UserError, match=r"changes by .* %, and by .* % with the fewest layers .* set bf16"):
+        train(tmp_path / "bad", monkeypatch)
