@@ -50,6 +50,9 @@ from stages.train import checks, optimizers, patterns
 Name = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+FP8 = 2
+"""The version of how training in 8 bits is done: which layers do, and how they round."""
+
 
 class Lora(StageConfig):
     """A low-rank adapter (arXiv:2106.09685): each target W becomes W + alpha / rank * B A."""
@@ -256,6 +259,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
         f"objective:{config.objective}": objectives.find(config.objective).version,
         **{f"reward:{name}": rewards.find(name).version for name in sorted(named)},
         **{f"environment:{name}": environments.find(name).version for name in sorted(acted)},
+        **({"precision:fp8": FP8} if config.precision == "fp8" else {}),
     }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from stages.errors import UserError
 from stages.runtime import Runtime
-from stages.stage import Work
+from stages.stage import Work, version_of
 from stages.train import STAGE, TrainConfig, checks, float8
 from tests.stages import tiny
 
@@ -118,6 +118,11 @@ def test_as_many_layers_compute_in_8_bits_as_the_loss_allows(
         assert 0 < abs(found[name]["float8_loss_change"]) < largest
         assert f"fp8: {done[-1]} of 28 linear layers ({found[name]['float8_choice']}), loss " in capfd.readouterr().out
     assert done[0] == 28 > done[1] > 0
+
+
+def test_only_trainings_in_fp8_are_made_again_when_it_changes() -> None:
+    versions = [version_of(STAGE, TrainConfig.model_validate({"precision": p})) for p in ("bf16", "fp8")]
+    assert [name for name in versions[1] if name not in versions[0]] == ["precision:fp8"]
 
 
 def test_a_model_that_even_few_layers_in_fp8_make_worse_is_refused(
