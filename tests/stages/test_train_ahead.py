@@ -155,4 +155,4 @@ def test_a_step_ahead_a_real_model_learns_what_it_learns_in_step(
     print(json.dumps(told))
     for first, *_, last in told.values():
         assert last > first + 0.2, told
-    assert told[True][-1] > 0.7 * told[False][-1], told
+    assert told[True][-1] > told[False][-2], told  # at most ten steps behind: single runs differ by a third
