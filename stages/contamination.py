@@ -3,8 +3,9 @@
 A question is what the user and tools say in a held-out row, or its raw text. It is compared by its runs of eight
 tokens, as Tülu 3 does (Lambert et al. 2024, section 3.2): a training row is contaminated when it holds at least a given
 share of some question's runs, wherever they stand, and no fewer than thirteen of them; where a question has fewer, all
-of them, because two short questions of one kind may share half of their words. Wording that many rows have in common,
-such as the instruction that every row begins with, tells nothing and does not count.
+of them, because two short questions of one kind may share half of their words. Wording that many questions have in
+common, such as the instruction that every row begins with, tells nothing and does not count; many answers to one
+question are no such wording.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ RUN = 8
 FEWEST = 13
 """Runs that a row must share with a question, unless the question has fewer."""
 COMMON_ROWS, COMMON_SHARE = 10, 0.01
-"""A run is wording when it is in more rows than both allow, of those that train or of those held out."""
+"""A run is wording when rows that are asked more different things than both allow hold it, of those that train or of
+those held out."""
 ASKED_BY = ("user", "tool", "text")
 
 
@@ -41,12 +43,12 @@ def find_contamination(
     files: Files, shards: Sequence[Shard], rows: Rows, heldout: Flags, training: Flags, share: float
 ) -> Contamination:
     """Look for every question of the `heldout` rows [rows] in the `training` rows [rows]."""
-    asked, item = _pairs(files, shards, rows, heldout, None)
+    asked, item, those = _pairs(files, shards, rows, heldout, None)
     known = np.unique(asked)
     if len(known) == 0:
         return Contamination({}, int(heldout.sum()))
-    found, row = _pairs(files, shards, rows, training, known)
-    common = _wording(asked, known, int(heldout.sum())) | _wording(found, known, int(training.sum()))
+    found, row, these = _pairs(files, shards, rows, training, known)
+    common = _wording(asked, those[item], known, those[heldout]) | _wording(found, these[row], known, these[training])
     own = ~common[np.searchsorted(known, asked)]
     asked, item = asked[own], item[own]
     own = ~common[np.searchsorted(known, found)]
@@ -65,11 +67,14 @@ def find_contamination(
 
 def _pairs(
     files: Files, shards: Sequence[Shard], rows: Rows, wanted: Flags, known: Hashes | None
-) -> tuple[Hashes, Numbers]:
-    """Runs and the rows that hold them, each pair once: of questions, or of anything said the runs that are `known`."""
+) -> tuple[Hashes, Numbers, Hashes]:
+    """Runs and the rows that hold them, each pair once: of questions, or of anything said the runs that are `known`.
+    And by the rows' numbers [rows] what each is asked."""
     runs, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    questions = np.zeros(len(rows), np.uint64)
     filter_ = None if known is None else _filter(known)
-    for grams in read_grams(files, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES):
+    for grams in read_grams(files, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES, ASKED_BY):
+        questions[grams.rows] += grams.asked  # a row's sequences may stand in two batches
         places = (
             np.arange(len(grams.hashes))
             if filter_ is None
@@ -85,7 +90,9 @@ def _pairs(
         new = np.append(True, (np.diff(row) != 0) | (hashes[1:] != hashes[:-1]))[: len(row)]
         runs.append(hashes[new])
         holders.append(row[new])
-    return np.concatenate(runs), np.concatenate(holders)
+    silent = np.flatnonzero(questions == 0)
+    questions[silent] = silent
+    return np.concatenate(runs), np.concatenate(holders), questions
 
 
 def _filter(known: Hashes) -> Flags:
@@ -99,10 +106,13 @@ def _address(hashes: Hashes, flags: Flags) -> Hashes:
     return hashes >> np.uint64(65 - len(flags).bit_length())
 
 
-def _wording(runs: Hashes, known: Hashes, rows: int) -> Flags:
-    """[known] Which runs are in too many of the rows to tell any of them."""
-    counts = np.bincount(np.searchsorted(known, runs), minlength=len(known))
-    common: Flags = counts > max(COMMON_ROWS, COMMON_SHARE * rows)
+def _wording(runs: Hashes, asked: Hashes, known: Hashes, questions: Hashes) -> Flags:
+    """[known] Which runs are in too many of the questions to tell any of them; `asked` is what the row of each of
+    `runs` is asked, `questions` what all rows are."""
+    different = np.unique(questions)
+    pairs = np.unique(np.searchsorted(known, runs) * len(different) + np.searchsorted(different, asked))
+    counts = np.bincount(pairs // max(1, len(different)), minlength=len(known))
+    common: Flags = counts > max(COMMON_ROWS, COMMON_SHARE * len(different))
     return common
 
 

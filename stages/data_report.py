@@ -123,7 +123,7 @@ def _warnings(report: Mapping[str, Any]) -> Iterator[str]:
     if report["too_short"]:
         yield (
             f"{report['too_short']:,} held-out rows have a question that is too short, or whose words all stand in "
-            "many rows, to look for it in those that train: only exact copies of those rows were left out"
+            "many others, to look for it in those that train: only exact copies of those rows were left out"
         )
 
 

@@ -31,13 +31,22 @@ class Grams:
     counts: Numbers
     """[rows] Runs in each."""
     hashes: Hashes
+    asked: Hashes
+    """[rows] One number for all that a row is asked: rows that are asked the same have the same. 0 for nothing."""
 
 
 def read_grams(
-    files: Files, shards: Sequence[Shard], rows: Rows, wanted: Flags, size: int, said_by: Collection[str]
+    files: Files,
+    shards: Sequence[Shard],
+    rows: Rows,
+    wanted: Flags,
+    size: int,
+    said_by: Collection[str],
+    asked_by: Collection[str] = (),
 ) -> Iterator[Grams]:
-    """The runs of `size` tokens in the `wanted` rows [rows], in what `said_by` roles say, a record batch at a time."""
-    speaks = np.array([role in said_by for role in ROLES])
+    """The runs of `size` tokens in the `wanted` rows [rows], in what `said_by` roles say, a record batch at a time;
+    with `asked_by` roles also what these say in all."""
+    speaks, asks = (np.array([role in those for role in ROLES]) for those in (said_by, asked_by))
     first = np.searchsorted(rows.shard, np.arange(len(shards) + 1))
     width = rows.sequences
     holding = [n for n, (low, high) in enumerate(pairwise(first.tolist())) if wanted[low:high].any()]
@@ -49,21 +58,31 @@ def read_grams(
             row = (position + np.arange(len(one))) // width
             position += len(one)
             if wanted[row].any():
-                yield _of_batch(read_spans(one), other.column("ids"), row, wanted[row], size, speaks)
+                yield _of_batch(read_spans(one), other.column("ids"), row, wanted[row], size, speaks, asks)
 
 
-def _of_batch(spans: Spans, ids: pa.ListArray, row: Numbers, wanted: Flags, size: int, speaks: Flags) -> Grams:
+def _of_batch(
+    spans: Spans, ids: pa.ListArray, row: Numbers, wanted: Flags, size: int, speaks: Flags, asks: Flags
+) -> Grams:
     """`row` and `wanted` are of each sequence in a record batch."""
     sequence = spans.sequence
-    chosen = wanted[sequence] & (origins(spans.kinds) == ORIGIN_CONTENT) & speaks[roles(spans.kinds)]
-    chosen &= spans.ends - spans.starts >= size
+    content = wanted[sequence] & (origins(spans.kinds) == ORIGIN_CONTENT)
+    chosen = content & speaks[roles(spans.kinds)] & (spans.ends - spans.starts >= size)
     lengths = spans.lengths
-    begins = (np.cumsum(lengths) - lengths)[sequence[chosen]] + spans.starts[chosen]
+    offsets = (np.cumsum(lengths) - lengths)[sequence]
     counts = (spans.ends - spans.starts)[chosen] - size + 1
-    hashes = hash_runs(ids.flatten().to_numpy(), size)[consecutive(begins, counts)]
+    numbers = ids.flatten().to_numpy()
+    hashes = hash_runs(numbers, size)[consecutive((offsets + spans.starts)[chosen], counts)]
     own = np.unique(row[wanted])
-    per_row = np.bincount(np.searchsorted(own, row[sequence[chosen]]), weights=counts, minlength=len(own))
-    return Grams(own, per_row.astype(np.int64), hashes)
+    place = np.searchsorted(own, row[sequence])
+    per_row = np.bincount(place[chosen], weights=counts, minlength=len(own))
+    asked = np.zeros(len(own), np.uint64)
+    if (asking := content & asks[roles(spans.kinds)]).any():
+        # A sum of the tokens' random numbers: order aside, two rows have the same one when they say the same.
+        sums = np.append(np.uint64(0), np.cumsum(hash_runs(numbers, 1), dtype=np.uint64))
+        said = sums[(offsets + spans.ends)[asking]] - sums[(offsets + spans.starts)[asking]]
+        np.add.at(asked, place[asking], said)
+    return Grams(own, per_row.astype(np.int64), hashes, asked)
 
 
 def hash_runs(ids: NDArray[np.integer], size: int) -> Hashes:

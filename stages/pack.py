@@ -107,7 +107,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
 STAGE = Stage(
     name="pack",
     artifact="plan",
-    version=7,
+    version=8,
     config=PackConfig,
     run=run,
     streamed=frozenset({"tokens"}),

@@ -72,9 +72,9 @@ def drop_reasons(
 ) -> NDArray[np.uint8]:
     """[rows] KEPT, or why the row is dropped, as far as it can be told from its own numbers and from equal rows.
 
-    `limit` is the most tokens a row may have; None if rows are cut. Of equal rows the first by `turns` [rows] stays;
-    None keeps all. With `must_train`, a row with nothing to train on in one of its sequences is of no use; one without
-    a token never is.
+    `limit` is the most tokens a row may have; None if rows are cut. Of rows that say the same, and of which the same
+    trains, the first by `turns` [rows] stays; None keeps all. With `must_train`, a row with nothing to train on in one
+    of its sequences is of no use; one without a token never is.
     """
     reasons = np.full(len(rows), KEPT, np.uint8)
     if limit is not None:
@@ -86,7 +86,7 @@ def drop_reasons(
     if turns is not None:
         left = np.flatnonzero(reasons == KEPT)
         left = left[np.argsort(turns[left], kind="stable")]
-        reasons[left[_seen_before(rows.identity.take(pa.array(left)))]] = DUPLICATE
+        reasons[left[_seen_before(_told_apart(rows, left))]] = DUPLICATE
     return reasons
 
 
@@ -154,6 +154,19 @@ def _halves(identity: pa.Array) -> NDArray[np.uint64]:
     """[rows, 2] Identities as two numbers each."""
     both = np.frombuffer(identity.buffers()[1] or b"", ">u8")[identity.offset * 2 :][: 2 * len(identity)]
     return both.astype(np.uint64).reshape(-1, 2)
+
+
+def _told_apart(rows: Rows, numbers: Numbers) -> pa.Array:
+    """[numbers] What those rows say and which of it trains, as 24 bytes each."""
+    ranges = rows.ranges.sum(axis=1)
+    mixed = (rows.starts.astype(np.uint64) << np.uint64(32)) + rows.ends
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    sums = np.append(np.uint64(0), np.cumsum(mixed * np.uint64(0xBF58476D1CE4E5B9), dtype=np.uint64))
+    last = np.cumsum(ranges)
+    trains = (sums[last] - sums[last - ranges])[numbers]
+    both = np.column_stack([_halves(rows.identity.take(pa.array(numbers))), trains])
+    return pa.Array.from_buffers(pa.binary(24), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(both))])
 
 
 def draws(rows: Rows, seed: int, purpose: int) -> NDArray[np.uint64]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -147,7 +148,7 @@ def _forget(turns: list[Turn], reasoning: Reasoning) -> None:
 
 
 def identity(made: Conversation | Example) -> bytes:
-    """16 bytes of sha256 over the row's normal form: the same for every format and template.
+    """16 bytes of sha256 over all that the row says: the same for every format and template, whatever of it trains.
 
     Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
     """
@@ -156,8 +157,12 @@ def identity(made: Conversation | Example) -> bytes:
 
 def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) -> bytes:
     """The same, with what `forms.plain` tells of the parts."""
-    if isinstance(made, Conversation) and contents[0] is not None:
-        return _of_plain(made.turns, contents[0])
+    if isinstance(made, Conversation):
+        words = contents[0]
+        if any(turn.runs for turn in made.turns):
+            words = plain(replace(made, turns=[replace(turn, runs=None) for turn in made.turns]))
+        if words is not None:
+            return _of_plain(made.turns, words)
     said: Any = _normal(made) if isinstance(made, Conversation) else [[*map(_normal, made.parts)], made.extra]
     try:
         normal = json.dumps(said, ensure_ascii=False, sort_keys=True).encode()
@@ -169,18 +174,15 @@ def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) 
 
 
 def _of_plain(turns: list[Turn], contents: list[bytes]) -> bytes:
-    """The same for a conversation of which roles, contents and flags are all there is: JSON would be slow."""
+    """The same for a conversation of which roles and contents are all that is said: JSON would be slow."""
     said: list[bytes] = []
     for turn, content in zip(turns, contents, strict=True):
-        said += [f"{turn.role} {turn.train} {len(turn.content or '')} ".encode(), content]
+        said += [f"{turn.role} {len(turn.content or '')} ".encode(), content]
     return hashlib.sha256(b"".join(said)).digest()[:16]
 
 
 def _normal(conversation: Conversation) -> list[Any]:
-    turns = []
-    for turn in conversation.turns:
-        said = [turn.role, turn.content, turn.reasoning, turn.tool_calls, turn.name, turn.tool_call_id, turn.train]
-        turns.append([*said, turn.runs, turn.reasoning_runs] if turn.runs or turn.reasoning_runs else said)
+    turns = [[t.role, t.content, t.reasoning, t.tool_calls, t.name, t.tool_call_id] for t in conversation.turns]
     rest = [] if conversation.ids is None else [conversation.ids]
     return [turns, conversation.tools, *rest]
 

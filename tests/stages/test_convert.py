@@ -108,27 +108,34 @@ def test_the_same_conversation_has_the_same_identity_in_every_format(tmp_path: P
         "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         "alpaca": {"instruction": "q", "output": "a"},
         "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "prompt_completion": {"prompt": "q", "completion": "a"},  # whose prompt never trains
     }
     found = [
         rows_of(run_convert(tmp_path / kind, source(tmp_path / kind / "r", [row]), smollm2(), {"format": kind})[0])
         for kind, row in kinds.items()
     ]
     assert found[0] == found[1] == found[2]
+    assert found[0][0]["identity"] == found[3][0]["identity"]
 
 
-def test_identity_is_over_all_that_is_said() -> None:
+def test_identity_is_over_all_that_is_said_and_not_over_what_trains() -> None:
     base = Conversation([Turn("user", "q"), Turn("assistant", "a")])
     others = [
         Conversation([Turn("user", "q"), Turn("assistant", "b")]),
         Conversation([Turn("user", "qa"), Turn("assistant", "")]),
         Conversation([Turn("user", "q"), Turn("user", "a")]),
-        Conversation([Turn("user", "q"), Turn("assistant", "a", train=TRAIN_NO)]),
         Conversation([Turn("user", "q"), Turn("assistant", "a", reasoning="r")]),
         Conversation(base.turns, tools=[{"name": "f"}]),
     ]
     found = {identity(conversation) for conversation in [base, *others]}
     assert len(found) == len(others) + 1
-    assert identity(Conversation(list(base.turns))) in found
+    runs: Any = [(1, TRAIN_NO)]
+    for same in (
+        Conversation(list(base.turns)),
+        Conversation([Turn("user", "q"), Turn("assistant", "a", train=TRAIN_NO)]),
+        Conversation([Turn("user", "q"), Turn("assistant", "a", runs=runs)]),
+    ):
+        assert identity(same) == identity(base)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def said(*turns: tuple[str, list[int]]) -> dict[str, Any]:
     return {**row(("user", 1)), "ids": ids, "spans": spans(*items)}
 
 
-def read(folder: Path) -> tuple[Path, list[Shard], Rows]:
+def read(folder: Path) -> tuple[Files, list[Shard], Rows]:
     shards = find_shards(folder)
     return Files(folder, folder), shards, read_rows(folder, shards, "assistant", 1 << 20, lambda *_, **__: None)
 
@@ -183,6 +183,23 @@ def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> Non
     strict = Packed(tmp_path / "tokens", tmp_path / "strict", decontaminate=0.2, **config)
     assert strict.facts["dropped"] == {"contaminated": 2}
     assert Packed(tmp_path / "tokens", tmp_path / "off", decontaminate=0.0, **config).facts["dropped"] == {}
+
+
+@pytest.mark.parametrize("held", [1, 12])
+def test_many_answers_to_one_question_are_no_wording(tmp_path: Path, held: int) -> None:
+    """Twelve answers to each of twenty questions, with wording that all have in common; one question is asked of the
+    held-out rows too, where it has one answer or twelve."""
+    random = np.random.default_rng(0)
+    wording = tokens(random, 40)
+    asks = [wording + tokens(random, 30) for _ in range(20)]
+    rows = [said(("user", ask), ("assistant", tokens(random, 20))) for ask in asks for _ in range(12)]
+    shard(tmp_path / "tokens", "chat/00000", rows)
+    rows = [said(("user", asks[7]), ("assistant", tokens(random, 20))) for _ in range(held)]
+    shard(tmp_path / "tokens", "probe/00000", rows, split="heldout")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256, train_on="all")
+    assert packed.facts["dropped"] == {"contaminated": 12}
+    assert packed.rows() == {("chat/00000", n) for n in range(240) if n // 12 != 7}
+    assert packed.report["too_short"] == 0
 
 
 def test_the_order_of_shards_and_batches_changes_nothing(tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ def test_each_row_has_the_fate_that_reading_the_rules_row_by_row_gives(
         for (source, *_), each in zip(told, made, strict=True)
     ]
     secret = {each["identity"] for each, is_held in zip(made, held, strict=True) if is_held}
-    seen: set[bytes] = set()
-    for (source, _, _, answers), each, is_held in zip(told, made, held, strict=True):
+    seen: set[tuple[bytes, int]] = set()
+    for (source, _, size, answers), each, is_held in zip(told, made, held, strict=True):
         by_source[source].append(each)
         if len(each["ids"]) > 64:
             fates.append("overlong")
@@ -185,10 +185,10 @@ def test_each_row_has_the_fate_that_reading_the_rules_row_by_row_gives(
             fates.append("nothing to train on")
         elif not is_held and each["identity"] in secret:
             fates.append("in held-out")
-        elif deduplicate and each["identity"] in seen:
+        elif deduplicate and (each["identity"], size) in seen:
             fates.append("duplicate")
         else:
-            seen.add(each["identity"])
+            seen.add((each["identity"], size))
             fates.append("held out" if is_held else source)
     for source, rows in by_source.items():
         if rows:
@@ -216,6 +216,22 @@ def test_each_row_has_the_fate_that_reading_the_rules_row_by_row_gives(
     read = [packed.bins[number] for number in range(len(packed.bins))]
     assert sum(len(each.lengths) for each in read) == packed.facts["documents"]
     assert all(each.lengths.sum() <= 64 and (each.labels != IGNORED).any() for each in read)
+
+
+def test_rows_that_say_the_same_are_duplicates_where_the_same_trains(tmp_path: Path) -> None:
+    """The same words with the question said not to train are a duplicate under `assistant` and none under `all`."""
+    tokens = tmp_path / "tokens"
+    asked, unasked = ("user", 3), ("user", 3, TRAIN_NO)
+    first, second = ("assistant", 4), ("assistant", 4, TRAIN_NO)
+    rows = [(asked, first, asked, first), (unasked, first, unasked, first)]  # as two formats have them
+    rows += [(asked, first, asked, second), (asked, second, asked, first)]  # a conversation's answers, one by one
+    shard(tokens, "chat/00000", [row(*each, identity="said") for each in rows])
+    kept = {on: Packed(tokens, tmp_path / on, train_on=on).rows() for on in ("assistant", "all")}
+    assert kept == {"assistant": {("chat/00000", n) for n in (0, 2, 3)}, "all": {("chat/00000", n) for n in range(4)}}
+    shard(tokens, "probe/00000", [row(unasked, first, unasked, second, identity="said")], split="heldout")
+    shard(tokens, "more/00000", [row(*rows[0], identity="other")])
+    packed = Packed(tokens, tmp_path / "held")
+    assert packed.facts["dropped"] == {"in held-out": 4}, "what is held out never trains, whatever of it does"
 
 
 def test_duplicates_stay_when_asked_but_held_out_rows_never_train(tmp_path: Path) -> None:
