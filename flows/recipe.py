@@ -188,6 +188,11 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
             if source not in sources:
                 hint = f"there is no data source `{source}`; fetch.data has {_listed(sources)}"
                 yield (section, "sources", source), hint
+    for source, given in recipe.pack.sources.items():
+        for key in sorted(given.model_fields_set & {"weight", "limit", "heldout_fraction"}):
+            if source in sources and recipe.fetch.data[source].split == "heldout":
+                hint = f"`{source}` has `split: heldout`, of which every row is held out: leave this away"
+                yield ("pack", "sources", source, key), hint
 
     lora, added = recipe.train.lora, recipe.fetch.model.new_tokens
     untrained = sorted(set(added) - set(lora.new_tokens))
@@ -305,7 +310,7 @@ def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
 def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What looks at held-out rows, where no row would be one."""
     pack = recipe.pack
-    shares = {name: pack.of(name).heldout_fraction for name in recipe.fetch.data}
+    shares = {name: s.heldout_fraction if s.weight else 0.0 for name in recipe.fetch.data for s in [pack.of(name)]}
     if recipe.fetch.heldout:
         return
     if any(pack.heldout_fraction if share is None else share for share in shares.values()):

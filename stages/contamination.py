@@ -1,21 +1,22 @@
 """Decontamination: rows that hold the question of a held-out row would make its score worthless.
 
-A question is what the user and tools say in a held-out row, or its raw text. It is compared by its runs of eight
-tokens, as Tülu 3 does (Lambert et al. 2024, section 3.2): a training row is contaminated when it holds at least a given
-share of some question's runs, wherever they stand, and no fewer than thirteen of them; where a question has fewer, all
-of them, because two short questions of one kind may share half of their words. Wording that many questions have in
-common, such as the instruction that every row begins with, tells nothing and does not count; many answers to one
-question are no such wording.
+A question is what the user and tools say in a held-out row, and its raw text that is said not to train; in a row of
+nothing but text that may train, all of it. It is compared by its runs of eight tokens, as Tülu 3 does (Lambert et al.
+2024, section 3.2): a training row is contaminated when it holds at least a given share of some question's runs,
+wherever they stand, and no fewer than thirteen of them; where a question has fewer, all of them, because two short
+questions of one kind may share half of their words. Wording that many questions have in common, such as the instruction
+that every row begins with, tells nothing and does not count; many answers to one question are no such wording, unless
+nearly all rows answer it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.grams import Hashes, read_grams
-from stages.marks import ROLES
 from stages.tables import Numbers
 from stages.tokenized import Files, Flags, Rows, Shard, consecutive
 
@@ -23,10 +24,9 @@ RUN = 8
 """Tokens in a run."""
 FEWEST = 13
 """Runs that a row must share with a question, unless the question has fewer."""
-COMMON_ROWS, COMMON_SHARE = 10, 0.01
-"""A run is wording when rows that are asked more different things than both allow hold it, of those that train or of
-those held out."""
-ASKED_BY = ("user", "tool", "text")
+COMMON, COMMON_SHARE = 10, 0.01
+"""A run is wording when more questions, or rows' system prompts, than both allow hold it, of those that train or of
+those held out: however many answers each has."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def find_contamination(
     if len(known) == 0:
         return Contamination({}, int(heldout.sum()))
     found, row, these = _pairs(files, shards, rows, training, known)
-    common = _wording(asked, those[item], known, those[heldout]) | _wording(found, these[row], known, these[training])
+    common = _wording(asked, known, those) | _wording(found, known, these) | _always(found, known, these)
     own = ~common[np.searchsorted(known, asked)]
     asked, item = asked[own], item[own]
     own = ~common[np.searchsorted(known, found)]
@@ -65,16 +65,24 @@ def find_contamination(
     return Contamination(best, int(heldout.sum()) - len(items))
 
 
+class _Holders(NamedTuple):
+    """What holds runs, see `Grams`."""
+
+    of_runs: Hashes
+    """[runs]"""
+    questions: Hashes
+    """All there are, each once."""
+
+
 def _pairs(
     files: Files, shards: Sequence[Shard], rows: Rows, wanted: Flags, known: Hashes | None
-) -> tuple[Hashes, Numbers, Hashes]:
+) -> tuple[Hashes, Numbers, _Holders]:
     """Runs and the rows that hold them, each pair once: of questions, or of anything said the runs that are `known`.
-    And by the rows' numbers [rows] what each is asked."""
-    runs, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    questions = np.zeros(len(rows), np.uint64)
+    And what holds them."""
+    runs, numbers, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+    questions = np.empty(0, np.uint64)
     filter_ = None if known is None else _filter(known)
-    for grams in read_grams(files, shards, rows, wanted, RUN, ASKED_BY if known is None else ROLES, ASKED_BY):
-        questions[grams.rows] += grams.asked  # a row's sequences may stand in two batches
+    for grams in read_grams(files, shards, rows, wanted, RUN, only_asked=known is None):
         places = (
             np.arange(len(grams.hashes))
             if filter_ is None
@@ -89,10 +97,10 @@ def _pairs(
         hashes, row = hashes[order], row[order]
         new = np.append(True, (np.diff(row) != 0) | (hashes[1:] != hashes[:-1]))[: len(row)]
         runs.append(hashes[new])
-        holders.append(row[new])
-    silent = np.flatnonzero(questions == 0)
-    questions[silent] = silent
-    return np.concatenate(runs), np.concatenate(holders), questions
+        numbers.append(row[new])
+        holders.append(grams.holders[places][order][new])
+        questions = np.union1d(questions, grams.questions)
+    return np.concatenate(runs), np.concatenate(numbers), _Holders(np.concatenate(holders), questions)
 
 
 def _filter(known: Hashes) -> Flags:
@@ -106,14 +114,24 @@ def _address(hashes: Hashes, flags: Flags) -> Hashes:
     return hashes >> np.uint64(65 - len(flags).bit_length())
 
 
-def _wording(runs: Hashes, asked: Hashes, known: Hashes, questions: Hashes) -> Flags:
-    """[known] Which runs are in too many of the questions to tell any of them; `asked` is what the row of each of
-    `runs` is asked, `questions` what all rows are."""
-    different = np.unique(questions)
-    pairs = np.unique(np.searchsorted(known, runs) * len(different) + np.searchsorted(different, asked))
-    counts = np.bincount(pairs // max(1, len(different)), minlength=len(known))
-    common: Flags = counts > max(COMMON_ROWS, COMMON_SHARE * len(different))
+def _wording(runs: Hashes, known: Hashes, holders: _Holders) -> Flags:
+    """[known] Which runs have too many holders to tell any of them."""
+    common: Flags = _count(runs, known, holders) > max(COMMON, COMMON_SHARE * len(holders.questions))
     return common
+
+
+def _always(runs: Hashes, known: Hashes, holders: _Holders) -> Flags:
+    """[known] Which runs are in most questions and many rows: where all rows answer the same, that tells nothing."""
+    rows = np.bincount(np.searchsorted(known, runs), minlength=len(known))
+    common: Flags = (rows > COMMON) & (_count(runs, known, holders) > len(holders.questions) / 2)
+    return common
+
+
+def _count(runs: Hashes, known: Hashes, holders: _Holders) -> Numbers:
+    """[known] How many different holders each run has."""
+    different, holder = np.unique(holders.of_runs, return_inverse=True)
+    pairs = np.unique(np.searchsorted(known, runs) * len(different) + holder)
+    return np.bincount(pairs // max(1, len(different)), minlength=len(known))
 
 
 def _held(

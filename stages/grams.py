@@ -4,7 +4,7 @@ Runs lie within one content of one turn, so what the chat template writes never 
 token ids of a record batch at a time: a few NumPy operations a token, and no text is read.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.marks import ORIGIN_CONTENT, ROLES
-from stages.tables import Numbers, origins, read_batches, roles
+from stages.marks import ORIGIN_CONTENT, ROLES, TRAIN_NO
+from stages.tables import Numbers, origins, read_batches, roles, trains
 from stages.tokenized import Files, Flags, Rows, Shard, Spans, consecutive, read_spans
 
 Hashes = NDArray[np.uint64]
@@ -31,22 +31,19 @@ class Grams:
     counts: Numbers
     """[rows] Runs in each."""
     hashes: Hashes
-    asked: Hashes
-    """[rows] One number for all that a row is asked: rows that are asked the same have the same. 0 for nothing."""
+    """[runs]"""
+    holders: Hashes
+    """[runs] What holds it: one number for the same question wherever it is asked, which what answers it shares; a
+    system prompt has its row's own."""
+    questions: Hashes
+    """Those of all that is asked."""
 
 
 def read_grams(
-    files: Files,
-    shards: Sequence[Shard],
-    rows: Rows,
-    wanted: Flags,
-    size: int,
-    said_by: Collection[str],
-    asked_by: Collection[str] = (),
+    files: Files, shards: Sequence[Shard], rows: Rows, wanted: Flags, size: int, *, only_asked: bool = False
 ) -> Iterator[Grams]:
-    """The runs of `size` tokens in the `wanted` rows [rows], in what `said_by` roles say, a record batch at a time;
-    with `asked_by` roles also what these say in all."""
-    speaks, asks = (np.array([role in those for role in ROLES]) for those in (said_by, asked_by))
+    """The runs of `size` tokens in what the `wanted` rows [rows] say, or `only_asked` in what they ask, a record batch
+    at a time."""
     first = np.searchsorted(rows.shard, np.arange(len(shards) + 1))
     width = rows.sequences
     holding = [n for n, (low, high) in enumerate(pairwise(first.tolist())) if wanted[low:high].any()]
@@ -58,31 +55,42 @@ def read_grams(
             row = (position + np.arange(len(one))) // width
             position += len(one)
             if wanted[row].any():
-                yield _of_batch(read_spans(one), other.column("ids"), row, wanted[row], size, speaks, asks)
+                yield _of_batch(read_spans(one), other.column("ids"), row, wanted[row], size, only_asked)
 
 
-def _of_batch(
-    spans: Spans, ids: pa.ListArray, row: Numbers, wanted: Flags, size: int, speaks: Flags, asks: Flags
-) -> Grams:
+def _of_batch(spans: Spans, ids: pa.ListArray, row: Numbers, wanted: Flags, size: int, only_asked: bool) -> Grams:
     """`row` and `wanted` are of each sequence in a record batch."""
     sequence = spans.sequence
-    content = wanted[sequence] & (origins(spans.kinds) == ORIGIN_CONTENT)
-    chosen = content & speaks[roles(spans.kinds)] & (spans.ends - spans.starts >= size)
-    lengths = spans.lengths
-    offsets = (np.cumsum(lengths) - lengths)[sequence]
-    counts = (spans.ends - spans.starts)[chosen] - size + 1
-    numbers = ids.flatten().to_numpy()
-    hashes = hash_runs(numbers, size)[consecutive((offsets + spans.starts)[chosen], counts)]
     own = np.unique(row[wanted])
     place = np.searchsorted(own, row[sequence])
+    content = wanted[sequence] & (origins(spans.kinds) == ORIGIN_CONTENT)
+    asks = _asks(spans, content, place)
+    chosen = (asks if only_asked else content) & (spans.ends - spans.starts >= size)
+    lengths = spans.lengths
+    begins = (np.cumsum(lengths) - lengths)[sequence] + spans.starts
+    counts = (spans.ends - spans.starts)[chosen] - size + 1
+    numbers = ids.flatten().to_numpy()
+    hashes = hash_runs(numbers, size)[consecutive(begins[chosen], counts)]
     per_row = np.bincount(place[chosen], weights=counts, minlength=len(own))
-    asked = np.zeros(len(own), np.uint64)
-    if (asking := content & asks[roles(spans.kinds)]).any():
-        # A sum of the tokens' random numbers: order aside, two rows have the same one when they say the same.
-        sums = np.append(np.uint64(0), np.cumsum(hash_runs(numbers, 1), dtype=np.uint64))
-        said = sums[(offsets + spans.ends)[asking]] - sums[(offsets + spans.starts)[asking]]
-        np.add.at(asked, place[asking], said)
-    return Grams(own, per_row.astype(np.int64), hashes, asked)
+    # A sum of the tokens' random numbers: order aside, two texts have the same one when they are the same.
+    sums = np.append(np.uint64(0), np.cumsum(hash_runs(numbers, 1), dtype=np.uint64))
+    said = sums[begins + spans.ends - spans.starts] - sums[begins]
+    last = np.maximum.accumulate(np.where(asks, np.arange(len(asks)), -1))
+    answers = (last >= 0) & (sequence[last] == sequence) & (roles(spans.kinds) != ROLES.index("system"))
+    holders = np.where(answers, said[last], row[sequence].astype(np.uint64))
+    return Grams(own, per_row.astype(np.int64), hashes, np.repeat(holders[chosen], counts), said[asks])
+
+
+def _asks(spans: Spans, content: Flags, place: Numbers) -> Flags:
+    """[spans] Which of the `content` [spans] ask: what users and tools say, and raw text that is said not to train; all
+    raw text of a row, by its `place` [spans], without any of these."""
+    role = roles(spans.kinds)
+    text = content & (role == ROLES.index("text"))
+    asks = content & ((role == ROLES.index("user")) | (role == ROLES.index("tool")))
+    asks |= text & (trains(spans.kinds) == TRAIN_NO)
+    asking = np.bincount(place[asks], minlength=int(place.max(initial=0)) + 1) > 0
+    found: Flags = asks | (text & ~asking[place])
+    return found
 
 
 def hash_runs(ids: NDArray[np.integer], size: int) -> Hashes:

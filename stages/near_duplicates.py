@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.grams import Grams, Hashes, read_grams
-from stages.marks import ROLES
 from stages.tables import Numbers
 from stages.tokenized import Files, Flags, Rows, Shard
 
@@ -36,7 +35,7 @@ def near_duplicates(
     wanted[order] = True
     found = [(np.empty(0, np.int64), np.empty((0, 1), np.uint64))]
     height = band_height(similarity)
-    for grams in read_grams(files, shards, rows, wanted, RUN, ROLES):
+    for grams in read_grams(files, shards, rows, wanted, RUN):
         some = grams.counts > 0
         if some.any():
             found.append((grams.rows[some], _bands(grams, some, height)))
@@ -51,7 +50,7 @@ def near_duplicates(
     wanted[numbers] = True
     runs = {
         int(row): np.unique(own.astype(np.uint32))
-        for grams in read_grams(files, shards, rows, wanted, RUN, ROLES)
+        for grams in read_grams(files, shards, rows, wanted, RUN)
         for row, own in zip(grams.rows, np.split(grams.hashes, np.cumsum(grams.counts)[:-1]), strict=True)
     }
     return _greedy(numbers, bands, runs, order, similarity)

@@ -99,9 +99,10 @@ def _files(config: PackConfig, inputs: Mapping[str, Path], work: Work) -> Files:
 
 def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard]) -> Taken:
     own = [config.of(shard.source) for shard in shards]
-    fractions = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
-    heldout = selection.held_out(rows, shards, fractions)
     weights, limits = [s.weight for s in own], [s.limit for s in own]
+    shares = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
+    # A source that is switched off holds nothing out either: it would take the same rows from others.
+    heldout = selection.held_out(rows, shards, [share * (s.weight > 0) for share, s in zip(shares, own, strict=True)])
     turns = selection.precedence(weights, limits)[rows.shard]
     reasons = selection.drop_reasons(
         rows,
@@ -198,6 +199,7 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
         "identical sides": "raise pack.sequence_length, or look at what the chat template leaves of the answers",
         "in held-out": "give other rows to the sources with split: heldout",
         "not sampled": "raise the weights in pack.sources",
+        "contaminated": "give the held-out rows questions of their own, or set pack.decontaminate: 0",
     }
     most = max(counts, key=lambda reason: counts[reason])
     mend = mends.get(most, "") if counts[most] else ""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from stages.tables import Numbers
@@ -81,8 +80,8 @@ def drop_reasons(
         reasons[rows.length.sum(axis=1) > limit] = OVERLONG
     needed = rows.trained if must_train else rows.length
     reasons[(reasons == KEPT) & (needed == 0).any(axis=1)] = NOTHING
-    known = pc.is_in(rows.identity, value_set=rows.identity.filter(pa.array(heldout))).to_numpy(zero_copy_only=False)
-    reasons[(reasons == KEPT) & ~heldout & known] = IN_HELDOUT
+    texts = _halves(rows.identity)[:, 0]
+    reasons[(reasons == KEPT) & ~heldout & np.isin(texts, texts[heldout])] = IN_HELDOUT
     if turns is not None:
         left = np.flatnonzero(reasons == KEPT)
         left = left[np.argsort(turns[left], kind="stable")]

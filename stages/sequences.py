@@ -150,6 +150,7 @@ def _forget(turns: list[Turn], reasoning: Reasoning) -> None:
 def identity(made: Conversation | Example) -> bytes:
     """16 bytes of sha256 over all that the row says: the same for every format and template, whatever of it trains.
 
+    What comes with it, such as a label, is in the second half alone: it moves no text to or from the held-out rows.
     Raises BadRow when a text holds half a surrogate pair, which no UTF-8 can say.
     """
     return _identity(made, [plain(made)] if isinstance(made, Conversation) else [])
@@ -163,7 +164,12 @@ def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) 
             words = plain(replace(made, turns=[replace(turn, runs=None) for turn in made.turns]))
         if words is not None:
             return _of_plain(made.turns, words)
-    said: Any = _normal(made) if isinstance(made, Conversation) else [[*map(_normal, made.parts)], made.extra]
+        return _digest(_normal(made))
+    said = [_normal(part) for part in made.parts]
+    return _digest(said)[:8] + _digest([said, made.extra])[8:]
+
+
+def _digest(said: Any) -> bytes:
     try:
         normal = json.dumps(said, ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError as error:

@@ -64,7 +64,7 @@ CONVERSATIONS = pa.schema(
         pa.field("part", pa.uint8(), nullable=False),  # a source row may give several sequences: chosen and rejected
         pa.field("text", pa.string(), nullable=False),  # the rendered conversation
         pa.field("spans", pa.list_(pa.field("item", SPAN, nullable=False)), nullable=False),  # in UTF-8 bytes
-        pa.field("identity", pa.binary(16), nullable=False),  # first 16 bytes of sha256 over the normal form of the row
+        pa.field("identity", pa.binary(16), nullable=False),  # see stages.sequences.identity
         pa.field("extra", pa.string(), nullable=False),  # what an objective needs besides, as JSON; "" for nothing
     ]
 )

@@ -141,6 +141,8 @@ def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
             yield f"`optimizer_options.{name}`: {config.optimizer} has no such option; {hint}"
     if config.precision == "fp8" and not optimizers.can_split(config):
         yield "`precision: fp8` needs adamw_torch_fused or adamw_16bit, and no ema, lisa, restarts or `keep: best`"
+    if config.precision == "fp8" and config.quantize:
+        yield "`precision: fp8` is for weights of 16 bits: take it or `quantize` out"
     if not kind.betas and config.betas is not None:
         yield f"`betas`: {config.optimizer} has none; take them out"
     if kind.low_rank and config.method == "lora":

@@ -51,6 +51,8 @@ def choose_float8(
         objective.prepare(collate(tried[at : at + size], speed.PADDING)) for at in range(0, len(tried), size)
     ]  # fmt: skip
     choices = list(float8.choices(recomputing.layers(trained)).items())
+    if not choices:
+        raise UserError("train.precision: no linear layer of this model can compute in 8 bits: set bf16")
     able = choices[0][1]
 
     def measured(chosen: Sequence[Any]) -> float:

@@ -119,6 +119,7 @@ def attempt(
     heldout = None if config.evaluate_every is None else PackedBins(None, inputs["plan"], inputs.get("reference"))
     windows = Windows(bins, work.show)
     first = windows.read(range(min(FIRST, len(bins)))) if config.lora.init == "eva" else []
+    few = windows.read(range(min(-(-TRIED // bins.sequence_length), len(bins)))) if config.precision == "fp8" else []
     order = step_order(bins.windows, bins.global_batch, this.total, config.seed)
     example = windows.begin(order, int(checkpoint.name) if checkpoint else 0)
     with ExitStack() as stack:
@@ -141,8 +142,7 @@ def attempt(
             tried = to_device(one_document(example), place)
             loss = objective.loss(trained, options, tried)
             baseline = objective.baseline and objective.baseline(trained, options, tried)
-        if faster.get("float8_layers"):
-            few = windows.read(range(min(-(-TRIED // bins.sequence_length), len(bins))))
+        if "float8_layers" in faster:
             faster |= choose_float8(trained, config, objective, loss, few, place, group)
         plan = plan_memory(
             config,
@@ -215,6 +215,7 @@ def attempt(
         return {}
     if weights is not None:
         loaded = model.load(inputs["model"], config, "cpu")
+        set_seed(config.seed)  # an adapter that starts from drawn numbers starts from the same ones again
         trained = model.ready(loaded, config, inputs["model"], "cpu", lambda: batches(first, "cpu"))
         state.put_weights(trained, weights)
     history, record = trainer.state.log_history, trainer.between.record

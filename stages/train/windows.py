@@ -22,6 +22,7 @@ class Windows:
         self._have({self._bins.paths[shard] for shard in self._bins.shards_of(numbers)}, set())
         found = [self._bins[number] for number in numbers]
         self._bins.close()  # another process may be the one that goes on reading
+        self._now = None  # what was there before is gone
         return found
 
     def begin(self, order: Sequence[int], position: int) -> Bin:

@@ -100,6 +100,13 @@ def test_a_look_at_heldout_rows_needs_some(tmp_path: Path, asks: str, what: str)
     assert HELDOUT in loaded(tmp_path, GOOD + asks + none)
 
 
+@pytest.mark.parametrize("setting", ["limit: 10", "weight: 0.1", "heldout_fraction: 0.5"])
+def test_what_says_how_much_of_a_source_trains_is_refused_where_none_does(tmp_path: Path, setting: str) -> None:
+    two = GOOD.replace("train:", "    probe: {files: b.jsonl, split: heldout}\ntrain:")
+    told = loaded(tmp_path, f"{two}pack:\n  sources:\n    probe: {{{setting}}}\n")
+    assert "`probe` has `split: heldout`, of which every row is held out" in told
+
+
 def test_sources_rendered_with_different_templates_are_refused(tmp_path: Path) -> None:
     two = GOOD.replace('    chats: {files: "data/*.jsonl"}', "    chats: {files: a.jsonl}\n    more: {files: b.jsonl}")
     told = loaded(tmp_path, two + "convert:\n  sources:\n    more: {template: chatml}\n")

@@ -38,7 +38,7 @@ def inputs(tmp_path: Path, tiny_model: Path) -> dict[str, Path]:
         spans = turns(("user", 3), ("assistant", len(answer)))
         ids = [30, 31, *random.integers(60, 200, 3).tolist(), 32, 33, 34, *answer, 35]
         made = {"row": number, "ids": ids, "spans": spans, "extra": ""}
-        rows.append({**made, "identity": number.to_bytes(16, "big")})
+        rows.append({**made, "identity": number.to_bytes(8, "big") * 2})
     written = write_tokens(place, 258, rows)
     counts = {**written, "kind": "conversation", "rows": 40, "dropped": {}, "source": "chat", "split": "train"}
     (place / "counts.json").write_text(json.dumps(counts))

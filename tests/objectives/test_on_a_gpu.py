@@ -90,7 +90,7 @@ def conversations(tokens: Path) -> None:
                 "row": number,
                 "ids": [30, 31, int(random.integers(60, 200)), 32, 33, 34, *answer, 35],
                 "spans": turns(("user", 1), ("assistant", len(answer))),
-                "identity": number.to_bytes(16, "big"),
+                "identity": number.to_bytes(8, "big") * 2,
                 "extra": "",
             }
         )

@@ -54,7 +54,7 @@ def pairs(tokens: Path) -> None:
                     "row": number,
                     "ids": [30, 31, start, 32, 33, 34, *answer, 35],
                     "spans": turns(("user", 1, TRAIN_NO), ("assistant", len(answer))),
-                    "identity": number.to_bytes(16, "big"),
+                    "identity": number.to_bytes(8, "big") * 2,
                     "extra": json.dumps({"margin": 0.5}) if number % 2 else "",
                 }
             )
@@ -78,7 +78,7 @@ def solutions(tokens: Path) -> None:
                 "row": number,
                 "ids": ids,
                 "spans": spans(*told),
-                "identity": number.to_bytes(16, "big"),
+                "identity": number.to_bytes(8, "big") * 2,
                 "extra": json.dumps({"labels": labels}),
             }
         )
@@ -239,7 +239,7 @@ def test_steps_that_are_all_labelled_alike_are_refused(tmp_path: Path) -> None:
         told = [(0, 3, 1, 0, "user", TRAIN_NO)]
         told += [(3 + 2 * n, 5 + 2 * n, 1, 1 + n, "text", 0) for n in range(len(labels))]
         ids = list(range(30, 30 + told[-1][1]))
-        row = {"row": 1 + number, "ids": ids, "spans": spans(*told), "identity": number.to_bytes(16, "big")}
+        row = {"row": 1 + number, "ids": ids, "spans": spans(*told), "identity": number.to_bytes(8, "big") * 2}
         made.append({**row, "extra": json.dumps({"labels": labels})})
     put(tmp_path / "tokens", "stepwise", made)
     with pytest.raises(UserError, match=r"all steps of the 2 rows that train are labelled true: .* labelled false$"):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from stages import convert, formats
 from stages.errors import UserError
-from stages.formats import Conversation, Turn
+from stages.formats import Conversation, Example, Turn
 from stages.identity import File, Tree, canonical_json
 from stages.marks import NO_TURN, TRAIN_NO, TRAIN_UNSET
 from stages.sequences import identity
@@ -136,6 +136,15 @@ def test_identity_is_over_all_that_is_said_and_not_over_what_trains() -> None:
         Conversation([Turn("user", "q"), Turn("assistant", "a", runs=runs)]),
     ):
         assert identity(same) == identity(base)
+
+
+def test_what_comes_with_a_row_is_in_half_of_its_identity() -> None:
+    """The half that does not decide which side it is on."""
+    parts = [Conversation([Turn("user", "q"), Turn("assistant", "a")])]
+    found = [identity(Example(parts, {"label": label})) for label in (True, False)]
+    assert found[0][:8] == found[1][:8] and found[0][8:] != found[1][8:]
+    other = identity(Example([Conversation([Turn("user", "q"), Turn("assistant", "b")])], {"label": True}))
+    assert other[:8] != found[0][:8] and other[8:] != found[0][8:]
 
 
 @pytest.mark.parametrize(

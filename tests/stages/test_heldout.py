@@ -31,7 +31,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
                 "row": number // 2 if kind == "preference" else number,
                 "ids": [*PROMPT, 45, 46, *answer, 1],
                 "spans": turns(("user", 2, TRAIN_NO), ("assistant", len(answer))),
-                "identity": number.to_bytes(16, "big"),
+                "identity": number.to_bytes(8, "big") * 2,
                 "extra": "" if kind == "preference" else json.dumps({"label": number % 3 == 0}),
             }
         )
@@ -45,7 +45,7 @@ def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -
     for name, split in (("judged", "train"), ("kept", "heldout")):
         place = tmp_path / "tokens" / name / "00000"
         shift = 1000 if name == "judged" else 0  # what trains has identities of its own
-        made = [{**row, "identity": (shift + i).to_bytes(16, "big")} for i, row in enumerate(rows(kind))]
+        made = [{**row, "identity": (shift + i).to_bytes(8, "big") * 2} for i, row in enumerate(rows(kind))]
         written = write_tokens(place, 258, made, extra=True)
         counts = {**written, "kind": kind, "rows": 12 if kind == "preference" else 24, "dropped": {}}
         (place / "counts.json").write_text(json.dumps({**counts, "source": name, "split": split}))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stages.contamination import find_contamination
 from stages.grams import hash_runs
-from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_UNSET
+from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_NO, TRAIN_UNSET
 from stages.near_duplicates import band_height, near_duplicates
 from stages.tokenized import Files, Rows, Shard, find_shards, read_rows
 from tests.stages.packed import Packed, row, shard, spans
@@ -20,13 +20,15 @@ Said = list[tuple[str, list[int]]]
 """Roles and the tokens of what they say."""
 
 
-def said(*turns: tuple[str, list[int]]) -> dict[str, Any]:
-    """A row with one token of template before each content."""
-    items, ids = [], []
-    for number, (role, content) in enumerate(turns):
+def said(*turns: tuple[str, list[int]], prompt: list[int] | None = None) -> dict[str, Any]:
+    """A row with one token of template before each content; the raw text of a `prompt` before them does not train."""
+    items, ids = [], list[int]()
+    told = [(role, content, TRAIN_UNSET) for role, content in turns]
+    for number, (role, content, train) in enumerate([*[("text", prompt, TRAIN_NO)] * (prompt is not None), *told]):
+        assert content is not None
         at = len(ids)
         items += [(at, at + 1, ORIGIN_TEMPLATE, NO_TURN, "", TRAIN_UNSET)]
-        items += [(at + 1, at + 1 + len(content), ORIGIN_CONTENT, number, role, TRAIN_UNSET)] * bool(content)
+        items += [(at + 1, at + 1 + len(content), ORIGIN_CONTENT, number, role, train)] * bool(content)
         ids += [7, *content]
     return {**row(("user", 1)), "ids": ids, "spans": spans(*items)}
 
@@ -185,21 +187,49 @@ def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> Non
     assert Packed(tmp_path / "tokens", tmp_path / "off", decontaminate=0.0, **config).facts["dropped"] == {}
 
 
+def answered(kind: str, ask: list[int], random: np.random.Generator) -> dict[str, Any]:
+    """One of many answers to a question, in 20 tokens or in more than the question has."""
+    answer = tokens(random, 20)
+    if kind == "tools":
+        return said(("user", ask), ("assistant", [1, 2]), ("tool", tokens(random, 20)), ("assistant", answer))
+    if kind == "goes on":
+        return said(("user", ask), ("assistant", answer), ("user", tokens(random, 20)), ("assistant", [1, 2]))
+    if kind == "says it again":
+        return said(("user", ask), ("assistant", ask + answer))
+    if kind == "text":
+        return said(("text", answer * 10), prompt=ask)
+    if kind == "steps":
+        return said(("user", ask), ("text", answer * 10))
+    return said(("user", ask), ("assistant", answer))
+
+
 @pytest.mark.parametrize("held", [1, 12])
-def test_many_answers_to_one_question_are_no_wording(tmp_path: Path, held: int) -> None:
+@pytest.mark.parametrize("kind", ["chat", "tools", "goes on", "says it again", "text", "steps"])
+def test_many_answers_to_one_question_are_no_wording(tmp_path: Path, held: int, kind: str) -> None:
     """Twelve answers to each of twenty questions, with wording that all have in common; one question is asked of the
     held-out rows too, where it has one answer or twelve."""
     random = np.random.default_rng(0)
     wording = tokens(random, 40)
-    asks = [wording + tokens(random, 30) for _ in range(20)]
-    rows = [said(("user", ask), ("assistant", tokens(random, 20))) for ask in asks for _ in range(12)]
+    asks = [wording + tokens(random, 60) for _ in range(20)]
+    rows = [answered(kind, ask, random) for ask in asks for _ in range(12)]
     shard(tmp_path / "tokens", "chat/00000", rows)
-    rows = [said(("user", asks[7]), ("assistant", tokens(random, 20))) for _ in range(held)]
+    rows = [answered(kind, asks[7], random) for _ in range(held)]
     shard(tmp_path / "tokens", "probe/00000", rows, split="heldout")
-    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256, train_on="all")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=512, train_on="all")
     assert packed.facts["dropped"] == {"contaminated": 12}
     assert packed.rows() == {("chat/00000", n) for n in range(240) if n // 12 != 7}
     assert packed.report["too_short"] == 0
+
+
+def test_the_one_question_that_all_rows_answer_is_wording(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    ask = tokens(random, 40)
+    shard(
+        tmp_path / "tokens", "chat/00000", [said(("user", ask), ("assistant", tokens(random, 20))) for _ in range(40)]
+    )
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256, heldout_fraction=0.2)
+    assert packed.facts["dropped"] == {}
+    assert packed.report["too_short"] == packed.facts["heldout_rows"] > 0
 
 
 def test_the_order_of_shards_and_batches_changes_nothing(tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ def test_each_row_has_the_fate_that_reading_the_rules_row_by_row_gives(
     fates: list[str] = []
     made = [row(("user", 3), *[("assistant", size)] * answers, identity=str(who)) for _, who, size, answers in told]
     held = [
-        source == "c" or int.from_bytes(each["identity"][:8], "big") < int(fraction * 2**64)
+        source == "c"
+        or (int.from_bytes(each["identity"][:8], "big") < int(fraction * 2**64) and (source == "a" or weight > 0))
         for (source, *_), each in zip(told, made, strict=True)
     ]
     secret = {each["identity"] for each, is_held in zip(made, held, strict=True) if is_held}

@@ -172,8 +172,8 @@ def test_whole_documents_have_no_pieces(tmp_path: Path) -> None:
 
 
 def test_held_out_tokens_larger_than_a_sequence_are_copied_once(tmp_path: Path) -> None:
-    shard(tmp_path / "tokens", "a/00000", [text(list(range(1, 40)), 1)])
-    shard(tmp_path / "tokens", "b/00000", [text(list(range(100, 1100)), 2)], split="heldout")
+    shard(tmp_path / "tokens", "a/00000", [text(list(range(1, 40)), 1 << 64)])
+    shard(tmp_path / "tokens", "b/00000", [text(list(range(100, 1100)), 2 << 64)], split="heldout")
     packed = Packed(tmp_path / "tokens", tmp_path / "out", documents="wrapped")
     copied = read_table(packed.output / "heldout_tokens.arrow")["ids"].to_pylist()
     assert list(chain(*copied)) == list(range(100, 1100))
@@ -184,7 +184,11 @@ def test_held_out_tokens_larger_than_a_sequence_are_copied_once(tmp_path: Path) 
     ("rows", "kind", "told"),
     [
         ([row(("user", 3), ("assistant", 4))], "conversation", r"b holds chats \(turns of user and assistant\)"),
-        ([text([5, 6, 7, 8], 9, train=TRAIN_NO)], "conversation", r"b holds text that does not train \(3 tokens\)"),
+        (
+            [text([5, 6, 7, 8], 9, train=TRAIN_NO)],
+            "conversation",
+            r"b holds text that does not train \(3 tokens\)",
+        ),
         ([{**row(("user", 3)), "extra": "{}"}], "prompt", r"b holds rows of kind prompt"),
         ([{**row(("text", 3)), "extra": '{"labels": [true]}'}], "stepwise", r"b holds rows of kind stepwise"),
         ([{**row(("text", 3)), "extra": ""}] * 2, "preference", r"b holds rows of kind preference"),
@@ -192,7 +196,7 @@ def test_held_out_tokens_larger_than_a_sequence_are_copied_once(tmp_path: Path) 
 )
 def test_what_is_no_raw_text_is_refused_with_its_source(tmp_path: Path, rows: list[Row], kind: str, told: str) -> None:
     if kind == "conversation":  # beside raw text, too
-        shard(tmp_path / "tokens", "a/00000", [text([5, 6, 7], 1)])
+        shard(tmp_path / "tokens", "a/00000", [text([5, 6, 7], 1 << 64)])
     shard(tmp_path / "tokens", "b/00000", rows, kind=kind, count=1)
     mend = r" \(b/00000\)\. Set it to isolated, take the source out, or read it with convert\.sources\.b: {format: com"
     with pytest.raises(UserError, match=told + mend):
@@ -241,7 +245,8 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("books")
     random = np.random.default_rng(0)
     for name, split, sizes in (("a", "train", (150, 9, 40, 77, 3, 31)), ("b", "heldout", (90, 20, 35))):
-        rows = [text(random.integers(3, tiny.VOCABULARY, n).tolist(), 1000 * len(name + split) + n) for n in sizes]
+        who = [(1000 * len(name + split) + n) << 64 for n in sizes]
+        rows = [text(random.integers(3, tiny.VOCABULARY, n).tolist(), i) for n, i in zip(sizes, who, strict=True)]
         shard(folder / "tokens", f"{name}/00000", rows, split=split)
     Packed(folder / "tokens", folder / "plan", documents="wrapped", global_batch=5, decontaminate=0)
     return {"model": tiny.llama(folder / "model"), "tokens": folder / "tokens", "plan": folder / "plan"}

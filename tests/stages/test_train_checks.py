@@ -51,6 +51,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     (lora(dora=True, restart_every=5), "a magnitude cannot be added to weights"),
     (lora(init="pissa", restart_every=5), "starts anew at random, which `lora.init: pissa` is not: take one out"),
     (lora(init="eva", restart_every=5), "starts anew at random, which `lora.init: eva` is not: take one out"),
+    (lora() | {"quantize": "nf4", "precision": "fp8"}, "`precision: fp8` is for weights of 16 bits"),
     (lora(restart_every=5) | {"quantize": "nf4"}, "`quantize` would round that away: take one out"),
     (lora(restart_every=5) | {"ema": 0.9}, "`ema` averages across restarts what is not the same adapter"),
     (

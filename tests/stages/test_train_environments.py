@@ -110,7 +110,7 @@ def given(folder: Path, model: Path, messages: bool = True) -> dict[str, Path]:
             "row": number,
             "ids": ids,
             "spans": turns(("user", len(ids) - 3)),
-            "identity": number.to_bytes(16, "big"),
+            "identity": number.to_bytes(8, "big") * 2,
             "extra": json.dumps({"number": 2, **kept}),
         }
         for number in range(2)

@@ -53,7 +53,7 @@ def prompts(folder: Path, model: Path, texts: list[str], **columns: Any) -> None
             "row": number,
             "ids": (ids := tokenizer(text, add_special_tokens=False)["input_ids"]),
             "spans": turns(("user", len(ids) - 3)),
-            "identity": number.to_bytes(16, "big"),
+            "identity": number.to_bytes(8, "big") * 2,
             "extra": json.dumps({"answer": "x", **columns}),
         }
         for number, text in enumerate(texts)

@@ -18,7 +18,11 @@ from stages.train import STAGE, TrainConfig, checks, zero
 from tests.stages import tiny
 
 CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32"}
-ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"lora": {"rank": 4}}, "full": {}}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 4}},
+    "full": {},
+    "pissa": {"lora": {"rank": 4, "init": "pissa_niter_16"}, "learning_rate": 1e-3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +40,8 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     settings = Runtime.model_validate({"device": "cpu", **runtime})
     work = Work(folder / "work", settings, **({"tell": tell} if tell else {}))
-    facts = STAGE.run(
-        TrainConfig.model_validate({**CONFIG, **ADAPTERS[method], "method": method}), inputs, output, work
-    )
+    given = {**CONFIG, "method": "full" if method == "full" else "lora", **ADAPTERS[method]}
+    facts = STAGE.run(TrainConfig.model_validate(given), inputs, output, work)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines], facts
 
@@ -84,6 +87,21 @@ def test_two_ranks_of_four_are_one_of_eight_and_one_goes_on_where_two_were_stopp
     found, facts = train(tmp_path / "shared", inputs, micro_batch=8)
     assert 4 <= facts["resumed_at_step"] < 18 == len(found)
     assert found == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    """What is written is the change since that start."""
+    alone, _ = train(tmp_path / "alone", inputs, method="pissa", micro_batch=1)
+    found, _ = train(tmp_path / "shared", inputs, method="pissa", ranks=2, micro_batch=1, shard="fsdp")
+    assert found == pytest.approx(alone, rel=1e-5)
+    [one], [other] = (
+        [*map(load_file, (tmp_path / n).joinpath("output").rglob("*.safetensors"))] for n in ("alone", "shared")
+    )
+    for name in (n for n in one if "lora_A" in n):
+        pair = [each[name.replace("lora_A", "lora_B")] @ each[name] for each in (one, other)]
+        torch.testing.assert_close(*pair, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.full

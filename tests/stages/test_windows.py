@@ -19,7 +19,8 @@ from stages.identity import Action, Tree, tree_of
 from stages.runtime import Runtime
 from stages.stage import Stage, Work
 from stages.store import Store, open_store
-from stages.train.data import step_order
+from stages.train.data import open_bins, step_order
+from stages.train.windows import Windows
 from tests.conftest import S3
 from tests.stages import tiny
 from tests.stages.packed import TOKENIZER, Packed, row, shard
@@ -161,6 +162,18 @@ def test_a_bucket_of_windows_trains_to_the_same_bits_with_two_on_the_disk(
     assert 2 < built.artifact.facts["resumed_at_step"] < built.artifact.facts["steps"]
     assert trainer.most() <= bound < ids.size / 2
     assert built.artifact.tree == tree_of(everything / "trained")
+
+
+def test_what_is_read_in_between_takes_no_window_from_the_next_step(everything: Path) -> None:
+    bins = open_bins({"tokens": everything / "tokens", "plan": everything / "plan"})
+    on_the_disk: list[set[str]] = []
+    windows = Windows(bins, lambda name, now, then: on_the_disk.append(set(now)))
+    windows.begin(list(range(len(bins) // bins.global_batch)), 0)
+    (first,) = on_the_disk[1:]
+    windows.read([len(bins) - 1])
+    assert not first <= on_the_disk[-1]
+    windows.reach(0)
+    assert on_the_disk[-1] == first
 
 
 def test_a_window_of_less_than_a_step_is_refused() -> None:
