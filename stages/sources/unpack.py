@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -25,6 +26,11 @@ ROWS = (*KINDS, *(kind + packing for kind in KINDS[:3] for packing in PACKINGS))
 SUFFIXES = (*ROWS, *ARCHIVES)
 """All that can be read."""
 
+NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""What the datasets library saves beside the rows: no rows, though the folder around it is named."""
+HIDDEN = (".", "__MACOSX")
+"""How names begin that editors, notebooks and systems give to files of their own."""
+
 RATIO = 250
 """How many times its own size a file may unpack to; text rarely goes beyond 30."""
 ALWAYS = 64 << 20
@@ -34,6 +40,26 @@ ALWAYS = 64 << 20
 def suffix_of(name: str, known: tuple[str, ...] = SUFFIXES) -> str:
     """The longest known suffix of a file's name, or nothing."""
     return next((suffix for suffix in sorted(known, key=len, reverse=True) if name.lower().endswith(suffix)), "")
+
+
+def hidden(name: str, pattern: str = "") -> bool:
+    """Whether a path leads to a hidden file, or through a hidden folder.
+
+    Where a glob found it, what stands in the glob before the first wildcard was asked for, and so was a part like
+    `.cache*`, which has the dot itself.
+    """
+    asked = PurePosixPath(pattern).parts
+    fixed = next((number for number, part in enumerate(asked) if any(mark in part for mark in "*?[")), 0)
+    wanted = [part for part in asked[fixed:] if part.startswith(HIDDEN)]
+    return any(
+        part.startswith(HIDDEN) and not any(fnmatchcase(part, one) for one in wanted)
+        for part in PurePosixPath(name).parts[fixed:]
+    )
+
+
+def has_rows(name: str, known: tuple[str, ...] = SUFFIXES) -> bool:
+    """Whether a file is taken that nobody named, only the folder or archive in which this is its path."""
+    return bool(suffix_of(name, known)) and PurePosixPath(name).name not in NOT_ROWS and not hidden(name)
 
 
 class _Limited:
@@ -132,10 +158,7 @@ def members(stream: BinaryIO, suffix: str, budget: Budget) -> Iterator[tuple[str
 
 
 def _member(name: str, stream: BinaryIO, budget: Budget) -> tuple[str, BinaryIO | None]:
-    hidden = any(step.startswith((".", "__MACOSX")) for step in PurePosixPath(name).parts if step != ".")
-    if hidden or not suffix_of(name, ROWS):
-        return name, None
-    return name, cast(BinaryIO, _Limited(stream, budget))
+    return name, cast(BinaryIO, _Limited(stream, budget)) if has_rows(name, ROWS) else None
 
 
 def _check(name: str, regular: bool, archive: str) -> None:

@@ -88,6 +88,8 @@ FILES = {
     "b/list.json.gz": gz(b'[{"text": "hi"}]'),
     "table.parquet": parquet(3),
     "README.md": b"about",
+    "b/dataset_info.json": b"{}",
+    "b/.ipynb_checkpoints/train.jsonl": ROW,
     "__MACOSX/b/._train.jsonl": b"\0\0",
 }
 
