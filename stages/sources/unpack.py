@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 from stages.errors import UserError
 
@@ -147,8 +147,23 @@ def members(stream: BinaryIO, suffix: str, budget: Budget) -> Iterator[tuple[str
         return
     import tarfile
 
+    class Entry(tarfile.TarInfo):
+        """A member; none is left only where the zeros stand that end a tar."""
+
+        @classmethod
+        def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+            try:
+                return super().fromtarfile(tar)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its types know only what it documents
+                raise
+            except tarfile.HeaderError as error:  # which the library takes for the end once it had one member
+                raise tarfile.ReadError(
+                    f"byte {tar.offset} begins neither a file nor the zeros that end an archive ({error}). "
+                    "Copy it here once more, or pack it again"
+                ) from error
+
     outer = unpacked(stream, suffix, Budget(budget.name, budget.packed))  # a budget of its own: bytes count once
-    with tarfile.open(fileobj=outer, mode="r|") as tar:
+    with tarfile.open(fileobj=outer, mode="r|", tarinfo=Entry) as tar:
         for entry in tar:
             if not entry.isdir():
                 _check(entry.name, entry.isreg(), budget.name)
