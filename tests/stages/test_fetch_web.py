@@ -73,6 +73,29 @@ def test_a_connection_that_breaks_in_the_middle_is_gone_on_with(
     assert web.ranges() == (asked if ranges else asked[:2])
 
 
+@pytest.mark.parametrize("instead", [{"range_from": 0}, {"range_from": len(ROWS) - 10}, {"range_told": False}])
+@pytest.mark.parametrize("first", [None, 2900])
+def test_another_part_than_was_asked_for_is_not_taken_for_it(
+    web: Web, tmp_path: Path, instead: dict[str, Any], first: int | None
+) -> None:
+    page = Page(ROWS)
+    part = found_at(web, page, first=first)
+    for name, value in instead.items():
+        setattr(page, name, value)
+    page.break_after, page.after = 1000, lambda: setattr(page, "break_after", None)
+    web.asked.clear()
+    assert whole(bring(part, tmp_path / "out")) == b"".join(ROWS.splitlines(keepends=True)[:first])
+    assert web.ranges() == ["", "bytes=1000-"] + [""] * (instead != {"range_from": 0})
+
+
+def test_a_server_that_never_gives_the_beginning_is_given_up(web: Web, tmp_path: Path) -> None:
+    page = Page(ROWS)
+    part = found_at(web, page)
+    page.range_from, page.never_whole = 10, True
+    with pytest.raises(UserError, match=r"a\.jsonl: the server gives another part than .* byte 0 on \(6 attempts\)"):
+        bring(part, tmp_path / "out")
+
+
 def test_what_an_attempt_left_is_not_downloaded_again(web: Web, tmp_path: Path) -> None:
     part = found_at(web, Page(ROWS))
     (work_of(part, tmp_path / "out") / "download").write_bytes(ROWS[:1000])
