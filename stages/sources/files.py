@@ -238,17 +238,12 @@ def _cut_rows(stream: BinaryIO, suffix: str, budget: Budget, pieces: Pieces, wor
 
 
 class _Hashed:
-    """A file that is hashed as it is read, in a thread of its own. `closed` and `close` are for Arrow."""
+    """A file that is hashed as it is read, in a thread of its own."""
 
     def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
         self.file, self.told, self.digest, self.done = file, told, hashlib.sha256(), 0
         self.hasher = ThreadPoolExecutor(1)
         self.hashing: Future[None] | None = None
-
-    closed = False
-
-    def close(self) -> None:
-        """The file is closed by who opened it."""
 
     def read(self, size: int = remote.CHUNK) -> bytes:
         data = self.file.read(size)

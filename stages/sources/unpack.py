@@ -98,9 +98,21 @@ def unpacked(stream: BinaryIO, suffix: str, budget: Budget) -> BinaryIO:
     if suffix.endswith(".zst"):
         import pyarrow as pa
 
-        unpacking = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
+        unpacking = pa.CompressedInputStream(pa.PythonFile(_ForArrow(stream), "r"), "zstd")
         return cast(BinaryIO, _Limited(cast(BinaryIO, _Zstandard(unpacking)), budget))
     return stream
+
+
+class _ForArrow:
+    """Any stream as Arrow takes one, which asks whether it is closed and closes it: that is for who opened it."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.read = stream.read
+
+    def close(self) -> None:
+        """Leaves the stream open."""
 
 
 class _Zstandard:

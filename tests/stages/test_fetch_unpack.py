@@ -86,6 +86,7 @@ FILES = {
     "b/train.jsonl": ROW,
     "b/more.csv": CSV,
     "b/list.json.gz": gz(b'[{"text": "hi"}]'),
+    "b/packed.jsonl.zst": zst(ROW),
     "table.parquet": parquet(3),
     "README.md": b"about",
     "b/dataset_info.json": b"{}",
@@ -111,15 +112,17 @@ def test_an_archive_is_read_file_by_file(home: Path, tmp_path: Path, name: str, 
         "b/train.jsonl",
         "b/more.csv",
         "b/list.json.gz",
+        "b/packed.jsonl.zst",
         "table.parquet",
     ]
     assert [path.name for path in sorted(output.glob("*/rows.*"))] == [
         "rows.jsonl",
         "rows.csv",
         "rows.json",
+        "rows.jsonl",
         "rows.arrow",
     ]
-    assert sorted(path.name for path in output.iterdir()) == ["00000", "00001", "00002", "00003"]
+    assert sorted(path.name for path in output.iterdir()) == [f"{n:05d}" for n in range(5)]
 
 
 @pytest.mark.parametrize("make", [zipped, tarred])
@@ -170,6 +173,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(
 
 TWO = tarred({"a.jsonl": ROW, "b.jsonl": ROW})  # a header and a block each
 DAMAGED = {
+    "of-cut-zst.tar": tarred({"a.jsonl.zst": zst(ROW * 99)[:-3]}),
     "a.jsonl.gz": gz(ROW * 99)[:-9],
     "b.jsonl.gz": b"no gzip at all",
     "c.jsonl.gz": gz(ROW * 99)[:20] + b"\xff" * 9 + gz(ROW * 99)[29:],

@@ -14,6 +14,7 @@ from stages.identity import canonical_json
 from stages.sources import remote
 from stages.stage import Part
 from tests.stages.fetching import ROW, bring, home, pieces_of, shards, work_of
+from tests.stages.test_fetch_unpack import gz, tarred, zst
 from tests.stages.web_server import Page, Web, web_server
 
 __all__ = ["home"]
@@ -247,6 +248,15 @@ class TestCredentials:
     def test_only_headers(self, web: Web) -> None:
         with pytest.raises(UserError, match="has `headers` only, not anon"):
             found_at(web, Page(ROWS), storage_options={"anon": True})
+
+
+@pytest.mark.parametrize("name", ["/a.jsonl.gz", "/a.jsonl.zst", "/a.tar", "/a.tar.gz", "/a.tar.zst"])
+def test_the_first_rows_of_what_is_packed(web: Web, tmp_path: Path, name: str) -> None:
+    data = tarred({"a.jsonl": ROWS}) if ".tar" in name else ROWS
+    page = Page(gz(data) if name.endswith("gz") else zst(data) if name.endswith("zst") else data)
+    part = found_at(web, page, name, first=2900)
+    page.break_after = len(page.data) // 3
+    assert whole(bring(part, tmp_path / "out")) == b"".join(ROWS.splitlines(keepends=True)[:2900])
 
 
 def test_the_first_rows_of_a_long_file_need_not_the_rest(web: Web, tmp_path: Path) -> None:
