@@ -19,7 +19,19 @@ from stages.sources import Found, hub, remote, urls
 from stages.sources.batches import batches, cut_batches
 from stages.sources.digests import digests
 from stages.sources.pieces import Pieces, cut
-from stages.sources.unpack import ARCHIVES, KINDS, ROWS, SUFFIXES, Budget, clear_errors, members, suffix_of, unpacked
+from stages.sources.unpack import (
+    ARCHIVES,
+    KINDS,
+    ROWS,
+    SUFFIXES,
+    Budget,
+    clear_errors,
+    has_rows,
+    hidden,
+    members,
+    suffix_of,
+    unpacked,
+)
 from stages.stage import Facts, Work
 
 NEED_SEEKING = (".parquet", ".arrow", ".zip")
@@ -27,9 +39,6 @@ NEED_SEEKING = (".parquet", ".arrow", ".zip")
 
 SMALL = 256 << 10
 """Bytes that are hashed sooner than handed to a thread."""
-
-NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-"""What the datasets library saves beside the rows: no rows, though a folder is named."""
 
 
 def resolve(locations: Sequence[str], options: Mapping[str, Json], sha256: str | None, place: str) -> list[Found]:
@@ -78,16 +87,18 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
 def _local(location: str, place: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and suffix_of(p.name) and p.name not in NOT_ROWS)
-        paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        paths = sorted(p for p in path.rglob("*") if p.is_file() and has_rows(str(p.relative_to(path))))
         if not paths:
             raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
     elif path.exists():
         paths = [path]
     elif any(mark in location for mark in "*?["):
-        paths = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
+        matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        paths = sorted(p for p in matching if p.is_file() and not hidden(str(p), str(path)))
         if not paths:
-            raise UserError(f"{place}: nothing matches {location} (looked from {Path.cwd()})")
+            raise UserError(
+                f"{place}: nothing matches {location} (looked from {Path.cwd()}; hidden files do not count)"
+            )
     else:
         raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
     return [path.absolute() for path in paths]
@@ -227,17 +238,12 @@ def _cut_rows(stream: BinaryIO, suffix: str, budget: Budget, pieces: Pieces, wor
 
 
 class _Hashed:
-    """A file that is hashed as it is read, in a thread of its own. `closed` and `close` are for Arrow."""
+    """A file that is hashed as it is read, in a thread of its own."""
 
     def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
         self.file, self.told, self.digest, self.done = file, told, hashlib.sha256(), 0
         self.hasher = ThreadPoolExecutor(1)
         self.hashing: Future[None] | None = None
-
-    closed = False
-
-    def close(self) -> None:
-        """The file is closed by who opened it."""
 
     def read(self, size: int = remote.CHUNK) -> bytes:
         data = self.file.read(size)

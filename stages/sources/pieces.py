@@ -115,6 +115,7 @@ def _first_lines(chunks: Iterable[bytes], pieces: Pieces) -> Iterator[bytes]:
                     return
             begin = end
         yield chunk
+    pieces.took(not blank)  # the last line need not end in a line break, and the next file goes on counting
 
 
 def _cut_lines(chunks: Iterable[bytes], suffix: str, pieces: Pieces) -> None:

@@ -11,8 +11,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 from stages.errors import UserError
 
@@ -25,6 +26,11 @@ ROWS = (*KINDS, *(kind + packing for kind in KINDS[:3] for packing in PACKINGS))
 SUFFIXES = (*ROWS, *ARCHIVES)
 """All that can be read."""
 
+NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""What the datasets library saves beside the rows: no rows, though the folder around it is named."""
+HIDDEN = (".", "__MACOSX")
+"""How names begin that editors, notebooks and systems give to files of their own."""
+
 RATIO = 250
 """How many times its own size a file may unpack to; text rarely goes beyond 30."""
 ALWAYS = 64 << 20
@@ -34,6 +40,26 @@ ALWAYS = 64 << 20
 def suffix_of(name: str, known: tuple[str, ...] = SUFFIXES) -> str:
     """The longest known suffix of a file's name, or nothing."""
     return next((suffix for suffix in sorted(known, key=len, reverse=True) if name.lower().endswith(suffix)), "")
+
+
+def hidden(name: str, pattern: str = "") -> bool:
+    """Whether a path leads to a hidden file, or through a hidden folder.
+
+    Where a glob found it, what stands in the glob before the first wildcard was asked for, and so was a part like
+    `.cache*`, which has the dot itself.
+    """
+    asked = PurePosixPath(pattern).parts
+    fixed = next((number for number, part in enumerate(asked) if any(mark in part for mark in "*?[")), 0)
+    wanted = [part for part in asked[fixed:] if part.startswith(HIDDEN)]
+    return any(
+        part.startswith(HIDDEN) and not any(fnmatchcase(part, one) for one in wanted)
+        for part in PurePosixPath(name).parts[fixed:]
+    )
+
+
+def has_rows(name: str, known: tuple[str, ...] = SUFFIXES) -> bool:
+    """Whether a file is taken that nobody named, only the folder or archive in which this is its path."""
+    return bool(suffix_of(name, known)) and PurePosixPath(name).name not in NOT_ROWS and not hidden(name)
 
 
 class _Limited:
@@ -72,9 +98,21 @@ def unpacked(stream: BinaryIO, suffix: str, budget: Budget) -> BinaryIO:
     if suffix.endswith(".zst"):
         import pyarrow as pa
 
-        unpacking = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
+        unpacking = pa.CompressedInputStream(pa.PythonFile(_ForArrow(stream), "r"), "zstd")
         return cast(BinaryIO, _Limited(cast(BinaryIO, _Zstandard(unpacking)), budget))
     return stream
+
+
+class _ForArrow:
+    """Any stream as Arrow takes one, which asks whether it is closed and closes it: that is for who opened it."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.read = stream.read
+
+    def close(self) -> None:
+        """Leaves the stream open."""
 
 
 class _Zstandard:
@@ -121,8 +159,23 @@ def members(stream: BinaryIO, suffix: str, budget: Budget) -> Iterator[tuple[str
         return
     import tarfile
 
+    class Entry(tarfile.TarInfo):
+        """A member; none is left only where the zeros stand that end a tar."""
+
+        @classmethod
+        def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+            try:
+                return super().fromtarfile(tar)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its types know only what it documents
+                raise
+            except tarfile.HeaderError as error:  # which the library takes for the end once it had one member
+                raise tarfile.ReadError(
+                    f"byte {tar.offset} begins neither a file nor the zeros that end an archive ({error}). "
+                    "Copy it here once more, or pack it again"
+                ) from error
+
     outer = unpacked(stream, suffix, Budget(budget.name, budget.packed))  # a budget of its own: bytes count once
-    with tarfile.open(fileobj=outer, mode="r|") as tar:
+    with tarfile.open(fileobj=outer, mode="r|", tarinfo=Entry) as tar:
         for entry in tar:
             if not entry.isdir():
                 _check(entry.name, entry.isreg(), budget.name)
@@ -132,10 +185,7 @@ def members(stream: BinaryIO, suffix: str, budget: Budget) -> Iterator[tuple[str
 
 
 def _member(name: str, stream: BinaryIO, budget: Budget) -> tuple[str, BinaryIO | None]:
-    hidden = any(step.startswith((".", "__MACOSX")) for step in PurePosixPath(name).parts if step != ".")
-    if hidden or not suffix_of(name, ROWS):
-        return name, None
-    return name, cast(BinaryIO, _Limited(stream, budget))
+    return name, cast(BinaryIO, _Limited(stream, budget)) if has_rows(name, ROWS) else None
 
 
 def _check(name: str, regular: bool, archive: str) -> None:

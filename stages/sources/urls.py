@@ -8,7 +8,7 @@ from stages.errors import UserError
 from stages.identity import Json, canonical_json, sha256_text
 from stages.sources import Found, credentials
 from stages.sources.remote import OpenAt, Passing
-from stages.sources.unpack import suffix_of
+from stages.sources.unpack import has_rows, hidden, suffix_of
 
 BLOCK = 8 << 20
 """Bytes asked for at once: what a connection that breaks costs at most."""
@@ -51,9 +51,10 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
     fs, path = filesystem(location, options, place)
     try:
         if "*" in path or "[" in path:
-            infos = fs.glob(path, detail=True)
+            infos = {name: info for name, info in fs.glob(path, detail=True).items() if not hidden(name, path)}
         elif not suffix_of(path) and fs.isdir(path):
-            infos = {name: info for name, info in fs.find(path, detail=True).items() if suffix_of(name)}
+            below = fs.find(path, detail=True).items()
+            infos = {name: info for name, info in below if has_rows(name.removeprefix(path))}
         else:
             infos = {path: fs.info(path)}
     except Exception as error:  # each of fsspec's file systems has errors of its own
@@ -61,7 +62,7 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
         raise UserError(f"{place}: cannot read {location}: {told}") from error
     found = [info for _, info in sorted(infos.items()) if info["type"] == "file"]
     if not found:
-        raise UserError(f"{place}: nothing matches {location}")
+        raise UserError(f"{place}: nothing matches {location} (hidden files do not count)")
     chain = location.partition("::")
     return [
         Found(

@@ -107,6 +107,24 @@ class TestFiles:
             (home / name).write_bytes(ROW)
         assert names(shards({"files": "d"})) == ["b.json", "a.parquet"]
 
+    def test_a_glob_takes_hidden_files_only_where_it_has_their_dot(self, home: Path) -> None:
+        for name in ("a", ".ipynb_checkpoints/b", "._a", "deep/c", "deep/.old", ".cache/.in/d"):
+            (home / ".d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / ".d" / f"{name}.jsonl").write_bytes(ROW)
+
+        def found(*files: str) -> list[str]:
+            return names(shards({"files": list(files)}))
+
+        # The folder's own dot was written out, here and from above.
+        assert found(".d/*.jsonl") == found("../home/.d/*.jsonl") == found(f"{home}/.d/*.jsonl") == ["a.jsonl"]
+        assert found(".d/**/*.jsonl") == found("[.]d/../.d/**/*.jsonl") == ["a.jsonl", "c.jsonl"]
+        assert found(".d/**/.o*.jsonl") == [".old.jsonl"]
+        assert found(".d/.*/*.jsonl") == ["b.jsonl"]
+        assert found(".d/.cache/**/.i*/*.jsonl") == ["d.jsonl"]
+        assert found(".d/._a.jsonl") == ["._a.jsonl"]
+        with pytest.raises(UserError, match=r"nothing matches \.d/\?_\*\.jsonl .*hidden files do not count"):
+            shards({"files": ".d/?_*.jsonl"})
+
     def test_a_file_named_twice_is_read_once(self, home: Path) -> None:
         (home / "d").mkdir()
         (home / "d" / "a.jsonl").write_bytes(ROW)
@@ -242,8 +260,10 @@ class TestUrls:
         fs = s3fs.S3FileSystem(skip_instance_cache=True)
         for name in ("b", "a"):
             fs.pipe_file(f"{s3.bucket}/data/{name}.jsonl", ROW + name.encode())
-        fs.pipe_file(f"{s3.bucket}/data/README.md", b"x")
-        for location in (f"s3://{s3.bucket}/data/*.jsonl", f"s3://{s3.bucket}/data"):
+        for name in ("README.md", "state.json", ".old.jsonl", ".ipynb_checkpoints/a.jsonl"):
+            fs.pipe_file(f"{s3.bucket}/data/{name}", b"x")
+        assert names(shards({"files": f"s3://{s3.bucket}/data/**/.o*.jsonl"})) == [".old.jsonl"]
+        for location in (f"s3://{s3.bucket}/data{below}" for below in ("/**/*.jsonl", "/*.jsonl", "")):
             found = shards({"files": location})
             assert names(found) == ["a.jsonl", "b.jsonl"]
         assert s3.bucket not in canonical_json([dict(part.config) for part in found])

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,23 @@ def test_only_the_first_rows(place: Any, rows: Any, first: int, kind: str) -> No
 def test_only_the_first_records_of_csv(tmp_path: Path) -> None:
     data = b"a,b\n" + b"\n".join(b'%d,"x\ny"\n' % n for n in range(30))
     assert [row["a"] for _, row in rows_of(cut_into(tmp_path / "out", data, ".csv", 7))] == [str(n) for n in range(7)]
+
+
+@pytest.mark.parametrize("end", ["", " ", "\n", "\n\n"])
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("first", [4, 5, 6, 10, 11, 99])
+def test_the_first_rows_of_several_files_however_these_end(
+    home: Path, tmp_path: Path, end: str, archive: bool, first: int
+) -> None:
+    all_rows = [{"n": n} for n in range(15)]
+    for number in range(3):
+        lines = [json.dumps(row) for row in all_rows[number * 5 :][:5]]
+        (home / f"{number}.jsonl").write_text("\n".join(lines) + end)
+    with tarfile.open(home / "a.tar", "w") as tar:
+        for number in range(3):
+            tar.add(home / f"{number}.jsonl", f"{number}.jsonl")
+    [part] = shards({"files": "a.tar" if archive else "*.jsonl", "first": first})
+    assert [row for _, row in rows_of(bring(part, tmp_path / "out"))] == all_rows[:first]
 
 
 def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:

@@ -86,8 +86,11 @@ FILES = {
     "b/train.jsonl": ROW,
     "b/more.csv": CSV,
     "b/list.json.gz": gz(b'[{"text": "hi"}]'),
+    "b/packed.jsonl.zst": zst(ROW),
     "table.parquet": parquet(3),
     "README.md": b"about",
+    "b/dataset_info.json": b"{}",
+    "b/.ipynb_checkpoints/train.jsonl": ROW,
     "__MACOSX/b/._train.jsonl": b"\0\0",
 }
 
@@ -109,15 +112,17 @@ def test_an_archive_is_read_file_by_file(home: Path, tmp_path: Path, name: str, 
         "b/train.jsonl",
         "b/more.csv",
         "b/list.json.gz",
+        "b/packed.jsonl.zst",
         "table.parquet",
     ]
     assert [path.name for path in sorted(output.glob("*/rows.*"))] == [
         "rows.jsonl",
         "rows.csv",
         "rows.json",
+        "rows.jsonl",
         "rows.arrow",
     ]
-    assert sorted(path.name for path in output.iterdir()) == ["00000", "00001", "00002", "00003"]
+    assert sorted(path.name for path in output.iterdir()) == [f"{n:05d}" for n in range(5)]
 
 
 @pytest.mark.parametrize("make", [zipped, tarred])
@@ -166,7 +171,9 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(
     assert sum(path.stat().st_size for path in tmp_path.rglob("rows.*")) < 64 << 20
 
 
+TWO = tarred({"a.jsonl": ROW, "b.jsonl": ROW})  # a header and a block each
 DAMAGED = {
+    "of-cut-zst.tar": tarred({"a.jsonl.zst": zst(ROW * 99)[:-3]}),
     "a.jsonl.gz": gz(ROW * 99)[:-9],
     "b.jsonl.gz": b"no gzip at all",
     "c.jsonl.gz": gz(ROW * 99)[:20] + b"\xff" * 9 + gz(ROW * 99)[29:],
@@ -176,6 +183,11 @@ DAMAGED = {
     "b.zip": zipped({"a.jsonl": ROW * 99}).replace(b"\x03\x00", b"\x07\x7f", 1)[:40] + b"\0" * 400,
     "a.tar": tarred({"a.jsonl": ROW * 99})[:900],
     "b.tar": b"no tar at all" * 99,
+    "at-a-border.tar": TWO[:1024],
+    "in-a-header.tar": TWO[:1100],
+    "other-bytes.tar": TWO[:1024] + b"x" * 512 + TWO[1536:],
+    "at-a-border.tar.gz": gz(TWO[:1024]),
+    "at-a-border.tar.zst": zst(TWO[:1024]),
     "a.tar.gz": gz(tarred({"a.jsonl": ROW * 99}))[:-12],
     "a.tar.zst": zst(tarred({"a.jsonl": ROW * 99}))[:-3],
 }
@@ -185,6 +197,16 @@ DAMAGED = {
 def test_what_is_damaged_is_told(home: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is damaged, or cut short"):
         brought(home, tmp_path, name, DAMAGED[name])
+
+
+def test_a_tar_says_where_it_breaks_off(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.tar is .*byte 1024 begins neither a file nor .*\. Copy it here once more"):
+        brought(home, tmp_path, "a.tar", TWO[:1024])
+
+
+def test_one_block_of_zeros_ends_a_tar(home: Path, tmp_path: Path) -> None:
+    output = brought(home, tmp_path, "a.tar", TWO[: 2048 + 512])
+    assert pieces_of(output) == [(1, ROW), (1, ROW)]
 
 
 def test_a_zip_with_a_password(home: Path, tmp_path: Path) -> None:

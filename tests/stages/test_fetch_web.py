@@ -14,6 +14,7 @@ from stages.identity import canonical_json
 from stages.sources import remote
 from stages.stage import Part
 from tests.stages.fetching import ROW, bring, home, pieces_of, shards, work_of
+from tests.stages.test_fetch_unpack import gz, tarred, zst
 from tests.stages.web_server import Page, Web, web_server
 
 __all__ = ["home"]
@@ -71,6 +72,29 @@ def test_a_connection_that_breaks_in_the_middle_is_gone_on_with(
     assert whole(bring(part, tmp_path / "out")) == ROWS
     asked = [f"bytes={n * third}-" if n else "" for n in range(4 if len(ROWS) % 3 else 3)]
     assert web.ranges() == (asked if ranges else asked[:2])
+
+
+@pytest.mark.parametrize("instead", [{"range_from": 0}, {"range_from": len(ROWS) - 10}, {"range_told": False}])
+@pytest.mark.parametrize("first", [None, 2900])
+def test_another_part_than_was_asked_for_is_not_taken_for_it(
+    web: Web, tmp_path: Path, instead: dict[str, Any], first: int | None
+) -> None:
+    page = Page(ROWS)
+    part = found_at(web, page, first=first)
+    for name, value in instead.items():
+        setattr(page, name, value)
+    page.break_after, page.after = 1000, lambda: setattr(page, "break_after", None)
+    web.asked.clear()
+    assert whole(bring(part, tmp_path / "out")) == b"".join(ROWS.splitlines(keepends=True)[:first])
+    assert web.ranges() == ["", "bytes=1000-"] + [""] * (instead != {"range_from": 0})
+
+
+def test_a_server_that_never_gives_the_beginning_is_given_up(web: Web, tmp_path: Path) -> None:
+    page = Page(ROWS)
+    part = found_at(web, page)
+    page.range_from, page.never_whole = 10, True
+    with pytest.raises(UserError, match=r"a\.jsonl: the server gives another part than .* byte 0 on \(6 attempts\)"):
+        bring(part, tmp_path / "out")
 
 
 def test_what_an_attempt_left_is_not_downloaded_again(web: Web, tmp_path: Path) -> None:
@@ -224,6 +248,15 @@ class TestCredentials:
     def test_only_headers(self, web: Web) -> None:
         with pytest.raises(UserError, match="has `headers` only, not anon"):
             found_at(web, Page(ROWS), storage_options={"anon": True})
+
+
+@pytest.mark.parametrize("name", ["/a.jsonl.gz", "/a.jsonl.zst", "/a.tar", "/a.tar.gz", "/a.tar.zst"])
+def test_the_first_rows_of_what_is_packed(web: Web, tmp_path: Path, name: str) -> None:
+    data = tarred({"a.jsonl": ROWS}) if ".tar" in name else ROWS
+    page = Page(gz(data) if name.endswith("gz") else zst(data) if name.endswith("zst") else data)
+    part = found_at(web, page, name, first=2900)
+    page.break_after = len(page.data) // 3
+    assert whole(bring(part, tmp_path / "out")) == b"".join(ROWS.splitlines(keepends=True)[:2900])
 
 
 def test_the_first_rows_of_a_long_file_need_not_the_rest(web: Web, tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ class Page:
     data: bytes
     headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"1"'})
     ranges: bool = True
+    range_from: int | None = None
+    """Where each range begins instead of where it was asked for."""
+    range_told: bool = True
+    """Whether `Content-Range` says which part it is."""
+    never_whole: bool = False
+    """Who asks for all gets a range, too."""
     break_after: int | None = None
     """Bytes of each answer after which the connection breaks; headers promise the rest too."""
     refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
@@ -87,12 +93,14 @@ def web_server() -> Iterator[Web]:
             if ranged:
                 first, _, last = asked["range"].removeprefix("bytes=").partition("-")
                 begin, end = int(first), min(end, int(last) + 1) if last else end
+            if page.range_from is not None and (ranged or page.never_whole):
+                ranged, begin = True, page.range_from
             if ranged and begin >= len(page.data):
                 self.plain(416, {"Content-Range": f"bytes */{len(page.data)}"})
                 return
             body = page.data[begin:end]
             self.send_response(206 if ranged else 200)
-            if ranged:
+            if ranged and page.range_told:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(page.data)}")
             for name, value in page.headers.items():
                 self.send_header(name, value)
