@@ -13,7 +13,8 @@ or double quotes, numbers, true, false, null, and lists. Operators, the loosest 
 It is no Python: it has no names but the row's, no attributes, calls or loops of its own, so it ends after as many steps
 as it has signs, each linear in the row at most. Nothing is taken for true or false but true and false, numbers and text
 do not compare, and a field that a row lacks is an error unless `has` asked for it: a misspelt name keeps or drops
-nothing in silence. Equality is JSON's: 1 is 1.0, and neither is true.
+nothing in silence. Equality is JSON's: 1 is 1.0, and neither is true. What JSON does not have, such as a Parquet file's
+dates, decimals and bytes, equals its own kind only: to ask whether it is of another, null apart, is an error.
 """
 
 import operator
@@ -324,7 +325,11 @@ def _truth(value: Any, what: str) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if _kind(a) != _kind(b):
+    kind, other = _kind(a), _kind(b)
+    if kind != other:
+        # No expression can say a date: "2024-05-01" beside one is a mistake, which would keep or drop all rows.
+        if a is not None and b is not None and not (type(a) in _KINDS and type(b) in _KINDS):
+            raise WrongType(f"cannot compare {kind} with {other}: expected two values of one kind")
         return False
     if isinstance(a, list):
         return len(a) == len(b) and all(map(_equal, a, b))

@@ -6,13 +6,14 @@ decides whether to stop there.
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages import exact_json
 from stages.errors import UserError
 from stages.formats import BadRow
+from stages.sources.batches import retyped
 
 LONGEST = 1 << 28
 """Bytes that a line, or one field of a CSV file, may have: a row must fit into memory several times."""
@@ -94,6 +95,7 @@ def _csv(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _must_differ(reader.fieldnames or ())
             for row in reader:
                 place = f"line {first - 1 + reader.line_num}"
                 if None in row or None in row.values():
@@ -135,12 +137,75 @@ def _arrow(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
 def _numbered(batches: Iterator[Any], first: int) -> Iterator[tuple[Place, Row | BadRow]]:
     number = first
     for batch in batches:
+        _must_differ(batch.schema.names)
         objects = [field.name for field in batch.schema if _has_objects(field.type)]
-        for row in batch.to_pylist():
-            for name in objects:
-                row[name] = _without_nulls(row[name])
+        for row in _rows_of(batch):
+            if isinstance(row, dict):
+                for name in objects:
+                    row[name] = _without_nulls(row[name])
             yield f"row {number}", row
             number += 1
+
+
+def _must_differ(names: Sequence[str]) -> None:
+    """Raises _Unreadable for two columns of one name. Those without any are left: nothing in a recipe can mean them."""
+    seen: set[str] = set()
+    for name in names:
+        if name and name in seen:
+            raise _Unreadable(f" has two columns named {name!r}: expected names that differ; rename or leave out one")
+        seen.add(name)
+
+
+_CANNOT = (ValueError, ArithmeticError, LookupError, NotImplementedError)
+"""What Arrow raises, or Python where Arrow asks it, for a value that Python's types cannot hold."""
+
+
+def _rows_of(batch: Any) -> list[Row | BadRow]:
+    try:
+        rows: list[Row | BadRow] = batch.to_pylist()
+        return rows
+    except _CANNOT:  # seldom, and then slowly: column by column
+        columns = {name: _values(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return [_row(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _row(values: Row) -> Row | BadRow:
+    return next((value for value in values.values() if isinstance(value, BadRow)), values)
+
+
+def _values(name: str, column: Any) -> list[Any]:
+    """A column's values: with its times as text if Python's cannot hold one, a `BadRow` in the place of any other."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except _CANNOT as error:
+        told = error
+    try:
+        values = _times_as_text(column).to_pylist()
+        return values
+    except _CANNOT:
+        if len(column) > 1:
+            return [value for row in range(len(column)) for value in _values(name, column.slice(row, 1))]
+    if isinstance(told, UnicodeDecodeError):
+        return [BadRow("not UTF-8", f"{name} is not UTF-8 text: {told}")]
+    return [BadRow("unreadable value", f"{name} holds what cannot be read: {told}; leave the column out of the file")]
+
+
+def _times_as_text(column: Any) -> Any:
+    """Python's times have no nanoseconds, no year 10000 and not every time zone; Arrow's text has."""
+    import pyarrow as pa
+
+    def text(kind: Any) -> Any:
+        return pa.string() if pa.types.is_temporal(kind) else kind
+
+    def in_utc(kind: Any) -> Any:
+        return pa.timestamp(kind.unit, "UTC") if pa.types.is_timestamp(kind) and kind.tz else kind
+
+    try:
+        return column.cast(retyped(column.type, text))
+    except pa.ArrowInvalid:  # Arrow does not know the time zone either; what it stores is UTC
+        column = column.cast(retyped(column.type, in_utc))
+        return column.cast(retyped(column.type, text))
 
 
 def _has_objects(kind: Any) -> bool:

@@ -12,12 +12,16 @@
 
 `{column}` stands for what the column holds, `{a[b]}` and `{a[0]}` for what is inside it, `{{` and `}}` for braces. Of
 several texts the first is taken whose columns all hold something; without any, an `optional` turn is left out and
-another is a bad row. Turns of role `text` are raw text, without a chat template. A `tools` column is offered as tools.
+another is a bad row. Null, NaN, and empty texts, lists and objects are nothing. Turns of role `text` are raw text,
+without a chat template. A `tools` column is offered as tools.
 """
 
+import datetime
 import json
+import math
 import re
 import string
+from decimal import Decimal
 from functools import cache
 from typing import Any, Literal
 
@@ -26,7 +30,7 @@ from pydantic import Field, field_validator, model_validator
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import offered
 from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
-from stages.row_fields import listed
+from stages.row_fields import kind_of, listed
 from stages.stage import StageConfig
 
 Path = tuple[str | int, ...]
@@ -127,10 +131,29 @@ def _filled(row: Row, taken: Pieces) -> str | None:
         said.append(literal)
         if path is not None:
             value = _inside(row, path)
-            if value is None or value == "":
+            if value is None or value in ("", [], {}) or (isinstance(value, float) and math.isnan(value)):
                 return None
-            said.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            said.append(_said(value, path))
     return "".join(said)
+
+
+def _said(value: Any, path: Path) -> str:
+    """What a column holds, as text. Raises BadRow."""
+
+    def other(value: Any) -> str:
+        if isinstance(value, Decimal):
+            return f"{value:f}"  # `str` may give an exponent
+        if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+            return str(value)
+        name = str(path[0]) + "".join(f"[{key}]" for key in path[1:])
+        expected = "expected text, a number, true or false, a time, or lists and objects of these"
+        raise BadRow("wrong type", f"{name} holds {kind_of(value)}: {expected}; name no such column in options.turns")
+
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=other)
+    return other(value)
 
 
 def _inside(row: Row, path: Path) -> Any:

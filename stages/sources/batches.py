@@ -3,7 +3,7 @@
 A piece is an Arrow IPC file, compressed, in batches of at most 1024 rows, without dictionaries and schema metadata.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from stages.sources.pieces import CHUNK, PIECE, Pieces
@@ -70,8 +70,39 @@ def plain(batch: Any) -> Any:
     """The batch without schema metadata, and with dictionaries written out: a file can hold one of a column only."""
     import pyarrow as pa
 
-    arrays = [a.dictionary_decode() if pa.types.is_dictionary(a.type) else a for a in batch.columns]
-    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+    return pa.RecordBatch.from_arrays(list(map(_written_out, batch.columns)), names=batch.schema.names)
+
+
+def _written_out(array: Any) -> Any:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = retyped(array.type, lambda kind: kind)
+    try:
+        return array if kind == array.type else array.cast(kind)
+    except pa.ArrowNotImplementedError:  # a dictionary of lists or objects within others: a file can hold one
+        return array
+
+
+def retyped(kind: Any, made: Callable[[Any], Any]) -> Any:
+    """An Arrow type with what `made` makes of each type within it that holds no others, and without dictionaries."""
+    import pyarrow as pa
+
+    def inner(field: Any) -> Any:
+        return field.with_type(retyped(field.type, made))
+
+    if pa.types.is_dictionary(kind):
+        return retyped(kind.value_type, made)
+    if pa.types.is_struct(kind):
+        return pa.struct([inner(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(inner(kind.key_field), inner(kind.item_field), kind.keys_sorted)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(inner(kind.value_field), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(inner(kind.value_field))
+    return pa.list_(inner(kind.value_field)) if pa.types.is_list(kind) else made(kind)
 
 
 def _slices(batch: Any) -> Iterator[Any]:

@@ -237,6 +237,29 @@ class TestBatches:
         with pytest.raises(UserError, match=rf"{name} is not {name[2:].capitalize()}, or damaged"):
             bring(part, tmp_path / "out")
 
+    def test_dictionaries_within_other_columns_may_change_between_batches(self, home: Path, tmp_path: Path) -> None:
+        def batch(*roles: str) -> pa.RecordBatch:
+            coded = pa.array(roles).dictionary_encode()
+            turns = pa.StructArray.from_arrays([coded, pa.array(["x"] * len(roles))], names=["role", "content"])
+            lists = {
+                "turns": pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), turns),
+                "large": pa.LargeListArray.from_arrays(pa.array([0, 1, 2], pa.int64()), coded),
+                "fixed": pa.FixedSizeListArray.from_arrays(coded, 1),
+                "map": pa.MapArray.from_arrays(pa.array([0, 1, 2], pa.int32()), pa.array(["k"] * 2), coded),
+            }
+            return pa.RecordBatch.from_pydict(lists)
+
+        given = [batch("user", "assistant"), batch("system", "user")]
+        with pa.OSFile(str(home / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, given[0].schema) as writer:
+            for one in given:
+                writer.write_batch(one)
+        [part] = shards({"files": "a.arrow"})
+        output = bring(part, tmp_path / "out")
+        assert [row for _, row in rows_of(output)] == [row for one in given for row in one.to_pylist()]
+        for piece in output.glob("*/rows.arrow"):
+            with pa.memory_map(str(piece)) as source:
+                assert "dictionary" not in str(pa.ipc.open_file(source).schema)
+
     def test_a_new_schema_begins_a_new_piece(self, tmp_path: Path) -> None:
         tables = [pa.table({"a": [1, 2]}), pa.table({"a": ["x"]}), pa.table({"b": [1.5]})]
         output = tmp_path / "out"

@@ -3,6 +3,8 @@
 import json
 import time
 from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,6 +125,27 @@ def test_a_row_that_it_does_not_apply_to_is_neither_kept_nor_dropped(text: str, 
 def test_numbers_that_are_none_are_never_in_order() -> None:
     row = {"n": json.loads("NaN")}
     assert not any(parse(f"n {sign} 1")(row) for sign in ("<", "<=", ">", ">=", "=="))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("day == '2024-05-01'", "cannot compare a date with text: expected two values of one kind"),
+        ("day != '2024-05-01'", "cannot compare a date with text"),
+        ("'2024-05-01' == day", "cannot compare text with a date"),
+        ("day in ['2024-05-01']", "cannot compare a date with text"),
+        ("days == ['2024-05-01']", "cannot compare a date with text"),
+        ("price == 1.5", "cannot compare a Decimal with a number"),
+        ("raw not in ['a']", "cannot compare a bytes with text"),
+        ("day == moment", "cannot compare a date with a datetime"),
+    ],
+)
+def test_what_json_does_not_have_never_differs_in_silence(text: str, says: str) -> None:
+    day = date(2024, 5, 1)
+    row = {"day": day, "days": [day], "moment": datetime(2024, 5, 1), "price": Decimal("1.5"), "raw": b"a"}
+    with pytest.raises(WrongType, match=says):
+        parse(text)(row)
+    assert parse("day == days[0] and day in days and price != null and not raw == null and day in [null, day]")(row)
 
 
 # The oracle: expressions as trees, said in the language and computed by a few lines of Python.

@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import pytest
@@ -337,6 +339,34 @@ class TestFields:
         ]
         bare = turns("fields", {"q": "Sum", "facts": [1], "a": {"n": 3}, "why": ""}, {"turns": self.TURNS})
         assert bare == [Turn("user", "Sum"), Turn("assistant", '{"n": 3}', TRAIN_YES)]
+
+    @pytest.mark.parametrize("nothing", [None, "", [], {}, float("nan")])
+    def test_the_first_text_is_taken_whose_columns_all_hold_something(self, nothing: Any) -> None:
+        own = {"turns": [{"role": "user", "text": ["{q} Context: {context}", "{q}"]}]}
+        assert turns("fields", {"q": "Sum", "context": nothing}, own) == [Turn("user", "Sum")]
+        for value, said in ((0, "0"), (False, "false"), ([None], "[null]"), (" ", " ")):
+            assert turns("fields", {"q": "Sum", "context": value}, own) == [Turn("user", f"Sum Context: {said}")]
+
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            (date(2024, 5, 1), "2024-05-01"),
+            (datetime(2024, 5, 1, 9, 30, tzinfo=UTC), "2024-05-01 09:30:00+00:00"),
+            (time(9, 30), "09:30:00"),
+            (timedelta(hours=1), "1:00:00"),
+            (Decimal("1.25"), "1.25"),
+            (Decimal("0E-8"), "0.00000000"),
+            ([{"on": date(2024, 5, 1), "paid": Decimal("1.50")}], '[{"on": "2024-05-01", "paid": "1.50"}]'),
+        ],
+    )
+    def test_what_json_does_not_have_is_written_as_text(self, value: Any, said: str) -> None:
+        assert turns("fields", {"d": value}, {"turns": [{"role": "user", "text": "{d}"}]}) == [Turn("user", said)]
+
+    @pytest.mark.parametrize("value", [b"x", [b"x"], {"x": [b"x"]}])
+    def test_what_has_no_text_is_told_with_its_column(self, value: Any) -> None:
+        says = r"d\[x\]\[0\] holds a bytes: expected text, a number, .*; name no such column in options\.turns"
+        with pytest.raises(BadRow, match=says):
+            turns("fields", {"d": {"x": [value]}}, {"turns": [{"role": "user", "text": "{d[x][0]}"}]})
 
     def test_a_column_that_holds_nothing_is_told(self) -> None:
         with pytest.raises(BadRow, match=r"the assistant's '{a}' has a column that holds nothing; the row has q"):
