@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 BARS = 36
 """Bars in the histogram of lengths, at most."""
+MANY_CONTAMINATED = 0.1
+"""Share of the rows that are left out as contaminated from which on that is more than a few leaks."""
 LONG_WINDED = 30
 """Times as many tokens as the assistant's from which on what users say looks like a mistake in the roles."""
 
@@ -120,6 +122,11 @@ def _warnings(report: Mapping[str, Any]) -> Iterator[str]:
     for source in report["sources"]:
         for warning in _of_source(source, report["kind"]):
             yield f"{source['name']}: {warning}"
+    if (count := report["dropped"].get("contaminated", 0)) > MANY_CONTAMINATED * report["rows"]:
+        yield (
+            f"{count:,} of {report['rows']:,} rows are left out because they hold the question of a held-out row: hold "
+            "out whole questions, as a source with `split: heldout`, or set pack.decontaminate: 0"
+        )
     if report["too_short"]:
         yield (
             f"{report['too_short']:,} held-out rows have a question that is too short, or whose words all stand in "
@@ -129,14 +136,15 @@ def _warnings(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
     said, sequences = source["said"], source["sequences"]
-    talks = set(said) - {"text"}
+    # Answers to prompts are still to come, and steps are raw text.
+    talks = set() if kind in ("prompt", "stepwise") else set(said) - {"text"}
     if source["trained_tokens"] and not source["endings"]:
         yield "no token that ends a turn trains, so the model would not learn to stop"
     elif count := source["turns_without_end"]:
         yield f"nothing ends {count:,} of the turns to learn, so the model would not learn to stop there"
-    if talks and not said.get("assistant") and kind != "prompt":
+    if talks and not said.get("assistant"):
         yield f"the assistant says nothing in it, only {_listed(sorted(talks))}: look at convert.roles"
-    elif said.get("user", 0) > LONG_WINDED * max(1, said.get("assistant", 0)) and kind != "prompt":
+    elif talks and said.get("user", 0) > LONG_WINDED * max(1, said.get("assistant", 0)):
         ratio = said["user"] / max(1, said.get("assistant", 0))
         yield f"users say {ratio:,.0f} times as much as the assistant: are the roles the right way round?"
     if count := source["opened"]:

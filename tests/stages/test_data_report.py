@@ -210,3 +210,9 @@ def test_turned_roles_are_said(tmp_path: Path) -> None:
     shard(tmp_path / "tokens", "turned/00000", [row(("user", 3), ("user", 4)) for _ in range(2)])
     packed = Packed(tmp_path / "tokens", tmp_path / "out", train_on="all")
     assert packed.report["warnings"][0] == "turned: the assistant says nothing in it, only user: look at convert.roles"
+
+
+def test_steps_are_no_missing_words_of_an_assistant(tmp_path: Path) -> None:
+    rows = [{**row(("user", 90), ("text", 2)), "extra": f'{{"labels": [{label}]}}'} for label in ("true", "false")]
+    shard(tmp_path / "tokens", "steps/00000", rows, kind="stepwise")
+    assert Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256).report["warnings"] == []

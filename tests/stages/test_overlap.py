@@ -217,8 +217,21 @@ def test_many_answers_to_one_question_are_no_wording(tmp_path: Path, held: int, 
     shard(tmp_path / "tokens", "probe/00000", rows, split="heldout")
     packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=512, train_on="all")
     assert packed.facts["dropped"] == {"contaminated": 12}
+    assert not any("hold out whole questions" in warning for warning in packed.report["warnings"])
     assert packed.rows() == {("chat/00000", n) for n in range(240) if n // 12 != 7}
     assert packed.report["too_short"] == 0
+
+
+def test_rows_that_share_their_questions_with_many_held_out_ones_are_told_of(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    asks = [tokens(random, 60) for _ in range(20)]
+    shard(tmp_path / "tokens", "chat/00000", [answered("chat", ask, random) for ask in asks for _ in range(12)])
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256, heldout_fraction=0.05)
+    count = packed.facts["dropped"]["contaminated"]
+    assert count > 24
+    assert f"{count} of 240 rows are left out because they hold the question of a held-out row" in " ".join(
+        packed.report["warnings"]
+    )
 
 
 def test_the_one_question_that_all_rows_answer_is_wording(tmp_path: Path) -> None:
