@@ -140,17 +140,10 @@ class Chat:
 
     def _ends(self, network: Any) -> list[int]:
         """Tokens that end an answer: the model's own, and what ends a turn in its template."""
-        from stages import chat_template
-        from stages.tokenizer_files import read_tokenizer
+        from stages.turn_end import turn_end, with_end
 
-        own = network.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        if self.chats:
-            folder = Path(self.tokenizer.name_or_path)
-            for text in chat_template.load(read_tokenizer(folder), self.tokenizer.chat_template).endings:
-                ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-                ends |= set(ids) if len(ids) == 1 else set()
-        return sorted(end for end in ends if end is not None)
+        own = with_end(network.generation_config.eos_token_id, turn_end(Path(self.tokenizer.name_or_path)))
+        return with_end(own, self.tokenizer.eos_token_id)
 
 
 def load(tuned: Path, base: Path | None, device: Device, sampling: Sampling, system: str = "") -> Chat:

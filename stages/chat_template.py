@@ -36,6 +36,8 @@ class Template:
     """The beginning of `prompt`, up to its first control token."""
     endings: tuple[str, ...] = ()
     """Texts that end a turn."""
+    answer_end: str = ""
+    """The one that ends a plain answer of the assistant's."""
     calls: Calls | None = None
     """How it takes tool calls; None where it knows none."""
 
@@ -96,6 +98,7 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         prompt=prompt,
         header=_ending(prompt, control) or prompt,
         endings=tuple(sorted(endings)),
+        answer_end=_ending(after_answer, control),
         calls=calls,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from stages import arithmetic
 from stages.errors import UserError
+from stages.turn_end import turn_end, with_end
 
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -79,6 +80,10 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
         raise UserError(f"the model's tokenizer does not load: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if network.can_generate():
+        # The model before training too, whose folder does not say so itself: both answers end by the same rule.
+        own = network.generation_config
+        own.eos_token_id = with_end(own.eos_token_id, turn_end(folder)) or None
     return Model(network, tokenizer)
 
 

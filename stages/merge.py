@@ -9,7 +9,8 @@ allows). A merge that lost the training, or part of it, fails here and not in pr
 
 After full fine-tuning the weights are passed on. A head that was trained in place of the one for words (`stages.heads`)
 then makes the folder a classifier's. All other files (config, tokenizer, chat template) are the model's
-own, byte for byte.
+own, byte for byte, but for generation_config.json where it lacks what ends a turn of the chat template
+(`stages.turn_end`).
 """
 
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
+from stages.turn_end import put_end
 from stages.weight_files import tensors
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
 
     The chat template in the folder is the one that the data was rendered with (`inputs["templates"]`, one copy a
     shard): what is asked later must look like what was trained on. What closes the steps that a process reward model
-    judges comes from there too, and goes into its config.json.
+    judges comes from there too, and goes into its config.json. What ends a turn in that template goes into
+    generation_config.json, or the model would not stop there.
 
     Writes a model folder and `merge.json`, the figures of the comparison. Raises UserError when the result is not the
     trained model.
@@ -97,6 +100,8 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     changed, count = _changed(inputs["model"], output)
     facts |= {"tensors": count, "changed_tensors": changed}
     _put_template(inputs["templates"], output)
+    if not head.exists():
+        put_end(output)
     if not changed:
         facts["warning"] = "training changed nothing: the result is identical to the model before training"
     (output / "merge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")

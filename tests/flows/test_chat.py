@@ -110,9 +110,11 @@ def test_an_answer_ends_where_a_turn_of_the_template_ends(pair: Chat) -> None:
     kept = network.generation_config.eos_token_id
     try:
         network.generation_config.eos_token_id = None  # as a base model's, which knows no turns
+        pair.tokenizer.eos_token = "<|im_start|>"
         assert end in pair._ends(network)
     finally:
         network.generation_config.eos_token_id = kept
+        pair.tokenizer.eos_token = "<|im_end|>"
 
 
 def test_one_question_on_the_command_line_and_piped(finished: Finished) -> None:

@@ -171,6 +171,27 @@ def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> Non
     assert not any(term in answer for term in stop for answer in ours)
 
 
+def test_answers_end_where_a_turn_of_the_template_ends(chat_model: Path, tmp_path: Path) -> None:
+    """Also of a model before training, whose own end is another token and whose folder does not know the template's."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(chat_model, tmp_path / "ends_otherwise")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_start|>"
+    tokenizer.save_pretrained(folder)
+    (a,), end = tokenizer("a")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    # It says "a", ends its turn, says "a", and so on.
+    settings = {"eos_token_id": 0, "pad_token_id": 0, "sequence_bias": [[[a], 1e3], [[a, end], 2e3]]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = generation.load(folder, "fp32", "cpu")
+    assert model.network.generation_config.eos_token_id == [0, end]
+    assert generation.generate(model, [model.prompt("q")], 8, [], 1, lambda done: None) == ["a"]
+    [theirs] = harness.exact_match(
+        model, [Example("q", "a")], Options(), 8, [], 1, tmp_path / "h", lambda done, total: None
+    )
+    assert (theirs.answer, theirs.score) == ("a", 1.0)
+
+
 def test_ignoring_case_keeps_the_answer_as_it_was_written(chat_model: Path, tmp_path: Path) -> None:
     model = generation.load(chat_model, "fp32", "cpu")
     answer = generation.generate(model, [model.prompt("sun")], 8, [], 2, lambda done: None)[0]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from stages import merge
+from stages import merge, templates
 from stages.errors import UserError
 from stages.identity import tree_of
 from stages.runtime import Runtime
@@ -237,3 +237,68 @@ def test_the_folder_carries_the_template_that_the_data_was_rendered_with(tmp_pat
     (templates / "b" / "chat_template.jinja").write_text("another")
     with pytest.raises(UserError, match="different chat templates"):
         run(tmp_path / "again", model, trained, templates)
+
+
+def chatml_model(folder: Path, eos: int | list[int]) -> Path:
+    """A model with ChatML's tokens (256 and 257) and a token of its own that ends a text (258)."""
+    tokens = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    tiny.save(folder, "LlamaConfig", vocab_size=259, eos_token_id=eos, pad_token_id=258)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, *tokens])}, merges=[]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    bare.add_special_tokens(tokens)
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token=tokens[2], pad_token=tokens[2]).save_pretrained(folder)
+    return folder
+
+
+def rendered_with(folder: Path, template: str) -> Path:
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["generation_config.json", "without it"])
+@pytest.mark.parametrize("full", [True, False], ids=["full", "lora"])
+def test_the_model_stops_where_a_turn_of_its_template_ends(tmp_path: Path, full: bool, written: bool) -> None:
+    model = chatml_model(tmp_path / "model", eos=258)
+    if full:
+        AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "trained/weights")
+    else:
+        make_adapter(tmp_path / "trained", model)
+    a, end = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(["a", "<|im_end|>"])
+    path = model / "generation_config.json"
+    if written:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "top_k": 7}))
+    else:
+        path.unlink()
+    run(tmp_path / "output", model, tmp_path / "trained", rendered_with(tmp_path / "t", templates.find("chatml").text))
+
+    settings = json.loads((tmp_path / "output/generation_config.json").read_text())
+    assert settings["eos_token_id"] == [258, end] and settings["pad_token_id"] == 258
+    assert settings.get("top_k") == (7 if written else None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    asked = torch.tensor([[5, 6, 7]])
+    bias = [[[a], 1e4], [[a, end], 2e4]]  # it says "a", ends its turn, says "a", and so on
+    made = merged.generate(asked, max_new_tokens=8, do_sample=False, sequence_bias=bias)
+    assert made[0, 3:].tolist() == [a, end]
+
+
+@pytest.mark.parametrize(
+    ("eos", "template"),
+    [
+        ([258, 257], templates.find("chatml").text),
+        (258, templates.find("zephyr").text),
+        (258, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"),
+        (258, "{% for m in messages %}{{ m.role }}: {{ m.content }}#{% endfor %}"),
+    ],
+    ids=["known", "the model's own", "nothing", "words"],
+)
+def test_a_template_that_ends_in_no_other_token_changes_no_stop(
+    tmp_path: Path, eos: int | list[int], template: str
+) -> None:
+    model = chatml_model(tmp_path / "model", eos)
+    trained = make_adapter(tmp_path / "trained", model)
+    run(tmp_path / "output", model, trained, rendered_with(tmp_path / "templates", template))
+    name = "generation_config.json"
+    assert (tmp_path / "output" / name).read_bytes() == (model / name).read_bytes()
