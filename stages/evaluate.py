@@ -398,7 +398,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=4,
+    version=5,
     config=EvaluateConfig,
     run=run,
     parts=parts,

@@ -328,4 +328,4 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     return changed, count
 
 
-STAGE = Stage(name="merge", artifact="weights", version=3, config=MergeConfig, run=run)
+STAGE = Stage(name="merge", artifact="weights", version=4, config=MergeConfig, run=run)
