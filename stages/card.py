@@ -25,10 +25,12 @@ SECRET_FORMS = re.compile(
 
 TASKS = {"reward": "text-classification", "process_reward": "token-classification"}
 """The Hub's names for what a model is for, by objective; of the others, text-generation."""
-CHAT = """
+ASKED = """
 from transformers import pipeline
-chat = pipeline("text-generation", model=".")  # this folder, or its name on the Hub
-print(chat([{"role": "user", "content": "Hello!"}])[0]["generated_text"][-1]["content"])
+model = pipeline("text-generation", model=".")  # this folder, or its name on the Hub
+chat = [{"role": "user", "content": "Hello!"}]
+text = chat if model.tokenizer.chat_template else "Once upon a time"  # a model of plain text has no template
+print(model(text, return_full_text=False)[0]["generated_text"])
 """
 LOADED = {
     "reward": """
@@ -48,7 +50,7 @@ text = tokenizer.apply_chat_template(
 print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1].softmax(-1)[1].item())
 """,
 }
-"""How a model is loaded and asked, by objective; of the others, `CHAT`."""
+"""How a model is loaded and asked, by objective; of the others, `ASKED`."""
 
 
 def redacted(text: str) -> str:
@@ -100,7 +102,7 @@ Gate: **{"passed" if gate["passed"] else "not passed"}**: {"; ".join(gate["reaso
 ## How to load
 
 ```python
-{LOADED.get(objective, CHAT).strip()}
+{LOADED.get(objective, ASKED).strip()}
 ```
 
 ## Data

@@ -7,7 +7,10 @@
 
 A task that a reward model scores has `"unbounded": true`: its values are means of numbers of any size and sign.
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
-excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences.
+excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences. What has
+`"too_few": true` comes of too few items for an interval, and is unclear.
+What is no number, of the base or the tuned model, has no entry (nor, of production, a comparison with it): it stands,
+with the models whose figures are none, in `"not_numbers": {"spelling": ["tuned"], ...}`.
 Held-out pairs of preferences are a task, `heldout_preferences`, whose entry also has "margin", with the models'
 log-probabilities of the chosen answer over the rejected one, in nats a token.
 Once a model stands in production, each entry also has its score and what the tuned model changes about it:
@@ -16,6 +19,7 @@ Once a model stands in production, each entry also has its score and what the tu
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +36,17 @@ OVER_PRODUCTION = "over_production"
 HELDOUT_LOSS = "heldout_loss"
 """What is measured beside the tasks: the loss over the plan's held-out rows."""
 
+TOLD = {HELDOUT_LOSS: "held-out loss"}
+"""What is not called as it is named."""
+
 UNBOUNDED = "unbounded"
 """Set for a task whose scores are rewards: no shares of 1, but numbers of any size and sign."""
+
+NOT_NUMBERS = "not_numbers"
+"""By task (or `heldout_loss`) the models whose figures are NaN or infinite, of which there is nothing to compare."""
+
+TOO_FEW = "too_few"
+"""Set for what comes of too few items for an interval (`stages.intervals.Interval`)."""
 
 CUT = "cut_questions"
 """How many questions, over all models, lost their beginning because they are longer than the model's context."""
@@ -61,19 +74,32 @@ class Item(NamedTuple):
 def compare(scores: Path) -> dict[str, Json]:
     """The scores of the models, from the folder that evaluate made. Without held-out rows, `heldout_loss` is null."""
     tasks: dict[str, Json] = {}
+    broken: dict[str, list[str]] = {}
     checks = {"scored_twice": 0, "agreeing": 0, CUT: 0}
     for name in _tasks(scores):
         items = list(_items(scores, name))
         unbounded = json.loads((scores / BASE / name / "scores.json").read_text()).get(UNBOUNDED, False)
+        found = _field(scores, "margins") if name == HELDOUT_LOSS else {}
+        margins = found if all(found.values()) else {}
         for leaf in dict.fromkeys(item.task for item in items):
-            tasks[leaf] = _compared([item for item in items if item.task == leaf], unbounded)
-        if name == HELDOUT_LOSS and (margins := _margins(scores)):
-            tasks[items[0].task]["margin"] = margins
+            answered = [item for item in items if item.task == leaf]
+            figures = _figures(answered)
+            # A margin that is no number still counts as a wrong choice, so the scores alone don't tell.
+            broken[leaf] = [m for m in figures if not (_is_number(figures[m]) and _is_number(margins.get(m, [])))]
+            if {BASE, TUNED}.isdisjoint(broken[leaf]):
+                figures = {model: each for model, each in figures.items() if model not in broken[leaf]}
+                tasks[leaf] = _compared(answered[0].metric, figures, unbounded)
+                if margins:
+                    tasks[leaf]["margin"] = _margin({model: margins[model] for model in figures})
         for model in _models(scores, name):
             part = json.loads((scores / model / name / "scores.json").read_text())
             for check in checks:
                 checks[check] += part.get(check, 0)
-    return {"tasks": tasks, HELDOUT_LOSS: _loss(scores), **checks}
+    sums = _field(scores, "sums")
+    broken[HELDOUT_LOSS] = [model for model in sums if not _is_number(sums[model] or [])]
+    loss = _loss(scores, broken[HELDOUT_LOSS])
+    not_numbers = {name: models for name, models in broken.items() if models}
+    return {"tasks": tasks, HELDOUT_LOSS: loss, **checks, **({NOT_NUMBERS: not_numbers} if not_numbers else {})}
 
 
 def samples(scores: Path) -> Iterator[dict[str, Json]]:
@@ -119,56 +145,72 @@ def _leaf(name: str, task: str) -> str:
     return f"{name}/{task}" if task not in ("", name) else name
 
 
-def _margins(scores: Path) -> Json:
-    """Each model's mean margin over the held-out pairs, and what the tuned model changes about the base model's."""
-    found = {
-        model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text()).get("margins")
+def _field(scores: Path, name: str) -> dict[str, Json]:
+    """A field of every model's measured held-out rows; None where it is not there."""
+    return {
+        model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text()).get(name)
         for model in _models(scores, HELDOUT_LOSS)
     }
-    if not all(found.values()):
-        return None
+
+
+def _figures(items: list[Item]) -> dict[str, list[float]]:
+    """The models' scores of the same items."""
+    production = [item.production_score for item in items if item.production_score is not None]
+    return {
+        BASE: [item.base_score for item in items],
+        TUNED: [item.tuned_score for item in items],
+        **({PRODUCTION: production} if production else {}),
+    }
+
+
+def _is_number(figures: list[float]) -> bool:
+    return math.isfinite(sum(figures))  # one that is not carries over
+
+
+def _margin(found: dict[str, list[float]]) -> Json:
+    """Each model's mean margin over the held-out pairs, and what the tuned model changes about the base model's."""
     of_model = {model: share(margins).document for model, margins in found.items()}
     return {**of_model, **_difference(paired_difference(found[BASE], found[TUNED]), BASE, more_is_better=True)}
 
 
-def _compared(items: list[Item], unbounded: bool) -> dict[str, Json]:
+def _compared(metric: str, figures: dict[str, list[float]], unbounded: bool) -> dict[str, Json]:
     value = mean if unbounded else share  # no number is a share there, not even 0 or 1
 
     def against(scores: list[float], model: str) -> dict[str, Json]:
         found = mean([b - a for a, b in zip(scores, tuned, strict=True)]) if unbounded else None
         return _difference(found or paired_difference(scores, tuned), model, more_is_better=True)
 
-    base, tuned = [item.base_score for item in items], [item.tuned_score for item in items]
+    base, tuned = figures[BASE], figures[TUNED]
     compared: dict[str, Json] = {
-        "metric": items[0].metric,
+        "metric": metric,
         **({UNBOUNDED: True} if unbounded else {}),
-        "n": len(items),
+        "n": len(base),
         BASE: value(base).document,
         TUNED: value(tuned).document,
         **against(base, BASE),
     }
-    production = [item.production_score for item in items if item.production_score is not None]
-    if production:
+    if production := figures.get(PRODUCTION):
         compared[PRODUCTION] = value(production).document
         compared[OVER_PRODUCTION] = against(production, PRODUCTION)
     return compared
 
 
-def _loss(scores: Path) -> Json:
-    found = {
-        model: json.loads((scores / model / HELDOUT_LOSS / "scores.json").read_text())
-        for model in _models(scores, HELDOUT_LOSS)
-    }
-    if not found or not all(loss["sums"] for loss in found.values()):  # a reward model has none
+def _loss(scores: Path, broken: list[str]) -> Json:
+    """The comparison of the losses, without the models in `broken`, whose losses are no numbers."""
+    sums, counts = _field(scores, "sums"), _field(scores, "tokens")
+    if not sums or not all(sums.values()):  # a reward model has none
         return None
-    tokens = found[BASE]["tokens"]
-    assert all(tokens == loss["tokens"] for loss in found.values()), "two models, two lists of sequences"
+    tokens = counts[BASE]
+    assert all(tokens == count for count in counts.values()), "two models, two lists of sequences"
+    if not {BASE, TUNED}.isdisjoint(broken):
+        return None
+    found = {model: each for model, each in sums.items() if model not in broken}
 
     def against(model: str) -> dict[str, Json]:
-        pairs = zip(found[model]["sums"], found[TUNED]["sums"], strict=True)
+        pairs = zip(found[model], found[TUNED], strict=True)
         return _difference(bootstrap([t - m for m, t in pairs], tokens), model, more_is_better=False)
 
-    losses = {model: bootstrap(loss["sums"], tokens).document for model, loss in found.items()}
+    losses = {model: bootstrap(each, tokens).document for model, each in found.items()}
     over = {OVER_PRODUCTION: against(PRODUCTION)} if PRODUCTION in found else {}
     return {**losses, **against(BASE), **over, "tokens": sum(tokens)}
 
@@ -177,6 +219,7 @@ def _difference(difference: Interval, model: str, *, more_is_better: bool) -> di
     """The tuned model minus another one, and which of the two is clearly better."""
     winner, loser = (TUNED, model) if more_is_better else (model, TUNED)
     better = winner if difference.low > 0 else loser if difference.high < 0 else "unclear"
+    better = "unclear" if difference.too_few else better
     return {"difference": difference.document, "better": better}
 
 
@@ -185,8 +228,14 @@ def report(scores: Json) -> str:
     measured = dict(scores["tasks"])
     if loss := scores[HELDOUT_LOSS]:
         measured["held-out rows"] = {"metric": "loss, nats a token", "n": f"{loss['tokens']:,} tokens", **loss}
+    broken = [
+        f"**{TOLD.get(name, name)}: a figure of the {model} model is not a number.**"
+        for name, models in scores.get(NOT_NUMBERS, {}).items()
+        for model in models
+    ]
     if not measured:
-        return "Nothing was measured: the recipe has no task, and pack held no rows out.\n"
+        nothing = ["Nothing was measured: the recipe has no task, and pack held no rows out."]
+        return "\n\n".join(broken or nothing) + "\n"
     lines = [
         "| task | metric | items | base | tuned | difference | better |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
@@ -216,6 +265,8 @@ def report(scores: Json) -> str:
         if margin := task.get("margin"):
             told = ", ".join(f"{model} {_plain(margin[model], signed=True)}" for model in (BASE, TUNED))
             lines += ["", f"Margin in {name}, nats a token: {told}."]
+    for line in broken:
+        lines += ["", line]
     if lost := scores.get(CUT):
         lines += ["", f"**{lost} questions are longer than the model's context and lost their beginning.**"]
     bars = [
@@ -234,12 +285,18 @@ def _shown(name: str, task: Json) -> Callable[..., str]:
 
 def _percent(interval: Json, *, signed: bool = False) -> str:
     value = f"{100 * interval['value']:+.1f}" if signed else f"{100 * interval['value']:.1f} %"
-    return f"{value} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"
+    return value + _ends(interval, 100, 1)
 
 
 def _plain(interval: Json, *, signed: bool = False) -> str:
     value = f"{interval['value']:+.3f}" if signed else f"{interval['value']:.3f}"
-    return f"{value} ({interval['low']:.3f} to {interval['high']:.3f})"
+    return value + _ends(interval, 1, 3)
+
+
+def _ends(interval: Json, scale: float, digits: int) -> str:
+    if TOO_FEW in interval:
+        return " (too few items for an interval)"
+    return f" ({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"
 
 
 def _bar(value: float, width: int = 30) -> str:

@@ -9,9 +9,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from stages.compare import OVER_PRODUCTION, UNBOUNDED
+from stages.compare import BASE, HELDOUT_LOSS, NOT_NUMBERS, OVER_PRODUCTION, PRODUCTION, TOLD, TOO_FEW, TUNED, UNBOUNDED
 from stages.identity import Json
 from stages.stage import StageConfig
+
+ROUNDING = 1e-9
+"""How far a figure may miss its threshold: as floats, 7/20 - 6/20 is a little less than 0.05."""
 
 
 class Thresholds(StageConfig):
@@ -67,18 +70,34 @@ def _counted(gate: Gate, scores: Json) -> dict[str, Json]:
     """The tasks that count. Naming a group, such as `mmlu`, names all its tasks."""
     if not gate.tasks:
         return dict(scores["tasks"])
-    return {n: t for n, t in scores["tasks"].items() if n in gate.tasks or n.split("/")[0] in gate.tasks}
+    return {n: t for n, t in scores["tasks"].items() if _counts(gate, n)}
+
+
+def _counts(gate: Gate, task: str) -> bool:
+    return not gate.tasks or task in gate.tasks or task.split("/")[0] in gate.tasks
+
+
+def _not_numbers(gate: Gate, scores: Json) -> dict[str, list[str]]:
+    """What counts and is no number, with the models whose figures are none."""
+    # A broken model in production must not stay there for good: with nothing asked against it, it does not count.
+    ignored = {PRODUCTION} if gate.production == Thresholds(require="nothing") else set()
+    counted = {n: m for n, m in scores.get(NOT_NUMBERS, {}).items() if n == HELDOUT_LOSS or _counts(gate, n)}
+    return {name: [model for model in models if model not in ignored] for name, models in counted.items()}
 
 
 def _failures(gate: Gate, scores: Json) -> Iterator[str]:
-    counted = _counted(gate, scores)
+    counted, broken = _counted(gate, scores), _not_numbers(gate, scores)
+    words = {BASE: "the base model", TUNED: "the tuned model", PRODUCTION: "the model in production"}
+    for name, models in broken.items():
+        yield from (f"{TOLD.get(name, name)}: a figure of {words[model]} is not a number" for model in models)
+    evaluated = {*counted, *broken} - {HELDOUT_LOSS}
     for name in gate.tasks:
-        if not any(name in (task, task.split("/")[0]) for task in counted):
+        if not any(name in (task, task.split("/")[0]) for task in evaluated):
             yield f"{name}: the gate asks for this task, and it was not evaluated"
     if scores.get("agreeing") != scores.get("scored_twice"):
         yield f"lm-eval and our own scorer agree on only {scores['agreeing']} of {scores['scored_twice']} answers"
     loss = scores["heldout_loss"]
-    if not counted and (gate.min_gain is not None or (gate.require == "better" and not loss)):
+    if not evaluated and (gate.min_gain is not None or (gate.require == "better" and not loss and not broken)):
         yield "the gate asks for a gain, and no task was evaluated"
     for other in _others(gate):
         compared = [task for task in counted.values() if _against(other, task) is not None]
@@ -89,7 +108,8 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
             )
         for name, task in counted.items():
             yield from _task_failures(other, name, _against(other, task), UNBOUNDED in task)
-        yield from _loss_failures(other, loss, alone=not counted)
+        if loss is not None or HELDOUT_LOSS not in broken:
+            yield from _loss_failures(other, loss, alone=not evaluated)
 
 
 def _against(other: _Other, entry: Json) -> Json:
@@ -101,12 +121,12 @@ def _task_failures(other: _Other, name: str, compared: Json, unbounded: bool) ->
     if compared is None:
         return
     wanted, difference = other.thresholds, compared["difference"]
-    told = f"{difference['value']:+.3f} (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})"
+    told = f"{difference['value']:+.3f} ({_interval(difference, 3)})"
     if wanted.require == "better" and compared["better"] != "tuned":
         yield f"{name}: not clearly better than {other.words}, {told}"
     if wanted.require == "not_worse" and compared["better"] == other.name:
         yield f"{name}: clearly worse than {other.words}, {told}"
-    if wanted.min_gain is not None and not unbounded and difference["value"] < wanted.min_gain:
+    if wanted.min_gain is not None and not unbounded and difference["value"] < wanted.min_gain - ROUNDING:
         over = "" if other.name == "base" else f" over {other.words}"
         yield f"{name}: gains {told}{over}, and the gate asks for {wanted.min_gain:+.3f}"
 
@@ -124,14 +144,20 @@ def _loss_failures(other: _Other, loss: Json, alone: bool) -> Iterator[str]:
     change = compared["difference"]
     over = "" if other.name == "base" else f" against {other.words}"
     if most is not None:
-        if change["value"] > most:
+        if change["value"] > most + ROUNDING:
             yield f"held-out loss changes by {change['value']:+.4f} nats a token{over}, and the gate allows {most:+.4f}"
         return
-    told = f"{change['value']:+.4f} nats a token (95 % interval {change['low']:+.4f} to {change['high']:+.4f})"
+    told = f"{change['value']:+.4f} nats a token ({_interval(change, 4)})"
     if require != "nothing" and compared["better"] == other.name:
         yield f"held-out loss: clearly worse than {other.words}, {told}"
     elif require == "better" and alone and compared["better"] != "tuned":
         yield f"held-out loss: not clearly better than {other.words}, {told}"
+
+
+def _interval(difference: Json, digits: int) -> str:
+    if TOO_FEW in difference:
+        return "too few items for an interval"
+    return f"95 % interval {difference['low']:+.{digits}f} to {difference['high']:+.{digits}f}"
 
 
 def _summary(other: _Other, tasks: bool, loss: bool) -> str:

@@ -17,6 +17,9 @@ Z = NormalDist().inv_cdf(0.975)
 
 RESAMPLES = 10_000
 
+FEWEST = 5
+"""Items that a bootstrap needs. Fewer say next to nothing of how they vary: one item alone never does."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -25,11 +28,14 @@ class Interval:
     value: float
     low: float
     high: float
+    too_few: bool = False
+    """Whether it comes of too few items: `low` and `high` are then no interval, only how far the resamples reached."""
 
     @property
     def document(self) -> dict[str, Json]:
-        """As it stands in scores.json."""
-        return asdict(self)
+        """As it stands in scores.json, where `too_few` stands only if it is so."""
+        told = asdict(self)
+        return told if self.too_few else {name: told[name] for name in ("value", "low", "high")}
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -110,6 +116,7 @@ def bootstrap(amounts: Sequence[float], weights: Sequence[float]) -> Interval:
     """sum(amounts) / sum(weights), with the percentile interval over resampled items; the seed is fixed.
 
     With weights of 1 this is a mean; with tokens as weights it is loss a token, resampled by the unit that was packed.
+    Of fewer than `FEWEST` items it is marked `too_few`: one item's resamples are all alike, as if it were certain.
     Source: B. Efron, R. Tibshirani, An introduction to the bootstrap (1993), chapter 13.
     """
     if len(amounts) != len(weights) or not amounts:
@@ -124,7 +131,7 @@ def bootstrap(amounts: Sequence[float], weights: Sequence[float]) -> Interval:
         chosen = generator.integers(0, len(a), size=(min(block, RESAMPLES - start), len(a)))
         ratios[start : start + len(chosen)] = a[chosen].sum(axis=1) / w[chosen].sum(axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
-    return Interval(float(a.sum() / w.sum()), float(low), float(high))
+    return Interval(float(a.sum() / w.sum()), float(low), float(high), too_few=len(a) < FEWEST)
 
 
 def _binary(scores: Sequence[float]) -> bool:

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from stages.train import TrainConfig
 
 
+def steps_in(share: float, steps: int) -> int:
+    """That many times `steps`, rounded up. As floats 0.07 * 100 is a little over 7, which is not 8 steps."""
+    return math.ceil(share * steps * (1 - 1e-12))
+
+
 def steps_of(share_or_steps: float, total: int) -> int:
     """A number of steps: below 1 a share of `total`, rounded up, else steps."""
-    return math.ceil(share_or_steps * total) if share_or_steps < 1 else int(share_or_steps)
+    return steps_in(share_or_steps, total) if share_or_steps < 1 else int(share_or_steps)
 
 
 def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:

@@ -6,7 +6,6 @@ that did not fit into memory becomes smaller.
 """
 
 import gc
-import math
 import os
 import signal
 import threading
@@ -28,6 +27,7 @@ from stages.train.memory import ACTIVATIONS, smaller
 from stages.train.policy import MOST_LEFT_OUT, Upset
 from stages.train.ranks import Event, Group, Stopping, join, launch
 from stages.train.run import Attempt, OutOfMemory, attempt
+from stages.train.schedules import steps_in
 
 
 def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -41,7 +41,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     if ranks > 1 and runtime.shard != "none":
         zero.require(runtime.shard)
         checks.refuse_sharded(config, runtime.shard)
-    total = config.max_steps or math.ceil(config.epochs * bins.steps)
+    total = config.max_steps or steps_in(config.epochs, bins.steps)
     reporting = trackers.chosen(runtime, work.folder.name)
     this = Attempt(device, runtime.micro_batch, runtime.activation_checkpointing, total, trackers=reporting)
     with stop_on_sigterm() as stopping:

@@ -177,6 +177,21 @@ def test_stricter_requirements_pass_less(gate: Gate, items: list[tuple[int, int]
     assert passes == sorted(passes)
 
 
+@pytest.mark.parametrize(("before", "after", "items", "gain"), [(6, 7, 20, 0.05), (3, 4, 10, 0.1), (60, 70, 200, 0.05)])
+def test_exactly_the_gain_that_is_asked_for_is_enough(before: int, after: int, items: int, gain: float) -> None:
+    found = scores(spelling=task([1] * before + [0] * (items - before), [1] * after + [0] * (items - after)))
+    assert found["tasks"]["spelling"]["difference"]["value"] == pytest.approx(gain)
+    assert decide(Gate(min_gain=gain), found)["passed"]
+    assert not decide(Gate(min_gain=gain + 1e-6), found)["passed"]
+
+
+def test_exactly_the_loss_that_is_allowed_is_allowed() -> None:
+    change = 0.1 + 0.2
+    assert change > 0.3, "as floats"
+    assert decide(Gate(max_heldout_loss_increase=0.3), scores(loss_change=change))["passed"]
+    assert not decide(Gate(max_heldout_loss_increase=0.3), scores(loss_change=0.300001))["passed"]
+
+
 def test_the_recipes_in_the_documentation_are_right() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
     tasks, judged, gate = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S))

@@ -114,6 +114,13 @@ def test_a_ratio_is_weighted() -> None:
     found = bootstrap([10.0, 2.0], [10.0, 1.0])
     assert found.value == 12 / 11
     assert (found.low, found.high) == (1.0, 2.0)
+    assert found.too_few and found.document["too_few"] is True
+
+
+@pytest.mark.parametrize("items", [1, 4, 5])
+def test_a_bootstrap_of_fewer_than_five_items_says_so(items: int) -> None:
+    assert paired_difference([0.5] * items, [0.6] * items).too_few is (items < 5)
+    assert not paired_difference([0.0] * items, [1.0] * items).too_few, "shares have closed forms"
 
 
 @settings(max_examples=20, deadline=None)

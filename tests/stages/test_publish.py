@@ -1,6 +1,8 @@
 """publish: the card holds what a reader needs and no secret, the gate decides."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,30 @@ def test_the_card_tells_what_a_reader_needs(tmp_path: Path) -> None:
     ]
     assert facts["passed"] is True
     assert facts["scores"] == json.loads((output / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_card_loads_models_with_and_without_a_chat_template(
+    template: bool,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    if not template:
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+        settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": 4}))
+    gate, scores = {"passed": True, "reasons": ["it is"]}, {"tasks": {}, "heldout_loss": None}
+    [code] = re.findall(r"```python\n(.*?)```", card("n", RECIPE, "", "", scores, gate, "", {}), re.S)
+    monkeypatch.chdir(model)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (names["text"] == names["chat"]) is template
+    assert "user" not in capsys.readouterr().out, "the answer alone"
 
 
 def test_a_failed_gate_still_writes_the_card(tmp_path: Path) -> None:

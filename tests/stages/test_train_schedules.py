@@ -53,6 +53,17 @@ def test_inverse_sqrt_falls_on_the_warmups_time_scale() -> None:
     assert found[9:] == pytest.approx([math.sqrt(10 / (s + 1)) for s in range(9, 100)])
 
 
+@pytest.mark.parametrize(("share", "steps", "expected"), [(0.07, 100, 7), (0.14, 50, 7), (1.1, 50, 55)])
+def test_a_share_of_steps_is_none_too_many_by_rounding(share: float, steps: int, expected: int) -> None:
+    assert share * steps > expected, "as floats"
+    assert schedules.steps_in(share, steps) == expected
+    assert share > 1 or schedules.steps_of(share, steps) == expected
+
+
+def test_a_share_of_steps_is_rounded_up() -> None:
+    assert [schedules.steps_of(share, 100) for share in (0.0, 1e-12, 0.0701, 0.999)] == [0, 1, 8, 100]
+
+
 def test_warmup_is_steps_or_a_share_of_them() -> None:
     assert shares(200, warmup=0.03) == shares(200, warmup=6)
     assert shares(200, warmup=1)[0] == 1.0
