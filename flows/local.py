@@ -138,7 +138,7 @@ _MODELS = ("base", "tuned", "difference")
 
 def _interval(value: Json, scale: float, digits: int) -> str:
     middle, low, high = (f"{scale * value[end]:.{digits}f}" for end in ("value", "low", "high"))
-    return f"{middle} [{low}, {high}]"
+    return f"{middle} [too few]" if value.get("too_few") else f"{middle} [{low}, {high}]"
 
 
 def _print_outcome(run: Run, outcome: Outcome, console: Console) -> None:

@@ -219,6 +219,8 @@ def _score_row(name: str, task: Mapping[str, Any], brief: bool) -> tuple[str, ..
 
 
 def _interval(value: Mapping[str, float], sign: str = "") -> str:
+    if value.get("too_few"):
+        return f"{value['value']:{sign}.3f} (too few items for an interval)"
     return f"{value['value']:{sign}.3f} [{value['low']:{sign}.3f},\u00a0{value['high']:{sign}.3f}]"
 
 

@@ -67,7 +67,7 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
 STAGE = Stage(
     name="publish",
     artifact="card",
-    version=4,
+    version=5,
     config=PublishConfig,
     run=run,
     locations=frozenset({"to", "private", "approval"}),

@@ -5,7 +5,6 @@ Writes what packed training writes, and `rollouts.arrow`: every completion with 
 """
 
 import json
-import math
 import signal
 import threading
 import time
@@ -41,6 +40,7 @@ from stages.train import (
 )
 from stages.train.rollouts import NAME as ROLLOUTS
 from stages.train.rollouts import Recorder
+from stages.train.schedules import steps_in
 
 
 def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -66,7 +66,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     rows, counted = feedback.asked(config, objective, options, inputs, work, tokenizer)
     steps = -(-len(rows) // options.prompts_per_step)
     iterations = online_trainer.group_and_iterations(options)[1]
-    total = config.max_steps or math.ceil(config.epochs * steps) * iterations
+    total = config.max_steps or steps_in(config.epochs, steps) * iterations
     asked = [rows[i] for i in prompts.order(len(rows), -(-total // iterations) * options.prompts_per_step, config.seed)]
     stop = threading.Event()
     with ExitStack() as stack:
