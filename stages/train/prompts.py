@@ -20,15 +20,19 @@ from stages.rewards import RewardChoice
 from stages.stage import Work
 from stages.tables import read_table
 from stages.train.windows import Windows
+from stages.turn_end import turn_end
 
 Row = dict[str, Any]
 
 
 def plain_tokenizer(folder: Path) -> Any:
     """A model's tokenizer that adds no begin or end token to a text: the plan's prompts have what the template gave
-    them, and TRL asks without saying that nothing should be added."""
+    them, and TRL asks without saying that nothing should be added. Its end is that of a turn, by which TRL tells where
+    a completion ends."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    if (end := turn_end(folder)) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 
 
