@@ -310,10 +310,7 @@ def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
 def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What looks at held-out rows, where no row would be one."""
     pack = recipe.pack
-    shares = {name: s.heldout_fraction if s.weight else 0.0 for name in recipe.fetch.data for s in [pack.of(name)]}
-    if recipe.fetch.heldout:
-        return
-    if any(pack.heldout_fraction if share is None else share for share in shares.values()):
+    if recipe.fetch.heldout or any(map(pack.heldout_share, recipe.fetch.data)):
         return
     told = (
         "is of rows held out, and the recipe holds no rows out: set `pack.heldout_fraction`, or give a source "

@@ -5,8 +5,8 @@ nothing but text that may train, all of it. It is compared by its runs of eight 
 2024, section 3.2): a training row is contaminated when it holds at least a given share of some question's runs,
 wherever they stand, and no fewer than thirteen of them; where a question has fewer, all of them, because two short
 questions of one kind may share half of their words. Wording that many questions have in common, such as the instruction
-that every row begins with, tells nothing and does not count; many answers to one question are no such wording, unless
-nearly all rows answer it.
+that every row begins with, tells nothing and does not count; many answers to one question are no such wording. What
+more than half of the questions that train have in common is, be they ever so few.
 """
 
 from collections.abc import Sequence
@@ -121,7 +121,8 @@ def _wording(runs: Hashes, known: Hashes, holders: _Holders) -> Flags:
 
 
 def _always(runs: Hashes, known: Hashes, holders: _Holders) -> Flags:
-    """[known] Which runs are in most questions and many rows: where all rows answer the same, that tells nothing."""
+    """[known] Which runs more than half of the questions hold, in many rows: where all rows answer one question, that
+    tells nothing, though it is a single holder."""
     rows = np.bincount(np.searchsorted(known, runs), minlength=len(known))
     common: Flags = (rows > COMMON) & (_count(runs, known, holders) > len(holders.questions) / 2)
     return common

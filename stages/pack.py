@@ -96,6 +96,13 @@ class PackConfig(StageConfig):
         """The settings of one source."""
         return self.sources.get(source, PackSource())
 
+    def heldout_share(self, source: str) -> float:
+        """The share of a source's rows that is held out. One that is switched off holds nothing out: it would take the
+        same rows from others."""
+        own = self.of(source)
+        share = self.heldout_fraction if own.heldout_fraction is None else own.heldout_fraction
+        return share if own.weight else 0.0
+
 
 def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Plan all rows. Raises UserError when there is nothing to train on, or at an overlong row if it is an error."""

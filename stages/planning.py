@@ -100,9 +100,7 @@ def _files(config: PackConfig, inputs: Mapping[str, Path], work: Work) -> Files:
 def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard]) -> Taken:
     own = [config.of(shard.source) for shard in shards]
     weights, limits = [s.weight for s in own], [s.limit for s in own]
-    shares = [config.heldout_fraction if s.heldout_fraction is None else s.heldout_fraction for s in own]
-    # A source that is switched off holds nothing out either: it would take the same rows from others.
-    heldout = selection.held_out(rows, shards, [share * (s.weight > 0) for share, s in zip(shares, own, strict=True)])
+    heldout = selection.held_out(rows, shards, [config.heldout_share(shard.source) for shard in shards])
     turns = selection.precedence(weights, limits)[rows.shard]
     reasons = selection.drop_reasons(
         rows,
