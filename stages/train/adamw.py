@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SplitAdamW", "is_split", "put", "split", "whole", "whole_on_cpu", "widen"]
+__all__ = ["SplitAdamW", "held_wide", "is_split", "put", "split", "whole", "whole_on_cpu", "widen"]
 
 SPREAD = 0x9E3779B9
 """Of a step's number, so that neighbouring steps draw different random bits."""
@@ -42,6 +42,13 @@ def split(model: nn.Module, wide: Iterable[str] = ()) -> None:
         else:
             continue
         parameter.low_bits = remainder  # type: ignore[attr-defined]
+
+
+def held_wide(model: Any) -> list[str]:
+    """Parts of names of the weights that transformers holds in float32 for a model's sake."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return [name for each in kept for name in getattr(base, each, None) or ()]
 
 
 def is_split(model: nn.Module) -> bool:
@@ -100,8 +107,9 @@ def _together(high: Tensor, remainder: Tensor) -> Tensor:
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101): decoupled weight decay, bias-corrected averages, as `torch.optim.AdamW`.
 
-    Weights are split ones or float32. The averages are float32, or bfloat16 (`moments`), rounded up or down at random
-    so that small changes add up in the mean; the random bits follow from the step's number.
+    Weights are split ones or float32, maybe sharded: each rank then updates its part. The averages are float32, or
+    bfloat16 (`moments`), rounded up or down at random so that small changes add up in the mean; the random bits follow
+    from the step's number.
     """
 
     factor: Tensor | None = None
@@ -127,9 +135,11 @@ class SplitAdamW(torch.optim.Optimizer):
             self.factor = None
             return torch.zeros((), device=self.param_groups[0]["params"][0].device)
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        norm: Any = torch.linalg.vector_norm(torch.stack(norms))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.factor = (longest / (norm + 1e-6)).clamp(max=1.0)
-        return norm
+        found: Tensor = norm
+        return found
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every weight that has a gradient."""
@@ -166,19 +176,23 @@ class SplitAdamW(torch.optim.Optimizer):
             "step": count,
             "seed": count * SPREAD % 2**31,
         }
-        if parameters[0].is_cuda:
+        mine = [
+            (_here(p.data), _here(p.grad), {name: _here(value) for name, value in self.state[p].items()})
+            for p in parameters
+        ]
+        mine = [each for each in mine if each[0].numel()]  # of a short weight some ranks have nothing
+        if mine and mine[0][0].is_cuda:
             from stages.kernels.adamw import Weights
 
-            addresses = (number, *(parameter.data_ptr() for parameter in parameters))
+            addresses = (number, *(weight.data_ptr() for weight, _, _ in mine))
             if addresses not in self._tables:
                 while len(self._tables) >= TABLES:
                     del self._tables[next(iter(self._tables))]
-                self._tables[addresses] = Weights([(p, self.state[p]) for p in parameters])
-            self._tables[addresses].update_([p.grad for p in parameters], self.factor, **rates)
+                self._tables[addresses] = Weights([(weight, state) for weight, _, state in mine])
+            self._tables[addresses].update_([gradient for _, gradient, _ in mine], self.factor, **rates)
             return
-        for parameter in parameters:
-            assert parameter.grad is not None
-            update_(parameter, parameter.grad, self.state[parameter], self.factor, **rates)
+        for weight, gradient, state in mine:
+            update_(weight, gradient, state, self.factor, **rates)
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer, without the remainders, which belong to the weights."""
@@ -208,6 +222,11 @@ class SplitAdamW(torch.optim.Optimizer):
                     parameter.low_bits.copy_(saved["low_bits"])
                 self.state[parameter]["low_bits"] = parameter.low_bits
         self._tables.clear()
+
+
+def _here(value: Any) -> Any:
+    """This rank's part of what is sharded, in the same memory."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def update_(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from stages.errors import UserError
-from stages.train import recomputing
+from stages.train import recomputing, sharding
 from stages.train.recomputing import MODES, Mode
 
 HEADROOM = 0.92
@@ -192,6 +192,10 @@ def measure(
         tokens[mode] = min(kept + RECOMPUTED * layer + 4 * text.hidden_size * computed, tokens["none"])
     if parameters[0].device.type == "cpu" and "full" in tokens:  # inputs put aside lie in the same memory
         tokens["offloaded"] = tokens["full"]
+    if shard == "fsdp" and sharding.gathered_dtype(model, precision):
+        # The passes above kept weights as autocast cast them, which gathered ones need not be.
+        cast = sum(2 * p.numel() for p in parameters if p.dtype == torch.float32 and p.ndim > 1)
+        fixed = max(fixed - cast, 0) + sharding.gathered_bytes(model)
     logits = LOSS_ROWS * text.vocab_size * (computed + 4)
     gradients = sum(_bytes(p) for p in trained)
     parts = ranks if shard != "none" else 1

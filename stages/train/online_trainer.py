@@ -1,6 +1,7 @@
 """TRL's trainers as online training runs them: their arguments, their checkpoints, and figures under our names."""
 
 import importlib
+import logging
 import math
 import shutil
 import threading
@@ -101,7 +102,13 @@ def arguments(
 def settings_of(online: objectives.Online, given: Mapping[str, Any]) -> Any:
     """TRL's config for its trainer, made of `arguments`."""
     made = getattr(importlib.import_module("trl"), online.trainer.replace("Trainer", "Config"))(**given)
-    made._n_gpu = min(made.n_gpu, 1)  # of several GPUs the first: all of them would be DataParallel, which TRL refuses
+    if made.n_gpu > 1:  # the first: all of them would be DataParallel, which TRL refuses
+        made._n_gpu = 1
+        # A reference model would be spread over all of them. TRL says that this is nothing to the model that it is
+        # given, which is there already.
+        made.model_init_kwargs = {"device_map": {"": 0}}
+        trainer = getattr(importlib.import_module("trl"), online.trainer)
+        logging.getLogger(trainer.__module__).addFilter(lambda told: "model_init_kwargs" not in told.getMessage())
     return made
 
 

@@ -1,9 +1,11 @@
 """The memory plan of one attempt: `stages.train.memory` asked about the loaded model, this device and this batch."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from packing.collate import Bin, PackedBins
 from stages.errors import UserError
@@ -13,6 +15,20 @@ from stages.train.data import to_device
 from stages.train.ranks import Group
 from stages.train.recomputing import MODES, Mode
 from stages.train.samples import two_documents
+
+WHOLE = 0.5
+"""The share of a device's memory that a model may take to be checked there before it is sharded."""
+
+
+def place_to_check(folder: Path, config: TrainConfig, device: str, sharded: bool) -> str:
+    """Where the model is loaded and checked: the device that trains it, unless the model is to be sharded over several
+    because it is too large for one. Then that is the CPU, which takes minutes where a GPU takes seconds."""
+    if not sharded or device == "cpu":
+        return device
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    each = 2 if config.method == "lora" and config.precision != "fp32" else 4
+    return device if each * sum(p.numel() for p in empty.parameters()) < WHOLE * memory.room(device) else "cpu"
 
 
 def refuse_too_big(trained: Any, device: str) -> None:
@@ -39,7 +55,7 @@ def plan_memory(
     recompute: Mode | Literal["auto"],
 ) -> memory.Plan:
     """The memory plan, rank 0's on every rank. Raises UserError when nothing fits."""
-    place = "cpu" if shard != "none" else device
+    place = next(trained.parameters()).device.type
 
     def forward(tokens: int) -> torch.Tensor:
         with speed.autocast(trained, config, place):

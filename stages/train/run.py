@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import set_seed
 
+from packing.attention import implementation
 from packing.collate import PackedBins
 from stages import arithmetic, objectives, quantization
 from stages.child import SUSPENDED
@@ -39,13 +40,13 @@ from stages.train.data import (
     to_device,
 )
 from stages.train.heldout import look_of
-from stages.train.planning import plan_memory, refuse_too_big
+from stages.train.planning import place_to_check, plan_memory, refuse_too_big
 from stages.train.policy import Watch
 from stages.train.proofs import choose_float8, prove_isolation
 from stages.train.ranks import Group, Stopping
 from stages.train.recomputing import Mode, recompute
 from stages.train.samples import batches, one_document, two_documents
-from stages.train.sharding import shard
+from stages.train.sharding import gathered_dtype, shard
 from stages.train.trainer import PackedTrainer, make_trainer
 from stages.train.training import Training
 from stages.train.windows import Windows
@@ -128,7 +129,7 @@ def attempt(
         set_seed(config.seed)
         how = work.runtime.shard if group.size > 1 else "none"
         sharded = how != "none"
-        place = "cpu" if sharded else this.device
+        place = place_to_check(inputs["model"], config, this.device, sharded)
         split = optimizers.can_split(config) and not sharded
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
@@ -177,7 +178,14 @@ def attempt(
         counted, size = metrics.counted_weights(trained), model.trainable(trained)
         if checkpoint:
             state.load_weights(trained, checkpoint)
-        computed = shard(trained, loss, group.size, this.device) if how == "fsdp" else loss
+        if place != this.device:  # as the kernel that was proven to isolate documents was the CPU's
+            loaded.set_attn_implementation(implementation(this.device, loaded.config, work.runtime.attention))
+            faster["attention"] = loaded.config._attn_implementation
+        narrow = gathered_dtype(trained, config.precision)
+        computed = shard(trained, loss, group.size, this.device, narrow) if how == "fsdp" else loss
+        if how == "fsdp" and this.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the whole model, while it was checked, is no part of training
         trainer = make_trainer(
             trained,
             Training(

@@ -36,13 +36,7 @@ def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, in
     Returns what was done, for the record. Weights that will be sharded over ranks stay as they are."""
     done: dict[str, int] = {}
     if can_split(config) and not sharded:
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        wide = [
-            name
-            for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-            for name in getattr(base, kept, None) or ()
-        ]
-        adamw.split(model, wide)
+        adamw.split(model, adamw.held_wide(model))
         if config.method == "lora":
             done["fused_adapters"] = lora_linear.quicken(model)
             if config.precision != "fp8":

@@ -205,3 +205,18 @@ def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int,
     costs = measure(model, forward, "adamw_torch_fused", "fp32", 4, shard)
     held = (costs.weights, costs.gradients, costs.optimizer)
     assert held == pytest.approx((weights * quarter, others * quarter, 2 * others * quarter), rel=0.01)
+
+
+def test_a_rank_gathers_layers_one_by_one_and_keeps_no_cast_of_all(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path, num_hidden_layers=16))
+
+    def forward(tokens: int) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
+        return found
+
+    cast, gathered = (measure(model, forward, "adamw_torch_fused", "bf16", 4, each).work for each in ("zero3", "fsdp"))
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = sum(p.numel() for p in model.parameters()) - 16 * layer
+    # Of 16 layers in 16 bits two remain, and of what lies outside; then gradients of one layer and the outside.
+    assert cast - gathered == pytest.approx(2 * 14 * layer - 6 * layer - 6 * outside, rel=0.15)

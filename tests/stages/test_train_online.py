@@ -381,7 +381,9 @@ def test_of_several_gpus_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     online = objectives.find(objective).online
     assert online is not None
     settings = {"output_dir": str(tmp_path), "bf16": False, "report_to": []}
-    assert online_trainer.settings_of(online, settings).n_gpu == 1  # with more, TRL's trainers refuse to begin
+    made = online_trainer.settings_of(online, settings)
+    assert made.n_gpu == 1  # with more, TRL's trainers refuse to begin
+    assert made.model_init_kwargs == {"device_map": {"": 0}}, "a reference model is where the model is"
 
 
 @pytest.mark.gpu

@@ -164,6 +164,38 @@ def test_a_bucket_of_windows_trains_to_the_same_bits_with_two_on_the_disk(
     assert built.artifact.tree == tree_of(everything / "trained")
 
 
+@pytest.mark.parametrize(
+    ("device", "ranks"),
+    [
+        pytest.param("cpu", 2, marks=pytest.mark.full),
+        pytest.param("cuda", 1, marks=pytest.mark.gpu),  # a process of its own reads ahead for a GPU
+        pytest.param("cuda", 2, marks=pytest.mark.gpu),
+    ],
+)
+def test_ranks_and_gpus_read_windows_as_one_process_reads_everything(
+    everything: Path, tmp_path: Path, device: str, ranks: int
+) -> None:
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip("needs two GPUs")
+    store = open_store(str(tmp_path / "store"), tmp_path / "cache")
+    inputs = {name: stored(store, everything / name) for name in ("model", "plan", "tokens")}
+    inputs["tokens"] = inputs["tokens"].select("*/tokens.arrow")
+    config = train.TrainConfig.model_validate(
+        {"epochs": 2, "learning_rate": 1e-2, "precision": "fp32", "lora": {"dropout": 0}}
+    )
+    (tmp_path / "plain").mkdir()
+    plain = {name: everything / name for name in inputs}
+    train.STAGE.run(config, plain, tmp_path / "plain", Work(tmp_path / "work", Runtime(device="cpu")))
+    runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache", device=device, ranks=ranks)
+    built = build(train.STAGE, config, inputs, store, runtime)
+    assert built.artifact.facts["ranks"] == ranks
+    found, wanted = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (store.view(built.artifact.tree), tmp_path / "plain")
+    )
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
 def test_what_is_read_in_between_takes_no_window_from_the_next_step(everything: Path) -> None:
     bins = open_bins({"tokens": everything / "tokens", "plan": everything / "plan"})
     on_the_disk: list[set[str]] = []
