@@ -7,13 +7,14 @@ among those that either has. Two steps, so that the cost is linear in the tokens
 2. For those alone the similarity itself is computed, so no row is dropped on an estimate.
 """
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.grams import Grams, Hashes, read_grams
-from stages.tables import Numbers
+from stages.tables import Numbers, read_table
 from stages.tokenized import Files, Flags, Rows, Shard
 
 RUN = 5
@@ -27,10 +28,11 @@ REPRESENTATIVES = 64
 
 
 def near_duplicates(
-    files: Files, shards: Sequence[Shard], rows: Rows, order: Numbers, similarity: float
+    files: Files, shards: Sequence[Shard], rows: Rows, order: Numbers, similarity: float, verdicts: Numbers
 ) -> dict[int, tuple[int, float]]:
     """Of the rows numbered in `order`, those at least so similar to an earlier one that stays, with that one and how
-    similar they are. Rows of fewer than `RUN` tokens a turn are similar to none."""
+    similar they are. Rows of fewer than `RUN` tokens a turn are similar to none, and neither are two with other
+    `verdicts` [rows], unless one of these is 0."""
     wanted = np.zeros(len(rows), np.bool_)
     wanted[order] = True
     found = [(np.empty(0, np.int64), np.empty((0, 1), np.uint64))]
@@ -53,7 +55,18 @@ def near_duplicates(
         for grams in read_grams(files, shards, rows, wanted, RUN)
         for row, own in zip(grams.rows, np.split(grams.hashes, np.cumsum(grams.counts)[:-1]), strict=True)
     }
-    return _greedy(numbers, bands, runs, order, similarity)
+    return _greedy(numbers, bands, runs, order, similarity, verdicts)
+
+
+def read_verdicts(files: Files, shards: Sequence[Shard], rows: Rows) -> Numbers:
+    """[rows] What their labels say: 1 that the answer is bad, 2 that it is good, 0 where rows are not labelled."""
+    found = np.zeros(len(rows), np.int64)
+    labelled = shards[0].kind == "unpaired_preference"
+    for number, shard in enumerate(files.in_turn(shards if labelled else ())):
+        own = rows.shard == number
+        extras = read_table(files.tokens / shard.path / "tokens.arrow")["extra"].take(rows.place[own])
+        found[own] = [1 + bool(json.loads(extra)["label"]) for extra in extras.to_pylist()]
+    return found
 
 
 def band_height(similarity: float) -> int:
@@ -82,7 +95,12 @@ def _bands(grams: Grams, some: Flags, height: int) -> Hashes:
 
 
 def _greedy(
-    numbers: Numbers, bands: Hashes, runs: dict[int, NDArray[np.uint32]], order: Numbers, similarity: float
+    numbers: Numbers,
+    bands: Hashes,
+    runs: dict[int, NDArray[np.uint32]],
+    order: Numbers,
+    similarity: float,
+    verdicts: Numbers,
 ) -> dict[int, tuple[int, float]]:
     """From the first row in `order` to the last: a row stays unless it is similar to one that stays."""
     turn = np.zeros(order.max() + 1, np.int64)
@@ -93,6 +111,8 @@ def _greedy(
         row = int(numbers[position])
         keys = list(enumerate(bands[position].tolist()))
         for other in dict.fromkeys(other for key in keys for other in stay.get(key, ())):
+            if 0 != verdicts[row] != verdicts[other] != 0:  # a good and a bad answer to one long question
+                continue
             if (found := jaccard(runs[row], runs[other], similarity)) >= similarity:
                 dropped[row] = (other, found)
                 break

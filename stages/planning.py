@@ -17,7 +17,7 @@ from stages import accounts, data_report, plan_files, selection
 from stages.contamination import find_contamination
 from stages.equal_sides import equal_sides
 from stages.marks import ROLES
-from stages.near_duplicates import near_duplicates
+from stages.near_duplicates import near_duplicates, read_verdicts
 from stages.pack import PackConfig
 from stages.plan_files import Documents
 from stages.samples import samples
@@ -115,7 +115,9 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
         kept = reasons == KEPT
         others = np.flatnonzero(kept & ~heldout)
         order = np.append(np.flatnonzero(kept & heldout), others[np.argsort(turns[others], kind="stable")])
-        like = near_duplicates(files, shards, rows, order, config.near_duplicates)
+        # What is held out must not be asked at all, whatever its label.
+        verdicts = np.where(heldout, 0, read_verdicts(files, shards, rows))
+        like = near_duplicates(files, shards, rows, order, config.near_duplicates, verdicts)
         reasons[list(like)] = NEAR_DUPLICATE
     too_short = 0
     if config.decontaminate and heldout.any():

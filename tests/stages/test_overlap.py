@@ -1,5 +1,6 @@
 """Rows that are like others: near-duplicates and contaminated rows, against slow readings of what they are."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.contamination import find_contamination
+from stages.errors import UserError
 from stages.grams import hash_runs
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_TEMPLATE, TRAIN_NO, TRAIN_UNSET
 from stages.near_duplicates import band_height, near_duplicates
@@ -81,7 +83,7 @@ def test_near_duplicates_are_those_of_comparing_everything(tmp_path: Path, simil
     for number, low in enumerate(range(0, 300, 100)):
         shard(tmp_path, f"chat/{number:05}", [said(*each) for each in rows[low : low + 100]])
     order = np.concatenate([np.arange(200, 300), np.arange(200)])
-    dropped = near_duplicates(*read(tmp_path), order, similarity)
+    dropped = near_duplicates(*read(tmp_path), order, similarity, np.zeros(300, np.int64))
     sets = [runs(each, 5) for each in rows]
     expected: set[int] = set()
     for position, number in enumerate(order.tolist()):
@@ -118,6 +120,24 @@ def test_near_duplicates_give_way_to_held_out_and_earlier_rows(tmp_path: Path) -
         "chat/00001, row 101 (like chat/00000, row 102: 98%)",
     ]
     assert Packed(tmp_path / "tokens", tmp_path / "all", **config).facts["dropped"] == {}
+
+
+def test_a_good_and_a_bad_answer_to_one_long_question_are_no_duplicates(tmp_path: Path) -> None:
+    question, answers = tokens(np.random.default_rng(0), 60), ([1, 2, 3], [4, 5, 6], [1, 2, 7])
+    rows = [
+        {**said(("user", question), ("assistant", answer)), "extra": json.dumps({"label": label})}
+        for answer, label in zip(answers, (True, False, True), strict=True)
+    ]
+    shard(tmp_path / "tokens", "kto/00000", rows, kind="unpaired_preference")
+    config = {"sequence_length": 256, "near_duplicates": 0.8}
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", **config)
+    assert packed.facts["dropped"] == {"near-duplicate": 1}
+    assert packed.rows() == {("kto/00000", 0), ("kto/00000", 1)} and packed.facts["labels"] == {"false": 1, "true": 1}
+    shard(tmp_path / "more", "kto/00000", rows, kind="unpaired_preference")
+    held = [{**said(("user", question), ("assistant", [1, 2, 8])), "extra": '{"label": false}'}]
+    shard(tmp_path / "more", "probe/00000", held, split="heldout", kind="unpaired_preference")
+    with pytest.raises(UserError, match=r"no row|nothing"):
+        Packed(tmp_path / "more", tmp_path / "none", decontaminate=0.0, **config)
 
 
 TURNS = st.lists(
@@ -252,5 +272,6 @@ def test_the_order_of_shards_and_batches_changes_nothing(tmp_path: Path) -> None
     for name, size in (("one", 2500), ("many", 400)):
         for number, (low, high) in enumerate(pairwise([*range(0, 2500, size), 2500])):
             shard(tmp_path / name, f"chat/{number:05}", rows[low:high])
-    one, many = (near_duplicates(*read(tmp_path / name), np.arange(2500), 0.8) for name in ("one", "many"))
+    same = np.zeros(2500, np.int64)
+    one, many = (near_duplicates(*read(tmp_path / name), np.arange(2500), 0.8, same) for name in ("one", "many"))
     assert one == many and len(one) > 500
