@@ -11,7 +11,7 @@ A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut 
 import bisect
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -154,11 +154,12 @@ class PackedBins:
         places = [self._bins.locate(number) for number in numbers]
         return sum(len(batch.lists["documents"].row(place)) for batch, place in places)
 
-    def labels_in(self, numbers: Iterable[int]) -> int:
-        """How many labels of steps some bins hold."""
-        places = [self._bins.locate(number) for number in numbers]
-        documents = [d for batch, place in places for d in batch.lists["documents"].row(place).tolist()]
-        return sum(len(self.extra(document)["labels"]) for document in documents)
+    def extras_in(self, numbers: Iterable[int]) -> Iterator[tuple[dict[str, Any], int]]:
+        """Of each document in some bins what the data says of it (`extra`), and how many tokens the plan has of it."""
+        for number in numbers:
+            batch, place = self._bins.locate(number)
+            for document in batch.lists["documents"].row(place).tolist():
+                yield self.extra(document), self._place(document)[2].stop
 
     def extra(self, document: int) -> dict[str, Any]:
         """What the data says of a document besides its text, such as a label or a margin; empty for nothing.
