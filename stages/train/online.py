@@ -61,7 +61,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     reporting = trackers.chosen(work.runtime, work.folder.name)
     _refuse(config, online, rewarded, inputs, work, device)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
-    tokenizer = prompts.plain_tokenizer(inputs["model"])
+    tokenizer = prompts.plain_tokenizer(inputs["model"], inputs.get("templates"))
     episodes = feedback.episodes_of(rewarded, inputs, tokenizer)
     rows, counted = feedback.asked(config, objective, options, inputs, work, tokenizer)
     steps = -(-len(rows) // options.prompts_per_step)
