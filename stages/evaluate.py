@@ -53,7 +53,7 @@ class Task(StageConfig):
     """Only for a process reward model: how the probabilities that an answer's steps are right become one number. Its
     `min` when left out."""
     metric: str = ""
-    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for its first."""
+    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for the first of which more is better."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many items, from the first. All when null."""
     max_new_tokens: int = Field(default=64, ge=1)
@@ -223,7 +223,8 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
         samples = harness.shipped(
             model, task.lm_eval, task.metric, task.few_shot, task.limit, work.runtime.eval_batch, _items(work)
         )
-        facts = _write(output, samples, {})
+        shares = all(0 <= sample.score <= 1 for sample in samples)
+        facts = _write(output, samples, {} if shares else {"unbounded": True})
     return {**facts, "seconds": round(time.monotonic() - started, 3)}
 
 

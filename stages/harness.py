@@ -143,9 +143,10 @@ def shipped(
     batch: int,
     answered: Answered,
 ) -> list[Sample]:
-    """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item.
+    """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item of
+    which more is better.
 
-    Raises UserError for an unknown name or metric, and when the task's data cannot be had.
+    Raises UserError for an unknown name or metric, one of which less is better, and when the task's data cannot be had.
     """
     require()
     from lm_eval.tasks import TaskManager
@@ -176,7 +177,8 @@ def _samples(
             f"evaluate.tasks: lm-eval's task {name!r} does not load ({type(error).__name__}: {error}). Most of its "
             "tasks download their data: check the network, or ask for rows of your own with `source:`"
         ) from error
-    for task in found["tasks"].values():
+    for leaf, task in found["tasks"].items():
+        _refuse_falling(leaf, metric, task.higher_is_better())
         if few_shot is not None:
             task.set_config(key="num_fewshot", value=few_shot)
         elif task.get_config("num_fewshot") is None:
@@ -194,7 +196,31 @@ def _samples(
         apply_chat_template=model.chats,
         fewshot_as_multiturn=model.chats,
     )
-    return [sample for task, logged in sorted(results["samples"].items()) for sample in _chosen(task, logged, metric)]
+    rising = {task: _rising(told) for task, told in results["higher_is_better"].items()}
+    return [
+        sample
+        for task, logged in sorted(results["samples"].items())
+        for sample in _chosen(task, logged, metric, rising[task])
+    ]
+
+
+def _rising(told: Mapping[str, bool | None]) -> list[str]:
+    """Those of a task's metrics of which more is better, as far as lm-eval knows."""
+    return [metric for metric, more in told.items() if more is not False]
+
+
+def _refuse_falling(task: str, metric: str, told: Mapping[str, bool | None]) -> None:
+    """Raise UserError where a metric, or all that a task has, are the less the better: scores are compared, and gates
+    pass, by more."""
+    rising = _rising(told)
+    if metric in told and metric not in rising:
+        others = f"name another one: {', '.join(rising)}" if rising else "and it has no other: take the task out"
+        raise UserError(f"evaluate.tasks: of {task}'s metric {metric!r} less is better, and a score is more: {others}")
+    if told and not rising:
+        raise UserError(
+            f"evaluate.tasks: of all metrics of {task} less is better, and a score is more: {', '.join(told)}. Take "
+            "the task out"
+        )
 
 
 def _language_model(model: Model, batch: int, answered: Answered) -> Any:
@@ -235,10 +261,11 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
     return Counting(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch, add_bos_token=begin)
 
 
-def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> list[Sample]:
-    """One sample an item: lm-eval logs one a filter, and the task's first filter counts."""
+def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str, rising: Sequence[str]) -> list[Sample]:
+    """One sample an item: lm-eval logs one a filter, and the task's first filter counts. Of the `rising` metrics more
+    is better."""
     first = logged[0]
-    numeric = [m for m in first["metrics"] if isinstance(first[m], int | float)]
+    numeric = [m for m in first["metrics"] if isinstance(first[m], int | float) and m in rising]
     if metric and metric not in numeric:
         raise UserError(f"evaluate.tasks: {task} has no metric {metric!r} with a number an item, but {numeric}")
     if not numeric:

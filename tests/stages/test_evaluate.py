@@ -258,6 +258,67 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
         harness._samples(model, manager, "choices", "bleu", None, None, 2, lambda *now: None)
 
 
+OF_LESS = """
+task: of_less
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: question
+doc_to_target: answer
+process_results: !function results.of_an_item
+metric_list: [{metrics}]
+"""
+FALLING = (
+    "{metric: perplexity, aggregation: perplexity, higher_is_better: false}",
+    "{metric: preferred, aggregation: mean, higher_is_better: false}",
+)
+RISING = ("{metric: points, aggregation: mean, higher_is_better: true}",)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "metric", "told"),
+    [
+        ((*FALLING, *RISING), "", ""),  # as lambada's, whose perplexity comes first
+        ((*FALLING, *RISING), "preferred", "of of_less's metric 'preferred' less is better.*name another one: points"),
+        (FALLING, "", "of all metrics of of_less less is better.*: perplexity, preferred"),  # as crows_pairs'
+        (FALLING, "preferred", "has no other: take the task out"),
+    ],
+)
+def test_a_metric_of_which_less_is_better_is_no_score(
+    chat_model: Path, tmp_path: Path, metrics: tuple[str, ...], metric: str, told: str
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps({"question": q, "answer": "x"}) for q in QUESTIONS))
+    given = {"perplexity": -9.0, "preferred": 1.0, "points": 30.0}
+    known = {name: value for name, value in given.items() if f"metric: {name}," in str(metrics)}
+    (tmp_path / "results.py").write_text(f"def of_an_item(doc, results):\n    return {known}\n")
+    text = OF_LESS.format(file=tmp_path / "rows.json", cache=tmp_path / "cache", metrics=", ".join(metrics))
+    (tmp_path / "of_less.yaml").write_text(text)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = generation.load(chat_model, "fp32", "cpu")
+    if told:
+        with pytest.raises(UserError, match=told):
+            harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+        return
+    samples = harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+    assert {(sample.metric, sample.score) for sample in samples} == {("points", 30.0)}
+
+
+def test_scores_of_lm_eval_that_are_no_shares_are_not_called_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load", lambda *_: None)
+    for scores, unbounded in (([0.0, 1.0], None), ([0.0, 45.5], True)):
+        found = [harness.Sample("", i, "?", "!", "!", "bleu_max", score) for i, score in enumerate(scores)]
+        monkeypatch.setattr(harness, "shipped", lambda *_, found=found: found)
+        config = evaluate.Measure(task=evaluate.Task(lm_eval="truthfulqa_gen"))
+        work = Work(tmp_path / "work", Runtime(device="cpu"))
+        evaluate.run(config, {"weights": tmp_path}, tmp_path, work)
+        assert json.loads((tmp_path / "scores.json").read_text()).get("unbounded") == unbounded
+
+
 @pytest.mark.full
 def test_an_unknown_lm_eval_task_is_told_before_anything_runs() -> None:
     with pytest.raises(UserError, match=r"lm-eval has no task 'gsm9k'\. Nearest names: .*gsm8k"):
