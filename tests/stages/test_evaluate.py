@@ -120,6 +120,18 @@ def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> Non
     assert not any(term in answer for term in stop for answer in ours)
 
 
+@pytest.mark.parametrize("own", [3, 40])
+def test_how_long_an_answer_may_be_is_for_the_task_to_say(chat_model: Path, tmp_path: Path, own: int) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    settings = {"eos_token_id": 1, "pad_token_id": 1, "max_new_tokens": own}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = generation.load(folder, "fp32", "cpu")
+    ours = generation.generate(model, [model.prompt(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
+    examples = [Example(q, "x") for q in QUESTIONS]
+    theirs = harness.exact_match(model, examples, Options(), 12, (), 2, tmp_path / "work", lambda done, total: None)
+    assert [sample.answer for sample in theirs] == ours
+
+
 def test_answers_end_where_a_turn_of_the_template_ends(chat_model: Path, tmp_path: Path) -> None:
     """Also of a model before training, whose own end is another token and whose folder does not know the template's."""
     from transformers import AutoTokenizer
