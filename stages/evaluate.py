@@ -53,7 +53,8 @@ class Task(StageConfig):
     """Only for a process reward model: how the probabilities that an answer's steps are right become one number. Its
     `min` when left out."""
     metric: str = ""
-    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for the first of which more is better."""
+    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for the first of which more is
+    better."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many items, from the first. All when null."""
     max_new_tokens: int = Field(default=64, ge=1)

@@ -92,6 +92,7 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         if merged
         else (_pass_on(inputs["model"], trained, output), {})
     )
+    _put_template(inputs["templates"], output)
     head = trained / "head.safetensors"
     if head.exists():
         from stages import heads
@@ -99,7 +100,6 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         heads.convert(output, head, _separator(inputs["templates"]))
     changed, count = _changed(inputs["model"], output)
     facts |= {"tensors": count, "changed_tensors": changed}
-    _put_template(inputs["templates"], output)
     if not head.exists():
         put_end(output)
     if not changed:
@@ -328,4 +328,4 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     return changed, count
 
 
-STAGE = Stage(name="merge", artifact="weights", version=4, config=MergeConfig, run=run)
+STAGE = Stage(name="merge", artifact="weights", version=5, config=MergeConfig, run=run)

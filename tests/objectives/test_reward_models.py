@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from flows.recipe import loads
 from packing.collate import PackedBins, collate
@@ -209,6 +214,32 @@ def test_steps_that_are_cut_off_are_not_judged(tmp_path: Path, tiny_model: Path)
         assert objectives.find("process_reward").count(packed.bins, [number]) == 15
     found = measure(tiny_model, packed.output, "fp32", Runtime(device="cpu"), lambda *now: None)
     assert len(found.samples) == 15
+
+
+@pytest.mark.parametrize("line_end", ["\n", ""])
+def test_a_reward_is_read_at_the_end_of_an_answer_where_padding_is_of_the_same_token(
+    tmp_path: Path, tiny_model: Path, line_end: str
+) -> None:
+    """As the card loads it. transformers takes for padding what has the padding's token."""
+    (tmp_path / "templates/judged").mkdir(parents=True)
+    template = (tiny_model / "chat_template.jinja").read_text().replace("<|im_end|>\n", f"<|im_end|>{line_end}")
+    (tmp_path / "templates/judged/chat_template.jinja").write_text(template)
+    trained = tmp_path / "trained"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.save_pretrained(trained / "weights")
+    heads.attach(model, 1)
+    heads.save(heads.take(model).state_dict(), trained)
+    (tmp_path / "merged").mkdir()
+    given = {"model": tiny_model, "trained": trained, "templates": tmp_path / "templates"}
+    merge.run(merge.MergeConfig(), given, tmp_path / "merged", Work(tmp_path / "work", Runtime(device="cpu")))
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    chat = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello."}]
+    asked = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        at_the_end = judge.score(judge.model(asked["input_ids"]).last_hidden_state[0, -1]).item()
+        assert judge(**asked).logits.item() == pytest.approx(at_the_end, rel=1e-5)
+    assert (judge.config.pad_token_id is None) == (line_end == "")
 
 
 @pytest.mark.parametrize(
