@@ -18,7 +18,7 @@ from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
 from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, TOP, offsets, read_batches, read_table
-from stages.tokenizer_files import refuse_other_words
+from stages.tokenizer_files import refuse_other_words, words_of
 
 TOKENS = 8192
 """Tokens in one forward pass, about."""
@@ -33,11 +33,14 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
             f"score: the rows are of kind {kind}, and only judged answers are compared with the model before training: "
             "read them with convert.format preference or unpaired_preference, or choose another train.objective"
         )
+    known = None
     if "tokenizer" in inputs:
         refuse_other_words(inputs["model"], inputs["tokenizer"])
+        # Models of a family are padded to sizes of their own: a student may have no row for what is no token.
+        known = 1 + max(words_of(inputs["model"]).values())
     head = _load(inputs["model"], config, work)
     if config.top_k is not None:
-        return _write_top(head, config.top_k, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
+        return _write_top(head, config.top_k, known, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
     source = inputs["tokens"] / "tokens.arrow"
     rows = tokens = 0
     with _writing(output / "log_probs.arrow", LOG_PROBS) as writer:
@@ -54,8 +57,8 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
     return {"rows": rows, "tokens": tokens}
 
 
-def _write_top(head: Any, k: int, source: Path, target: Path, work: Work) -> Facts:
-    """The k likeliest tokens in the place of every token."""
+def _write_top(head: Any, k: int, known: int | None, source: Path, target: Path, work: Work) -> Facts:
+    """The k likeliest tokens in the place of every token, of the `known` ones."""
     import torch
 
     rows = tokens = 0
@@ -68,7 +71,7 @@ def _write_top(head: Any, k: int, source: Path, target: Path, work: Work) -> Fac
                 begin, end = int(lengths[:low].sum()), int(lengths[:high].sum())
                 packed = _batch(ids[begin:end], lengths[low:high], head.causal.device)
                 with torch.inference_mode():
-                    found, values = head.top(packed, k)
+                    found, values = head.top(packed, k, known)
                 places = begin + packed["positions"].cpu().numpy() + 1
                 likely[places], log_probs[places] = found.cpu().numpy(), values.float().cpu().numpy()
             columns = [pa.array(np.full(len(batch), k), pa.uint32())]
