@@ -135,6 +135,14 @@ def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
     assert facts["completions"] == 2 * 2 * 8
 
 
+def test_the_adapter_alone_is_written_not_how_it_started(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """TRL keeps a copy of that beside it, for the divergence."""
+    config = recipe(tmp_path, steps=2, beta=0.1) | {"method": "lora", "lora": {"rank": 4}}
+    output, _ = train(tmp_path, inputs, config, allow_code=True)
+    written = {path.name for path in (output / "adapter").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_a_reward_model_is_asked_by_its_name(tmp_path: Path, tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
