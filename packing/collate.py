@@ -212,7 +212,8 @@ class PackedBins:
         return ids.astype(np.int64), log_probs.astype(np.float32)
 
     def _read_mismatched(self, documents: Sequence[int]) -> Bin:
-        """The other answers to these documents' prompts, all of whose tokens count."""
+        """The other answers to these documents' prompts, all of whose tokens count. They may be of rows that were too
+        long for the plan, and are cut to what a sequence holds."""
         assert self._mismatched is not None
         ids: list[NDArray[Any]] = []
         labels: list[NDArray[np.int64]] = []
@@ -220,8 +221,8 @@ class PackedBins:
         for document in documents:
             batch, place = self._documents.locate(document)
             crossed, row = self._mismatched[int(batch.numbers["shard"][place])].locate(int(batch.numbers["row"][place]))
-            ids.append(crossed.lists["ids"].row(row))
-            log_probs.append(crossed.lists["log_probs"].row(row))
+            ids.append(crossed.lists["ids"].row(row)[: self.sequence_length])
+            log_probs.append(crossed.lists["log_probs"].row(row)[: self.sequence_length])
             labels.append(ids[-1].astype(np.int64))
             labels[-1][: crossed.numbers["answer"][row]] = IGNORED
         lengths = np.array([len(part) for part in ids], np.int64)
