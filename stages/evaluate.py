@@ -84,6 +84,14 @@ class Task(StageConfig):
             raise ValueError("`reward_model` scores rows of a `source`, without `lm_eval`, `eval` or `metric`")
         if self.steps and not self.reward_model:
             raise ValueError("`steps` says how a process reward model judges: it goes with `reward_model`")
+        compared = ("answer", "ignore_case", "ignore_punctuation")
+        unread = ("few_shot", *(compared if self.reward_model else ()))
+        if self.lm_eval:
+            unread = ("max_new_tokens", "stop", "question", *compared)
+        for name in unread:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                kind = "lm_eval" if self.lm_eval else "reward_model" if name in compared else "source"
+                raise ValueError(f"`{name}` says nothing to a task with `{kind}`: take it out")
         if self.eval:
             evals.load(self.eval)
         return self

@@ -407,6 +407,12 @@ def test_tasks_may_be_a_list() -> None:
         ({"a": {"source": "s", "lm_eval": "gsm8k"}}, "either `source`"),
         ({"a": {"source": "s", "eval": "exactmatch"}}, "did you mean 'exact_match'"),
         ({"a": {"source": "s", "metric": "bleu"}}, "scored by 'exact_match'"),
+        ({"a": {"source": "s", "few_shot": 5}}, "`few_shot` says nothing to a task with `source`"),
+        ({"a": {"lm_eval": "gsm8k", "max_new_tokens": 512}}, "`max_new_tokens` says nothing to a task with `lm_eval`"),
+        (
+            {"a": {"source": "s", "reward_model": "m", "answer": "x"}},
+            "`answer` says nothing to a task with `reward_model`",
+        ),
         ({"a/b": {"source": "s"}}, "cannot name a task"),
         ({"heldout_loss": {"source": "s"}}, "cannot name a task"),
         ([{"source": "s"}, {"source": "s"}], "two tasks would be called 's'"),
