@@ -229,11 +229,11 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
     else:
         model = load(inputs["weights"], config.precision, work.runtime.device)
         task = config.task
-        samples = harness.shipped(
+        samples, lost = harness.shipped(
             model, task.lm_eval, task.metric, task.few_shot, task.limit, work.runtime.eval_batch, _items(work)
         )
         shares = all(0 <= sample.score <= 1 for sample in samples)
-        facts = _write(output, samples, {} if shares else {"unbounded": True})
+        facts = _write(output, samples, {"cut_questions": lost, **({} if shares else {"unbounded": True})})
     return {**facts, "seconds": round(time.monotonic() - started, 3)}
 
 

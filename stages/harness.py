@@ -86,7 +86,7 @@ def exact_match(
 
     _write_task(folder, examples, options, max_new_tokens, stop)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return _samples(model, manager, OWN_TASK, "exact_match", None, None, batch, answered)
+    return _samples(model, manager, OWN_TASK, "exact_match", None, None, batch, answered)[0]
 
 
 def _write_task(
@@ -142,9 +142,9 @@ def shipped(
     limit: int | None,
     batch: int,
     answered: Answered,
-) -> list[Sample]:
+) -> tuple[list[Sample], int]:
     """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item of
-    which more is better.
+    which more is better. Also how many questions, with the examples before them, lost their beginning.
 
     Raises UserError for an unknown name or metric, one of which less is better, and when the task's data cannot be had.
     """
@@ -165,7 +165,7 @@ def _samples(
     limit: int | None,
     batch: int,
     answered: Answered,
-) -> list[Sample]:
+) -> tuple[list[Sample], int]:
     import lm_eval
     import numpy as np
     import torch
@@ -187,8 +187,9 @@ def _samples(
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+    asked = _language_model(model, batch, answered)
     results = lm_eval.evaluate(
-        lm=_language_model(model, batch, answered),
+        lm=asked,
         task_dict=found,
         limit=limit,
         bootstrap_iters=0,
@@ -197,11 +198,8 @@ def _samples(
         fewshot_as_multiturn=model.chats,
     )
     rising = {task: _rising(told) for task, told in results["higher_is_better"].items()}
-    return [
-        sample
-        for task, logged in sorted(results["samples"].items())
-        for sample in _chosen(task, logged, metric, rising[task])
-    ]
+    logged = sorted(results["samples"].items())
+    return [sample for task, items in logged for sample in _chosen(task, items, metric, rising[task])], len(asked.cut)
 
 
 def _rising(told: Mapping[str, bool | None]) -> list[str]:
@@ -224,7 +222,7 @@ def _refuse_falling(task: str, metric: str, told: Mapping[str, bool | None]) -> 
 
 
 def _language_model(model: Model, batch: int, answered: Answered) -> Any:
-    """lm-eval's wrapper of a transformers model, with a count of finished requests."""
+    """lm-eval's wrapper of a transformers model, with a count of finished requests, and of questions that it cuts."""
     from lm_eval.models.huggingface import HFLM
 
     class Counting(HFLM):  # type: ignore[misc]
@@ -232,12 +230,29 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
 
         done = total = 0
 
+        def __init__(self, **given: Any) -> None:
+            self.cut: set[Any] = set()
+            """Questions that are longer than the model's context."""
+            super().__init__(**given)
+
+        def tok_batch_encode(
+            self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
+        ) -> Any:
+            ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+            if left_truncate_len is None:
+                return ids, mask
+            lengths = mask.sum(1).tolist()
+            self.cut |= {text for text, size in zip(strings, lengths, strict=True) if size > left_truncate_len}
+            return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             self.total += len(requests)
             return list(super().generate_until(requests, disable_tqdm=True))
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             self.total += len(requests)
+            most = self.max_length + 1
+            self.cut |= {tuple(before) for _, before, after in requests if len(before) + len(after) > most}
             found = super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
             self._count(self.total - self.done)  # requests with one context share a forward pass
             return found

@@ -260,7 +260,8 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
     (tmp_path / "choices.yaml").write_text(CHOICES.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     told: list[tuple[int, int]] = []
-    samples = harness._samples(model, manager, "choices", "", None, None, 2, lambda *now: told.append(now))
+    samples, lost = harness._samples(model, manager, "choices", "", None, None, 2, lambda *now: told.append(now))
+    assert lost == 0
     assert [(sample.task, sample.metric, sample.score) for sample in samples] == [
         ("choices", "acc", score) for score in expected
     ]
@@ -314,7 +315,7 @@ def test_a_metric_of_which_less_is_better_is_no_score(
         with pytest.raises(UserError, match=told):
             harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
         return
-    samples = harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+    samples, _ = harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
     assert {(sample.metric, sample.score) for sample in samples} == {("points", 30.0)}
 
 
@@ -324,11 +325,40 @@ def test_scores_of_lm_eval_that_are_no_shares_are_not_called_shares(
     monkeypatch.setattr(evaluate, "load", lambda *_: None)
     for scores, unbounded in (([0.0, 1.0], None), ([0.0, 45.5], True)):
         found = [harness.Sample("", i, "?", "!", "!", "bleu_max", score) for i, score in enumerate(scores)]
-        monkeypatch.setattr(harness, "shipped", lambda *_, found=found: found)
+        monkeypatch.setattr(harness, "shipped", lambda *_, found=found: (found, 0))
         config = evaluate.Measure(task=evaluate.Task(lm_eval="truthfulqa_gen"))
         work = Work(tmp_path / "work", Runtime(device="cpu"))
         evaluate.run(config, {"weights": tmp_path}, tmp_path, work)
         assert json.loads((tmp_path / "scores.json").read_text()).get("unbounded") == unbounded
+
+
+WRITTEN = """
+task: written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: right
+generation_kwargs: {{until: [], do_sample: false, max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("written", WRITTEN), ("choices", CHOICES)])
+def test_questions_of_lm_eval_that_lose_their_beginning_are_counted(
+    chat_model: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    asked = ["sun", "x" * 300, "moon", "y" * 300]  # the model reads 256 tokens
+    rows = [json.dumps({"question": question, "choices": ["a", "b"], "right": 0}) for question in asked]
+    (tmp_path / "rows.json").write_text("\n".join(rows))
+    (tmp_path / f"{name}.yaml").write_text(text.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = generation.load(chat_model, "fp32", "cpu")
+    samples, lost = harness._samples(model, manager, name, "", None, None, 2, lambda *now: None)
+    assert (len(samples), lost) == (4, 2)
 
 
 @pytest.mark.full
