@@ -90,7 +90,7 @@ def read(
                     raise UserError(
                         f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
                     )
-            said = columns.pop("prompt", None)
+            said = columns.pop("prompt", None) if messages else None  # else a column of the data's own
             if messages:
                 _refuse_other(text, said, tokenizer)
             rows.append({"prompt": said if messages else text, "columns": json.dumps(columns)})

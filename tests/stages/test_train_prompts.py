@@ -1,5 +1,6 @@
 """Where completions end that a model writes while it trains."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.graph import WIRING
 from stages.objectives.grpo import GrpoOptions
 from stages.runtime import Runtime
+from stages.stage import Work
 from stages.tables import read_table
 from stages.train import TrainConfig, prompts, vllm_engine
 from tests.stages import test_train_online
@@ -57,6 +59,19 @@ def test_a_completion_ends_where_a_turn_of_the_template_does(chat_model: Path, t
 def test_whatever_writes_completions_is_told_the_template(objective: str) -> None:
     config = TrainConfig.model_construct(objective=objective)
     assert WIRING["train"]["templates"].asked(config) == (objective != "sft")
+
+
+def test_a_column_that_is_called_prompt_reaches_the_rewards(tiny_model: Path, tmp_path: Path) -> None:
+    """Where another one was asked (`fields: {prompt: question}`)."""
+    test_train_online.prompts(tmp_path / "tokens", tiny_model, ["say one\n"], prompt="the whole of it")
+    given = {
+        "model": tiny_model,
+        "tokens": tmp_path / "tokens",
+        "plan": Packed(tmp_path / "tokens", tmp_path / "p").output,
+    }
+    tokenizer = prompts.plain_tokenizer(tiny_model, None)
+    (row,) = prompts.read(given, Work(tmp_path / "work", Runtime()), tokenizer, ("prompt",), {}, 8)
+    assert json.loads(row["columns"]) == {"answer": "x", "prompt": "the whole of it"}
 
 
 def test_in_training_the_model_is_not_asked_beyond_the_end_of_its_turn(tiny_model: Path, tmp_path: Path) -> None:
