@@ -342,6 +342,16 @@ def test_what_an_online_objective_would_not_read_is_refused(tmp_path: Path, chan
         TrainConfig.model_validate({**recipe(tmp_path), **change})
 
 
+@pytest.mark.parametrize("lora", [{"new_tokens": ["a"]}, {"targets": ["q_proj", "lm_head"]}])
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_an_adapter_that_the_loss_would_not_see_is_refused(
+    tmp_path: Path, inputs: dict[str, Path], objective: str, lora: dict[str, Any]
+) -> None:
+    config = recipe(tmp_path, objective) | {"method": "lora", "lora": {"rank": 4, **lora}}
+    with pytest.raises(UserError, match=f"{objective} reads the weights of lm_head themselves, past an adapter"):
+        train(tmp_path, inputs, config, allow_code=True)
+
+
 def test_what_a_run_needs_is_asked_for_before_anything_is_loaded(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="--allow-code"):
         train(tmp_path / "1", inputs, recipe(tmp_path))
