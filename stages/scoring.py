@@ -67,12 +67,13 @@ def _write_top(head: Any, k: int, known: int | None, source: Path, target: Path,
             column = batch.column("ids")
             ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
             likely, log_probs = np.zeros((len(ids), k), np.uint32), np.zeros((len(ids), k), np.float16)
-            for low, high in _ranges(lengths):
-                begin, end = int(lengths[:low].sum()), int(lengths[:high].sum())
-                packed = _batch(ids[begin:end], lengths[low:high], head.causal.device)
+            taken, kept = _readable(head, lengths)
+            for low, high in _ranges(kept):
+                some = taken[int(kept[:low].sum()) : int(kept[:high].sum())]
+                packed = _batch(ids[some], kept[low:high], head.causal.device)
                 with torch.inference_mode():
                     found, values = head.top(packed, k, known)
-                places = begin + packed["positions"].cpu().numpy() + 1
+                places = some[packed["positions"].cpu().numpy() + 1]
                 likely[places], log_probs[places] = found.cpu().numpy(), values.float().cpu().numpy()
             columns = [pa.array(np.full(len(batch), k), pa.uint32())]
             columns += [
@@ -171,7 +172,27 @@ def _scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray
 
 
 def _all_scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The same for rows of any number of tokens."""
-    cuts = [(low, high, int(lengths[:low].sum()), int(lengths[:high].sum())) for low, high in _ranges(lengths)]
-    found = [_scored(head, ids[begin:end], lengths[low:high]) for low, high, begin, end in cuts]
-    return np.concatenate(found) if found else np.empty(0, np.float32)
+    """The same for rows of any number of tokens; zero also for those that the model cannot read."""
+    found = np.zeros(len(ids), np.float32)
+    taken, kept = _readable(head, lengths)
+    for low, high in _ranges(kept):
+        some = taken[int(kept[:low].sum()) : int(kept[:high].sum())]
+        found[some] = _scored(head, ids[some], kept[low:high])
+    return found
+
+
+def _readable(head: Any, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[tokens] The places of the tokens that a model can read in rows of some lengths, and [rows] how many those are.
+
+    All, but of a model with learned positions, which has none for the end of a row that is longer. Neither can training
+    read that: pack leaves such rows out, or cuts them.
+    """
+    from torch import nn
+
+    context = getattr(head.causal.config.get_text_config(), "max_position_embeddings", None)
+    words = head.causal.get_input_embeddings()
+    tables = [m.num_embeddings for m in head.causal.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if context is None or not any(context <= size <= context + 2 for size in tables):  # OPT's begin at the third
+        return np.arange(lengths.sum()), lengths
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) < context
+    return np.flatnonzero(within), np.minimum(lengths, context)
