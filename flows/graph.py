@@ -82,9 +82,13 @@ def _templates(tree: Tree) -> Tree:
     return tree.select("*/chat_template.jinja", "*/step_separator.json")
 
 
-def _in_environment(config: Any) -> bool:
-    """Whether prompts are rendered once more, with an environment's tools."""
-    return config.objective_options.get("environment") is not None
+def _templated(tree: Tree) -> Tree:
+    return tree.select("*/chat_template.jinja")
+
+
+def _writes(config: Any) -> bool:
+    """Whether an objective has the model write completions, which end where a turn of the chat template does."""
+    return objectives.find(config.objective).online is not None
 
 
 def _tokenizer(tree: Tree) -> Tree:
@@ -135,7 +139,7 @@ WIRING: Mapping[str, Mapping[str, Take]] = {
         "reference": Take("score"),
         "teacher": Take("fetch", _teacher, _taught),
         "reward_models": Take("fetch", _reward_models, named=_asked_to_judge),
-        "templates": Take("convert", _templates, _in_environment),
+        "templates": Take("convert", _templated, _writes),
     },
     "merge": {
         "model": Take("fetch", _model),

@@ -297,7 +297,7 @@ def _of_wrapped(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
 
 
 def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """What training is compared with is the model that it starts from: quantized, if that is."""
+    """What training is compared with is the model that it starts from: quantized, if that is, and as precise."""
     name, ours, scored = recipe.train.objective, recipe.train.quantize, recipe.score.quantize
     objective = objectives.find(name)
     if objective.reference and scored != ours:
@@ -305,6 +305,10 @@ def _of_reference(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]
         yield ("score", "quantize"), f"{name} compares with the model it starts from, as train.quantize has it: {mend}"
     elif not (objective.reference or objective.teacher) and scored is not None:
         yield ("score", "quantize"), f"{name} compares with no other model: take it out"
+    wide = recipe.train.precision == "fp32"
+    if objective.reference and wide != (recipe.score.precision == "fp32"):
+        told = f"{name} compares with the model it starts from, as train.precision has it"
+        yield ("score", "precision"), f"{told}: set `score.precision: {'fp32' if wide else 'bf16'}`"
 
 
 def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

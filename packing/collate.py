@@ -11,7 +11,7 @@ A batch is one flat row `[1, T]`, whatever the number of bins: attention is cut 
 import bisect
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -154,11 +154,12 @@ class PackedBins:
         places = [self._bins.locate(number) for number in numbers]
         return sum(len(batch.lists["documents"].row(place)) for batch, place in places)
 
-    def labels_in(self, numbers: Iterable[int]) -> int:
-        """How many labels of steps some bins hold."""
-        places = [self._bins.locate(number) for number in numbers]
-        documents = [d for batch, place in places for d in batch.lists["documents"].row(place).tolist()]
-        return sum(len(self.extra(document)["labels"]) for document in documents)
+    def extras_in(self, numbers: Iterable[int]) -> Iterator[tuple[dict[str, Any], int]]:
+        """Of each document in some bins what the data says of it (`extra`), and how many tokens the plan has of it."""
+        for number in numbers:
+            batch, place = self._bins.locate(number)
+            for document in batch.lists["documents"].row(place).tolist():
+                yield self.extra(document), self._place(document)[2].stop
 
     def extra(self, document: int) -> dict[str, Any]:
         """What the data says of a document besides its text, such as a label or a margin; empty for nothing.
@@ -211,7 +212,8 @@ class PackedBins:
         return ids.astype(np.int64), log_probs.astype(np.float32)
 
     def _read_mismatched(self, documents: Sequence[int]) -> Bin:
-        """The other answers to these documents' prompts, all of whose tokens count."""
+        """The other answers to these documents' prompts, all of whose tokens count. They may be of rows that were too
+        long for the plan, and are cut to what a sequence holds."""
         assert self._mismatched is not None
         ids: list[NDArray[Any]] = []
         labels: list[NDArray[np.int64]] = []
@@ -219,8 +221,8 @@ class PackedBins:
         for document in documents:
             batch, place = self._documents.locate(document)
             crossed, row = self._mismatched[int(batch.numbers["shard"][place])].locate(int(batch.numbers["row"][place]))
-            ids.append(crossed.lists["ids"].row(row))
-            log_probs.append(crossed.lists["log_probs"].row(row))
+            ids.append(crossed.lists["ids"].row(row)[: self.sequence_length])
+            log_probs.append(crossed.lists["log_probs"].row(row)[: self.sequence_length])
             labels.append(ids[-1].astype(np.int64))
             labels[-1][: crossed.numbers["answer"][row]] = IGNORED
         lengths = np.array([len(part) for part in ids], np.int64)

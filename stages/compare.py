@@ -5,7 +5,8 @@
                             "difference": {...}, "better": "tuned" | "base" | "unclear"}},
      "heldout_loss": {"base": {...}, "tuned": {...}, "difference": {...}, "better": ..., "tokens": n}}
 
-A task that a reward model scores has `"unbounded": true`: its values are means of numbers of any size and sign.
+A task whose scores are no shares of 1 (a reward model's, or such a metric of lm-eval's) has `"unbounded": true`: its
+values are means of numbers of any size and sign.
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
 excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences. What has
 `"too_few": true` comes of too few items for an interval, and is unclear.
@@ -40,7 +41,7 @@ TOLD = {HELDOUT_LOSS: "held-out loss"}
 """What is not called as it is named."""
 
 UNBOUNDED = "unbounded"
-"""Set for a task whose scores are rewards: no shares of 1, but numbers of any size and sign."""
+"""Set for a task whose scores, of some model, are no shares of 1 but numbers of any size and sign: rewards, mostly."""
 
 NOT_NUMBERS = "not_numbers"
 """By task (or `heldout_loss`) the models whose figures are NaN or infinite, of which there is nothing to compare."""
@@ -78,7 +79,8 @@ def compare(scores: Path) -> dict[str, Json]:
     checks = {"scored_twice": 0, "agreeing": 0, CUT: 0}
     for name in _tasks(scores):
         items = list(_items(scores, name))
-        unbounded = json.loads((scores / BASE / name / "scores.json").read_text()).get(UNBOUNDED, False)
+        told = [json.loads((scores / model / name / "scores.json").read_text()) for model in _models(scores, name)]
+        unbounded = any(part.get(UNBOUNDED, False) for part in told)
         found = _field(scores, "margins") if name == HELDOUT_LOSS else {}
         margins = found if all(found.values()) else {}
         for leaf in dict.fromkeys(item.task for item in items):
@@ -91,8 +93,7 @@ def compare(scores: Path) -> dict[str, Json]:
                 tasks[leaf] = _compared(answered[0].metric, figures, unbounded)
                 if margins:
                     tasks[leaf]["margin"] = _margin({model: margins[model] for model in figures})
-        for model in _models(scores, name):
-            part = json.loads((scores / model / name / "scores.json").read_text())
+        for part in told:
             for check in checks:
                 checks[check] += part.get(check, 0)
     sums = _field(scores, "sums")

@@ -53,7 +53,8 @@ class Task(StageConfig):
     """Only for a process reward model: how the probabilities that an answer's steps are right become one number. Its
     `min` when left out."""
     metric: str = ""
-    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for its first."""
+    """`exact_match` for a source; for an lm-eval task one of its metrics, empty for the first of which more is
+    better."""
     limit: int | None = Field(default=None, ge=1)
     """At most so many items, from the first. All when null."""
     max_new_tokens: int = Field(default=64, ge=1)
@@ -83,6 +84,14 @@ class Task(StageConfig):
             raise ValueError("`reward_model` scores rows of a `source`, without `lm_eval`, `eval` or `metric`")
         if self.steps and not self.reward_model:
             raise ValueError("`steps` says how a process reward model judges: it goes with `reward_model`")
+        compared = ("answer", "ignore_case", "ignore_punctuation")
+        unread = ("few_shot", *(compared if self.reward_model else ()))
+        if self.lm_eval:
+            unread = ("max_new_tokens", "stop", "question", *compared)
+        for name in unread:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                kind = "lm_eval" if self.lm_eval else "reward_model" if name in compared else "source"
+                raise ValueError(f"`{name}` says nothing to a task with `{kind}`: take it out")
         if self.eval:
             evals.load(self.eval)
         return self
@@ -220,10 +229,11 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
     else:
         model = load(inputs["weights"], config.precision, work.runtime.device)
         task = config.task
-        samples = harness.shipped(
+        samples, lost = harness.shipped(
             model, task.lm_eval, task.metric, task.few_shot, task.limit, work.runtime.eval_batch, _items(work)
         )
-        facts = _write(output, samples, {})
+        shares = all(0 <= sample.score <= 1 for sample in samples)
+        facts = _write(output, samples, {"cut_questions": lost, **({} if shares else {"unbounded": True})})
     return {**facts, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -398,7 +408,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=5,
+    version=6,
     config=EvaluateConfig,
     run=run,
     parts=parts,

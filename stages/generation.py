@@ -84,6 +84,8 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
         # The model before training too, whose folder does not say so itself: both answers end by the same rule.
         own = network.generation_config
         own.eos_token_id = with_end(own.eos_token_id, turn_end(folder)) or None
+        # The task says how long an answer may be. lm-eval says so by another setting, which this one would go before.
+        own.max_new_tokens = None
     return Model(network, tokenizer)
 
 

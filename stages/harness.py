@@ -86,7 +86,7 @@ def exact_match(
 
     _write_task(folder, examples, options, max_new_tokens, stop)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return _samples(model, manager, OWN_TASK, "exact_match", None, None, batch, answered)
+    return _samples(model, manager, OWN_TASK, "exact_match", None, None, batch, answered)[0]
 
 
 def _write_task(
@@ -142,10 +142,11 @@ def shipped(
     limit: int | None,
     batch: int,
     answered: Answered,
-) -> list[Sample]:
-    """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item.
+) -> tuple[list[Sample], int]:
+    """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item of
+    which more is better. Also how many questions, with the examples before them, lost their beginning.
 
-    Raises UserError for an unknown name or metric, and when the task's data cannot be had.
+    Raises UserError for an unknown name or metric, one of which less is better, and when the task's data cannot be had.
     """
     require()
     from lm_eval.tasks import TaskManager
@@ -164,7 +165,7 @@ def _samples(
     limit: int | None,
     batch: int,
     answered: Answered,
-) -> list[Sample]:
+) -> tuple[list[Sample], int]:
     import lm_eval
     import numpy as np
     import torch
@@ -176,7 +177,8 @@ def _samples(
             f"evaluate.tasks: lm-eval's task {name!r} does not load ({type(error).__name__}: {error}). Most of its "
             "tasks download their data: check the network, or ask for rows of your own with `source:`"
         ) from error
-    for task in found["tasks"].values():
+    for leaf, task in found["tasks"].items():
+        _refuse_falling(leaf, metric, task.higher_is_better())
         if few_shot is not None:
             task.set_config(key="num_fewshot", value=few_shot)
         elif task.get_config("num_fewshot") is None:
@@ -185,8 +187,9 @@ def _samples(
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
+    asked = _language_model(model, batch, answered)
     results = lm_eval.evaluate(
-        lm=_language_model(model, batch, answered),
+        lm=asked,
         task_dict=found,
         limit=limit,
         bootstrap_iters=0,
@@ -194,11 +197,32 @@ def _samples(
         apply_chat_template=model.chats,
         fewshot_as_multiturn=model.chats,
     )
-    return [sample for task, logged in sorted(results["samples"].items()) for sample in _chosen(task, logged, metric)]
+    rising = {task: _rising(told) for task, told in results["higher_is_better"].items()}
+    logged = sorted(results["samples"].items())
+    return [sample for task, items in logged for sample in _chosen(task, items, metric, rising[task])], len(asked.cut)
+
+
+def _rising(told: Mapping[str, bool | None]) -> list[str]:
+    """Those of a task's metrics of which more is better, as far as lm-eval knows."""
+    return [metric for metric, more in told.items() if more is not False]
+
+
+def _refuse_falling(task: str, metric: str, told: Mapping[str, bool | None]) -> None:
+    """Raise UserError where a metric, or all that a task has, are the less the better: scores are compared, and gates
+    pass, by more."""
+    rising = _rising(told)
+    if metric in told and metric not in rising:
+        others = f"name another one: {', '.join(rising)}" if rising else "and it has no other: take the task out"
+        raise UserError(f"evaluate.tasks: of {task}'s metric {metric!r} less is better, and a score is more: {others}")
+    if told and not rising:
+        raise UserError(
+            f"evaluate.tasks: of all metrics of {task} less is better, and a score is more: {', '.join(told)}. Take "
+            "the task out"
+        )
 
 
 def _language_model(model: Model, batch: int, answered: Answered) -> Any:
-    """lm-eval's wrapper of a transformers model, with a count of finished requests."""
+    """lm-eval's wrapper of a transformers model, with a count of finished requests, and of questions that it cuts."""
     from lm_eval.models.huggingface import HFLM
 
     class Counting(HFLM):  # type: ignore[misc]
@@ -206,12 +230,29 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
 
         done = total = 0
 
+        def __init__(self, **given: Any) -> None:
+            self.cut: set[Any] = set()
+            """Questions that are longer than the model's context."""
+            super().__init__(**given)
+
+        def tok_batch_encode(
+            self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
+        ) -> Any:
+            ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+            if left_truncate_len is None:
+                return ids, mask
+            lengths = mask.sum(1).tolist()
+            self.cut |= {text for text, size in zip(strings, lengths, strict=True) if size > left_truncate_len}
+            return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             self.total += len(requests)
             return list(super().generate_until(requests, disable_tqdm=True))
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             self.total += len(requests)
+            most = self.max_length + 1
+            self.cut |= {tuple(before) for _, before, after in requests if len(before) + len(after) > most}
             found = super()._loglikelihood_tokens(requests, *args, **{**kwargs, "disable_tqdm": True})
             self._count(self.total - self.done)  # requests with one context share a forward pass
             return found
@@ -235,10 +276,11 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
     return Counting(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch, add_bos_token=begin)
 
 
-def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> list[Sample]:
-    """One sample an item: lm-eval logs one a filter, and the task's first filter counts."""
+def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str, rising: Sequence[str]) -> list[Sample]:
+    """One sample an item: lm-eval logs one a filter, and the task's first filter counts. Of the `rising` metrics more
+    is better."""
     first = logged[0]
-    numeric = [m for m in first["metrics"] if isinstance(first[m], int | float)]
+    numeric = [m for m in first["metrics"] if isinstance(first[m], int | float) and m in rising]
     if metric and metric not in numeric:
         raise UserError(f"evaluate.tasks: {task} has no metric {metric!r} with a number an item, but {numeric}")
     if not numeric:

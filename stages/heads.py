@@ -13,7 +13,7 @@ AutoModelForTokenClassification with two for a step.
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stages import lm_head
 from stages.errors import UserError
-from stages.reward_models import SEPARATOR
+from stages.reward_models import SEPARATOR, text_of
 
 HEAD = "head.safetensors"
 KINDS = ("SequenceClassification", "TokenClassification")
@@ -91,8 +91,8 @@ def classifier(folder: Path) -> str:
 
 def convert(folder: Path, head: Path, separator: str | None = None) -> None:
     """Turn a language model's folder into a classifier's with that head; `separator` is what closes the steps that it
-    judges. Raises UserError where transformers has no such classifier for the model, or it does not give what the head
-    gave."""
+    judges. The folder has the chat template already that it is to be asked through. Raises UserError where transformers
+    has no such classifier for the model, or it does not give what the head gave."""
     tensors = load_file(head)
     outputs = tensors["weight"].shape[0]
     kind = KINDS[0] if outputs == 1 else KINDS[1]
@@ -113,6 +113,10 @@ def convert(folder: Path, head: Path, separator: str | None = None) -> None:
         model.config.id2label, model.config.label2id = {0: "wrong", 1: "right"}, {"wrong": 0, "right": 1}
     if separator is not None:
         setattr(model.config, SEPARATOR, separator)
+    described = model.config.get_text_config()
+    if outputs == 1 and described.pad_token_id == _last_token(folder):
+        # transformers reads a text before its padding, and would take the end of an answer for some.
+        described.pad_token_id = None
     model.save_pretrained(folder)
     saved = _loaded(f"AutoModelFor{kind}", folder, dtype=torch.float32)
     with torch.no_grad():
@@ -126,6 +130,19 @@ def convert(folder: Path, head: Path, separator: str | None = None) -> None:
 def _bare(model: Any) -> Any:
     """The model without its adapter's wrapping."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _last_token(folder: Path) -> int | None:
+    """The token that a judged answer ends in: that of its chat template, or of a plain text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        return tokenizer.eos_token_id  # type: ignore[no-any-return]
+    with suppress(ValueError):  # of a template that takes no such turns
+        text = text_of(tokenizer, [{"role": "user", "content": "?"}], "!")
+        return int(tokenizer(text, add_special_tokens=False)["input_ids"][-1])
+    return None
 
 
 def _probes(folder: Path) -> Iterator[Tensor]:

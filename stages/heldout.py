@@ -94,7 +94,7 @@ def _pairs(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
 
 def _steps(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
     """Steps of solutions, each right or wrong."""
-    from stages import heads
+    from stages import heads, steps
     from stages.objectives import process_reward
 
     found = Heldout([], [])
@@ -103,7 +103,8 @@ def _steps(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
     for packed, _, batch in _batches(model, bins, process_reward.prepare, measured):
         said = heads.of(model.network, batch, batch["ends"]).argmax(1).tolist() if scored else []
         right = batch["right"].tolist()
-        texts = [text for text, extra in zip(_told(model, packed), packed.extra, strict=True) for _ in extra["labels"]]
+        documents = zip(_told(model, packed), packed.extra, packed.lengths.tolist(), strict=True)
+        texts = [text for text, extra, length in documents for _ in steps.judged(extra, length)]
         for (question, answer), label, choice in zip(texts, right, said or right, strict=True):
             told.append((f"{question}\n{answer}", bool(label), bool(choice)))
     common = 2 * sum(label for _, label, _ in told) >= len(told)

@@ -75,10 +75,12 @@ class Head:
 
         return self._by_chunks(batch, part, ids)
 
-    def top(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """[trained, k] The likeliest tokens after each trained position, and their log-probabilities (float32)."""
+    def top(self, batch: Batch, k: int, known: int | None = None) -> tuple[Tensor, Tensor]:
+        """[trained, k] The likeliest tokens after each trained position, and their log-probabilities (float32): of the
+        first `known` rows of the head alone, where others stand for no token."""
         rows, project = self._rows(batch)
-        found = [project(some).float().log_softmax(1).topk(k) for some in torch.split(rows, loss_head.CHUNK // 8)]
+        logits = (project(some).float()[:, :known] for some in torch.split(rows, loss_head.CHUNK // 8))
+        found = [some.log_softmax(1).topk(k) for some in logits]
         return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
 
     def _linear(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

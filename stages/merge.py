@@ -92,6 +92,7 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         if merged
         else (_pass_on(inputs["model"], trained, output), {})
     )
+    _put_template(inputs["templates"], output)
     head = trained / "head.safetensors"
     if head.exists():
         from stages import heads
@@ -99,11 +100,18 @@ def run(config: MergeConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         heads.convert(output, head, _separator(inputs["templates"]))
     changed, count = _changed(inputs["model"], output)
     facts |= {"tensors": count, "changed_tensors": changed}
-    _put_template(inputs["templates"], output)
     if not head.exists():
         put_end(output)
+    warnings = []
     if not changed:
-        facts["warning"] = "training changed nothing: the result is identical to the model before training"
+        warnings.append("training changed nothing: the result is identical to the model before training")
+    if _asked_otherwise(inputs["templates"], output):
+        warnings.append(
+            "the model was trained on raw text and keeps the chat template of the model before training: evaluate, and "
+            "whoever loads it, ask through that"
+        )
+    if warnings:
+        facts["warning"] = "; ".join(warnings)
     (output / "merge.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     return facts | where
 
@@ -117,6 +125,17 @@ def _put_template(templates: Path, output: Path) -> None:
         )
     for text in texts:
         (output / "chat_template.jinja").write_text(text, "utf-8")
+
+
+def _asked_otherwise(templates: Path, output: Path) -> bool:
+    """Whether the data went through no chat template, and the model has one all the same."""
+    from stages.tokenizer_files import read_tokenizer
+
+    if next(templates.rglob("chat_template.jinja"), None):
+        return False
+    with suppress(UserError):
+        return read_tokenizer(output).template is not None
+    return False
 
 
 def _separator(templates: Path) -> str | None:
@@ -328,4 +347,4 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     return changed, count
 
 
-STAGE = Stage(name="merge", artifact="weights", version=4, config=MergeConfig, run=run)
+STAGE = Stage(name="merge", artifact="weights", version=5, config=MergeConfig, run=run)

@@ -23,6 +23,7 @@ from stages.plan_files import Documents
 from stages.samples import samples
 from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPLICATE, REASONS, UNSAMPLED, Taken
 from stages.stage import Facts, UserError, Work
+from stages.steps import judged
 from stages.tables import Numbers, read_table
 from stages.tokenized import Files, Rows, Shard, find_shards, read_rows
 from stages.tokenizer_files import backend
@@ -139,12 +140,17 @@ def _labels(files: Files, shards: Sequence[Shard], rows: Rows, chosen: Numbers) 
     found: Counter[str] = Counter()
     labelled = shards[0].kind in ("unpaired_preference", "stepwise")
     for number, shard in enumerate(files.in_turn(shards if labelled else ())):
-        column = read_table(files.tokens / shard.path / "tokens.arrow")["extra"]
-        extras = column.take(rows.place[chosen[rows.shard[chosen] == number]])
-        for each in pc.value_counts(extras).to_pylist():
+        table = read_table(files.tokens / shard.path / "tokens.arrow")
+        own = chosen[rows.shard[chosen] == number]
+        cut = (rows.used[own] < rows.length[own]).any(axis=1) & (shard.kind == "stepwise")
+        for each in pc.value_counts(table["extra"].take(rows.place[own[~cut]])).to_pylist():
             extra = json.loads(each["values"])
             for label in extra.get("labels", [extra.get("label")]):
                 found[json.dumps(label)] += each["counts"]
+        for row in own[cut].tolist():  # of which some steps may be gone
+            spans = [[s["end"], s["turn"], s["kind"]] for s in table["spans"][int(rows.place[row])].as_py()]
+            extra = json.loads(table["extra"][int(rows.place[row])].as_py()) | {"spans": spans}
+            found.update(json.dumps(label) for _, label in judged(extra, int(rows.used[row, 0])))
     return dict(sorted(found.items()))
 
 

@@ -162,7 +162,7 @@ class RewardModel:
 
     def _of_text(self, text: str) -> float:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.network.config.pad_token_id = None  # one text at a time: its last token is the last
+        self.network.config.get_text_config().pad_token_id = None  # one text at a time: its last token is the last
         return float(self._logits(ids)[0])
 
     def _logits(self, ids: Sequence[int]) -> Any:

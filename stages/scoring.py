@@ -18,7 +18,7 @@ from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
 from stages.tables import BATCH_ROWS, LOG_PROBS, MISMATCHED, TOP, offsets, read_batches, read_table
-from stages.tokenizer_files import refuse_other_words
+from stages.tokenizer_files import refuse_other_words, words_of
 
 TOKENS = 8192
 """Tokens in one forward pass, about."""
@@ -33,11 +33,14 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
             f"score: the rows are of kind {kind}, and only judged answers are compared with the model before training: "
             "read them with convert.format preference or unpaired_preference, or choose another train.objective"
         )
+    known = None
     if "tokenizer" in inputs:
         refuse_other_words(inputs["model"], inputs["tokenizer"])
+        # Models of a family are padded to sizes of their own: a student may have no row for what is no token.
+        known = 1 + max(words_of(inputs["model"]).values())
     head = _load(inputs["model"], config, work)
     if config.top_k is not None:
-        return _write_top(head, config.top_k, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
+        return _write_top(head, config.top_k, known, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
     source = inputs["tokens"] / "tokens.arrow"
     rows = tokens = 0
     with _writing(output / "log_probs.arrow", LOG_PROBS) as writer:
@@ -54,8 +57,8 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
     return {"rows": rows, "tokens": tokens}
 
 
-def _write_top(head: Any, k: int, source: Path, target: Path, work: Work) -> Facts:
-    """The k likeliest tokens in the place of every token."""
+def _write_top(head: Any, k: int, known: int | None, source: Path, target: Path, work: Work) -> Facts:
+    """The k likeliest tokens in the place of every token, of the `known` ones."""
     import torch
 
     rows = tokens = 0
@@ -64,12 +67,13 @@ def _write_top(head: Any, k: int, source: Path, target: Path, work: Work) -> Fac
             column = batch.column("ids")
             ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
             likely, log_probs = np.zeros((len(ids), k), np.uint32), np.zeros((len(ids), k), np.float16)
-            for low, high in _ranges(lengths):
-                begin, end = int(lengths[:low].sum()), int(lengths[:high].sum())
-                packed = _batch(ids[begin:end], lengths[low:high], head.causal.device)
+            taken, kept = _readable(head, lengths)
+            for low, high in _ranges(kept):
+                some = taken[int(kept[:low].sum()) : int(kept[:high].sum())]
+                packed = _batch(ids[some], kept[low:high], head.causal.device)
                 with torch.inference_mode():
-                    found, values = head.top(packed, k)
-                places = begin + packed["positions"].cpu().numpy() + 1
+                    found, values = head.top(packed, k, known)
+                places = some[packed["positions"].cpu().numpy() + 1]
                 likely[places], log_probs[places] = found.cpu().numpy(), values.float().cpu().numpy()
             columns = [pa.array(np.full(len(batch), k), pa.uint32())]
             columns += [
@@ -168,7 +172,27 @@ def _scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray
 
 
 def _all_scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The same for rows of any number of tokens."""
-    cuts = [(low, high, int(lengths[:low].sum()), int(lengths[:high].sum())) for low, high in _ranges(lengths)]
-    found = [_scored(head, ids[begin:end], lengths[low:high]) for low, high, begin, end in cuts]
-    return np.concatenate(found) if found else np.empty(0, np.float32)
+    """The same for rows of any number of tokens; zero also for those that the model cannot read."""
+    found = np.zeros(len(ids), np.float32)
+    taken, kept = _readable(head, lengths)
+    for low, high in _ranges(kept):
+        some = taken[int(kept[:low].sum()) : int(kept[:high].sum())]
+        found[some] = _scored(head, ids[some], kept[low:high])
+    return found
+
+
+def _readable(head: Any, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[tokens] The places of the tokens that a model can read in rows of some lengths, and [rows] how many those are.
+
+    All, but of a model with learned positions, which has none for the end of a row that is longer. Neither can training
+    read that: pack leaves such rows out, or cuts them.
+    """
+    from torch import nn
+
+    context = getattr(head.causal.config.get_text_config(), "max_position_embeddings", None)
+    words = head.causal.get_input_embeddings()
+    tables = [m.num_embeddings for m in head.causal.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if context is None or not any(context <= size <= context + 2 for size in tables):  # OPT's begin at the third
+        return np.arange(lengths.sum()), lengths
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) < context
+    return np.flatnonzero(within), np.minimum(lengths, context)

@@ -21,6 +21,13 @@ def ends_of(extra: Mapping[str, Any]) -> list[int]:
     return found
 
 
+def judged(extra: Mapping[str, Any], length: int) -> list[tuple[int, bool]]:
+    """Where each step ends, and whether it is right: of those that stand whole in the first `length` tokens. What was
+    cut off cannot be judged, and its label belongs to no token that is left."""
+    ends = zip(ends_of(extra), extra["labels"], strict=True)
+    return [(end, bool(label)) for end, label in ends if end <= length]
+
+
 def cut(answer: str, separator: str) -> list[str]:
     """An answer's steps, without the separators. Nothing but white space between two of them is no step: a blank
     line says nothing that could be right, and convert takes none from the data."""

@@ -53,22 +53,23 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def refuse_other_words(teacher: Path, student: Path) -> None:
     """Raise UserError when the tokenizers of two models' folders have other tokens, or the teacher's has none."""
-
-    def words(folder: Path) -> dict[str, int]:
-        document = exact_json.loads((folder / "tokenizer.json").read_bytes())
-        known = document["model"]["vocab"]
-        known = dict(known) if isinstance(known, dict) else {word: place for place, (word, *_) in enumerate(known)}
-        return known | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
-
     if not (teacher / "tokenizer.json").is_file():
         raise UserError("fetch.teacher has no tokenizer.json: it must have the same tokenizer as fetch.model")
-    theirs, ours = words(teacher), words(student)
+    theirs, ours = words_of(teacher), words_of(student)
     odd = next((word for word in sorted({*theirs, *ours}) if theirs.get(word) != ours.get(word)), None)
     if odd is not None:
         raise UserError(
             f"fetch.teacher has another tokenizer than fetch.model: {odd!r} is token {theirs.get(odd)} there and "
             f"{ours.get(odd)} here. Distil from a teacher with the same one"
         )
+
+
+def words_of(folder: Path) -> dict[str, int]:
+    """The tokens of a tokenizer, with their ids."""
+    document = exact_json.loads((folder / "tokenizer.json").read_bytes())
+    known = document["model"]["vocab"]
+    known = dict(known) if isinstance(known, dict) else {word: place for place, (word, *_) in enumerate(known)}
+    return known | {token["content"]: token["id"] for token in document.get("added_tokens", [])}
 
 
 def _json(path: Path) -> dict[str, Any]:

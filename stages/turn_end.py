@@ -11,15 +11,16 @@ from pathlib import Path
 from stages.errors import UserError
 
 
-def turn_end(folder: Path) -> int | None:
-    """The id of the token that ends the assistant's turn in the chat template of a model's folder. None where there is
-    no template, and where a turn ends otherwise: in nothing, or in words, which an answer may hold as well."""
+def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
+    """The id of the token that ends the assistant's turn in the chat template of a model's folder, or in another one's
+    text. None where there is no template, and where a turn ends otherwise: in nothing, or in words, which an answer may
+    hold as well."""
     from stages import chat_template
     from stages.tokenizer_files import read_tokenizer
 
     with suppress(UserError):  # a tokenizer or a template that cannot be asked ends no turn that we know of
         tokenizer = read_tokenizer(folder)
-        end = chat_template.load(tokenizer, "tokenizer").answer_end.strip()
+        end = chat_template.load(tokenizer, template).answer_end.strip()
         if end in tokenizer.added:
             added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
             return int(next(token["id"] for token in added if token["content"] == end))

@@ -169,12 +169,14 @@ def _method(tool: Mapping[str, Any]) -> Any:
 def _told(observation: Mapping[str, Any]) -> str:
     """An observation as the model reads it: its one text, or its fields as JSON."""
     left = {name: value for name, value in observation.items() if name not in HIDDEN and value is not None}
+    if not left:
+        return ""
     (alone,) = left.values() if len(left) == 1 else (left,)
     if isinstance(alone, dict) and isinstance(alone.get("data"), str | int | float):
         alone = alone["data"]  # what a tool of MCP's gives
     if isinstance(alone, str):
         return alone
-    return json.dumps(alone, ensure_ascii=False) if alone else ""
+    return json.dumps(alone, ensure_ascii=False)  # 0 and false are answers, too
 
 
-ENVIRONMENT = Environment(1, make, Options)
+ENVIRONMENT = Environment(2, make, Options)

@@ -88,7 +88,9 @@ class Objective:
         if self.counts == "tokens":
             return int(bins.trained[numbers].sum())
         if self.counts == "labels":
-            return int(bins.labels_in(numbers))
+            from stages.steps import judged
+
+            return sum(len(judged(extra, length)) for extra, length in bins.extras_in(numbers))
         return int(bins.documents_in(numbers)) // (2 if self.counts == "pairs" else 1)
 
 

@@ -82,7 +82,7 @@ def loss(model: Any, options: KtoOptions, batch: Batch) -> LossSums:
 
 
 OBJECTIVE = Objective(
-    version=1,
+    version=2,
     prepare=prepare,
     loss=loss,
     baseline=baseline,

@@ -22,17 +22,17 @@ class ProcessRewardOptions(StageConfig):
 
 
 def prepare(batch: Batch) -> dict[str, Any]:
-    """`labels` and `extra` become `ends` [steps], the last token of each, and `right` [steps], 0 or 1."""
+    """`labels` and `extra` become `ends` [steps], the last token of each that is whole, and `right` [steps], 0 or 1."""
     import torch
 
-    from stages.steps import ends_of
+    from stages.steps import judged
 
     bounds = pairwise(batch["cu_seq_lens_q"].tolist())
     rest = {name: value for name, value in batch.items() if name not in ("labels", "extra")}
     found = zip(bounds, batch["extra"], strict=False)  # padding has no labels
-    ends = [min(begin + end, stop) - 1 for (begin, stop), extra in found for end in ends_of(extra)]
-    right = [int(label) for extra in batch["extra"] for label in extra["labels"]]
-    return {**rest, "ends": torch.tensor(ends), "right": torch.tensor(right)}
+    steps = [(begin + end - 1, right) for (begin, stop), extra in found for end, right in judged(extra, stop - begin)]
+    ends, right = torch.tensor(steps, dtype=torch.long).reshape(-1, 2).T
+    return {**rest, "ends": ends, "right": right}
 
 
 def loss(model: Any, options: ProcessRewardOptions, batch: Batch) -> LossSums:
@@ -52,7 +52,7 @@ def loss(model: Any, options: ProcessRewardOptions, batch: Batch) -> LossSums:
 
 
 OBJECTIVE = Objective(
-    version=1,
+    version=2,
     prepare=prepare,
     loss=loss,
     options=ProcessRewardOptions,

@@ -123,7 +123,8 @@ def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) 
 def save(model: PeftModel, folder: Path) -> None:
     """Write the adapter as PEFT loads it onto the model it came from, with the same bytes every time."""
     adamw.widen(model)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    # TRL may have put a second one beside it: how it started, which training is held to.
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, set_seed
 
@@ -61,7 +63,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
     reporting = trackers.chosen(work.runtime, work.folder.name)
     _refuse(config, online, rewarded, inputs, work, device)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, device)})
-    tokenizer = prompts.plain_tokenizer(inputs["model"])
+    tokenizer = prompts.plain_tokenizer(inputs["model"], inputs.get("templates"))
     episodes = feedback.episodes_of(rewarded, inputs, tokenizer)
     rows, counted = feedback.asked(config, objective, options, inputs, work, tokenizer)
     steps = -(-len(rows) // options.prompts_per_step)
@@ -159,7 +161,8 @@ def _refuse(
 
 
 def _load(config: TrainConfig, folder: Path, device: str) -> Any:
-    """The model as it starts, with attention that can generate."""
+    """The model as it starts, with attention that can generate. Raises UserError for an adapter that TRL's losses would
+    not see."""
     from stages.generation import load_network
 
     frozen = config.method == "lora" and config.precision == "bf16"
@@ -168,6 +171,11 @@ def _load(config: TrainConfig, folder: Path, device: str) -> Any:
     if config.method == "full":
         return network
     adapted = adapters.adapt(network, config.lora, folder)
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer | TrainableTokensWrapper):
+        raise UserError(
+            f"train: {config.objective} reads the weights of lm_head themselves, past an adapter that stands there: "
+            "take it out of train.lora.targets and new_tokens"
+        )
     adapters.lift_inputs(adapted)  # TRL generates without autocast
     return adapted
 

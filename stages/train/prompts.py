@@ -25,14 +25,15 @@ from stages.turn_end import turn_end
 Row = dict[str, Any]
 
 
-def plain_tokenizer(folder: Path) -> Any:
+def plain_tokenizer(folder: Path, templates: Path | None) -> Any:
     """A model's tokenizer that adds no begin or end token to a text: the plan's prompts have what the template gave
-    them, and TRL asks without saying that nothing should be added. Its end is that of a turn, by which TRL tells where
-    a completion ends."""
+    them, and TRL asks without saying that nothing should be added. Its end is that of a turn in the template that
+    convert used, which lies in `templates` and need not be the model's own: by it TRL tells where a completion ends."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-    if (end := turn_end(folder)) is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    for path in sorted(templates.rglob("chat_template.jinja"))[:1] if templates else ():  # a recipe has one, or none
+        if (end := turn_end(folder, path.read_text("utf-8"))) is not None:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 
 
@@ -89,7 +90,7 @@ def read(
                     raise UserError(
                         f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
                     )
-            said = columns.pop("prompt", None)
+            said = columns.pop("prompt", None) if messages else None  # else a column of the data's own
             if messages:
                 _refuse_other(text, said, tokenizer)
             rows.append({"prompt": said if messages else text, "columns": json.dumps(columns)})

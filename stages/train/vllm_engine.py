@@ -33,9 +33,11 @@ def arguments(
     # later those are many. vespo weighs tokens itself, and TRL asks for a correction by tokens beside it.
     by_tokens = choice.asynchronous or getattr(options, "loss", "") == "vespo"
     correction = {"vllm_importance_sampling_mode": "token_truncate"} if by_tokens else {}
+    # vLLM stops where the model's own files say, which is not where a turn of another chat template ends.
+    ends = {"generation_kwargs": {"stop_token_ids": [tokenizer.eos_token_id]}}
     if choice.mode == "server":
         where = {"vllm_server_base_url": runtime.vllm_url}
-        return {"use_vllm": True, "vllm_mode": "server", **where, **correction}
+        return {"use_vllm": True, "vllm_mode": "server", **ends, **where, **correction}
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     length = None  # the model's own, in an environment: prompts grow there by tools and by what reset adds
     if not options.environment:
@@ -46,6 +48,7 @@ def arguments(
         "vllm_gpu_memory_utilization": choice.memory or SHARE,
         "vllm_enable_sleep_mode": choice.sleep,
         "vllm_max_model_length": length,
+        **ends,
         **correction,
     }
 

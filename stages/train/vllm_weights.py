@@ -35,6 +35,8 @@ class Told(nn.Module):
             layer, _, kind = name.rpartition(".")
             if adapter and (f".{adapter}" in name or ".original_module." in name):
                 continue
+            if ".modules_to_save." in name and f"{SAVED}." not in name:  # of another adapter, which rests
+                continue
             plain = name.removeprefix("base_model.model.").replace(WRAPPED, "").replace(SAVED, "")
             if layer.endswith(WRAPPED) and kind == "weight":
                 yield plain, merged(self.model.get_submodule(layer.removesuffix(WRAPPED)))

@@ -66,6 +66,14 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
             "  objective: kto\nconvert: {format: unpaired_preference}\nscore: {quantize: int8}",
             "r.yaml:10: kto compares with the model it starts from, as train.quantize has it: take",
         ),
+        (
+            "  objective: dpo\n  precision: fp32\nconvert: {format: preference}",
+            "dpo compares with the model it starts from, as train.precision has it: set `score.precision: fp32`",
+        ),
+        (
+            "  objective: dpo\nconvert: {format: preference}\nscore: {precision: fp32}",
+            "r.yaml:10: dpo compares with the model it starts from, as train.precision has it: set `score",
+        ),
         ("score: {quantize: int8}", "r.yaml:8: sft compares with no other model: take it out"),
         (
             "  objective: on_policy_distillation\npack:\n  overlong: truncate",

@@ -19,6 +19,7 @@ from stages.runtime import Runtime
 from stages.score import STAGE as SCORE
 from stages.score import ScoreConfig, parts
 from stages.stage import Work
+from stages.tables import read_table
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages.packed import Packed, turns
@@ -92,6 +93,30 @@ def test_the_student_comes_nearer_to_the_teacher(tmp_path: Path, inputs: dict[st
     TRAIN.run(TrainConfig.model_validate({**config, "max_steps": 16}), inputs, tmp_path / "output", work)
     steps = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["divergence"] < 0.6 * steps[0]["divergence"]
+
+
+def test_what_is_no_token_is_not_learned_from_a_teacher_padded_to_more(
+    tmp_path: Path, inputs: dict[str, Path], tiny_model: Path
+) -> None:
+    place = tmp_path / "tokens/chat/00000"
+    padded = other_weights(tiny_model, tmp_path / "padded", tokens=320)
+    teacher = AutoModelForCausalLM.from_pretrained(padded)
+    with torch.no_grad():  # rows that nothing has trained may be as likely as any
+        teacher.get_output_embeddings().weight[258:] = 1.5 * teacher.get_output_embeddings().weight[60:122]
+    teacher.save_pretrained(padded)
+    score(padded, tiny_model, place, tmp_path / "by_padded/chat/00000")
+    teacher.resize_token_embeddings(258)
+    teacher.save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut/tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    score(tmp_path / "cut", tiny_model, place, tmp_path / "by_cut/chat/00000")
+    by_padded, by_cut = (read_table(tmp_path / name / "chat/00000/top.arrow") for name in ("by_padded", "by_cut"))
+    assert by_padded == by_cut
+    (tmp_path / "output").mkdir()
+    config = {"objective": "distillation", "precision": "fp32", "max_steps": 1, "lora": {"rank": 4}}
+    given = {**inputs, "reference": tmp_path / "by_padded"}
+    TRAIN.run(
+        TrainConfig.model_validate(config), given, tmp_path / "output", Work(tmp_path / "w", Runtime(device="cpu"))
+    )
 
 
 def test_what_a_teacher_says_is_kept_for_every_student_with_its_tokens() -> None:

@@ -97,6 +97,29 @@ def test_the_other_answer_is_one_to_another_prompt(tmp_path: Path) -> None:
     assert max(cut) == 10
 
 
+def test_an_answer_of_a_row_that_is_too_long_is_cut_with_another_prompt(tmp_path: Path) -> None:
+    """Or a step would hold a document of the model's whole context, which the plan has left out."""
+    made = []
+    for number, size in enumerate((5, 150, 5, 5, 150, 5)):
+        ids = [3, 4, 12 + number, 5, 6, 8, *(3 + at % 60 for at in range(size)), 7]
+        row = {"row": number, "ids": ids, "spans": turns(("user", 1, TRAIN_NO), ("assistant", size))}
+        identity = number.to_bytes(8, "big") * 2
+        made.append({**row, "identity": identity, "extra": json.dumps({"label": number % 2 == 0})})
+    shard(tmp_path / "tokens", "judged/00000", made, kind="unpaired_preference")
+    packed = Packed(tmp_path / "tokens", tmp_path / "plan", sequence_length=64, global_batch=4)
+    assert packed.facts["dropped"] == {"overlong": 2}
+    place = tmp_path / "reference/judged/00000"
+    place.mkdir(parents=True)
+    given = {"model": tiny.llama(tmp_path / "model"), "tokens": tmp_path / "tokens/judged/00000"}
+    SCORE.run(ScoreConfig(precision="fp32"), given, place, Work(tmp_path / "w", Runtime(device="cpu")))
+    bins = PackedBins(tmp_path / "tokens", packed.output, reference=tmp_path / "reference")
+    crossed = [bins[number].mismatched for number in range(len(bins))]
+    assert sorted(int(length) for each in crossed if each for length in each.lengths) == [12, 12, 64, 64]
+    batch = kto.prepare(collate([bins[number] for number in range(len(bins))]))
+    assert sorted(batch["mismatched"]["answer_tokens"].tolist()) == [6, 6, 58, 58]
+    assert len(batch["mismatched"]["reference"]) == 128
+
+
 def test_the_loss_is_the_papers(tmp_path: Path, inputs: dict[str, Path]) -> None:
     """On a model that has moved away from the one that gave the reference."""
     before = AutoModelForCausalLM.from_pretrained(inputs["model"], attn_implementation="eager")

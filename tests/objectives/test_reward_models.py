@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from flows.recipe import loads
 from packing.collate import PackedBins, collate
@@ -18,6 +23,7 @@ from stages import evaluate, heads, merge, objectives
 from stages.compare import PREFERENCES, compare
 from stages.errors import UserError
 from stages.generation import load_network
+from stages.heldout import measure
 from stages.marks import TRAIN_NO
 from stages.objectives import process_reward, reward
 from stages.runtime import Runtime
@@ -181,7 +187,59 @@ def test_the_process_reward_loss_is_cross_entropy_at_the_ends_of_steps(inputs: d
     with torch.no_grad():
         found = process_reward.loss(model, process_reward.ProcessRewardOptions(wrong_weight=2.0), batch)(batch)
     assert found["loss"].item() == pytest.approx(expected, rel=1e-4)
-    assert bins.labels_in([0, 1]) == steps == len(batch["ends"])
+    assert objectives.find("process_reward").count(bins, [0, 1]) == steps == len(batch["ends"])
+
+
+def test_steps_that_are_cut_off_are_not_judged(tmp_path: Path, tiny_model: Path) -> None:
+    """Their labels would all come to stand on the last token that is left."""
+    made = []
+    for number, cut_label in enumerate((True, False, True, False, True)):
+        labels = [number % 2 == 0] * 15 + [cut_label] * 5  # after 15 steps of 4 tokens, one is cut and four are gone
+        told = [(0, 3, 1, 0, "user", TRAIN_NO)]
+        for turn in range(1, 21):
+            begin = 4 * turn - 1
+            told += [(begin, begin + 3, 1, turn, "text", 0), (begin + 3, begin + 4, 2, turn, "text", 0)]
+        ids = [30, 31, 32, *([140 + number, 150, 160, 36] * 20)]
+        identity = number.to_bytes(8, "big") * 2
+        extra = json.dumps({"labels": labels})
+        made.append({"row": number, "ids": ids, "spans": spans(*told), "identity": identity, "extra": extra})
+    put(tmp_path / "tokens", "stepwise", made)
+    packed = Packed(tmp_path / "tokens", tmp_path / "plan", overlong="truncate", deduplicate=False, decontaminate=0.0)
+    assert packed.facts["truncated"] == 5
+    assert packed.facts["labels"] == {"false": 30, "true": 30}, "of 15 whole steps in each of 4 rows"
+    for number in range(len(packed.bins)):
+        batch = process_reward.prepare(collate([packed.bins[number]]))
+        assert batch["ends"].tolist() == [6 + 4 * step for step in range(15)]
+        assert len(set(batch["right"].tolist())) == 1
+        assert objectives.find("process_reward").count(packed.bins, [number]) == 15
+    found = measure(tiny_model, packed.output, "fp32", Runtime(device="cpu"), lambda *now: None)
+    assert len(found.samples) == 15
+
+
+@pytest.mark.parametrize("line_end", ["\n", ""])
+def test_a_reward_is_read_at_the_end_of_an_answer_where_padding_is_of_the_same_token(
+    tmp_path: Path, tiny_model: Path, line_end: str
+) -> None:
+    """As the card loads it. transformers takes for padding what has the padding's token."""
+    (tmp_path / "templates/judged").mkdir(parents=True)
+    template = (tiny_model / "chat_template.jinja").read_text().replace("<|im_end|>\n", f"<|im_end|>{line_end}")
+    (tmp_path / "templates/judged/chat_template.jinja").write_text(template)
+    trained = tmp_path / "trained"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.save_pretrained(trained / "weights")
+    heads.attach(model, 1)
+    heads.save(heads.take(model).state_dict(), trained)
+    (tmp_path / "merged").mkdir()
+    given = {"model": tiny_model, "trained": trained, "templates": tmp_path / "templates"}
+    merge.run(merge.MergeConfig(), given, tmp_path / "merged", Work(tmp_path / "work", Runtime(device="cpu")))
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    chat = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello."}]
+    asked = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        at_the_end = judge.score(judge.model(asked["input_ids"]).last_hidden_state[0, -1]).item()
+        assert judge(**asked).logits.item() == pytest.approx(at_the_end, rel=1e-5)
+    assert (judge.config.pad_token_id is None) == (line_end == "")
 
 
 @pytest.mark.parametrize(

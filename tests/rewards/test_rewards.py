@@ -13,6 +13,28 @@ from stages.judge import Judge
 from stages.rewards import RewardChoice
 
 GYM = {"answer": "4", "question": "2 + 2?", "metadata": {"source_dataset": "chain_sum", "source_index": 0}}
+BARE = [
+    (r"\frac12", "The answer is 0.5"),
+    (r"\dfrac{3}{4}", "0.75"),
+    (r"2\sqrt{3}", r"$2\sqrt{3}$"),
+    (r"3\pi/2", r"\boxed{\frac{3\pi}{2}}"),
+    ("10^{5}", "100000"),
+    ("3x+1", "It is $1+3x$"),
+    ("(1,2)", "$(1,2)$"),
+    ("1,000", "1000"),
+    (r"\text{(C)}", r"\boxed{C}"),
+    (r"\$18", "18"),
+    ("18 dollars", "He pays 18"),
+    ("1/2 cup", "0.5"),
+    ("2**3", "8"),
+    ("12:30", "12:30"),
+    ("The answer is 72", "72"),
+    ("#### 72", "$72$"),
+    (r"\(x^2\)", "$x^2$"),
+    ("-3", "x = -3"),
+    ("x=5", "5"),
+    ("50%", "0.5"),
+]
 CASES: dict[str, list[tuple[dict[str, Any], str, dict[str, Any], float]]] = {
     "exact_match": [
         ({}, " Paris \n", {"answer": "Paris"}, 1.0),
@@ -37,6 +59,12 @@ CASES: dict[str, list[tuple[dict[str, Any], str, dict[str, Any], float]]] = {
         ({}, r"so it is $\frac{1}{2}$", {"answer": "0.5"}, 1.0),
         ({}, "$3$", {"answer": "$2$"}, 0.0),
         ({"field": "gold"}, "The result is $x^2 + 2x + 1$", {"gold": "$(x+1)^2$"}, 1.0),
+        # A data set's answers are mostly bare.
+        *[({}, given, {"answer": answer}, 1.0) for answer, given in BARE],
+        ({}, "2", {"answer": r"2\sqrt{3}"}, 0.0),
+        ({}, "10", {"answer": "10^{5}"}, 0.0),
+        ({}, "3", {"answer": "3x+1"}, 0.0),
+        ({}, "17 dollars", {"answer": "18 dollars"}, 0.0),
     ],
 }
 

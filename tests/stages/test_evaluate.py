@@ -120,6 +120,18 @@ def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> Non
     assert not any(term in answer for term in stop for answer in ours)
 
 
+@pytest.mark.parametrize("own", [3, 40])
+def test_how_long_an_answer_may_be_is_for_the_task_to_say(chat_model: Path, tmp_path: Path, own: int) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    settings = {"eos_token_id": 1, "pad_token_id": 1, "max_new_tokens": own}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = generation.load(folder, "fp32", "cpu")
+    ours = generation.generate(model, [model.prompt(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
+    examples = [Example(q, "x") for q in QUESTIONS]
+    theirs = harness.exact_match(model, examples, Options(), 12, (), 2, tmp_path / "work", lambda done, total: None)
+    assert [sample.answer for sample in theirs] == ours
+
+
 def test_answers_end_where_a_turn_of_the_template_ends(chat_model: Path, tmp_path: Path) -> None:
     """Also of a model before training, whose own end is another token and whose folder does not know the template's."""
     from transformers import AutoTokenizer
@@ -248,7 +260,8 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
     (tmp_path / "choices.yaml").write_text(CHOICES.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     told: list[tuple[int, int]] = []
-    samples = harness._samples(model, manager, "choices", "", None, None, 2, lambda *now: told.append(now))
+    samples, lost = harness._samples(model, manager, "choices", "", None, None, 2, lambda *now: told.append(now))
+    assert lost == 0
     assert [(sample.task, sample.metric, sample.score) for sample in samples] == [
         ("choices", "acc", score) for score in expected
     ]
@@ -256,6 +269,96 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
     assert told[-1] == (7, 7)
     with pytest.raises(UserError, match="choices has no metric 'bleu'"):
         harness._samples(model, manager, "choices", "bleu", None, None, 2, lambda *now: None)
+
+
+OF_LESS = """
+task: of_less
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: question
+doc_to_target: answer
+process_results: !function results.of_an_item
+metric_list: [{metrics}]
+"""
+FALLING = (
+    "{metric: perplexity, aggregation: perplexity, higher_is_better: false}",
+    "{metric: preferred, aggregation: mean, higher_is_better: false}",
+)
+RISING = ("{metric: points, aggregation: mean, higher_is_better: true}",)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "metric", "told"),
+    [
+        ((*FALLING, *RISING), "", ""),  # as lambada's, whose perplexity comes first
+        ((*FALLING, *RISING), "preferred", "of of_less's metric 'preferred' less is better.*name another one: points"),
+        (FALLING, "", "of all metrics of of_less less is better.*: perplexity, preferred"),  # as crows_pairs'
+        (FALLING, "preferred", "has no other: take the task out"),
+    ],
+)
+def test_a_metric_of_which_less_is_better_is_no_score(
+    chat_model: Path, tmp_path: Path, metrics: tuple[str, ...], metric: str, told: str
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps({"question": q, "answer": "x"}) for q in QUESTIONS))
+    given = {"perplexity": -9.0, "preferred": 1.0, "points": 30.0}
+    known = {name: value for name, value in given.items() if f"metric: {name}," in str(metrics)}
+    (tmp_path / "results.py").write_text(f"def of_an_item(doc, results):\n    return {known}\n")
+    text = OF_LESS.format(file=tmp_path / "rows.json", cache=tmp_path / "cache", metrics=", ".join(metrics))
+    (tmp_path / "of_less.yaml").write_text(text)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = generation.load(chat_model, "fp32", "cpu")
+    if told:
+        with pytest.raises(UserError, match=told):
+            harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+        return
+    samples, _ = harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+    assert {(sample.metric, sample.score) for sample in samples} == {("points", 30.0)}
+
+
+def test_scores_of_lm_eval_that_are_no_shares_are_not_called_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load", lambda *_: None)
+    for scores, unbounded in (([0.0, 1.0], None), ([0.0, 45.5], True)):
+        found = [harness.Sample("", i, "?", "!", "!", "bleu_max", score) for i, score in enumerate(scores)]
+        monkeypatch.setattr(harness, "shipped", lambda *_, found=found: (found, 0))
+        config = evaluate.Measure(task=evaluate.Task(lm_eval="truthfulqa_gen"))
+        work = Work(tmp_path / "work", Runtime(device="cpu"))
+        evaluate.run(config, {"weights": tmp_path}, tmp_path, work)
+        assert json.loads((tmp_path / "scores.json").read_text()).get("unbounded") == unbounded
+
+
+WRITTEN = """
+task: written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: right
+generation_kwargs: {{until: [], do_sample: false, max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("written", WRITTEN), ("choices", CHOICES)])
+def test_questions_of_lm_eval_that_lose_their_beginning_are_counted(
+    chat_model: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    asked = ["sun", "x" * 300, "moon", "y" * 300]  # the model reads 256 tokens
+    rows = [json.dumps({"question": question, "choices": ["a", "b"], "right": 0}) for question in asked]
+    (tmp_path / "rows.json").write_text("\n".join(rows))
+    (tmp_path / f"{name}.yaml").write_text(text.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = generation.load(chat_model, "fp32", "cpu")
+    samples, lost = harness._samples(model, manager, name, "", None, None, 2, lambda *now: None)
+    assert (len(samples), lost) == (4, 2)
 
 
 @pytest.mark.full
@@ -334,6 +437,12 @@ def test_tasks_may_be_a_list() -> None:
         ({"a": {"source": "s", "lm_eval": "gsm8k"}}, "either `source`"),
         ({"a": {"source": "s", "eval": "exactmatch"}}, "did you mean 'exact_match'"),
         ({"a": {"source": "s", "metric": "bleu"}}, "scored by 'exact_match'"),
+        ({"a": {"source": "s", "few_shot": 5}}, "`few_shot` says nothing to a task with `source`"),
+        ({"a": {"lm_eval": "gsm8k", "max_new_tokens": 512}}, "`max_new_tokens` says nothing to a task with `lm_eval`"),
+        (
+            {"a": {"source": "s", "reward_model": "m", "answer": "x"}},
+            "`answer` says nothing to a task with `reward_model`",
+        ),
         ({"a/b": {"source": "s"}}, "cannot name a task"),
         ({"heldout_loss": {"source": "s"}}, "cannot name a task"),
         ([{"source": "s"}, {"source": "s"}], "two tasks would be called 's'"),

@@ -79,7 +79,7 @@ def test_the_merged_folder_gives_the_adapters_logits(
     model = make_model(tmp_path / "model", config_name, dtype=dtype, **changes)
     trained = make_adapter(tmp_path / "trained", model)
     facts = run(tmp_path / "output", model, trained)
-    assert facts["changed_tensors"] and "warning" not in facts
+    assert facts["changed_tensors"] and "changed nothing" not in str(facts.get("warning"))
     assert facts["device"] == "cpu"
 
     # Three lines, as anybody would.
@@ -256,6 +256,20 @@ def rendered_with(folder: Path, template: str) -> Path:
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "chat_template.jinja").write_text(template)
     return folder
+
+
+@pytest.mark.parametrize(("rendered", "own", "told"), [(False, True, True), (False, False, False), (True, True, False)])
+def test_a_model_that_is_asked_otherwise_than_it_was_trained_is_told_of(
+    tmp_path: Path, rendered: bool, own: bool, told: bool
+) -> None:
+    model = chatml_model(tmp_path / "model", eos=258)
+    chatml = templates.find("chatml").text
+    if own:
+        (model / "chat_template.jinja").write_text(chatml)
+    (tmp_path / "raw").mkdir()
+    used = rendered_with(tmp_path / "templates", chatml) if rendered else tmp_path / "raw"
+    facts = run(tmp_path / "output", model, make_adapter(tmp_path / "trained", model), used)
+    assert ("trained on raw text" in str(facts.get("warning"))) == told
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["generation_config.json", "without it"])

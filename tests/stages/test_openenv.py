@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stages.environments import EnvironmentChoice, load
+from stages.environments import EnvironmentChoice, load, openenv
 from stages.errors import UserError
 from tests.stages import openenv_stand_in
 
@@ -47,6 +47,21 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("observation", "told"),
+    [
+        ({"result": 0, "done": False, "reward": 1.0}, "0"),
+        ({"result": {"data": 0}, "tool_name": "count"}, "0"),
+        ({"result": {"data": False}, "error": None}, "false"),
+        ({"hit": False, "left": 2}, '{"hit": false, "left": 2}'),
+        ({"text": "warm"}, "warm"),
+        ({"metadata": {"a": 1}, "done": True, "text": None}, ""),
+    ],
+)
+def test_an_answer_of_nothing_is_told_as_such(observation: dict[str, Any], told: str) -> None:
+    assert openenv._told(observation) == told
 
 
 def opened(url: str, **options: Any) -> Any:

@@ -51,6 +51,23 @@ def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeyp
         assert log_probs == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(("config", "sizes"), [("GPT2Config", {"n_positions": 64}), ("OPTConfig", {})])
+def test_of_a_row_beyond_learned_positions_the_beginning_is_scored(
+    tmp_path: Path, config: str, sizes: dict[str, int]
+) -> None:
+    """pack leaves it out, or cuts it; it does so in a stage of its own."""
+    more = {"word_embed_proj_dim": 32, "ffn_dim": 64} if config == "OPTConfig" else {}
+    folder = tiny.save(tmp_path / "model", config, max_position_embeddings=64, **sizes, **more)
+    write_table(tmp_path / "tokens.arrow", tokens_schema(tiny.VOCABULARY), ({"ids": ids} for ids in rows()))
+    (tmp_path / "counts.json").write_text('{"kind": "preference"}')
+    found = score(folder, tmp_path, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    for ids, log_probs in zip(rows(), found, strict=True):
+        logits = model(torch.tensor([ids[:64]])).logits[0].log_softmax(-1)
+        expected = [0.0, *(logits[at - 1, ids[at]].item() for at in range(1, len(ids[:64])))]
+        assert log_probs == pytest.approx(expected + [0.0] * (len(ids) - len(expected)), abs=1e-4)
+
+
 def test_rows_that_nothing_compares_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "counts.json").write_text('{"kind": "conversation"}')
     with pytest.raises(UserError, match=r"kind conversation.*convert.format preference or unpaired_preference"):

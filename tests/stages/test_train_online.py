@@ -135,6 +135,14 @@ def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
     assert facts["completions"] == 2 * 2 * 8
 
 
+def test_the_adapter_alone_is_written_not_how_it_started(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """TRL keeps a copy of that beside it, for the divergence."""
+    config = recipe(tmp_path, steps=2, beta=0.1) | {"method": "lora", "lora": {"rank": 4}}
+    output, _ = train(tmp_path, inputs, config, allow_code=True)
+    written = {path.name for path in (output / "adapter").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_a_reward_model_is_asked_by_its_name(tmp_path: Path, tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -332,6 +340,16 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
 def test_what_an_online_objective_would_not_read_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"grpo trains on what the model itself writes, without it; take it out"):
         TrainConfig.model_validate({**recipe(tmp_path), **change})
+
+
+@pytest.mark.parametrize("lora", [{"new_tokens": ["a"]}, {"targets": ["q_proj", "lm_head"]}])
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_an_adapter_that_the_loss_would_not_see_is_refused(
+    tmp_path: Path, inputs: dict[str, Path], objective: str, lora: dict[str, Any]
+) -> None:
+    config = recipe(tmp_path, objective) | {"method": "lora", "lora": {"rank": 4, **lora}}
+    with pytest.raises(UserError, match=f"{objective} reads the weights of lm_head themselves, past an adapter"):
+        train(tmp_path, inputs, config, allow_code=True)
 
 
 def test_what_a_run_needs_is_asked_for_before_anything_is_loaded(tmp_path: Path, inputs: dict[str, Path]) -> None:

@@ -61,6 +61,17 @@ def test_they_are_those_of_the_merged_model_by_its_names(tiny_model: Path, lora:
         torch.testing.assert_close(weight, expected[name].detach().to(weight.dtype), msg=name)
 
 
+def test_an_adapter_beside_it_that_rests_is_not_told(tiny_model: Path) -> None:
+    """With a `beta`, TRL keeps what the adapter started as."""
+    adapted = trained(network(tiny_model), tiny_model, modules_to_save=["embed_tokens"])
+    alone = dict(Told(adapted).named_parameters())
+    adapted.add_adapter("ref", adapted.peft_config["default"])
+    told = list(Told(adapted).named_parameters())
+    assert [name for name, _ in told] == list(alone)
+    for name, weight in told:
+        torch.testing.assert_close(weight, alone[name], msg=name)
+
+
 def test_in_bfloat16_the_models_own_weights_are_bit_for_bit_what_they_were(tiny_model: Path) -> None:
     adapted = trained(network(tiny_model, torch.bfloat16), tiny_model)
     before = copies(adapted)
