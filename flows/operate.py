@@ -23,7 +23,9 @@ def promote(
         str | None,
         typer.Argument(metavar="[RUN|KEY]", help="A run, or a key of its merge or publish; else the newest."),
     ] = None,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Although its gate was not passed.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Although the gate was not passed, or compared with another.")
+    ] = False,
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
     as_json: AsJson = False,

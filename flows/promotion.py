@@ -15,7 +15,7 @@ from flows.run import production_of
 from flows.settle import named
 from stages.deliver import deliver, delivered, delivery
 from stages.errors import UserError
-from stages.production import Move, Name, person, production
+from stages.production import Move, Name, Production, person, production
 from stages.production import promote as moved
 from stages.production import rollback as moved_back
 from stages.runtime import Runtime
@@ -29,9 +29,10 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
     """Let `name`'s production ref name the model of a run, of a card's or weights' key, or of its newest run, and
     deliver it. Where the ref names it already but it was not delivered, it is delivered now; the move is the old one.
 
-    Raises UserError when there is no such model, when its gate was not passed (unless `anyway`), when it stands there
-    already and was delivered, when its files are gone, when somebody moved the ref at the same moment, and, after the
-    move, when it cannot be delivered; BadBlob then when the store's bytes turn out damaged.
+    Raises UserError when there is no such model, when its gate was not passed or it was compared with another model
+    than the one that stands (unless `anyway`), when it stands there already and was delivered, when its files are gone,
+    when somebody moved the ref at the same moment, and, after the move, when it cannot be delivered; BadBlob then when
+    the store's bytes turn out damaged.
     """
     seen = production(store, name)
     record = _record(store, name, what)
@@ -46,7 +47,15 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
         if _deliver(store, runtime, record, card, weights):
             return seen.now
         raise UserError(f"{name}/production already names this model (merge {weights.key[:12]})")
-    compared = production_of(record)
+    before = production_of(record)
+    compared = before.rival(weights.digest) if before else None
+    uncompared = _uncompared(seen, compared, weights)
+    if uncompared and not anyway:
+        raise UserError(
+            f"{name}: {uncompared}, so nothing says that run {run} is no worse. Run its recipe again to compare the "
+            "two, or promote it all the same with --anyway"
+        )
+    although = [f"although {uncompared}"] if uncompared else []
     move = moved(
         store,
         name,
@@ -54,8 +63,8 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
         model=named(weights),
         card=named(card),
         run=run,
-        compared=compared.rival(weights.digest) if compared else None,
-        why=reasons if card.facts["passed"] else f"although the gate was not passed: {reasons}",
+        compared=compared,
+        why="; ".join([reasons if card.facts["passed"] else f"although the gate was not passed: {reasons}", *although]),
         by=person(),
     )
     if move is None:
@@ -65,6 +74,15 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
         )
     _deliver(store, runtime, record, card, weights)
     return move
+
+
+def _uncompared(seen: Production | None, compared: Name | None, weights: Artifact) -> str:
+    """That another model stands than the gate compared with, in words; empty where it is that one, where none stands,
+    and for a model that stood before: who names that wants it back."""
+    if seen is None or seen.stood(weights.digest) or (compared or {}).get("digest") == seen.now.model["digest"]:
+        return ""
+    then = f"with merge {compared['key'][:8]}" if compared else "with no model in production"
+    return f"its gate compared {then}, and production names merge {seen.now.model['key'][:8]} of run {seen.now.run}"
 
 
 def rollback(store: Store, runtime: Runtime, name: str) -> Move:

@@ -72,6 +72,22 @@ def test_a_model_that_did_not_pass_needs_to_be_asked_for(rehearsal: Rehearsal) -
     assert rollback(rehearsal.store, runtime(rehearsal), "bot").run == good.id
 
 
+@pytest.mark.parametrize("first", [10, None], ids=["a model stood", "none stood"])
+def test_a_model_that_was_not_compared_with_the_one_that_stands_needs_to_be_asked_for(
+    first: int | None, rehearsal: Rehearsal
+) -> None:
+    if first:
+        rehearsal.run(first)
+    worse, _ = rehearsal.run(20, approval=True)
+    better, _ = rehearsal.run(35, approval=True)
+    promote(rehearsal.store, runtime(rehearsal), "bot", better.id)
+    with pytest.raises(UserError, match=rf"of run {better.id}, so nothing says .*--anyway"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", worse.id)
+    move = promote(rehearsal.store, runtime(rehearsal), "bot", worse.id, anyway=True)
+    assert "although its gate compared with" in move.why
+    assert promote(rehearsal.store, runtime(rehearsal), "bot", better.id).run == better.id, "it stood before"
+
+
 def test_what_cannot_be_promoted_is_said(rehearsal: Rehearsal) -> None:
     with pytest.raises(UserError, match="no run of it made a card"):
         promote(rehearsal.store, runtime(rehearsal), "bot")
