@@ -16,6 +16,9 @@ log-probabilities of the chosen answer over the rejected one, in nats a token.
 Once a model stands in production, each entry also has its score and what the tuned model changes about it:
 
     "production": {"value", "low", "high"}, "over_production": {"difference": {...}, "better": "tuned" | "production" …}
+
+Where that model has another tokenizer, to which the held-out rows' ids are other tokens, nothing of it is compared over
+these rows, and `"other_tokenizer": true` says so.
 """
 
 import json
@@ -47,6 +50,12 @@ NOT_NUMBERS = "not_numbers"
 
 TOO_FEW = "too_few"
 """Set for what comes of too few items for an interval (`stages.intervals.Interval`)."""
+
+OTHER_TOKENIZER = "other_tokenizer"
+"""Set where the held-out rows' ids are other tokens to the model in production."""
+
+UNCOMPARED = "The model in production has another tokenizer, so it is not compared over the held-out rows"
+"""The same in words."""
 
 CUT = "cut_questions"
 """How many questions, over all models, lost their beginning because they are longer than the model's context."""
@@ -99,7 +108,9 @@ def compare(scores: Path) -> dict[str, Json]:
     broken[HELDOUT_LOSS] = [model for model in sums if not _is_number(sums[model] or [])]
     loss = _loss(scores, broken[HELDOUT_LOSS])
     not_numbers = {name: models for name, models in broken.items() if models}
-    return {"tasks": tasks, HELDOUT_LOSS: loss, **checks, **({NOT_NUMBERS: not_numbers} if not_numbers else {})}
+    found = {"tasks": tasks, HELDOUT_LOSS: loss, **checks, **({NOT_NUMBERS: not_numbers} if not_numbers else {})}
+    apart = (loss or PREFERENCES in tasks) and _other_tokenizer(scores, PRODUCTION, HELDOUT_LOSS)
+    return {**found, **({OTHER_TOKENIZER: True} if apart else {})}
 
 
 def samples(scores: Path) -> Iterator[dict[str, Json]]:
@@ -114,7 +125,13 @@ def _tasks(scores: Path) -> list[str]:
 
 
 def _models(scores: Path, name: str) -> list[str]:
-    return [model for model in (BASE, TUNED, PRODUCTION) if (scores / model / name).is_dir()]
+    there = [model for model in (BASE, TUNED, PRODUCTION) if (scores / model / name).is_dir()]
+    return [model for model in there if not _other_tokenizer(scores, model, name)]
+
+
+def _other_tokenizer(scores: Path, model: str, name: str) -> bool:
+    told = scores / model / name / "scores.json"
+    return told.exists() and OTHER_TOKENIZER in json.loads(told.read_text())
 
 
 def _items(scores: Path, name: str) -> Iterator[Item]:
@@ -233,6 +250,8 @@ def report(scores: Json) -> str:
         for name, models in scores.get(NOT_NUMBERS, {}).items()
         for model in models
     ]
+    if scores.get(OTHER_TOKENIZER):
+        broken.append(f"**{UNCOMPARED}.**")
     if not measured:
         nothing = ["Nothing was measured: the recipe has no task, and pack held no rows out."]
         return "\n\n".join(broken or nothing) + "\n"

@@ -67,7 +67,7 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
 STAGE = Stage(
     name="publish",
     artifact="card",
-    version=5,
+    version=6,
     config=PublishConfig,
     run=run,
     locations=frozenset({"to", "private", "approval"}),
