@@ -26,17 +26,18 @@ from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
 from flows.parameters import OwnRuntime, filled
 from flows.plan import Plan, Step, make_plan, require_writable
-from flows.recipe import Recipe, loads
+from flows.recipe import Recipe
 from flows.run import Run, start
 from flows.screen import headline, seconds
 from flows.settle import Outcome, settle
-from flows.stored import AnyRecipe, recipe_of
+from flows.stored import AnyRecipe, recipe_of, recorded
 from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
 from stages.errors import UserError
 from stages.lease import Lease
 from stages.runtime import Runtime, store_of
+from stages.store import Store
 
 
 class Reference(TypedDict):
@@ -99,9 +100,20 @@ def opened(
     record = store.read_run(wanted)
     if run and record is None:
         raise UserError(f"run `{run}`: there is no such run in {store.url}; see `regrow show`")
+    if run and record is not None:
+        _refuse_others(run, record["recipe"], recipe, settings, store)
     if record is not None:
-        return start(loads(record["text"], record["path"]), runtime, store, record), True
+        return start(recorded(record), runtime, store, record), True
     return start(recipe_of(recipe, settings, store), runtime, store, run_id=wanted), False
+
+
+def _refuse_others(run: str, name: str, recipe: str | Recipe, settings: Sequence[str], store: Store) -> None:
+    """Raise UserError for a recipe or settings that are not those of the earlier run: it would take none of them."""
+    if settings:
+        raise UserError(f"run `{run}` is done as it was asked for then: take `run` out to use `settings`")
+    asked = recipe.name if isinstance(recipe, Recipe) else recipe_of(recipe, (), store).recipe.name
+    if asked != name:
+        raise UserError(f"run `{run}` is of the recipe `{name}`, not of `{asked}`: name that one, or take `run` out")
 
 
 def own_id(client: SyncPrefectClient) -> str:

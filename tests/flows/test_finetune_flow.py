@@ -149,3 +149,22 @@ def test_one_stage_runs_as_a_flow_of_its_own(trained: Any, client: SyncPrefectCl
 
 def test_the_form_offers_every_stage() -> None:
     assert get_args(StageName) == ORDER
+
+
+def test_an_earlier_run_is_done_as_it_was_asked_for(make_tiny: Any) -> None:
+    from flows.finetune import finetune
+    from flows.recipe import Loaded, Recipe
+    from flows.run import start
+
+    tiny = make_tiny()
+    recipe = Recipe.model_validate(tiny.recipe)
+    earlier = start(
+        Loaded(recipe=recipe, text="", path=""), tiny.runtime, open_store(tiny.runtime.store, tiny.runtime.cache)
+    )
+    earlier.record("finished")
+    other = recipe.model_copy(update={"name": "other"})
+    for asked, settings, says in ((recipe, ["train.seed=1"], "take `run` out"), (other, [], "recipe `tiny`, not of")):
+        with reporting_to(tiny.api):
+            state = finetune(asked, settings=settings, runtime=tiny.runtime, run=earlier.id, return_state=True)
+        with pytest.raises(UserError, match=says):
+            state.result()
