@@ -150,7 +150,7 @@ def _deliver(store: Store, runtime: Runtime, record: Mapping[str, Any], card: Ar
     try:
         if not to or delivered(to, tree, options):
             return False
-        deliver(to, tree, store, private=publish.get("private", True), options=options)
+        deliver(to, tree, store, record["recipe"], private=publish.get("private", True), options=options)
     except (UserError, BadBlob) as error:
         name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
         error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")

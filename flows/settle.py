@@ -75,7 +75,7 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
     options = run.runtime.options_for(config.to)
     arrived = bool(config.to) and not delivered(config.to, tree, options)
     if arrived:
-        deliver(config.to, tree, run.store, private=config.private, options=options)
+        deliver(config.to, tree, run.store, run.name, private=config.private, options=options)
     return Outcome(True, reasons, config.to, arrived, production, by)
 
 

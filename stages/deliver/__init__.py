@@ -42,9 +42,10 @@ def delivered(to: str, tree: Tree, options: Mapping[str, str] | None = None) -> 
 
 
 def deliver(
-    to: str, tree: Tree, store: Store, *, private: bool = True, options: Mapping[str, str] | None = None
+    to: str, tree: Tree, store: Store, name: str, *, private: bool = True, options: Mapping[str, str] | None = None
 ) -> None:
-    """Put the tree's files there, replacing what regrow delivered earlier; nothing happens when it is there already.
+    """Put the tree's files there, replacing what regrow delivered earlier for the recipe of that `name`; nothing
+    happens when it is there already.
 
     `to` is a folder, an fsspec URL, or `hf://org/name` (`private` counts only there); `options` are for
     its service. Raises UserError when something else stands there, or when the place cannot be reached or written;
@@ -57,13 +58,13 @@ def deliver(
     if to.startswith("hf://"):
         from stages.deliver.hub import deliver_to_hub
 
-        deliver_to_hub(to, tree, store.view(tree), private)
+        deliver_to_hub(to, tree, store.view(tree), name, private)
     elif "://" in to:
         from stages.deliver.bucket import deliver_to_bucket
 
-        deliver_to_bucket(to, tree, store, options or {})
+        deliver_to_bucket(to, tree, store, name, options or {})
     else:
-        deliver_to_folder(_folder(to), tree, store.view(tree))
+        deliver_to_folder(_folder(to), tree, store.view(tree), name)
 
 
 def _folder(to: str) -> Path:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stages.deliver.index import INDEX, index_document
+from stages.deliver.index import INDEX, index_document, refuse_another
 from stages.errors import UserError
 from stages.identity import Json, Tree
 
@@ -19,7 +19,7 @@ def hub_index(to: str) -> Json:
     return _index(api, name)
 
 
-def deliver_to_hub(to: str, tree: Tree, folder: Path, private: bool, api: Any = None) -> None:
+def deliver_to_hub(to: str, tree: Tree, folder: Path, recipe: str, private: bool, api: Any = None) -> None:
     """Commit the tree's files to `hf://org/name`, made if need be. Raises UserError when it holds something else."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -30,8 +30,9 @@ def deliver_to_hub(to: str, tree: Tree, folder: Path, private: bool, api: Any = 
         old = _index(api, name)
         if old is None and there - STARTERS:
             raise UserError(f"publish.to: {to} holds a model that regrow did not put there; choose another name")
+        refuse_another(old, recipe, to)
         ours = {file.path for file in tree.files}
-        index = json.dumps(index_document(tree), indent=1).encode()
+        index = json.dumps(index_document(tree, recipe), indent=1).encode()
         operations = [
             *(CommitOperationAdd(file.path, str(folder / file.path)) for file in tree.files),
             CommitOperationAdd(INDEX, index),
