@@ -25,7 +25,7 @@ from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
 from flows.parameters import OwnRuntime, filled
-from flows.plan import Plan, Step, make_plan, require_writable
+from flows.plan import Plan, Step, drifted, make_plan, require_writable
 from flows.recipe import Recipe
 from flows.run import Run, start
 from flows.screen import headline, seconds
@@ -143,7 +143,7 @@ def work(
     again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
     label(client, run)
     dashboard = Dashboard(client)
-    outcome = drive(run, plan, again, dashboard, resumed, held)
+    outcome = drive(run, plan, again, dashboard, resumed, held, strict)
     if outcome is None:
         return Completed()
     if outcome.production == "waits" and deployment.id:
@@ -179,10 +179,12 @@ def drive(
     dashboard: Dashboard,
     resumed: bool = False,
     held: Lease | None = None,
+    strict: bool = False,
 ) -> Outcome | None:
     """Execute the plan's steps in order, deliver what was published, keep the run's record.
 
-    The stages in `again` are made although they are in the store; where the run is `resumed`, unless it made them.
+    The stages in `again` are made although they are in the store, and where it is `strict` those that the plan could
+    not know yet and that other code made; where the run is `resumed`, unless it made them.
     """
     if "evaluate" in plan.to_run:
         evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
@@ -195,9 +197,11 @@ def drive(
                 if step.state != "skipped":
                     require_held(held)
                     reads = [states[s] for s in run.upstream(step.stage) if s in states]
-                    make = stage_task(run, step, step.stage in again, resumed)
+                    make = stage_task(run, step, step.stage in again, resumed, strict)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
+                    if step.stage in run.made:  # a training of days outlives the grace in which gc leaves it alone
+                        run.record("running")
                     if step.stage == "fetch":  # what only a fetched model tells is told before anything is trained
                         for section in (s for s in plan.to_run if s in ("train", "evaluate")):
                             run.refuse_steps(section)
@@ -211,7 +215,9 @@ def drive(
     return outcome
 
 
-def stage_task(run: Run, step: Step, force: bool, resumed: bool = False) -> Task[[list[Any]], Any]:
+def stage_task(
+    run: Run, step: Step, force: bool, resumed: bool = False, strict: bool = False
+) -> Task[[list[Any]], Any]:
     """The task of one step. What it `reads` draws the dashboard's graph; the artifacts themselves are in the run."""
 
     stage = step.stage
@@ -219,7 +225,7 @@ def stage_task(run: Run, step: Step, force: bool, resumed: bool = False) -> Task
     @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
     def make(reads: list[Reference]) -> State[Any]:
         try:
-            forced = force and not (resumed and run.has_made(stage))
+            forced = (force or (strict and drifted(run, stage))) and not (resumed and run.has_made(stage))
             built = execute(run, stage, force=forced, regrow=step.regrows)
         except (UserError, StageFailed, Suspended) as error:
             return failed(error)

@@ -1,7 +1,9 @@
 """The flow against a real server: what a run leaves in the dashboard's database."""
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 from uuid import UUID
 
@@ -10,10 +12,13 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import filters
 from prefect.client.schemas.objects import Artifact, TaskRun
 
+from flows.execute import Follower, following
 from flows.graph import ORDER
 from flows.parameters import StageName
+from flows.run import Run
 from flows.server import reporting_to
 from stages.errors import UserError
+from stages.gc import collect, verify
 from stages.store import open_store
 from tests.stages.fetching import model_folder
 
@@ -168,3 +173,39 @@ def test_an_earlier_run_is_done_as_it_was_asked_for(make_tiny: Any) -> None:
             state = finetune(asked, settings=settings, runtime=tiny.runtime, run=earlier.id, return_state=True)
         with pytest.raises(UserError, match=says):
             state.result()
+
+
+def test_what_a_run_has_made_is_safe_from_gc_while_it_goes_on(make_tiny: Any) -> None:
+    tiny = make_tiny()
+    store = open_store(tiny.runtime.store, tiny.runtime.cache)
+
+    def swept(run: Run, stage: str) -> None:
+        """As if all that was made so far were older than gc's grace."""
+        if stage == "pack":
+            collect(store, delete=True, grace=0.0)
+
+    with following(Follower(started=swept)):
+        tiny.run("+pack")
+    assert {"fetch", "convert", "tokenize", "pack"} == {stage for stage, _, _ in store.manifests()}
+    assert verify(store).problems == []
+
+
+def test_strict_makes_anew_what_other_code_made_below_a_stage_that_gave_the_same_bytes(
+    make_tiny: Any, client: SyncPrefectClient
+) -> None:
+    from flows.finetune import finetune
+    from flows.recipe import Recipe
+
+    tiny = make_tiny()
+    tiny.run("+pack")
+    for stage in ("convert", "tokenize"):
+        for path in Path(tiny.runtime.store).glob(f"actions/{stage}/*.json"):
+            manifest = json.loads(path.read_text())
+            manifest["provenance"]["code"] = "0123"
+            path.chmod(0o644)
+            path.write_text(json.dumps(manifest))
+    recipe = Recipe.model_validate(tiny.recipe)
+    state = finetune(recipe, select=["+pack"], strict=True, runtime=tiny.runtime, return_state=True)
+    state.result()
+    states = {name: task.state_name for name, task in task_runs(client, state.state_details.flow_run_id).items()}
+    assert states == {"fetch": "Cached", "convert": "Completed", "tokenize": "Completed", "pack": "Cached"}
