@@ -8,6 +8,7 @@ from stages.deliver.index import INDEX, index_document, refuse_another, some
 from stages.errors import UserError
 from stages.identity import Json, Tree
 from stages.objects import blob_path, open_objects
+from stages.sources.credentials import opened as opened_options
 from stages.store import Store
 
 
@@ -23,8 +24,8 @@ def reach(to: str, options: Mapping[str, str]) -> tuple[Any, str]:
     import fsspec
 
     try:
-        fs, root = fsspec.core.url_to_fs(to)
-    except (ValueError, ImportError) as error:
+        fs, root = fsspec.core.url_to_fs(to, **opened_options(options, "runtime"))
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"publish.to: {to}: {error}") from error
     return fs, str(root).rstrip("/")
 

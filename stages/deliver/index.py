@@ -32,3 +32,11 @@ def is_whole(index: Json, tree: Tree) -> bool:
 def some(names: list[str]) -> str:
     """The first few names of a list, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def repository(to: str) -> str:
+    """The Hub's name for `hf://organisation/name`. Raises UserError."""
+    name = to.removeprefix("hf://").strip("/")
+    if name.count("/") != 1:
+        raise UserError(f"publish.to: {to}: expected hf://organisation/name")
+    return name
