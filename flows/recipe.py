@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from flows.strict_yaml import Document, parse
 from stages import formats, objectives
+from stages.compare import PREFERENCES
 from stages.convert import ConvertConfig
 from stages.errors import UserError
 from stages.evaluate import EvaluateConfig
@@ -112,7 +113,8 @@ def _with_setting(value: dict[str, Any], setting: str) -> dict[str, Any]:
         raise UserError(f"--set {setting}: expected KEY=VALUE with a dotted key, e.g. train.learning_rate=2e-4")
     try:
         leaf = yaml.safe_load(text)
-    except yaml.YAMLError:
+        str(leaf).encode()
+    except (yaml.YAMLError, ValueError):  # a date that is none, and half of a character
         raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     copy: dict[str, Any] = dict(value)
     inner = copy
@@ -205,6 +207,11 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         if task.source and task.source not in sources:
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
             yield ("evaluate", "tasks", name, "source"), hint
+    for counted in recipe.publish.gate.tasks:
+        asked = counted.split("/")[0]  # of a group, one of its tasks
+        if asked not in (*recipe.evaluate.tasks, PREFERENCES):
+            have = _listed(list(recipe.evaluate.tasks))
+            yield ("publish", "gate", "tasks"), f"there is no task `{asked}`; evaluate.tasks has {have}"
     for section in ("train", "evaluate"):
         for path, named in getattr(recipe, section).reward_models.items():
             if named not in recipe.fetch.reward_models:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.errors import UserError
 from stages.identity import Json
 from stages.intervals import Interval, bootstrap, mean, paired_difference, share
 
@@ -62,6 +63,10 @@ CUT = "cut_questions"
 
 PREFERENCES = "heldout_preferences"
 """The task whose items are the plan's held-out judged answers, measured in the same pass."""
+
+
+_SAME = ("task", "item", "target", "metric")
+"""What an item has in common for all models."""
 
 
 class Item(NamedTuple):
@@ -124,6 +129,13 @@ def _tasks(scores: Path) -> list[str]:
     return sorted(path.parent.name for path in (scores / BASE).glob("*/samples.jsonl"))
 
 
+def _other_items(name: str) -> UserError:
+    return UserError(
+        f"evaluate.tasks.{name}: the models were not asked the same items: lm-eval or its data has changed since "
+        "one of them was scored. Score all of them anew: `regrow run RECIPE evaluate+ --force evaluate`"
+    )
+
+
 def _models(scores: Path, name: str) -> list[str]:
     there = [model for model in (BASE, TUNED, PRODUCTION) if (scores / model / name).is_dir()]
     return [model for model in there if not _other_tokenizer(scores, model, name)]
@@ -140,9 +152,13 @@ def _items(scores: Path, name: str) -> Iterator[Item]:
         [json.loads(line) for line in (scores / model / name / "samples.jsonl").read_text().splitlines()]
         for model in models
     ]
+    if len({len(each) for each in answers}) > 1:
+        raise _other_items(name)
     for base, tuned, *production in zip(*answers, strict=True):
         for other in (tuned, *production):
-            assert (base["task"], base["item"]) == (other["task"], other["item"]), "two models, two lists of items"
+            # Not the question: of lm-eval's tasks it is what went through each model's own chat template.
+            if any(base[of] != other[of] for of in _SAME):
+                raise _other_items(name)
         yield Item(
             task=base["task"] if name == HELDOUT_LOSS else _leaf(name, base["task"]),
             item=base["item"],

@@ -41,7 +41,7 @@ def all_cores() -> int:
 class Runtime(Described):
     """Where a run happens and how it uses the machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # no clock can wait for ever
 
     store: str = Field(default_factory=lambda: str(default_home() / "store"))
     """The artifact store: a folder, or any fsspec URL such as `s3://bucket/prefix`."""

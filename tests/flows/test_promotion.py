@@ -200,3 +200,11 @@ def test_the_history_shows_runs_that_moved_nothing(rehearsal: Rehearsal) -> None
     assert max(len(line) for line in shown.splitlines() if not line.startswith("latest")) <= 80
     with pytest.raises(UserError, match="no run is called nobody"):
         events_of(rehearsal.store, "nobody")
+
+
+def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehearsal) -> None:
+    for right in range(10, 24):
+        rehearsal.run(right)
+    events = events_of(rehearsal.store, "bot")
+    assert [event.what for event in events] == ["promoted"] * 14
+    assert len({event.model for event in events}) == 14

@@ -66,6 +66,12 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
             "  objective: kto\nconvert: {format: unpaired_preference}\nscore: {quantize: int8}",
             "r.yaml:10: kto compares with the model it starts from, as train.quantize has it: take",
         ),
+        ("  max_gradient_norm: .inf", "r.yaml:8: `train.max_gradient_norm`: input should be a finite number"),
+        ("  warmup: .inf", "r.yaml:8: `train.warmup`: input should be a finite number"),
+        (
+            "publish: {gate: {tasks: [chatz]}}\nevaluate: {tasks: {t: {source: chats}}}",
+            "r.yaml:8: there is no task `chatz`; evaluate.tasks has `t`",
+        ),
         ("score: {quantize: int8}", "r.yaml:8: sft compares with no other model: take it out"),
         (
             "  objective: on_policy_distillation\npack:\n  overlong: truncate",
@@ -178,7 +184,13 @@ def test_set_overrides_and_is_recorded(tmp_path: Path) -> None:
     assert "sequence_length: 128" in got.text
 
 
-@pytest.mark.parametrize("setting", ["train.learning_rate", "train..x=1", "=1", "name.x=1", "train.learning_rate=[1"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.learning_rate", "train..x=1", "=1", "name.x=1", "train.learning_rate=[1", "convert.date=2026-13-45"),
+        'name="\\ud800"',
+    ],
+)
 def test_a_wrong_override_is_named(tmp_path: Path, setting: str) -> None:
     assert f"--set {setting}" in loaded(tmp_path, GOOD, setting)
 
