@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 
+from flows.delivering import bring
 from flows.run import production_of
 from flows.settle import named
-from stages.deliver import deliver, delivered, delivery
 from stages.errors import UserError
 from stages.production import Move, Name, Production, person, production
 from stages.production import promote as moved
 from stages.production import rollback as moved_back
+from stages.publish import PublishConfig
 from stages.runtime import Runtime
 from stages.store import Artifact, BadBlob, Store
 
@@ -44,7 +45,7 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: the gate was not passed by run {run}: {reasons}. Promote it all the same with --anyway"
         )
     if seen is not None and seen.now.model == named(weights):
-        if _deliver(store, runtime, record, card, weights):
+        if _deliver(store, runtime, record, card, weights, moved=False):
             return seen.now
         raise UserError(f"{name}/production already names this model (merge {weights.key[:12]})")
     before = production_of(record)
@@ -72,7 +73,7 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: production moved at this moment and was left as it is now; look at `regrow history {name}` and "
             "repeat the command if you still want it"
         )
-    _deliver(store, runtime, record, card, weights)
+    _deliver(store, runtime, record, card, weights, moved=True)
     return move
 
 
@@ -90,7 +91,7 @@ def rollback(store: Store, runtime: Runtime, name: str) -> Move:
     `stages.production.rollback`, and before the move when the model's files or its run's record are gone; after it as
     `promote`."""
     move = moved_back(store, name, check=lambda move: _of_move(store, name, move))
-    _deliver(store, runtime, *_of_move(store, name, move))
+    _deliver(store, runtime, *_of_move(store, name, move), moved=True)
     return move
 
 
@@ -141,18 +142,17 @@ def _artifact(store: Store, name: str, run: str, stage: str, entry: Name) -> Art
     return found
 
 
-def _deliver(store: Store, runtime: Runtime, record: Mapping[str, Any], card: Artifact, weights: Artifact) -> bool:
+def _deliver(
+    store: Store, runtime: Runtime, record: Mapping[str, Any], card: Artifact, weights: Artifact, *, moved: bool
+) -> bool:
     """Bring the model to where the run's recipe publishes; False when it is there already, or nowhere is asked for.
     Raises UserError when that place cannot be written, and BadBlob."""
     publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    to, tree = publish.get("to") or "", delivery(weights.tree, card.tree)
-    options = runtime.options_for(to)
+    # As it was then, whatever a newer version would say of it.
+    place = PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))
     try:
-        if not to or delivered(to, tree, options):
-            return False
-        deliver(to, tree, store, record["recipe"], private=publish.get("private", True), options=options)
+        return bring(store, runtime, record["recipe"], place, weights, card, moved=moved) == "arrived"
     except (UserError, BadBlob) as error:
         name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
         error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")
         raise
-    return True

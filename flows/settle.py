@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from flows.delivering import bring
 from flows.run import Run
-from stages.deliver import deliver, delivered, delivery
 from stages.production import Name, promote
 from stages.production import production as standing_in
 from stages.publish import PublishConfig
@@ -71,12 +71,10 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
     if production not in ("moved", "stands"):
         said = [answer.why] if answer and answer.why and production == "refused" else []
         return Outcome(True, [*reasons, *said], "", False, production, by)
-    tree = delivery(weights.tree, card.tree)
-    options = run.runtime.options_for(config.to)
-    arrived = bool(config.to) and not delivered(config.to, tree, options)
-    if arrived:
-        deliver(config.to, tree, run.store, run.name, private=config.private, options=options)
-    return Outcome(True, reasons, config.to, arrived, production, by)
+    brought = bring(run.store, run.runtime, run.name, config, weights, card, moved=production == "moved")
+    if brought == "elsewhere":
+        return Outcome(True, reasons, "", False, "elsewhere", by)
+    return Outcome(True, reasons, config.to, brought == "arrived", production, by)
 
 
 def _promoted(

@@ -2,22 +2,29 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from flows import cli
+from flows import cli, delivering
+from flows import settle as settling
 from flows.cli import app
 from flows.history import events_of
 from flows.pages import history_page
 from flows.promotion import promote, rollback
 from flows.run import Run
 from flows.settle import Answer, settle
+from stages.deliver import deliver
 from stages.errors import UserError
+from stages.identity import Tree
 from stages.objects import blob_path
-from stages.production import production
+from stages.production import Move, production
 from stages.runtime import Runtime
 from tests.flows.rehearsal import Rehearsal
 
@@ -208,3 +215,51 @@ def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehear
     events = events_of(rehearsal.store, "bot")
     assert [event.what for event in events] == ["promoted"] * 14
     assert len({event.model for event in events}) == 14
+
+
+def test_a_rollback_while_a_run_delivers_has_the_last_word(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = rehearsal.run(10)
+    begun, goes_on = Event(), Event()
+
+    def slowly(to: str, tree: Tree, *given: Any, **options: Any) -> None:
+        if not begun.is_set():
+            begun.set()
+            assert goes_on.wait(60)
+        deliver(to, tree, *given, **options)
+
+    monkeypatch.setattr(delivering, "deliver", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(rehearsal.run, 20)
+        assert begun.wait(60)
+        back = pool.submit(rollback, rehearsal.store, runtime(rehearsal), "bot")
+        eventually_names(rehearsal, first)
+        goes_on.set()
+        assert back.result(60).run == first.id and second.result(60)
+    assert delivered(rehearsal) == first.id
+
+
+def test_a_run_whose_model_was_taken_back_before_it_delivers_leaves_the_place_alone(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = rehearsal.run(10)
+    promoted = settling.promote
+
+    def and_back(*given: Any, **named: Any) -> Move | None:
+        move = promoted(*given, **named)
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+        return move
+
+    monkeypatch.setattr(settling, "promote", and_back)
+    _, outcome = rehearsal.run(20)
+    assert (outcome.production, outcome.to, outcome.arrived) == ("elsewhere", "", False)
+    assert delivered(rehearsal) == first.id
+
+
+def eventually_names(rehearsal: Rehearsal, run: Run) -> None:
+    for _ in range(600):
+        if rehearsal.stands == run.artifacts["merge"].key:
+            return
+        time.sleep(0.1)
+    raise AssertionError("production was not moved back")
