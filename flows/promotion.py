@@ -87,11 +87,17 @@ def _uncompared(seen: Production | None, compared: Name | None, weights: Artifac
 
 
 def rollback(store: Store, runtime: Runtime, name: str) -> Move:
-    """Let `name`'s production ref name the model that stood before, and deliver it. Raises UserError as
+    """Let `name`'s production ref name the model that stood before, and deliver it: where its recipe says, and where
+    the recipe of the replaced one does, for that place is looked at now. Raises UserError as
     `stages.production.rollback`, and before the move when the model's files or its run's record are gone; after it as
     `promote`."""
+    seen = production(store, name)
     move = moved_back(store, name, check=lambda move: _of_move(store, name, move))
-    _deliver(store, runtime, *_of_move(store, name, move), moved=True)
+    record, card, weights = _of_move(store, name, move)
+    replaced = store.read_run(seen.now.run) if seen and seen.now.number == move.number - 1 else None
+    _deliver(store, runtime, record, card, weights, moved=True)
+    if replaced and _place(replaced).to != _place(record).to:
+        _deliver(store, runtime, {**record, "text": replaced["text"]}, card, weights, moved=True)
     return move
 
 
@@ -120,13 +126,22 @@ def _record(store: Store, name: str, what: str | None) -> Mapping[str, Any]:
                 f"{name}: no run of it made a card yet; run its recipe first (`regrow show` lists the runs)"
             )
         return found
+    matching: dict[str, Mapping[str, Any]] = {}
     for record in with_card:
-        keys = [record["stages"][stage]["key"] for stage in ("publish", "merge")]
-        if record["run"] == what or (len(what) >= DIGITS and any(key.startswith(what) for key in keys)):
+        merged, keys = record["stages"]["merge"]["key"], [record["stages"][s]["key"] for s in ("publish", "merge")]
+        if record["run"] == what:
             return record
-    raise UserError(
-        f"{name}: no run with a card is called {what!r}, and none made that key; see `regrow history {name}`"
-    )
+        if len(what) >= DIGITS and any(key.startswith(what) for key in keys):
+            matching.setdefault(merged, record)
+    if len(matching) > 1:
+        raise UserError(
+            f"{name}: the keys of {len(matching)} models start with {what}; give more digits, or name a run"
+        )
+    if not matching:
+        raise UserError(
+            f"{name}: no run with a card is called {what!r}, and none made that key; see `regrow history {name}`"
+        )
+    return next(iter(matching.values()))
 
 
 def records_of(store: Store, name: str) -> Iterator[dict[str, Any]]:
@@ -147,12 +162,15 @@ def _deliver(
 ) -> bool:
     """Bring the model to where the run's recipe publishes; False when it is there already, or nowhere is asked for.
     Raises UserError when that place cannot be written, and BadBlob."""
-    publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    # As it was then, whatever a newer version would say of it.
-    place = PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))
     try:
-        return bring(store, runtime, record["recipe"], place, weights, card, moved=moved) == "arrived"
+        return bring(store, runtime, record["recipe"], _place(record), weights, card, moved=moved) == "arrived"
     except (UserError, BadBlob) as error:
         name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
         error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")
         raise
+
+
+def _place(record: Mapping[str, Any]) -> PublishConfig:
+    """Where a run's recipe publishes, as it was then, whatever a newer version would say of it."""
+    publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
+    return PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))

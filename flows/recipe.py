@@ -221,6 +221,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     yield from _of_objective(recipe)
     yield from _of_wrapped(recipe)
     yield from _of_heldout(recipe)
+    yield from _of_gate(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds
     for source in sources:
@@ -329,6 +330,23 @@ def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     for place, thresholds in ((("gate",), gate), (("gate", "production"), gate.production)):
         if thresholds.max_heldout_loss_increase is not None:
             yield ("publish", *place, "max_heldout_loss_increase"), f"the loss that this bounds {told}"
+
+
+def _of_gate(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What the gate asks for and nothing would measure: it would not pass, or, against production, not look."""
+    pack, evaluate, gate = recipe.pack, recipe.evaluate, recipe.publish.gate
+    heldout = bool(recipe.fetch.heldout) or any(map(pack.heldout_share, recipe.fetch.data))
+    loss = heldout and evaluate.heldout_loss
+    judged = loss and any(kind != "conversation" for kind in objectives.find(recipe.train.objective).kinds)
+    for place, asks in ((("gate",), gate), (("gate", "production"), gate.production)):
+        if asks.min_gain is not None and not evaluate.tasks and not judged:
+            yield ("publish", *place, "min_gain"), "it is of tasks, and `evaluate.tasks` has none: add one"
+        if asks.require == "better" and not evaluate.tasks and not loss:
+            told = "better in what? `evaluate.tasks` has no task, and no held-out loss is measured: add a task"
+            yield ("publish", *place, "require"), told
+        if asks.max_heldout_loss_increase is not None and heldout and not evaluate.heldout_loss:
+            told = "the loss that this bounds is not measured: take `evaluate.heldout_loss: false` out"
+            yield ("publish", *place, "max_heldout_loss_increase"), told
 
 
 def _of_environment(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

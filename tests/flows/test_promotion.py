@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows import cli, delivering
+from flows import cli, delivering, promotion
 from flows import settle as settling
 from flows.cli import app
 from flows.history import events_of
@@ -215,6 +215,22 @@ def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehear
     events = events_of(rehearsal.store, "bot")
     assert [event.what for event in events] == ["promoted"] * 14
     assert len({event.model for event in events}) == 14
+
+
+def test_a_rollback_reaches_the_place_of_the_model_that_it_replaces(rehearsal: Rehearsal) -> None:
+    first, _ = rehearsal.run(10)
+    elsewhere = rehearsal.folder / "elsewhere"
+    rehearsal.run(20, to=str(elsewhere))
+    rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert json.loads((elsewhere / "lineage.json").read_text())["run"] == first.id == delivered(rehearsal)
+
+
+def test_digits_of_several_models_name_none(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal.run(10)
+    rehearsal.run(20)
+    monkeypatch.setattr(promotion, "DIGITS", 0)
+    with pytest.raises(UserError, match="the keys of 2 models start with"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", "")
 
 
 def test_a_rollback_while_a_run_delivers_has_the_last_word(
