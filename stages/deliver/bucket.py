@@ -25,19 +25,21 @@ def reach(to: str, options: Mapping[str, str]) -> tuple[Any, str]:
 
     try:
         fs, root = fsspec.core.url_to_fs(to, **opened_options(options, "runtime"))
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"publish.to: {to}: {error}") from error
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise UserError(f"publish.to: {to}: {error or type(error).__name__}") from error
     return fs, str(root).rstrip("/")
 
 
 def bucket_index(fs: Any, root: str) -> Json:
-    """The index below `root`, or None. Raises UserError where it may not be read."""
+    """The index below `root`, or None. Raises UserError where it cannot be read."""
     try:
         return json.loads(fs.cat_file(f"{root}/{INDEX}"))
     except FileNotFoundError:
         return None
-    except PermissionError as error:
-        raise UserError(f"publish.to: {root} cannot be read: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise UserError(f"publish.to: {root} cannot be read: {error or type(error).__name__}") from error
 
 
 def deliver_to_bucket(to: str, tree: Tree, store: Store, name: str, options: Mapping[str, str]) -> None:

@@ -299,6 +299,13 @@ def test_an_interrupted_delivery_remembers_the_version_before(
     assert remote(fs, to) == NEWER
 
 
+def test_a_place_that_does_not_answer_is_named(store: Store, tree: Tree) -> None:
+    with pytest.raises(UserError, match=r"publish\.to: http://127\.0\.0\.1:9/mine cannot be read: "):
+        deliver("http://127.0.0.1:9/mine", tree, store, "bot")
+    with pytest.raises(UserError, match=r"publish\.to: ftp://127\.0\.0\.1:9/mine: .*refused"):
+        deliver("ftp://127.0.0.1:9/mine", tree, store, "bot")
+
+
 def test_an_unknown_scheme_is_named(store: Store, tree: Tree) -> None:
     with pytest.raises(UserError, match=r"publish\.to: nowhere://x"):
         deliver("nowhere://x", tree, store, "bot")
