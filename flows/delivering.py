@@ -6,7 +6,10 @@ files of both, or the model that was just taken out of production.
 """
 
 import logging
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
 
 from stages.deliver import deliver, delivered, delivery
 from stages.identity import sha256_text
@@ -47,3 +50,27 @@ def bring(
             return "there"
         deliver(to, tree, store, name, private=publish.private, options=options)
     return "arrived"
+
+
+def bring_standing(store: Store, runtime: Runtime, name: str, to: str) -> None:
+    """Deliver what production names to `to`, if that is where its run was to deliver it and could not: the next runs
+    may fail their gate for weeks, and what is served would be the model before. Raises as `bring`."""
+    standing = production(store, name) if to else None
+    record = store.read_run(standing.now.run) if standing else None
+    if standing is None or record is None or place_of(record).to != to:
+        return
+    model, card = standing.now.model, standing.now.card
+    weights = store.recall("merge", model["key"], model["digest"])
+    published = store.recall("publish", card["key"], card["digest"])
+    if weights is None or published is None:
+        return
+    if bring(store, runtime, name, place_of(record), weights, published, moved=False) == "arrived":
+        _log.warning(
+            "%s: delivered the model of run %s, which production names and which was not there", to, record["run"]
+        )
+
+
+def place_of(record: Mapping[str, Any]) -> PublishConfig:
+    """Where a run's recipe publishes, as it was then, whatever a newer version would say of it."""
+    publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
+    return PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))

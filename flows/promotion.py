@@ -9,16 +9,13 @@ the same, the ref has moved, and `promote` for the model that it names delivers 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
-from flows.delivering import bring
+from flows.delivering import bring, place_of
 from flows.run import production_of
 from flows.settle import named
 from stages.errors import UserError
 from stages.production import Move, Name, Production, person, production
 from stages.production import promote as moved
 from stages.production import rollback as moved_back
-from stages.publish import PublishConfig
 from stages.runtime import Runtime
 from stages.store import Artifact, BadBlob, Store
 
@@ -96,7 +93,7 @@ def rollback(store: Store, runtime: Runtime, name: str) -> Move:
     record, card, weights = _of_move(store, name, move)
     replaced = store.read_run(seen.now.run) if seen and seen.now.number == move.number - 1 else None
     _deliver(store, runtime, record, card, weights, moved=True)
-    if replaced and _place(replaced).to != _place(record).to:
+    if replaced and place_of(replaced).to != place_of(record).to:
         _deliver(store, runtime, {**record, "text": replaced["text"]}, card, weights, moved=True)
     return move
 
@@ -163,14 +160,8 @@ def _deliver(
     """Bring the model to where the run's recipe publishes; False when it is there already, or nowhere is asked for.
     Raises UserError when that place cannot be written, and BadBlob."""
     try:
-        return bring(store, runtime, record["recipe"], _place(record), weights, card, moved=moved) == "arrived"
+        return bring(store, runtime, record["recipe"], place_of(record), weights, card, moved=moved) == "arrived"
     except (UserError, BadBlob) as error:
         name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
         error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")
         raise
-
-
-def _place(record: Mapping[str, Any]) -> PublishConfig:
-    """Where a run's recipe publishes, as it was then, whatever a newer version would say of it."""
-    publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    return PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))

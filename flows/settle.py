@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from flows.delivering import bring
+from flows.delivering import bring, bring_standing
 from flows.run import Run
 from stages.production import Name, promote
 from stages.production import production as standing_in
@@ -58,8 +58,16 @@ class Answer:
 
 
 def settle(run: Run, answer: Answer | None = None) -> Outcome:
-    """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`.
-    Raises UserError when the destination cannot be written."""
+    """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`;
+    else the one that production names, if an earlier run could not. Raises UserError when the destination cannot be
+    written."""
+    outcome = _settled(run, answer)
+    if outcome.production not in ("moved", "stands"):
+        bring_standing(run.store, run.runtime, run.name, run.loaded.recipe.publish.to)
+    return outcome
+
+
+def _settled(run: Run, answer: Answer | None) -> Outcome:
     card, weights = run.artifacts["publish"], run.artifacts["merge"]
     config = run.config("publish")
     assert isinstance(config, PublishConfig)

@@ -141,6 +141,18 @@ def test_what_could_not_be_delivered_is_delivered_by_the_command_that_the_error_
         promote(rehearsal.store, runtime(rehearsal), "bot", worse.id, anyway=True)
 
 
+def test_what_could_not_be_delivered_is_delivered_by_the_next_run_whatever_its_gate_says(rehearsal: Rehearsal) -> None:
+    rehearsal.run(10)
+    in_the_way = rehearsal.folder / "out" / "mine.txt"
+    in_the_way.write_text("written by somebody")
+    with pytest.raises(UserError, match=r"mine\.txt came in"):
+        rehearsal.run(30)
+    in_the_way.unlink()
+    _, outcome = rehearsal.run(20)
+    standing = production(rehearsal.store, "bot")
+    assert outcome.production == "untouched" and standing and standing.now.run == delivered(rehearsal)
+
+
 def test_a_damaged_blob_that_is_met_while_delivering_is_one_line(
     rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
