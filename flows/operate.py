@@ -67,7 +67,9 @@ Home = Annotated[Path | None, typer.Option("--home", help="The folder with the s
 @app.command()
 def up(
     home: Home = None,
-    port: Annotated[int | None, typer.Option("--port", help="The dashboard's port; 4200 at first.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="The dashboard's port; 4200 at first.")
+    ] = None,
     host: Annotated[str | None, typer.Option("--host", help="The name or IPv4 address; 127.0.0.1 at first.")] = None,
     database: Annotated[
         str | None, typer.Option("--database", envvar="REGROW_DATABASE", help="A PostgreSQL URL instead of SQLite.")
