@@ -6,7 +6,7 @@ because JSON readers guess types, and a target such as 2024-01-01 must stay text
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -194,7 +194,18 @@ def _samples(
         apply_chat_template=model.chats,
         fewshot_as_multiturn=model.chats,
     )
-    return [sample for task, logged in sorted(results["samples"].items()) for sample in _chosen(task, logged, metric)]
+    return [
+        sample
+        for task, logged in sorted(results["samples"].items())
+        for sample in _chosen(task, logged, metric, _less_is_better(found["tasks"][task]))
+    ]
+
+
+def _less_is_better(task: Any) -> set[str]:
+    """The metrics of a task whose items are better with less, such as crows_pairs' share of stereotypes. Those of
+    another aggregation are not: an item of `perplexity` is a log-likelihood."""
+    upwards, how = task.higher_is_better(), task.aggregation()
+    return {name for name in upwards if upwards[name] is False and getattr(how.get(name), "__name__", "") == "mean"}
 
 
 def _language_model(model: Model, batch: int, answered: Answered) -> Any:
@@ -235,7 +246,7 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
     return Counting(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch, add_bos_token=begin)
 
 
-def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> list[Sample]:
+def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str, less: Collection[str]) -> list[Sample]:
     """One sample an item: lm-eval logs one a filter, and the task's first filter counts."""
     first = logged[0]
     numeric = [m for m in first["metrics"] if isinstance(first[m], int | float)]
@@ -244,6 +255,12 @@ def _chosen(task: str, logged: Sequence[Mapping[str, Json]], metric: str) -> lis
     if not numeric:
         raise UserError(f"evaluate.tasks: {task} has no metric with a number an item, only {first['metrics']}")
     name = metric or numeric[0]
+    if name in less:
+        others = ", ".join(m for m in numeric if m not in less) or "it has no other"
+        raise UserError(
+            f"evaluate.tasks: less is better of {task}'s metric {name!r}, and models are compared by what more is "
+            f"better of: choose another `metric` ({others}), or take the task out"
+        )
     return sorted(
         (
             Sample(

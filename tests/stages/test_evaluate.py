@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from stages import evaluate, generation, harness
@@ -351,6 +352,25 @@ def test_evals_versions_enter_the_key() -> None:
 
 
 # ---- held-out loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upwards", [True, False])
+def test_a_metric_of_which_less_is_better_is_refused(upwards: bool, chat_model: Path, tmp_path: Path) -> None:
+    """As crows_pairs has one: taken for more, the gate would let the worse model pass."""
+    from lm_eval.tasks import TaskManager
+
+    examples = [Example(question, "x") for question in QUESTIONS]
+    harness._write_task(tmp_path, examples, Options(), 4, [])
+    document = yaml.safe_load((tmp_path / "rows.yaml").read_text())
+    document["metric_list"][0]["higher_is_better"] = upwards
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(document))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    asked = (generation.load(chat_model, "fp32", "cpu"), manager, "rows", "", None, None, 2, lambda *_: None)
+    if upwards:
+        assert len(harness._samples(*asked)) == len(QUESTIONS)
+        return
+    with pytest.raises(UserError, match=r"less is better of rows's metric 'exact_match'.*it has no other"):
+        harness._samples(*asked)
 
 
 def heldout(folder: Path, documents: list[list[int]], bins: list[list[int]], vocabulary: int) -> dict[str, Path]:
