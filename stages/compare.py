@@ -5,7 +5,8 @@
                             "difference": {...}, "better": "tuned" | "base" | "unclear"}},
      "heldout_loss": {"base": {...}, "tuned": {...}, "difference": {...}, "better": ..., "tokens": n}}
 
-A task that a reward model scores has `"unbounded": true`: its values are means of numbers of any size and sign.
+A task whose scores are no shares of 1, as those of a reward model, has `"unbounded": true`: its values are means of
+numbers of any size and sign.
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
 excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences. What has
 `"too_few": true` comes of too few items for an interval, and is unclear.
@@ -44,7 +45,7 @@ TOLD = {HELDOUT_LOSS: "held-out loss"}
 """What is not called as it is named."""
 
 UNBOUNDED = "unbounded"
-"""Set for a task whose scores are rewards: no shares of 1, but numbers of any size and sign."""
+"""Set for a task whose scores are no shares of 1, but numbers of any size and sign: rewards, log-likelihoods."""
 
 NOT_NUMBERS = "not_numbers"
 """By task (or `heldout_loss`) the models whose figures are NaN or infinite, of which there is nothing to compare."""
@@ -102,7 +103,9 @@ def compare(scores: Path) -> dict[str, Json]:
             broken[leaf] = [m for m in figures if not (_is_number(figures[m]) and _is_number(margins.get(m, [])))]
             if {BASE, TUNED}.isdisjoint(broken[leaf]):
                 figures = {model: each for model, each in figures.items() if model not in broken[leaf]}
-                tasks[leaf] = _compared(answered[0].metric, figures, unbounded)
+                # A log-likelihood, as lm-eval's `perplexity` has one an item, is no share of 1 either.
+                shares = all(0 <= score <= 1 for scores in figures.values() for score in scores)
+                tasks[leaf] = _compared(answered[0].metric, figures, unbounded or not shares)
                 if margins:
                     tasks[leaf]["margin"] = _margin({model: margins[model] for model in figures})
         for model in _models(scores, name):

@@ -119,8 +119,8 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
         compared = [task for task in counted.values() if _against(other, task) is not None]
         if other.thresholds.min_gain is not None and compared and all(UNBOUNDED in task for task in compared):
             yield (
-                f"min_gain against {other.words} is in shares of 1, and every task that counts is scored by a reward "
-                "model: ask for `require: better` instead"
+                f"min_gain against {other.words} is in shares of 1, and every task that counts is scored by numbers "
+                "of any size, as rewards are: ask for `require: better` instead"
             )
         for name, task in counted.items():
             yield from _task_failures(other, name, _against(other, task), UNBOUNDED in task)

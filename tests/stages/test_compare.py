@@ -136,6 +136,18 @@ def test_models_that_were_asked_other_items_are_not_compared(change: str, tmp_pa
         compare(tmp_path)
 
 
+def test_log_likelihoods_are_no_shares(tmp_path: Path) -> None:
+    """What an item of lm-eval's `perplexity` is."""
+    part(tmp_path, "base/lambada", [("a", -5.0)] * 20)
+    part(tmp_path, "tuned/lambada", [("a", -4.0 - 0.01 * item) for item in range(20)])
+    found = compare(tmp_path)
+    task = found["tasks"]["lambada"]
+    assert task["unbounded"] and task["better"] == "tuned"
+    assert "-5.000 (-5.000 to -5.000)" in report(found) and "-500" not in report(found)
+    [reason] = decide(Gate(min_gain=0.05), found)["reasons"]
+    assert "is in shares of 1" in reason
+
+
 def test_nothing_measured_says_so(tmp_path: Path) -> None:
     loss(tmp_path, "base", [], [])
     loss(tmp_path, "tuned", [], [])
