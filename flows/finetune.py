@@ -34,6 +34,7 @@ from flows.stored import AnyRecipe, recipe_of, recorded
 from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
+from stages.deliver import refuse_taken
 from stages.errors import UserError
 from stages.lease import Lease
 from stages.runtime import Runtime, store_of
@@ -188,6 +189,8 @@ def drive(
     """
     if "evaluate" in plan.to_run:
         evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
+    if {"train", "publish"} <= {*plan.to_run}:
+        refuse_taken(run.loaded.recipe.publish.to, run.name)
     dashboard.show_plan(plan)
     run.record("running")
     states: dict[str, State[Reference]] = {}

@@ -8,12 +8,12 @@ a bucket the index is written last and says whether the rest is whole; on the Hu
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.deliver.folder import deliver_to_folder, edited, local_index, sweep
+from stages.deliver.folder import deliver_to_folder, edited, local_index, refuse_foreign, sweep
 from stages.deliver.index import is_whole
 from stages.identity import Tree, join
 from stages.store import Store
 
-__all__ = ["deliver", "delivered", "delivery"]
+__all__ = ["deliver", "delivered", "delivery", "refuse_taken"]
 
 PRIVATE = ("merge.json", "samples.jsonl")
 """What stays in the store: a check's figures, and answers that quote rows of the data."""
@@ -39,6 +39,13 @@ def delivered(to: str, tree: Tree, options: Mapping[str, str] | None = None) -> 
     folder = _folder(to)
     index = local_index(folder)
     return is_whole(index, tree) and not edited(folder, index)
+
+
+def refuse_taken(to: str, name: str) -> None:
+    """What can be told of a folder before anything is trained for it. Raises UserError when what stands there is not to
+    be replaced by a model of the recipe called `name`."""
+    if to and "://" not in to:
+        refuse_foreign(_folder(to), name)
 
 
 def deliver(

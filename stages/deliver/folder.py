@@ -43,7 +43,7 @@ def edited(folder: Path, index: Json) -> list[str]:
 
 def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
     """Copy a view's files there. Raises UserError when that would lose what regrow did not write, or cannot be done."""
-    _refuse_foreign(folder, name)
+    refuse_foreign(folder, name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _aside(folder) as aside:
@@ -64,7 +64,7 @@ def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
         raise UserError(f"publish.to: {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _refuse_foreign(folder: Path, name: str) -> None:
+def refuse_foreign(folder: Path, name: str) -> None:
     """Raise UserError when replacing the folder would lose what regrow did not write there."""
     if not folder.exists():
         return

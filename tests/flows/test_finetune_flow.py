@@ -156,6 +156,15 @@ def test_the_form_offers_every_stage() -> None:
     assert get_args(StageName) == ORDER
 
 
+def test_a_destination_that_is_taken_is_told_before_anything_runs(make_tiny: Any) -> None:
+    tiny = make_tiny()
+    (tiny.folder / "out").mkdir()
+    (tiny.folder / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        tiny.run()
+    assert list(open_store(tiny.runtime.store, tiny.runtime.cache).manifests()) == []
+
+
 def test_an_earlier_run_is_done_as_it_was_asked_for(make_tiny: Any) -> None:
     from flows.finetune import finetune
     from flows.recipe import Loaded, Recipe
