@@ -25,18 +25,20 @@ from flows.dashboard import Dashboard
 from flows.execute import StageFailed, execute, following
 from flows.graph import select as selected
 from flows.parameters import OwnRuntime, filled
-from flows.plan import Plan, Step, make_plan, require_writable
-from flows.recipe import Recipe, loads
+from flows.plan import Plan, Step, drifted, make_plan, require_writable
+from flows.recipe import Recipe
 from flows.run import Run, start
 from flows.screen import headline, seconds
 from flows.settle import Outcome, settle
-from flows.stored import AnyRecipe, recipe_of
+from flows.stored import AnyRecipe, recipe_of, recorded
 from stages import evaluate
 from stages.build import Built
 from stages.child import Suspended
+from stages.deliver import refuse_taken
 from stages.errors import UserError
 from stages.lease import Lease
 from stages.runtime import Runtime, store_of
+from stages.store import Store
 
 
 class Reference(TypedDict):
@@ -99,9 +101,20 @@ def opened(
     record = store.read_run(wanted)
     if run and record is None:
         raise UserError(f"run `{run}`: there is no such run in {store.url}; see `regrow show`")
+    if run and record is not None:
+        _refuse_others(run, record["recipe"], recipe, settings, store)
     if record is not None:
-        return start(loads(record["text"], record["path"]), runtime, store, record), True
+        return start(recorded(record), runtime, store, record), True
     return start(recipe_of(recipe, settings, store), runtime, store, run_id=wanted), False
+
+
+def _refuse_others(run: str, name: str, recipe: str | Recipe, settings: Sequence[str], store: Store) -> None:
+    """Raise UserError for a recipe or settings that are not those of the earlier run: it would take none of them."""
+    if settings:
+        raise UserError(f"run `{run}` is done as it was asked for then: take `run` out to use `settings`")
+    asked = recipe.name if isinstance(recipe, Recipe) else recipe_of(recipe, (), store).recipe.name
+    if asked != name:
+        raise UserError(f"run `{run}` is of the recipe `{name}`, not of `{asked}`: name that one, or take `run` out")
 
 
 def own_id(client: SyncPrefectClient) -> str:
@@ -131,7 +144,7 @@ def work(
     again = {*(selected(force) if force else ()), *(s.stage for s in plan.steps if strict and s.drift)}
     label(client, run)
     dashboard = Dashboard(client)
-    outcome = drive(run, plan, again, dashboard, resumed, held)
+    outcome = drive(run, plan, again, dashboard, resumed, held, strict)
     if outcome is None:
         return Completed()
     if outcome.production == "waits" and deployment.id:
@@ -167,13 +180,17 @@ def drive(
     dashboard: Dashboard,
     resumed: bool = False,
     held: Lease | None = None,
+    strict: bool = False,
 ) -> Outcome | None:
     """Execute the plan's steps in order, deliver what was published, keep the run's record.
 
-    The stages in `again` are made although they are in the store; where the run is `resumed`, unless it made them.
+    The stages in `again` are made although they are in the store, and where it is `strict` those that the plan could
+    not know yet and that other code made; where the run is `resumed`, unless it made them.
     """
     if "evaluate" in plan.to_run:
         evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
+    if {"train", "publish"} <= {*plan.to_run}:
+        refuse_taken(run.loaded.recipe.publish.to, run.name)
     dashboard.show_plan(plan)
     run.record("running")
     states: dict[str, State[Reference]] = {}
@@ -183,9 +200,11 @@ def drive(
                 if step.state != "skipped":
                     require_held(held)
                     reads = [states[s] for s in run.upstream(step.stage) if s in states]
-                    make = stage_task(run, step, step.stage in again, resumed)
+                    make = stage_task(run, step, step.stage in again, resumed, strict)
                     states[step.stage] = make(reads, return_state=True)
                     states[step.stage].result()
+                    if step.stage in run.made:  # a training of days outlives the grace in which gc leaves it alone
+                        run.record("running")
                     if step.stage == "fetch":  # what only a fetched model tells is told before anything is trained
                         for section in (s for s in plan.to_run if s in ("train", "evaluate")):
                             run.refuse_steps(section)
@@ -199,7 +218,9 @@ def drive(
     return outcome
 
 
-def stage_task(run: Run, step: Step, force: bool, resumed: bool = False) -> Task[[list[Any]], Any]:
+def stage_task(
+    run: Run, step: Step, force: bool, resumed: bool = False, strict: bool = False
+) -> Task[[list[Any]], Any]:
     """The task of one step. What it `reads` draws the dashboard's graph; the artifacts themselves are in the run."""
 
     stage = step.stage
@@ -207,7 +228,7 @@ def stage_task(run: Run, step: Step, force: bool, resumed: bool = False) -> Task
     @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
     def make(reads: list[Reference]) -> State[Any]:
         try:
-            forced = force and not (resumed and run.has_made(stage))
+            forced = (force or (strict and drifted(run, stage))) and not (resumed and run.has_made(stage))
             built = execute(run, stage, force=forced, regrow=step.regrows)
         except (UserError, StageFailed, Suspended) as error:
             return failed(error)

@@ -44,7 +44,9 @@ def events_of(store: Store, name: str, most: int = LATEST) -> list[Event]:
     records = {record["run"]: record for record in islice(records_of(store, name), most)}
     if not moves and not records:
         raise UserError(f"no run is called {name} in {store.url}; `regrow show` lists the latest")
-    told = {move.run for move in moves}
+    # Old moves no longer name their runs; but a run that moved production has its move.
+    moved = {run for run, record in records.items() if (record.get("outcome") or {}).get("production") == "moved"}
+    told = {move.run for move in moves} | moved
     events = [_moved(move, records.get(move.run)) for move in moves]
     events += [_ran(record) for run, record in records.items() if run not in told]
     return sorted(events, key=lambda event: event.at, reverse=True)[:most]

@@ -23,7 +23,9 @@ def promote(
         str | None,
         typer.Argument(metavar="[RUN|KEY]", help="A run, or a key of its merge or publish; else the newest."),
     ] = None,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Although its gate was not passed.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Although the gate was not passed, or compared with another.")
+    ] = False,
     store: StoreUrl = None,
     runtime: RuntimeFile = None,
     as_json: AsJson = False,
@@ -65,7 +67,9 @@ Home = Annotated[Path | None, typer.Option("--home", help="The folder with the s
 @app.command()
 def up(
     home: Home = None,
-    port: Annotated[int | None, typer.Option("--port", help="The dashboard's port; 4200 at first.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="The dashboard's port; 4200 at first.")
+    ] = None,
     host: Annotated[str | None, typer.Option("--host", help="The name or IPv4 address; 127.0.0.1 at first.")] = None,
     database: Annotated[
         str | None, typer.Option("--database", envvar="REGROW_DATABASE", help="A PostgreSQL URL instead of SQLite.")

@@ -21,7 +21,7 @@ console = Console(highlight=False)
 def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -> Runtime:
     """Flags over file over environment over defaults. Raises UserError for what is no runtime."""
     found = _read(file) if file is not None else {}
-    if store:
+    if store is not None:
         found["store"] = store
     if allow_code:
         found["allow_code"] = True
@@ -36,7 +36,7 @@ def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
         raise UserError(f"{file}: not a runtime file: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict | None):
         raise UserError(f"{file}: not a runtime file: expected settings by name, such as `store: s3://bucket/prefix`")

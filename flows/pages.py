@@ -19,7 +19,16 @@ from flows.history import Event
 from flows.plan import Plan, Step
 from flows.screen import WORDS
 from stages import data_charts, data_report
-from stages.compare import BASE, OVER_PRODUCTION, PRODUCTION, TUNED, UNBOUNDED, compare
+from stages.compare import (
+    BASE,
+    OTHER_TOKENIZER,
+    OVER_PRODUCTION,
+    PRODUCTION,
+    TUNED,
+    UNBOUNDED,
+    UNCOMPARED,
+    compare,
+)
 from stages.identity import Json
 from stages.production import Move
 
@@ -185,6 +194,8 @@ def scores_page(scores: Mapping[str, Any], brief: bool = False) -> str:
         told.append("Against the model in production when the run started:")
         columns = ("task", PRODUCTION, TUNED, "difference", "better")
         told.append(_table(columns, [_production_row(name, task) for name, task in standing.items()]))
+    if scores.get(OTHER_TOKENIZER):
+        told.append(f"**{UNCOMPARED}.**")
     return "\n\n".join(told)
 
 

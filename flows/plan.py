@@ -63,9 +63,12 @@ def make_plan(
     strict: bool = False,
 ) -> Plan:
     """Plan a run. Fills `run.artifacts` with what is found. Raises UserError for a selected stage whose inputs were
-    never made and are not selected either."""
+    never made and are not selected either, and for a forced one that is not selected."""
     chosen = _chosen(run, selectors, exclude)
     forced = set(select(force)) if force else set()
+    for text in force:
+        if not {*select([text])} & {*chosen}:
+            raise UserError(f"--force {text}: the run leaves that out; select it too, or take --force away")
     baseline = _baseline(run.store, run.name)
     steps: dict[str, Step] = {}
     for stage in run.stages:
@@ -247,6 +250,14 @@ def _shown(value: object) -> str:
         return "unset"
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def drifted(run: Run, stage: str) -> bool:
+    """Whether what is there of a stage was made by other code or libraries. Of a stage below one that ran, the plan
+    could not say: it is found where that one gave the same bytes again."""
+    action = run.action(stage)
+    found = run.store.find(stage, action.key) if action else None
+    return found is not None and bool(_drift(stage, run, found))
 
 
 def _drift(stage: str, run: Run, found: Artifact) -> str:

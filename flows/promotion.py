@@ -9,13 +9,11 @@ the same, the ref has moved, and `promote` for the model that it names delivers 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
+from flows.delivering import bring, place_of
 from flows.run import production_of
 from flows.settle import named
-from stages.deliver import deliver, delivered, delivery
 from stages.errors import UserError
-from stages.production import Move, Name, person, production
+from stages.production import Move, Name, Production, person, production
 from stages.production import promote as moved
 from stages.production import rollback as moved_back
 from stages.runtime import Runtime
@@ -29,9 +27,10 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
     """Let `name`'s production ref name the model of a run, of a card's or weights' key, or of its newest run, and
     deliver it. Where the ref names it already but it was not delivered, it is delivered now; the move is the old one.
 
-    Raises UserError when there is no such model, when its gate was not passed (unless `anyway`), when it stands there
-    already and was delivered, when its files are gone, when somebody moved the ref at the same moment, and, after the
-    move, when it cannot be delivered; BadBlob then when the store's bytes turn out damaged.
+    Raises UserError when there is no such model, when its gate was not passed or it was compared with another model
+    than the one that stands (unless `anyway`), when it stands there already and was delivered, when its files are gone,
+    when somebody moved the ref at the same moment, and, after the move, when it cannot be delivered; BadBlob then when
+    the store's bytes turn out damaged.
     """
     seen = production(store, name)
     record = _record(store, name, what)
@@ -43,10 +42,18 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: the gate was not passed by run {run}: {reasons}. Promote it all the same with --anyway"
         )
     if seen is not None and seen.now.model == named(weights):
-        if _deliver(store, runtime, record, card, weights):
+        if _deliver(store, runtime, record, card, weights, moved=False):
             return seen.now
         raise UserError(f"{name}/production already names this model (merge {weights.key[:12]})")
-    compared = production_of(record)
+    before = production_of(record)
+    compared = before.rival(weights.digest) if before else None
+    uncompared = _uncompared(seen, compared, weights)
+    if uncompared and not anyway:
+        raise UserError(
+            f"{name}: {uncompared}, so nothing says that run {run} is no worse. Run its recipe again to compare the "
+            "two, or promote it all the same with --anyway"
+        )
+    although = [f"although {uncompared}"] if uncompared else []
     move = moved(
         store,
         name,
@@ -54,8 +61,8 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
         model=named(weights),
         card=named(card),
         run=run,
-        compared=compared.rival(weights.digest) if compared else None,
-        why=reasons if card.facts["passed"] else f"although the gate was not passed: {reasons}",
+        compared=compared,
+        why="; ".join([reasons if card.facts["passed"] else f"although the gate was not passed: {reasons}", *although]),
         by=person(),
     )
     if move is None:
@@ -63,16 +70,31 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: production moved at this moment and was left as it is now; look at `regrow history {name}` and "
             "repeat the command if you still want it"
         )
-    _deliver(store, runtime, record, card, weights)
+    _deliver(store, runtime, record, card, weights, moved=True)
     return move
 
 
+def _uncompared(seen: Production | None, compared: Name | None, weights: Artifact) -> str:
+    """That another model stands than the gate compared with, in words; empty where it is that one, where none stands,
+    and for a model that stood before: who names that wants it back."""
+    if seen is None or seen.stood(weights.digest) or (compared or {}).get("digest") == seen.now.model["digest"]:
+        return ""
+    then = f"with merge {compared['key'][:8]}" if compared else "with no model in production"
+    return f"its gate compared {then}, and production names merge {seen.now.model['key'][:8]} of run {seen.now.run}"
+
+
 def rollback(store: Store, runtime: Runtime, name: str) -> Move:
-    """Let `name`'s production ref name the model that stood before, and deliver it. Raises UserError as
+    """Let `name`'s production ref name the model that stood before, and deliver it: where its recipe says, and where
+    the recipe of the replaced one does, for that place is looked at now. Raises UserError as
     `stages.production.rollback`, and before the move when the model's files or its run's record are gone; after it as
     `promote`."""
+    seen = production(store, name)
     move = moved_back(store, name, check=lambda move: _of_move(store, name, move))
-    _deliver(store, runtime, *_of_move(store, name, move))
+    record, card, weights = _of_move(store, name, move)
+    replaced = store.read_run(seen.now.run) if seen and seen.now.number == move.number - 1 else None
+    _deliver(store, runtime, record, card, weights, moved=True)
+    if replaced and place_of(replaced).to != place_of(record).to:
+        _deliver(store, runtime, {**record, "text": replaced["text"]}, card, weights, moved=True)
     return move
 
 
@@ -101,13 +123,22 @@ def _record(store: Store, name: str, what: str | None) -> Mapping[str, Any]:
                 f"{name}: no run of it made a card yet; run its recipe first (`regrow show` lists the runs)"
             )
         return found
+    matching: dict[str, Mapping[str, Any]] = {}
     for record in with_card:
-        keys = [record["stages"][stage]["key"] for stage in ("publish", "merge")]
-        if record["run"] == what or (len(what) >= DIGITS and any(key.startswith(what) for key in keys)):
+        merged, keys = record["stages"]["merge"]["key"], [record["stages"][s]["key"] for s in ("publish", "merge")]
+        if record["run"] == what:
             return record
-    raise UserError(
-        f"{name}: no run with a card is called {what!r}, and none made that key; see `regrow history {name}`"
-    )
+        if len(what) >= DIGITS and any(key.startswith(what) for key in keys):
+            matching.setdefault(merged, record)
+    if len(matching) > 1:
+        raise UserError(
+            f"{name}: the keys of {len(matching)} models start with {what}; give more digits, or name a run"
+        )
+    if not matching:
+        raise UserError(
+            f"{name}: no run with a card is called {what!r}, and none made that key; see `regrow history {name}`"
+        )
+    return next(iter(matching.values()))
 
 
 def records_of(store: Store, name: str) -> Iterator[dict[str, Any]]:
@@ -123,18 +154,14 @@ def _artifact(store: Store, name: str, run: str, stage: str, entry: Name) -> Art
     return found
 
 
-def _deliver(store: Store, runtime: Runtime, record: Mapping[str, Any], card: Artifact, weights: Artifact) -> bool:
+def _deliver(
+    store: Store, runtime: Runtime, record: Mapping[str, Any], card: Artifact, weights: Artifact, *, moved: bool
+) -> bool:
     """Bring the model to where the run's recipe publishes; False when it is there already, or nowhere is asked for.
     Raises UserError when that place cannot be written, and BadBlob."""
-    publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    to, tree = publish.get("to") or "", delivery(weights.tree, card.tree)
-    options = runtime.options_for(to)
     try:
-        if not to or delivered(to, tree, options):
-            return False
-        deliver(to, tree, store, private=publish.get("private", True), options=options)
+        return bring(store, runtime, record["recipe"], place_of(record), weights, card, moved=moved) == "arrived"
     except (UserError, BadBlob) as error:
         name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
         error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")
         raise
-    return True

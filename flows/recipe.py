@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from flows.strict_yaml import Document, parse
 from stages import formats, objectives
+from stages.compare import PREFERENCES
 from stages.convert import ConvertConfig
 from stages.errors import UserError
 from stages.evaluate import EvaluateConfig
@@ -112,7 +113,8 @@ def _with_setting(value: dict[str, Any], setting: str) -> dict[str, Any]:
         raise UserError(f"--set {setting}: expected KEY=VALUE with a dotted key, e.g. train.learning_rate=2e-4")
     try:
         leaf = yaml.safe_load(text)
-    except yaml.YAMLError:
+        str(leaf).encode()
+    except (yaml.YAMLError, ValueError):  # a date that is none, and half of a character
         raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     copy: dict[str, Any] = dict(value)
     inner = copy
@@ -205,6 +207,11 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         if task.source and task.source not in sources:
             hint = f"there is no data source `{task.source}`; fetch.data has {_listed(sources)}"
             yield ("evaluate", "tasks", name, "source"), hint
+    for counted in recipe.publish.gate.tasks:
+        asked = counted.split("/")[0]  # of a group, one of its tasks
+        if asked not in (*recipe.evaluate.tasks, PREFERENCES):
+            have = _listed(list(recipe.evaluate.tasks))
+            yield ("publish", "gate", "tasks"), f"there is no task `{asked}`; evaluate.tasks has {have}"
     for section in ("train", "evaluate"):
         for path, named in getattr(recipe, section).reward_models.items():
             if named not in recipe.fetch.reward_models:
@@ -214,6 +221,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     yield from _of_objective(recipe)
     yield from _of_wrapped(recipe)
     yield from _of_heldout(recipe)
+    yield from _of_gate(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds
     for source in sources:
@@ -326,6 +334,23 @@ def _of_heldout(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     for place, thresholds in ((("gate",), gate), (("gate", "production"), gate.production)):
         if thresholds.max_heldout_loss_increase is not None:
             yield ("publish", *place, "max_heldout_loss_increase"), f"the loss that this bounds {told}"
+
+
+def _of_gate(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What the gate asks for and nothing would measure: it would not pass, or, against production, not look."""
+    pack, evaluate, gate = recipe.pack, recipe.evaluate, recipe.publish.gate
+    heldout = bool(recipe.fetch.heldout) or any(map(pack.heldout_share, recipe.fetch.data))
+    loss = heldout and evaluate.heldout_loss
+    judged = loss and any(kind != "conversation" for kind in objectives.find(recipe.train.objective).kinds)
+    for place, asks in ((("gate",), gate), (("gate", "production"), gate.production)):
+        if asks.min_gain is not None and not evaluate.tasks and not judged:
+            yield ("publish", *place, "min_gain"), "it is of tasks, and `evaluate.tasks` has none: add one"
+        if asks.require == "better" and not evaluate.tasks and not loss:
+            told = "better in what? `evaluate.tasks` has no task, and no held-out loss is measured: add a task"
+            yield ("publish", *place, "require"), told
+        if asks.max_heldout_loss_increase is not None and heldout and not evaluate.heldout_loss:
+            told = "the loss that this bounds is not measured: take `evaluate.heldout_loss: false` out"
+            yield ("publish", *place, "max_heldout_loss_increase"), told
 
 
 def _of_environment(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

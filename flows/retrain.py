@@ -20,7 +20,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 
 from flows.execute import StageFailed
-from flows.finetune import failed, opened, require_held, run_name, work
+from flows.finetune import failed, opened, own_id, require_held, run_name, work
 from flows.parameters import OwnRuntime, filled
 from flows.plan import make_plan
 from flows.settle import settle
@@ -46,7 +46,8 @@ def retrain(recipe: AnyRecipe, settings: Sequence[str] = (), runtime: OwnRuntime
     try:
         with get_client(sync_client=True) as client:
             store = store_of(where)
-            name = recipe_of(recipe, settings, store).recipe.name
+            begun = store.read_run(own_id(client))  # one that goes on is of the recipe that it began with
+            name = begun["recipe"] if begun else recipe_of(recipe, settings, store).recipe.name
             owner = f"retraining {name}, flow run {flow_run.name}"
             log = get_run_logger()
             with lease(store, "retrain", name, where.lease_seconds, owner, log.info) as held:

@@ -168,6 +168,7 @@ class Run:
                 "recipe": self.name,
                 "path": self.loaded.path,
                 "text": self.loaded.text,
+                "asked": self.loaded.recipe.model_dump(mode="json", exclude_unset=True),
                 "status": status,
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "production": _production_json(self.production),

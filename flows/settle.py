@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from flows.delivering import bring, bring_standing
 from flows.run import Run
-from stages.deliver import deliver, delivered, delivery
 from stages.production import Name, promote
 from stages.production import production as standing_in
 from stages.publish import PublishConfig
@@ -58,8 +58,16 @@ class Answer:
 
 
 def settle(run: Run, answer: Answer | None = None) -> Outcome:
-    """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`.
-    Raises UserError when the destination cannot be written."""
+    """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`;
+    else the one that production names, if an earlier run could not. Raises UserError when the destination cannot be
+    written."""
+    outcome = _settled(run, answer)
+    if outcome.production not in ("moved", "stands"):
+        bring_standing(run.store, run.runtime, run.name, run.loaded.recipe.publish.to)
+    return outcome
+
+
+def _settled(run: Run, answer: Answer | None) -> Outcome:
     card, weights = run.artifacts["publish"], run.artifacts["merge"]
     config = run.config("publish")
     assert isinstance(config, PublishConfig)
@@ -71,12 +79,10 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
     if production not in ("moved", "stands"):
         said = [answer.why] if answer and answer.why and production == "refused" else []
         return Outcome(True, [*reasons, *said], "", False, production, by)
-    tree = delivery(weights.tree, card.tree)
-    options = run.runtime.options_for(config.to)
-    arrived = bool(config.to) and not delivered(config.to, tree, options)
-    if arrived:
-        deliver(config.to, tree, run.store, private=config.private, options=options)
-    return Outcome(True, reasons, config.to, arrived, production, by)
+    brought = bring(run.store, run.runtime, run.name, config, weights, card, moved=production == "moved")
+    if brought == "elsewhere":
+        return Outcome(True, reasons, "", False, "elsewhere", by)
+    return Outcome(True, reasons, config.to, brought == "arrived", production, by)
 
 
 def _promoted(

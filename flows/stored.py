@@ -3,14 +3,15 @@
 No Prefect in here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from flows.recipe import Loaded, Recipe, load, loads
+from flows.recipe import Loaded, Recipe, check, load, loads
+from flows.strict_yaml import Document
 from stages.errors import UserError
 from stages.store import Store
 
@@ -25,6 +26,15 @@ Stored = Annotated[
 Inline = Annotated[Recipe, Field(title="A recipe, written here")]
 AnyRecipe = Stored | Inline
 """What a flow takes as its recipe."""
+
+
+def recorded(record: Mapping[str, Any]) -> Loaded:
+    """The recipe of a run as it was when the run began, with what the files that it names said then: a template or
+    Python of one's own that was edited since is another recipe's. Raises UserError when it is not valid any more."""
+    if "asked" not in record:  # by a version that did not keep it
+        return loads(record["text"], record["path"])
+    recipe = check(record["asked"], Document(record["asked"], {}), f"run {record['run']}")
+    return Loaded(recipe=recipe, text=record["text"], path=record["path"])
 
 
 def recipe_of(source: str | Recipe, settings: Sequence[str], store: Store) -> Loaded:

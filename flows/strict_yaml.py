@@ -84,8 +84,24 @@ def _refuse_bomb(root: yaml.Node, name: str) -> None:
         raise UserError(f"{name}: its anchors unfold to more than {MAX_NODES:,} values; write it out plainly")
 
 
+def _refuse_no_value(node: yaml.ScalarNode, name: str) -> None:
+    """What looks like a date and is none, such as 2026-02-30, and half of a character, which no file can hold."""
+    try:
+        yaml.constructor.SafeConstructor().construct_object(node)
+        node.value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{name}:{node.start_mark.line + 1}: half of a character (a lone surrogate) stands here"
+        ) from None
+    except ValueError as error:
+        told = f"{name}:{node.start_mark.line + 1}: {node.value} is no value: {error}"
+        raise UserError(f"{told}; write text between quotes") from None
+
+
 def _note_lines(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_no_value(node, name)
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             _note_lines(item, (*path, number), lines, name)
@@ -96,6 +112,8 @@ def _note_lines(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) 
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     _note_lines(merged, path, lines, name)
                 continue
+            if isinstance(key, yaml.ScalarNode):
+                _refuse_no_value(key, name)
             text = str(key.value)
             if text in seen:
                 raise UserError(f"{name}:{key.start_mark.line + 1}: the key `{text}` stands here twice; keep one")

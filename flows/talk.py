@@ -67,7 +67,7 @@ def serve(
     host: Annotated[
         str, typer.Option("--host", help="The address it listens on. It asks for no password.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="The port it listens on.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port it listens on.")] = 8000,
     engine: Annotated[
         Literal["auto", "transformers", "vllm"],
         typer.Option("--engine", help="Which server; auto takes vLLM where it is installed."),

@@ -25,7 +25,7 @@ def promote(name: Name, what: str = "", anyway: bool = False, runtime: OwnRuntim
     Args:
         name: The recipe's name.
         what: A run, or a key of its merge or publish; empty takes the newest run.
-        anyway: Promote it although its gate was not passed.
+        anyway: Promote it although its gate was not passed, or compared it with another model than the one that stands.
         runtime: Where and how fast; else the worker's environment (`REGROW_*`) says so.
     """
     where = filled(runtime)

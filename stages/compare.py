@@ -5,8 +5,8 @@
                             "difference": {...}, "better": "tuned" | "base" | "unclear"}},
      "heldout_loss": {"base": {...}, "tuned": {...}, "difference": {...}, "better": ..., "tokens": n}}
 
-A task whose scores are no shares of 1 (a reward model's, or such a metric of lm-eval's) has `"unbounded": true`: its
-values are means of numbers of any size and sign.
+A task whose scores are no shares of 1, as those of a reward model, has `"unbounded": true`: its values are means of
+numbers of any size and sign.
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
 excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences. What has
 `"too_few": true` comes of too few items for an interval, and is unclear.
@@ -17,6 +17,9 @@ log-probabilities of the chosen answer over the rejected one, in nats a token.
 Once a model stands in production, each entry also has its score and what the tuned model changes about it:
 
     "production": {"value", "low", "high"}, "over_production": {"difference": {...}, "better": "tuned" | "production" …}
+
+Where that model has another tokenizer, to which the held-out rows' ids are other tokens, nothing of it is compared over
+these rows, and `"other_tokenizer": true` says so.
 """
 
 import json
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.errors import UserError
 from stages.identity import Json
 from stages.intervals import Interval, bootstrap, mean, paired_difference, share
 
@@ -41,7 +45,7 @@ TOLD = {HELDOUT_LOSS: "held-out loss"}
 """What is not called as it is named."""
 
 UNBOUNDED = "unbounded"
-"""Set for a task whose scores, of some model, are no shares of 1 but numbers of any size and sign: rewards, mostly."""
+"""Set for a task whose scores are no shares of 1, but numbers of any size and sign: rewards, log-likelihoods."""
 
 NOT_NUMBERS = "not_numbers"
 """By task (or `heldout_loss`) the models whose figures are NaN or infinite, of which there is nothing to compare."""
@@ -49,11 +53,21 @@ NOT_NUMBERS = "not_numbers"
 TOO_FEW = "too_few"
 """Set for what comes of too few items for an interval (`stages.intervals.Interval`)."""
 
+OTHER_TOKENIZER = "other_tokenizer"
+"""Set where the held-out rows' ids are other tokens to the model in production."""
+
+UNCOMPARED = "The model in production has another tokenizer, so it is not compared over the held-out rows"
+"""The same in words."""
+
 CUT = "cut_questions"
 """How many questions, over all models, lost their beginning because they are longer than the model's context."""
 
 PREFERENCES = "heldout_preferences"
 """The task whose items are the plan's held-out judged answers, measured in the same pass."""
+
+
+_SAME = ("task", "item", "target", "metric")
+"""What an item has in common for all models."""
 
 
 class Item(NamedTuple):
@@ -90,7 +104,9 @@ def compare(scores: Path) -> dict[str, Json]:
             broken[leaf] = [m for m in figures if not (_is_number(figures[m]) and _is_number(margins.get(m, [])))]
             if {BASE, TUNED}.isdisjoint(broken[leaf]):
                 figures = {model: each for model, each in figures.items() if model not in broken[leaf]}
-                tasks[leaf] = _compared(answered[0].metric, figures, unbounded)
+                # A log-likelihood, as lm-eval's `perplexity` has one an item, is no share of 1 either.
+                shares = all(0 <= score <= 1 for scores in figures.values() for score in scores)
+                tasks[leaf] = _compared(answered[0].metric, figures, unbounded or not shares)
                 if margins:
                     tasks[leaf]["margin"] = _margin({model: margins[model] for model in figures})
         for part in told:
@@ -100,7 +116,9 @@ def compare(scores: Path) -> dict[str, Json]:
     broken[HELDOUT_LOSS] = [model for model in sums if not _is_number(sums[model] or [])]
     loss = _loss(scores, broken[HELDOUT_LOSS])
     not_numbers = {name: models for name, models in broken.items() if models}
-    return {"tasks": tasks, HELDOUT_LOSS: loss, **checks, **({NOT_NUMBERS: not_numbers} if not_numbers else {})}
+    found = {"tasks": tasks, HELDOUT_LOSS: loss, **checks, **({NOT_NUMBERS: not_numbers} if not_numbers else {})}
+    apart = (loss or PREFERENCES in tasks) and _other_tokenizer(scores, PRODUCTION, HELDOUT_LOSS)
+    return {**found, **({OTHER_TOKENIZER: True} if apart else {})}
 
 
 def samples(scores: Path) -> Iterator[dict[str, Json]]:
@@ -114,8 +132,21 @@ def _tasks(scores: Path) -> list[str]:
     return sorted(path.parent.name for path in (scores / BASE).glob("*/samples.jsonl"))
 
 
+def _other_items(name: str) -> UserError:
+    return UserError(
+        f"evaluate.tasks.{name}: the models were not asked the same items: lm-eval or its data has changed since "
+        "one of them was scored. Score all of them anew: `regrow run RECIPE evaluate+ --force evaluate`"
+    )
+
+
 def _models(scores: Path, name: str) -> list[str]:
-    return [model for model in (BASE, TUNED, PRODUCTION) if (scores / model / name).is_dir()]
+    there = [model for model in (BASE, TUNED, PRODUCTION) if (scores / model / name).is_dir()]
+    return [model for model in there if not _other_tokenizer(scores, model, name)]
+
+
+def _other_tokenizer(scores: Path, model: str, name: str) -> bool:
+    told = scores / model / name / "scores.json"
+    return told.exists() and OTHER_TOKENIZER in json.loads(told.read_text())
 
 
 def _items(scores: Path, name: str) -> Iterator[Item]:
@@ -124,9 +155,13 @@ def _items(scores: Path, name: str) -> Iterator[Item]:
         [json.loads(line) for line in (scores / model / name / "samples.jsonl").read_text().splitlines()]
         for model in models
     ]
+    if len({len(each) for each in answers}) > 1:
+        raise _other_items(name)
     for base, tuned, *production in zip(*answers, strict=True):
         for other in (tuned, *production):
-            assert (base["task"], base["item"]) == (other["task"], other["item"]), "two models, two lists of items"
+            # Not the question: of lm-eval's tasks it is what went through each model's own chat template.
+            if any(base[of] != other[of] for of in _SAME):
+                raise _other_items(name)
         yield Item(
             task=base["task"] if name == HELDOUT_LOSS else _leaf(name, base["task"]),
             item=base["item"],
@@ -234,6 +269,8 @@ def report(scores: Json) -> str:
         for name, models in scores.get(NOT_NUMBERS, {}).items()
         for model in models
     ]
+    if scores.get(OTHER_TOKENIZER):
+        broken.append(f"**{UNCOMPARED}.**")
     if not measured:
         nothing = ["Nothing was measured: the recipe has no task, and pack held no rows out."]
         return "\n\n".join(broken or nothing) + "\n"

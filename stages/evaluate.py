@@ -21,7 +21,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from stages import evals, harness, reward_models
-from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
+from stages.compare import BASE, HELDOUT_LOSS, OTHER_TOKENIZER, PREFERENCES, PRODUCTION, TUNED
 from stages.evals import Options
 from stages.formats import BadRow
 from stages.generation import Precision, Turn, cut, generate, load
@@ -32,6 +32,9 @@ from stages.rows import read_rows
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 
 HELDOUT_FILES = ("plan.json", "heldout_*.arrow")
+
+VOCABULARY = ("tokenizer.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+"""What of a model's files says which token an id is."""
 
 EXACT_MATCH = "exact_match"
 
@@ -177,7 +180,11 @@ def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
     if config.heldout_loss:
         measures[HELDOUT_LOSS] = Measure(precision=config.precision), {"plan": plan}
     return [
-        Part(f"{model}/{name}", measure.model_dump(mode="json"), {"weights": _weights(weights), **read})
+        Part(
+            f"{model}/{name}",
+            measure.model_dump(mode="json"),
+            {"weights": _weights(weights), **read, **(_tokenizer(weights, inputs) if measure.task is None else {})},
+        )
         for model, weights in _models(inputs)
         for name, (measure, read) in measures.items()
     ]
@@ -188,6 +195,15 @@ def _models(inputs: Mapping[str, Tree]) -> Iterator[tuple[str, Tree]]:
     if PRODUCTION in inputs:
         yield PRODUCTION, inputs[PRODUCTION]
     yield TUNED, inputs["weights"]
+
+
+def _tokenizer(weights: Tree, inputs: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The tokenizer that the plan's rows went through, for a model whose own has other bytes: the one in production may
+    come from another base model, to which the rows' ids are other tokens."""
+    tuned = inputs["weights"]
+    if weights.select(*VOCABULARY).digest == tuned.select(*VOCABULARY).digest:
+        return {}
+    return {"tokenizer": tuned.select(*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "config.json")}
 
 
 def _read_by(name: str, task: Task, inputs: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -232,14 +248,16 @@ def run(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -
         samples, lost = harness.shipped(
             model, task.lm_eval, task.metric, task.few_shot, task.limit, work.runtime.eval_batch, _items(work)
         )
-        shares = all(0 <= sample.score <= 1 for sample in samples)
-        facts = _write(output, samples, {"cut_questions": lost, **({} if shares else {"unbounded": True})})
+        facts = _write(output, samples, {"cut_questions": lost})
     return {**facts, "seconds": round(time.monotonic() - started, 3)}
 
 
 def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
-    from stages.heldout import measure
+    from stages.heldout import measure, same_tokens
 
+    if "tokenizer" in inputs and not same_tokens(inputs["weights"], inputs["tokenizer"], inputs["plan"]):
+        (output / "scores.json").write_text(json.dumps({OTHER_TOKENIZER: True}))
+        return {"heldout_tokens": 0}
     found = measure(
         inputs["weights"],
         inputs["plan"],

@@ -42,7 +42,7 @@ class ModelSource(StageConfig):
     @model_validator(mode="after")
     def _one_location(self) -> "ModelSource":
         _only(self, {"package": {"dtype"}, "path": set(), "hub": {"revision"}, "url": {"storage_options"}})
-        _no_secrets([self.url] if self.url else [], self.storage_options)
+        _no_secrets("url", [self.url] if self.url else [], self.storage_options)
         return self
 
 
@@ -87,7 +87,7 @@ class DataSource(StageConfig):
         }
         if _only(self, kinds) == "reasoning_gym" and self.size is None:
             raise ValueError("size is missing: how many rows of reasoning_gym's task?")
-        _no_secrets(self.locations, self.storage_options)
+        _no_secrets("files", self.locations, self.storage_options)
         return self
 
     @property
@@ -109,9 +109,9 @@ def _only(source: StageConfig, kinds: Mapping[str, set[str]]) -> str:
     return given[0]
 
 
-def _no_secrets(locations: Sequence[str], options: Mapping[str, Any] | None) -> None:
+def _no_secrets(field: str, locations: Sequence[str], options: Mapping[str, Any] | None) -> None:
     for location in locations:
-        credentials.check_url(location, location)
+        credentials.check_url(location, field)
     credentials.check_options(options or {})
 
 

@@ -9,7 +9,19 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from stages.compare import BASE, HELDOUT_LOSS, NOT_NUMBERS, OVER_PRODUCTION, PRODUCTION, TOLD, TOO_FEW, TUNED, UNBOUNDED
+from stages.compare import (
+    BASE,
+    HELDOUT_LOSS,
+    NOT_NUMBERS,
+    OTHER_TOKENIZER,
+    OVER_PRODUCTION,
+    PRODUCTION,
+    TOLD,
+    TOO_FEW,
+    TUNED,
+    UNBOUNDED,
+    UNCOMPARED,
+)
 from stages.identity import Json
 from stages.stage import StageConfig
 
@@ -57,9 +69,13 @@ def decide(gate: Gate, scores: Json) -> dict[str, Json]:
     counted, loss = _counted(gate, scores), scores["heldout_loss"]
     if not counted and not loss:
         return {"passed": True, "reasons": ["nothing was measured, so nothing speaks against it"]}
-    standing = any(OVER_PRODUCTION in entry for entry in [*counted.values(), *([loss] if loss else [])])
-    others = _others(gate)[: 2 if standing else 1]
-    return {"passed": True, "reasons": [_summary(other, bool(counted), bool(loss)) for other in others]}
+    measured = [
+        (other, any(_against(other, task) for task in counted.values()), bool(loss and _against(other, loss)))
+        for other in _others(gate)
+    ]
+    passed = [_summary(other, tasks, losses) for other, tasks, losses in measured if tasks or losses]
+    uncompared = [f"{UNCOMPARED[0].lower()}{UNCOMPARED[1:]}"] if scores.get(OTHER_TOKENIZER) else []
+    return {"passed": True, "reasons": [*passed, *uncompared]}
 
 
 def _others(gate: Gate) -> list[_Other]:
@@ -103,13 +119,15 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
         compared = [task for task in counted.values() if _against(other, task) is not None]
         if other.thresholds.min_gain is not None and compared and all(UNBOUNDED in task for task in compared):
             yield (
-                f"min_gain against {other.words} is in shares of 1, and every task that counts is scored by a reward "
-                "model: ask for `require: better` instead"
+                f"min_gain against {other.words} is in shares of 1, and every task that counts is scored by numbers "
+                "of any size, as rewards are: ask for `require: better` instead"
             )
         for name, task in counted.items():
             yield from _task_failures(other, name, _against(other, task), UNBOUNDED in task)
         if loss is not None or HELDOUT_LOSS not in broken:
             yield from _loss_failures(other, loss, alone=not evaluated)
+    if scores.get(OTHER_TOKENIZER):
+        yield from _uncompared_failures(gate.production, any(OVER_PRODUCTION in task for task in counted.values()))
 
 
 def _against(other: _Other, entry: Json) -> Json:
@@ -152,6 +170,18 @@ def _loss_failures(other: _Other, loss: Json, alone: bool) -> Iterator[str]:
         yield f"held-out loss: clearly worse than {other.words}, {told}"
     elif require == "better" and alone and compared["better"] != "tuned":
         yield f"held-out loss: not clearly better than {other.words}, {told}"
+
+
+def _uncompared_failures(wanted: Thresholds, tasks: bool) -> Iterator[str]:
+    """What the gate asks of the held-out loss against production, where that has another tokenizer; `tasks` where a
+    task compares the two."""
+    if wanted.max_heldout_loss_increase is not None:
+        yield f"{UNCOMPARED}, and the gate bounds that: take `max_heldout_loss_increase` of production out"
+    elif not tasks and wanted.require != "nothing":
+        yield (
+            f"{UNCOMPARED}, and no task compares the two: add one to `evaluate.tasks`, or set "
+            "`publish.gate.production: {require: nothing}` for this run"
+        )
 
 
 def _interval(difference: Json, digits: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.compare import PREFERENCES
-from stages.generation import Precision, load
+from stages.generation import FROM_FOLDER, Precision, load
 from stages.harness import Sample
 from stages.runtime import Runtime
 from stages.tables import read_table
@@ -56,6 +56,21 @@ def measure(
         return nothing
     model = load(weights, precision, runtime.device, packed=True)
     return of_kind[bins.kind](model, bins, measured)
+
+
+def same_tokens(weights: Path, tokenizer: Path, plan: Path) -> bool:
+    """Whether the ids of the held-out rows, which `tokenizer` made, are the same tokens to the model in `weights`. To
+    another model's they are other text, or none: its loss would be worse than anything it ever read."""
+    from transformers import AutoTokenizer
+
+    from packing.collate import PackedBins
+
+    bins = PackedBins(None, plan)
+    ids = sorted({token for number in range(len(bins)) for token in bins[number].ids.tolist()})
+    own, made = (AutoTokenizer.from_pretrained(folder, **FROM_FOLDER) for folder in (weights, tokenizer))
+    if ids and ids[-1] >= len(own):
+        return False
+    return bool(own.convert_ids_to_tokens(ids) == made.convert_ids_to_tokens(ids))
 
 
 def _losses(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:

@@ -9,12 +9,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages import compare, gate
 from stages.card import card, redacted
+from stages.deliver.index import repository
 from stages.gate import Gate
 from stages.identity import Json
+from stages.sources import credentials
 from stages.stage import Facts, Stage, StageConfig, Work
 
 
@@ -31,6 +33,15 @@ class PublishConfig(StageConfig):
     """The licence the card names, e.g. `apache-2.0`; empty takes the base model's where it is known."""
     gate: Gate = Field(default_factory=Gate)
     """What the scores must show."""
+
+    @field_validator("to")
+    @classmethod
+    def _a_place(cls, to: str) -> str:
+        # Told before anything is trained.
+        credentials.check_url(to, "to", "the runtime's storage_options, e.g. `{password: env:NAME}`")
+        if to.startswith("hf://"):
+            repository(to)
+        return to
 
 
 def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -67,7 +78,7 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
 STAGE = Stage(
     name="publish",
     artifact="card",
-    version=5,
+    version=6,
     config=PublishConfig,
     run=run,
     locations=frozenset({"to", "private", "approval"}),

@@ -16,7 +16,7 @@ from pydantic import ByteSize, ConfigDict, Field, field_validator
 
 from stages.described import Described
 from stages.errors import UserError
-from stages.sources.credentials import check_options
+from stages.sources.credentials import check_options, check_url
 from stages.store import Store, open_store
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet"]
@@ -41,7 +41,7 @@ def all_cores() -> int:
 class Runtime(Described):
     """Where a run happens and how it uses the machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # no clock can wait for ever
 
     store: str = Field(default_factory=lambda: str(default_home() / "store"))
     """The artifact store: a folder, or any fsspec URL such as `s3://bucket/prefix`."""
@@ -104,6 +104,12 @@ class Runtime(Described):
     def _by_reference(cls, value: dict[str, str]) -> dict[str, str]:
         # Whoever sees a dashboard sees the parameters of its runs, and these are among them.
         check_options(value)
+        return value
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        check_url(value, "vllm_url", "nothing: the server is asked without one")
         return value
 
     @property

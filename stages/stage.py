@@ -42,7 +42,7 @@ Facts = dict[str, Json]
 class StageConfig(Described):
     """A recipe section (or a part of one): frozen, strict about names, and null means "the default"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # which no key can say
 
     @model_validator(mode="before")
     @classmethod

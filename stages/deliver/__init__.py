@@ -8,12 +8,12 @@ a bucket the index is written last and says whether the rest is whole; on the Hu
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.deliver.folder import deliver_to_folder, edited, local_index, sweep
+from stages.deliver.folder import deliver_to_folder, edited, local_index, refuse_foreign, sweep
 from stages.deliver.index import is_whole
 from stages.identity import Tree, join
 from stages.store import Store
 
-__all__ = ["deliver", "delivered", "delivery"]
+__all__ = ["deliver", "delivered", "delivery", "refuse_taken"]
 
 PRIVATE = ("merge.json", "samples.jsonl")
 """What stays in the store: a check's figures, and answers that quote rows of the data."""
@@ -41,10 +41,18 @@ def delivered(to: str, tree: Tree, options: Mapping[str, str] | None = None) -> 
     return is_whole(index, tree) and not edited(folder, index)
 
 
+def refuse_taken(to: str, name: str) -> None:
+    """What can be told of a folder before anything is trained for it. Raises UserError when what stands there is not to
+    be replaced by a model of the recipe called `name`."""
+    if to and "://" not in to:
+        refuse_foreign(_folder(to), name)
+
+
 def deliver(
-    to: str, tree: Tree, store: Store, *, private: bool = True, options: Mapping[str, str] | None = None
+    to: str, tree: Tree, store: Store, name: str, *, private: bool = True, options: Mapping[str, str] | None = None
 ) -> None:
-    """Put the tree's files there, replacing what regrow delivered earlier; nothing happens when it is there already.
+    """Put the tree's files there, replacing what regrow delivered earlier for the recipe of that `name`; nothing
+    happens when it is there already.
 
     `to` is a folder, an fsspec URL, or `hf://org/name` (`private` counts only there); `options` are for
     its service. Raises UserError when something else stands there, or when the place cannot be reached or written;
@@ -57,13 +65,13 @@ def deliver(
     if to.startswith("hf://"):
         from stages.deliver.hub import deliver_to_hub
 
-        deliver_to_hub(to, tree, store.view(tree), private)
+        deliver_to_hub(to, tree, store.view(tree), name, private)
     elif "://" in to:
         from stages.deliver.bucket import deliver_to_bucket
 
-        deliver_to_bucket(to, tree, store, options or {})
+        deliver_to_bucket(to, tree, store, name, options or {})
     else:
-        deliver_to_folder(_folder(to), tree, store.view(tree))
+        deliver_to_folder(_folder(to), tree, store.view(tree), name)
 
 
 def _folder(to: str) -> Path:

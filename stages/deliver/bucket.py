@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from stages.deliver.index import INDEX, index_document, some
+from stages.deliver.index import INDEX, index_document, refuse_another, some
 from stages.errors import UserError
 from stages.identity import Json, Tree
 from stages.objects import blob_path, open_objects
+from stages.sources.credentials import opened as opened_options
 from stages.store import Store
 
 
@@ -23,23 +24,25 @@ def reach(to: str, options: Mapping[str, str]) -> tuple[Any, str]:
     import fsspec
 
     try:
-        fs, root = fsspec.core.url_to_fs(to)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"publish.to: {to}: {error}") from error
+        fs, root = fsspec.core.url_to_fs(to, **opened_options(options, "runtime"))
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise UserError(f"publish.to: {to}: {error or type(error).__name__}") from error
     return fs, str(root).rstrip("/")
 
 
 def bucket_index(fs: Any, root: str) -> Json:
-    """The index below `root`, or None. Raises UserError where it may not be read."""
+    """The index below `root`, or None. Raises UserError where it cannot be read."""
     try:
         return json.loads(fs.cat_file(f"{root}/{INDEX}"))
     except FileNotFoundError:
         return None
-    except PermissionError as error:
-        raise UserError(f"publish.to: {root} cannot be read: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise UserError(f"publish.to: {root} cannot be read: {error or type(error).__name__}") from error
 
 
-def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, str]) -> None:
+def deliver_to_bucket(to: str, tree: Tree, store: Store, name: str, options: Mapping[str, str]) -> None:
     """Upload the tree's files, or have the server copy them where the store lies on it. Raises UserError."""
     fs, root = reach(to, options)
     old = bucket_index(fs, root)
@@ -47,9 +50,10 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, options: Mapping[str, s
         raise UserError(
             f"publish.to: {to} holds files that regrow did not write ({some(foreign)}); choose another destination"
         )
+    refuse_another(old, name, to)
     same_place = to.startswith("s3://") and store.url.startswith("s3://") and _same_server(fs, store)
     view = None if same_place and not store.missing(tree) else store.view(tree)
-    index = index_document(tree)
+    index = index_document(tree, name)
     # Until all is there the index lists the old files too, so that an interrupted delivery leaves none behind.
     earlier = dict(old["files"]) if old else {}
     try:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from stages.deliver.index import INDEX, index_document, some
+from stages.deliver.index import INDEX, index_document, refuse_another, some
 from stages.errors import UserError
 from stages.identity import Json, Tree
 from stages.objects.folder import copy_file
@@ -41,13 +41,13 @@ def edited(folder: Path, index: Json) -> list[str]:
     return changed
 
 
-def deliver_to_folder(folder: Path, tree: Tree, view: Path) -> None:
+def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
     """Copy a view's files there. Raises UserError when that would lose what regrow did not write, or cannot be done."""
-    _refuse_foreign(folder)
+    refuse_foreign(folder, name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _aside(folder) as aside:
-            index = index_document(tree)
+            index = index_document(tree, name)
             for file in tree.files:
                 target = aside / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def deliver_to_folder(folder: Path, tree: Tree, view: Path) -> None:
         raise UserError(f"publish.to: {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path, name: str) -> None:
     """Raise UserError when replacing the folder would lose what regrow did not write there."""
     if not folder.exists():
         return
@@ -79,6 +79,7 @@ def _refuse_foreign(folder: Path) -> None:
             f"publish.to: {folder} holds files that regrow did not write ({some(sorted(there))}); "
             "choose another destination or move them away"
         )
+    refuse_another(index, name, str(folder))
     added = sorted(there - set(index["files"]) - {INDEX})
     changed = sorted(set(edited(folder, index)) & there)
     if added or changed:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stages.deliver.index import INDEX, index_document
+from stages.deliver.index import INDEX, index_document, refuse_another, repository
 from stages.errors import UserError
 from stages.identity import Json, Tree
 
@@ -15,23 +15,24 @@ STARTERS = {".gitattributes", "README.md"}
 
 def hub_index(to: str) -> Json:
     """The index in the repository, or None without repository or index. Raises UserError when it cannot be asked."""
-    api, name = _api(to), _name(to)
+    api, name = _api(to), repository(to)
     return _index(api, name)
 
 
-def deliver_to_hub(to: str, tree: Tree, folder: Path, private: bool, api: Any = None) -> None:
+def deliver_to_hub(to: str, tree: Tree, folder: Path, recipe: str, private: bool, api: Any = None) -> None:
     """Commit the tree's files to `hf://org/name`, made if need be. Raises UserError when it holds something else."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api, name = api or _api(to), _name(to)
+    api, name = api or _api(to), repository(to)
     try:
         api.create_repo(name, repo_type="model", private=private, exist_ok=True)
         there = set(api.list_repo_files(name))
         old = _index(api, name)
         if old is None and there - STARTERS:
             raise UserError(f"publish.to: {to} holds a model that regrow did not put there; choose another name")
+        refuse_another(old, recipe, to)
         ours = {file.path for file in tree.files}
-        index = json.dumps(index_document(tree), indent=1).encode()
+        index = json.dumps(index_document(tree, recipe), indent=1).encode()
         operations = [
             *(CommitOperationAdd(file.path, str(folder / file.path)) for file in tree.files),
             CommitOperationAdd(INDEX, index),
@@ -42,13 +43,6 @@ def deliver_to_hub(to: str, tree: Tree, folder: Path, private: bool, api: Any = 
         raise
     except Exception as error:  # the Hub's client raises the errors of three HTTP libraries
         raise _told(to, error) from error
-
-
-def _name(to: str) -> str:
-    name = to.removeprefix("hf://").strip("/")
-    if name.count("/") != 1:
-        raise UserError(f"publish.to: {to}: expected hf://organisation/name")
-    return name
 
 
 def _api(to: str) -> Any:

@@ -19,6 +19,8 @@ REFERENCE = "env:"
 _SECRET = re.compile(
     r"secret|key|token|passw|credential|authorization|cookie|connection_string|signature|sas|^sig$", re.I
 )
+_WEB = ("http", "https")
+"""Where a name before the host is a token; elsewhere it is a user of ssh, or a container of Azure's."""
 _NO_SECRET = frozenset({"", "anon", "browser", "cache", "cloud", "google_default"})
 """What gcsfs takes as a token without being one."""
 
@@ -38,8 +40,9 @@ def check_options(options: Mapping[str, Json], above: str = "storage_options") -
             check_url(value, place)
 
 
-def check_url(url: str, place: str) -> None:
-    """Raises ValueError for a URL with a password or a signature in it."""
+def check_url(url: str, place: str, mend: str = "storage_options, e.g. `headers: {Authorization: env:NAME}`") -> None:
+    """Raises ValueError for a URL with a password, a token or a signature in it; `mend` is where that belongs. The
+    error does not say the URL."""
     if "://" not in url:
         return
     try:
@@ -48,10 +51,12 @@ def check_url(url: str, place: str) -> None:
     except ValueError as error:
         raise ValueError(f"{place}: this is no URL: {error}") from None
     secret = next((name for name, value in parse_qsl(parts.query) if value and _SECRET.search(name)), None)
+    if not secret and parts.username and parts.scheme in _WEB:
+        secret = "a name or token before the host"
     if password or secret:
         raise ValueError(
             f"{place}: the URL carries a secret ({'a password' if password else secret}), and a recipe is kept in the "
-            "store: take it out and name it in storage_options, e.g. `headers: {Authorization: env:NAME}`"
+            f"store: take it out and name it in {mend}"
         )
 
 

@@ -68,7 +68,7 @@ def finish(folder: Path, model: Path) -> Finished:
     merged = run.artifacts["merge"]
     model_named = named(merged)
     promote(store, NAME, None, model=model_named, card=model_named, run=run.id, compared=None, why="it is a test")
-    deliver(str(folder / "out"), merged.tree, store)
+    deliver(str(folder / "out"), merged.tree, store, run.name)
     lineage = {"stages": {stage: named(artifact) for stage, artifact in run.artifacts.items()}}
     (folder / "out" / "lineage.json").write_text(json.dumps(lineage))
     return Finished(folder, folder / "recipe.yaml", store, run)

@@ -218,3 +218,13 @@ def test_exit_codes(
         cli.main()
     assert ended.value.code == code
     assert says in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", [["up"], ["serve", "bot"]])
+@pytest.mark.parametrize("port", ["0", "70000"])
+def test_a_port_that_is_none(command: list[str], port: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["regrow", *command, "--port", port])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.EXIT_USER
+    assert "Invalid value for '--port'" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """The flow against a real server: what a run leaves in the dashboard's database."""
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 from uuid import UUID
 
@@ -10,10 +12,13 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import filters
 from prefect.client.schemas.objects import Artifact, TaskRun
 
+from flows.execute import Follower, following
 from flows.graph import ORDER
 from flows.parameters import StageName
+from flows.run import Run
 from flows.server import reporting_to
 from stages.errors import UserError
+from stages.gc import collect
 from stages.store import open_store
 from tests.stages.fetching import model_folder
 
@@ -149,3 +154,66 @@ def test_one_stage_runs_as_a_flow_of_its_own(trained: Any, client: SyncPrefectCl
 
 def test_the_form_offers_every_stage() -> None:
     assert get_args(StageName) == ORDER
+
+
+def test_a_destination_that_is_taken_is_told_before_anything_runs(make_tiny: Any) -> None:
+    tiny = make_tiny()
+    (tiny.folder / "out").mkdir()
+    (tiny.folder / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        tiny.run()
+    assert list(open_store(tiny.runtime.store, tiny.runtime.cache).manifests()) == []
+
+
+def test_an_earlier_run_is_done_as_it_was_asked_for(make_tiny: Any) -> None:
+    from flows.finetune import finetune
+    from flows.recipe import Loaded, Recipe
+    from flows.run import start
+
+    tiny = make_tiny()
+    recipe = Recipe.model_validate(tiny.recipe)
+    earlier = start(
+        Loaded(recipe=recipe, text="", path=""), tiny.runtime, open_store(tiny.runtime.store, tiny.runtime.cache)
+    )
+    earlier.record("finished")
+    other = recipe.model_copy(update={"name": "other"})
+    for asked, settings, says in ((recipe, ["train.seed=1"], "take `run` out"), (other, [], "recipe `tiny`, not of")):
+        with reporting_to(tiny.api):
+            state = finetune(asked, settings=settings, runtime=tiny.runtime, run=earlier.id, return_state=True)
+        with pytest.raises(UserError, match=says):
+            state.result()
+
+
+def test_what_a_run_has_made_is_safe_from_gc_while_it_goes_on(make_tiny: Any) -> None:
+    tiny, going = make_tiny(), []
+
+    def look(run: Run, stage: str) -> None:
+        """As if all that was made so far were older than gc's grace."""
+        if stage == "pack":
+            going.append(collect(run.store, grace=0.0))
+
+    with following(Follower(started=look)):
+        tiny.run("+pack")
+    [report] = going
+    assert report.kept.keys() == {"fetch", "convert", "tokenize"} and report.swept == {}
+
+
+def test_strict_makes_anew_what_other_code_made_below_a_stage_that_gave_the_same_bytes(
+    make_tiny: Any, client: SyncPrefectClient
+) -> None:
+    from flows.finetune import finetune
+    from flows.recipe import Recipe
+
+    tiny = make_tiny()
+    tiny.run("+pack")
+    for stage in ("convert", "tokenize"):
+        for path in Path(tiny.runtime.store).glob(f"actions/{stage}/*.json"):
+            manifest = json.loads(path.read_text())
+            manifest["provenance"]["code"] = "0123"
+            path.chmod(0o644)
+            path.write_text(json.dumps(manifest))
+    recipe = Recipe.model_validate(tiny.recipe)
+    state = finetune(recipe, select=["+pack"], strict=True, runtime=tiny.runtime, return_state=True)
+    state.result()
+    states = {name: task.state_name for name, task in task_runs(client, state.state_details.flow_run_id).items()}
+    assert states == {"fetch": "Cached", "convert": "Completed", "tokenize": "Completed", "pack": "Cached"}

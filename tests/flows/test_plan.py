@@ -237,6 +237,14 @@ def test_only_an_objective_that_compares_scores_the_tokens_and_finds_all_before_
         host.plan("score")
 
 
+def test_what_is_forced_must_be_selected(make_host: Callable[..., Host]) -> None:
+    host = make_host()
+    host.run()
+    with pytest.raises(UserError, match="--force tokenize: the run leaves that out"):
+        make_plan(host.start(), ("pack",), force=("pack", "tokenize"))
+    assert make_plan(host.start(), ("pack",), force=("tokenize+",)).step("pack").reason == "forced"
+
+
 def test_another_objective_reruns_only_what_depends_on_it(make_host: Callable[..., Host], tmp_path: Path) -> None:
     host = make_host()
     host.run()

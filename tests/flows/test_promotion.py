@@ -2,22 +2,29 @@
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from flows import cli
+from flows import cli, delivering, promotion
+from flows import settle as settling
 from flows.cli import app
 from flows.history import events_of
 from flows.pages import history_page
 from flows.promotion import promote, rollback
 from flows.run import Run
 from flows.settle import Answer, settle
+from stages.deliver import deliver
 from stages.errors import UserError
+from stages.identity import Tree
 from stages.objects import blob_path
-from stages.production import production
+from stages.production import Move, production
 from stages.runtime import Runtime
 from tests.flows.rehearsal import Rehearsal
 
@@ -72,6 +79,22 @@ def test_a_model_that_did_not_pass_needs_to_be_asked_for(rehearsal: Rehearsal) -
     assert rollback(rehearsal.store, runtime(rehearsal), "bot").run == good.id
 
 
+@pytest.mark.parametrize("first", [10, None], ids=["a model stood", "none stood"])
+def test_a_model_that_was_not_compared_with_the_one_that_stands_needs_to_be_asked_for(
+    first: int | None, rehearsal: Rehearsal
+) -> None:
+    if first:
+        rehearsal.run(first)
+    worse, _ = rehearsal.run(20, approval=True)
+    better, _ = rehearsal.run(35, approval=True)
+    promote(rehearsal.store, runtime(rehearsal), "bot", better.id)
+    with pytest.raises(UserError, match=rf"of run {better.id}, so nothing says .*--anyway"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", worse.id)
+    move = promote(rehearsal.store, runtime(rehearsal), "bot", worse.id, anyway=True)
+    assert "although its gate compared with" in move.why
+    assert promote(rehearsal.store, runtime(rehearsal), "bot", better.id).run == better.id, "it stood before"
+
+
 def test_what_cannot_be_promoted_is_said(rehearsal: Rehearsal) -> None:
     with pytest.raises(UserError, match="no run of it made a card"):
         promote(rehearsal.store, runtime(rehearsal), "bot")
@@ -116,6 +139,18 @@ def test_what_could_not_be_delivered_is_delivered_by_the_command_that_the_error_
     assert production(rehearsal.store, "bot") == standing, "it moved once"
     with pytest.raises(UserError, match="already names this model"):
         promote(rehearsal.store, runtime(rehearsal), "bot", worse.id, anyway=True)
+
+
+def test_what_could_not_be_delivered_is_delivered_by_the_next_run_whatever_its_gate_says(rehearsal: Rehearsal) -> None:
+    rehearsal.run(10)
+    in_the_way = rehearsal.folder / "out" / "mine.txt"
+    in_the_way.write_text("written by somebody")
+    with pytest.raises(UserError, match=r"mine\.txt came in"):
+        rehearsal.run(30)
+    in_the_way.unlink()
+    _, outcome = rehearsal.run(20)
+    standing = production(rehearsal.store, "bot")
+    assert outcome.production == "untouched" and standing and standing.now.run == delivered(rehearsal)
 
 
 def test_a_damaged_blob_that_is_met_while_delivering_is_one_line(
@@ -184,3 +219,75 @@ def test_the_history_shows_runs_that_moved_nothing(rehearsal: Rehearsal) -> None
     assert max(len(line) for line in shown.splitlines() if not line.startswith("latest")) <= 80
     with pytest.raises(UserError, match="no run is called nobody"):
         events_of(rehearsal.store, "nobody")
+
+
+def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehearsal) -> None:
+    for right in range(10, 24):
+        rehearsal.run(right)
+    events = events_of(rehearsal.store, "bot")
+    assert [event.what for event in events] == ["promoted"] * 14
+    assert len({event.model for event in events}) == 14
+
+
+def test_a_rollback_reaches_the_place_of_the_model_that_it_replaces(rehearsal: Rehearsal) -> None:
+    first, _ = rehearsal.run(10)
+    elsewhere = rehearsal.folder / "elsewhere"
+    rehearsal.run(20, to=str(elsewhere))
+    rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert json.loads((elsewhere / "lineage.json").read_text())["run"] == first.id == delivered(rehearsal)
+
+
+def test_digits_of_several_models_name_none(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal.run(10)
+    rehearsal.run(20)
+    monkeypatch.setattr(promotion, "DIGITS", 0)
+    with pytest.raises(UserError, match="the keys of 2 models start with"):
+        promote(rehearsal.store, runtime(rehearsal), "bot", "")
+
+
+def test_a_rollback_while_a_run_delivers_has_the_last_word(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = rehearsal.run(10)
+    begun, goes_on = Event(), Event()
+
+    def slowly(to: str, tree: Tree, *given: Any, **options: Any) -> None:
+        if not begun.is_set():
+            begun.set()
+            assert goes_on.wait(60)
+        deliver(to, tree, *given, **options)
+
+    monkeypatch.setattr(delivering, "deliver", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(rehearsal.run, 20)
+        assert begun.wait(60)
+        back = pool.submit(rollback, rehearsal.store, runtime(rehearsal), "bot")
+        eventually_names(rehearsal, first)
+        goes_on.set()
+        assert back.result(60).run == first.id and second.result(60)
+    assert delivered(rehearsal) == first.id
+
+
+def test_a_run_whose_model_was_taken_back_before_it_delivers_leaves_the_place_alone(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = rehearsal.run(10)
+    promoted = settling.promote
+
+    def and_back(*given: Any, **named: Any) -> Move | None:
+        move = promoted(*given, **named)
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+        return move
+
+    monkeypatch.setattr(settling, "promote", and_back)
+    _, outcome = rehearsal.run(20)
+    assert (outcome.production, outcome.to, outcome.arrived) == ("elsewhere", "", False)
+    assert delivered(rehearsal) == first.id
+
+
+def eventually_names(rehearsal: Rehearsal, run: Run) -> None:
+    for _ in range(600):
+        if rehearsal.stands == run.artifacts["merge"].key:
+            return
+        time.sleep(0.1)
+    raise AssertionError("production was not moved back")

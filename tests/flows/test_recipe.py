@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flows import schema
-from flows.recipe import load
+from flows.recipe import load, loads
 from stages.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +74,12 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
             "  objective: dpo\nconvert: {format: preference}\nscore: {precision: fp32}",
             "r.yaml:10: dpo compares with the model it starts from, as train.precision has it: set `score",
         ),
+        ("  max_gradient_norm: .inf", "r.yaml:8: `train.max_gradient_norm`: input should be a finite number"),
+        ("  warmup: .inf", "r.yaml:8: `train.warmup`: input should be a finite number"),
+        (
+            "publish: {gate: {tasks: [chatz]}}\nevaluate: {tasks: {t: {source: chats}}}",
+            "r.yaml:8: there is no task `chatz`; evaluate.tasks has `t`",
+        ),
         ("score: {quantize: int8}", "r.yaml:8: sft compares with no other model: take it out"),
         (
             "  objective: on_policy_distillation\npack:\n  overlong: truncate",
@@ -83,6 +89,27 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_line_with_place_and_mend(tmp_path: Path, line: str, expected: str) -> None:
     assert expected in loaded(tmp_path, GOOD + line + "\n")
+
+
+@pytest.mark.parametrize("place", ["gate: {%s}", "gate: {production: {%s}}"])
+@pytest.mark.parametrize(
+    ("asks", "others", "told"),
+    [
+        ("min_gain: 0.1", "", "min_gain: it is of tasks"),
+        ("min_gain: 0.1", "pack: {heldout_fraction: 0.1}", "min_gain: it is of tasks"),
+        ("require: better", "", "require: better in what?"),
+        (
+            "max_heldout_loss_increase: 0.0",
+            "pack: {heldout_fraction: 0.1}\nevaluate: {heldout_loss: false}",
+            "max_heldout_loss_increase: the loss that this bounds is not measured",
+        ),
+    ],
+)
+def test_a_gate_asks_for_what_is_measured(tmp_path: Path, place: str, asks: str, others: str, told: str) -> None:
+    said = loaded(tmp_path, f"{GOOD}publish: {{{place % asks}}}\n{others}\n")
+    assert said.startswith("r.yaml:8: ") and told.partition(": ")[2] in said
+    measured = f"{GOOD}publish: {{{place % 'require: better'}}}\npack: {{heldout_fraction: 0.1}}\n"
+    assert loads(measured, "r.yaml").recipe
 
 
 HELDOUT = "held out, and the recipe holds no rows out: set `pack.heldout_fraction`, or give a source `split: heldout`"
@@ -186,7 +213,13 @@ def test_set_overrides_and_is_recorded(tmp_path: Path) -> None:
     assert "sequence_length: 128" in got.text
 
 
-@pytest.mark.parametrize("setting", ["train.learning_rate", "train..x=1", "=1", "name.x=1", "train.learning_rate=[1"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.learning_rate", "train..x=1", "=1", "name.x=1", "train.learning_rate=[1", "convert.date=2026-13-45"),
+        'name="\\ud800"',
+    ],
+)
 def test_a_wrong_override_is_named(tmp_path: Path, setting: str) -> None:
     assert f"--set {setting}" in loaded(tmp_path, GOOD, setting)
 

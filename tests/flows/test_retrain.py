@@ -26,7 +26,8 @@ def rehearsal(tmp_path: Path) -> Rehearsal:
 
 
 def test_a_person_is_asked_and_what_was_shown_is_what_is_promoted(raised: Raised, rehearsal: Rehearsal) -> None:
-    run = raised.send("retrain/scheduled", rehearsal.ready(20, approval=True))
+    parameters = rehearsal.ready(20, approval=True)
+    run = raised.send("retrain/scheduled", parameters)
     waiting = raised.wait(run, lambda found: found.state is not None and found.state.is_paused())
     assert rehearsal.stands == ""
     with raised.client() as client:
@@ -35,6 +36,7 @@ def test_a_person_is_asked_and_what_was_shown_is_what_is_promoted(raised: Raised
     assert "spelling" in shown and "0.500" in shown
     made = next(r for _, r in rehearsal.store.runs() if r["run"].endswith(str(run)[-6:]))
     (rehearsal.folder / "rows.jsonl").write_text('{"question": "new", "answer": "new"}\n')
+    Path(parameters["recipe"]).write_text("name: another")
     with raised.client() as client:
         answer = {"promote": True, "why": "looks good", "by": "ada"}
         client._client.post(f"/flow_runs/{run}/resume", json={"run_input": answer}).raise_for_status()

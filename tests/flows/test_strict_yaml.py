@@ -46,3 +46,17 @@ def test_what_is_not_yaml_names_its_line(text: str) -> None:
 def test_nesting_without_end_is_refused() -> None:
     with pytest.raises(UserError):
         parse("[" * 2000 + "]" * 2000, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("2026-13-45", r"r\.yaml:2: 2026-13-45 is no value: month must be in 1\.\.12; write text between quotes"),
+        ('"\\ud800"', r"r\.yaml:2: half of a character"),
+    ],
+)
+def test_what_no_value_can_be_names_its_line(value: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse(f"a: 1\nb: {value}\n", "r.yaml")
+    with pytest.raises(UserError, match=says):
+        parse(f"a: 1\n{value}: b\n", "r.yaml")

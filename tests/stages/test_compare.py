@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.compare import compare, report, samples
+from stages.errors import UserError
 from stages.gate import Gate, decide
 from stages.identity import canonical_json
 from stages.intervals import newcombe
@@ -121,6 +122,30 @@ def test_the_model_in_production_stands_beside_the_others(tmp_path: Path) -> Non
     assert "| spelling | 87.5 % (" in text and "| -62.5 (" in text
     [first, *_] = samples(tmp_path)
     assert (first["base"], first["production"], first["tuned"]) == ("no", "t", "t")
+
+
+@pytest.mark.parametrize("change", ["target", "count"])
+def test_models_that_were_asked_other_items_are_not_compared(change: str, tmp_path: Path) -> None:
+    """lm-eval or its data may change between the day the base model was scored and the tuned model's."""
+    part(tmp_path, "base/gsm8k", [("t", 1.0)] * (30 if change == "target" else 29))
+    part(tmp_path, "tuned/gsm8k", [("t", 1.0)] * 30)
+    if change == "target":
+        file = tmp_path / "base/gsm8k/samples.jsonl"
+        file.write_text(file.read_text().replace('"target": "t"', '"target": "older"', 1))
+    with pytest.raises(UserError, match=r"gsm8k: the models were not asked the same items.*--force evaluate"):
+        compare(tmp_path)
+
+
+def test_log_likelihoods_are_no_shares(tmp_path: Path) -> None:
+    """What an item of lm-eval's `perplexity` is."""
+    part(tmp_path, "base/lambada", [("a", -5.0)] * 20)
+    part(tmp_path, "tuned/lambada", [("a", -4.0 - 0.01 * item) for item in range(20)])
+    found = compare(tmp_path)
+    task = found["tasks"]["lambada"]
+    assert task["unbounded"] and task["better"] == "tuned"
+    assert "-5.000 (-5.000 to -5.000)" in report(found) and "-500" not in report(found)
+    [reason] = decide(Gate(min_gain=0.05), found)["reasons"]
+    assert "is in shares of 1" in reason
 
 
 def test_nothing_measured_says_so(tmp_path: Path) -> None:

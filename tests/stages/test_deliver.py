@@ -57,7 +57,7 @@ def hidden(folder: Path) -> list[str]:
 def test_a_delivery_is_whole_and_known_to_be_there(store: Store, tree: Tree, tmp_path: Path) -> None:
     to = tmp_path / "out" / "mine"
     assert not delivered(str(to), tree)
-    deliver(str(to), tree, store)
+    deliver(str(to), tree, store, "bot")
     assert contents(to) == MODEL
     assert delivered(str(to), tree)
     assert hidden(to) == []
@@ -65,16 +65,16 @@ def test_a_delivery_is_whole_and_known_to_be_there(store: Store, tree: Tree, tmp
 
 def test_delivering_again_touches_nothing(store: Store, tree: Tree, tmp_path: Path) -> None:
     to = tmp_path / "mine"
-    deliver(str(to), tree, store)
+    deliver(str(to), tree, store, "bot")
     before = to.stat().st_ino
-    deliver(str(to), tree, store)
+    deliver(str(to), tree, store, "bot")
     assert to.stat().st_ino == before
 
 
 def test_a_new_version_replaces_the_old_one_wholly(store: Store, tree: Tree, newer: Tree, tmp_path: Path) -> None:
     to = tmp_path / "mine"
-    deliver(str(to), tree, store)
-    deliver(str(to), newer, store)
+    deliver(str(to), tree, store, "bot")
+    deliver(str(to), newer, store, "bot")
     assert contents(to) == NEWER
     assert delivered(str(to), newer) and not delivered(str(to), tree)
     assert hidden(to) == []
@@ -82,7 +82,7 @@ def test_a_new_version_replaces_the_old_one_wholly(store: Store, tree: Tree, new
 
 def test_editing_a_delivered_file_leaves_the_store_as_it_was(store: Store, tree: Tree, tmp_path: Path) -> None:
     to = tmp_path / "mine"
-    deliver(str(to), tree, store)
+    deliver(str(to), tree, store, "bot")
     (to / "model.safetensors").write_bytes(b"edited")
     assert tree_of(store.view(tree)) == tree
     assert not delivered(str(to), tree)
@@ -102,7 +102,7 @@ def test_what_regrow_did_not_write_is_never_replaced(
         to.mkdir()
         (to / "thesis.txt").write_text("mine")
     else:
-        deliver(str(to), tree, store)
+        deliver(str(to), tree, store, "bot")
         name = {"added": "notes.txt", "edited": "config.json", "broken index": INDEX}[kind]
         (to / name).write_text("mine")
     named = {"foreign": "thesis.txt", "added": "notes.txt", "edited": "config.json", "broken index": INDEX}.get(
@@ -110,20 +110,20 @@ def test_what_regrow_did_not_write_is_never_replaced(
     )
     before = contents(to)
     with pytest.raises(UserError, match=named):
-        deliver(str(to), newer, store)
+        deliver(str(to), newer, store, "bot")
     assert contents(to) == before
 
 
 def test_an_empty_folder_is_taken(store: Store, tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    deliver(str(tmp_path / "mine"), tree, store)
+    deliver(str(tmp_path / "mine"), tree, store, "bot")
     assert contents(tmp_path / "mine") == MODEL
 
 
 def test_a_place_that_cannot_be_written_is_named(store: Store, tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"publish\.to: .*file/mine"):
-        deliver(str(tmp_path / "file" / "mine"), tree, store)
+        deliver(str(tmp_path / "file" / "mine"), tree, store, "bot")
 
 
 KILLED = """
@@ -140,7 +140,7 @@ def sync(path, sync=folder._sync):
         os.kill(os.getpid(), signal.SIGKILL)
 folder._sync = sync
 view = Path(sys.argv[2])
-folder.deliver_to_folder(Path(sys.argv[3]), tree_of(view), view)
+folder.deliver_to_folder(Path(sys.argv[3]), tree_of(view), view, "bot")
 """
 
 
@@ -159,7 +159,7 @@ def test_killed_at_any_moment_there_is_the_old_version_or_the_new_one(
     for after in range(1, 20):
         to = tmp_path / f"out-{after}" / "mine"
         if earlier:
-            deliver(str(to), tree, store)
+            deliver(str(to), tree, store, "bot")
         died = killed(after, store.view(newer), to)
         if to.exists():
             whole = contents(to)
@@ -168,7 +168,7 @@ def test_killed_at_any_moment_there_is_the_old_version_or_the_new_one(
         else:
             assert not earlier
             seen.add("nothing")
-        deliver(str(to), newer, store)
+        deliver(str(to), newer, store, "bot")
         assert contents(to) == NEWER
         assert hidden(to) == []
         if not died:
@@ -180,7 +180,7 @@ def test_killed_at_any_moment_there_is_the_old_version_or_the_new_one(
 
 def test_readers_never_find_the_folder_missing(store: Store, tree: Tree, newer: Tree, tmp_path: Path) -> None:
     to = tmp_path / "mine"
-    deliver(str(to), tree, store)
+    deliver(str(to), tree, store, "bot")
     stop, found = threading.Event(), []
 
     def read() -> None:
@@ -193,7 +193,7 @@ def test_readers_never_find_the_folder_missing(store: Store, tree: Tree, newer: 
     reader = threading.Thread(target=read)
     reader.start()
     for version in [newer, tree] * 30:
-        deliver(str(to), version, store)
+        deliver(str(to), version, store, "bot")
     stop.set()
     reader.join()
     assert set(found) <= {tree.digest, newer.digest} and found
@@ -240,19 +240,27 @@ def test_a_bucket_gets_the_files_and_the_next_version(place: tuple[str, Store, A
     to, store, fs = place
     tree, newer = stored(store, tmp_path / "a", MODEL), stored(store, tmp_path / "b", NEWER)
     assert not delivered(to, tree)
-    deliver(to, tree, store)
+    deliver(to, tree, store, "bot")
     assert remote(fs, to) == MODEL
     assert delivered(to, tree)
-    deliver(to, newer, store)
+    deliver(to, newer, store, "bot")
     assert remote(fs, to) == NEWER
     assert delivered(to, newer) and not delivered(to, tree)
+
+
+def test_a_bucket_with_another_recipes_model_is_refused(place: tuple[str, Store, Any], tmp_path: Path) -> None:
+    to, store, fs = place
+    deliver(to, stored(store, tmp_path / "a", MODEL), store, "bot")
+    with pytest.raises(UserError, match="holds the model of the recipe `bot`, and this one is `experiment`"):
+        deliver(to, stored(store, tmp_path / "b", NEWER), store, "experiment")
+    assert remote(fs, to) == MODEL
 
 
 def test_a_bucket_with_other_files_is_refused(place: tuple[str, Store, Any], tmp_path: Path) -> None:
     to, store, fs = place
     fs.pipe_file(f"{to.split('://')[1]}/thesis.txt", b"mine")
     with pytest.raises(UserError, match=r"thesis\.txt"):
-        deliver(to, stored(store, tmp_path / "a", MODEL), store)
+        deliver(to, stored(store, tmp_path / "a", MODEL), store, "bot")
     assert remote(fs, to) == {"thesis.txt": b"mine"}
 
 
@@ -260,13 +268,13 @@ def test_what_stopped_halfway_is_not_delivered_and_goes_on(place: tuple[str, Sto
     to, store, fs = place
     tree = stored(store, tmp_path / "a", MODEL)
     root = to.split("://")[1]
-    halfway = {**index_document(tree), "whole": False}
+    halfway = {**index_document(tree, "bot"), "whole": False}
     halfway["files"]["of-an-earlier-version.txt"] = {}
     fs.pipe_file(f"{root}/{INDEX}", json.dumps(halfway).encode())
     for name in ("config.json", "of-an-earlier-version.txt"):
         fs.pipe_file(f"{root}/{name}", b"half")
     assert not delivered(to, tree)
-    deliver(to, tree, store)
+    deliver(to, tree, store, "bot")
     assert remote(fs, to) == MODEL
     assert delivered(to, tree)
 
@@ -277,7 +285,7 @@ def test_an_interrupted_delivery_remembers_the_version_before(
     import fsspec
 
     to, fs = f"memory://{uuid4().hex}/mine", fsspec.filesystem("memory")
-    deliver(to, tree, store)
+    deliver(to, tree, store, "bot")
 
     def full(*_: Any) -> None:
         raise OSError("no space left")
@@ -285,15 +293,35 @@ def test_an_interrupted_delivery_remembers_the_version_before(
     with monkeypatch.context() as broken:
         broken.setattr(type(fs), "put_file", full)
         with pytest.raises(UserError, match="no space left"):
-            deliver(to, newer, store)
+            deliver(to, newer, store, "bot")
     assert not delivered(to, newer) and not delivered(to, tree)
-    deliver(to, newer, store)
+    deliver(to, newer, store, "bot")
     assert remote(fs, to) == NEWER
+
+
+def test_a_place_that_does_not_answer_is_named(store: Store, tree: Tree) -> None:
+    with pytest.raises(UserError, match=r"publish\.to: http://127\.0\.0\.1:9/mine cannot be read: "):
+        deliver("http://127.0.0.1:9/mine", tree, store, "bot")
+    with pytest.raises(UserError, match=r"publish\.to: ftp://127\.0\.0\.1:9/mine: .*refused"):
+        deliver("ftp://127.0.0.1:9/mine", tree, store, "bot")
 
 
 def test_an_unknown_scheme_is_named(store: Store, tree: Tree) -> None:
     with pytest.raises(UserError, match=r"publish\.to: nowhere://x"):
-        deliver("nowhere://x", tree, store)
+        deliver("nowhere://x", tree, store, "bot")
+
+
+def test_a_folder_with_another_recipes_model_is_refused(store: Store, tree: Tree, newer: Tree, tmp_path: Path) -> None:
+    to = tmp_path / "mine"
+    deliver(str(to), tree, store, "bot")
+    with pytest.raises(UserError, match="holds the model of the recipe `bot`, and this one is `experiment`"):
+        deliver(str(to), newer, store, "experiment")
+    assert contents(to) == MODEL
+    index = json.loads((to / INDEX).read_text())
+    del index["name"]  # by a version that did not write it
+    (to / INDEX).write_text(json.dumps(index))
+    deliver(str(to), newer, store, "experiment")
+    assert contents(to) == NEWER
 
 
 # ---- the Hub ----------------------------------------------------------------------------------------------------
@@ -333,8 +361,10 @@ class Repository:
 
 def test_the_hub_gets_one_commit_and_loses_what_is_old(store: Store, tree: Tree, newer: Tree, tmp_path: Path) -> None:
     api = Repository(tmp_path, {".gitattributes": b""})
-    deliver_to_hub("hf://org/mine", tree, store.view(tree), private=True, api=api)
-    deliver_to_hub("hf://org/mine", newer, store.view(newer), private=True, api=api)
+    deliver_to_hub("hf://org/mine", tree, store.view(tree), "bot", private=True, api=api)
+    with pytest.raises(UserError, match="holds the model of the recipe `bot`"):
+        deliver_to_hub("hf://org/mine", newer, store.view(newer), "experiment", private=True, api=api)
+    deliver_to_hub("hf://org/mine", newer, store.view(newer), "bot", private=True, api=api)
     assert api.private is True
     assert {k: v for k, v in api.files.items() if k != INDEX} == {".gitattributes": b"", **NEWER}
     assert json.loads(api.files[INDEX])["digest"] == newer.digest
@@ -343,14 +373,14 @@ def test_the_hub_gets_one_commit_and_loses_what_is_old(store: Store, tree: Tree,
 def test_a_foreign_repository_is_refused(store: Store, tree: Tree, tmp_path: Path) -> None:
     api = Repository(tmp_path, {"model.safetensors": b"theirs"})
     with pytest.raises(UserError, match="regrow did not put there"):
-        deliver_to_hub("hf://org/mine", tree, store.view(tree), private=True, api=api)
+        deliver_to_hub("hf://org/mine", tree, store.view(tree), "bot", private=True, api=api)
     assert api.files == {"model.safetensors": b"theirs"}
 
 
 def test_offline_the_hub_is_refused_clearly(store: Store, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids it"):
-        deliver("hf://org/mine", tree, store)
+        deliver("hf://org/mine", tree, store, "bot")
 
 
 # ---- what is delivered ------------------------------------------------------------------------------------------
@@ -359,6 +389,6 @@ def test_offline_the_hub_is_refused_clearly(store: Store, tree: Tree, monkeypatc
 def test_the_cards_files_go_before_the_models_and_samples_stay(store: Store, tmp_path: Path) -> None:
     weights = stored(store, tmp_path / "w", {"README.md": b"theirs", "config.json": b"{}", "merge.json": b"{}"})
     card = stored(store, tmp_path / "c", {"README.md": b"ours", "gate.json": b"{}", "samples.jsonl": b"data"})
-    deliver(str(tmp_path / "out"), delivery(weights, card), store)
+    deliver(str(tmp_path / "out"), delivery(weights, card), store, "bot")
     assert contents(tmp_path / "out") == {"README.md": b"ours", "config.json": b"{}", "gate.json": b"{}"}
     assert os.access(tmp_path / "out" / "config.json", os.W_OK)

@@ -61,7 +61,8 @@ class TestRecipe:
             ({"hub": "x", "sha256": "0" * 64}, "sha256 goes with files, not with hub"),
             ({"files": "x", "sha256": "abc"}, "match pattern"),
             ({"files": "s3://b/x", "storage_options": {"secret": "abc"}}, "storage_options.secret looks like a secret"),
-            ({"files": "https://a:b@host/x.jsonl"}, "the URL carries a secret .a password"),
+            ({"files": "https://a:b@host/x.jsonl"}, "files: the URL carries a secret .a password"),
+            ({"files": ["x", "https://token@host/x.jsonl"]}, "files: the URL carries a secret .a name or token"),
         ],
     )
     def test_data_has_one_place(self, data: Any, says: str) -> None:

@@ -1,6 +1,7 @@
 """Held-out judged answers: measured as written out by hand, laid side by side, and a gate can stand on them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flows.pages import scores_page
 from stages import evaluate
 from stages.compare import PREFERENCES, compare, report
+from stages.evaluate import EvaluateConfig
 from stages.gate import Gate, decide
-from stages.identity import Json
+from stages.identity import Json, Tree, tree_of
 from stages.marks import TRAIN_NO
 from stages.runtime import Runtime
 from stages.stage import Work
@@ -38,6 +41,12 @@ def rows(kind: str) -> list[dict[str, Any]]:
     return made
 
 
+def scored(scores: Path, name: str, inputs: dict[str, Path], work: Path) -> None:
+    output = scores / name / "heldout_loss"
+    output.mkdir(parents=True)
+    evaluate.run(evaluate.Measure(precision="fp32"), inputs, output, Work(work, Runtime(device="cpu")))
+
+
 @pytest.fixture
 def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> tuple[Path, list[Path], Json]:
     """The folder of scores, the two models, and base and tuned models side by side."""
@@ -60,11 +69,7 @@ def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -
         (tuned / path.name).write_bytes(path.read_bytes())
     scores = tmp_path / "scores"
     for name, weights in (("base", tiny_model), ("tuned", tuned)):
-        output = scores / name / "heldout_loss"
-        output.mkdir(parents=True)
-        inputs = {"weights": weights, "plan": plan}
-        work = Work(tmp_path / "work", Runtime(device="cpu"))
-        evaluate.run(evaluate.Measure(precision="fp32"), inputs, output, work)
+        scored(scores, name, {"weights": weights, "plan": plan}, tmp_path / "work")
     return scores, [tiny_model, tuned], compare(scores)
 
 
@@ -118,3 +123,59 @@ def test_a_gate_stands_on_held_out_preferences(measured: tuple[Path, list[Path],
     assert not refused["passed"]
     assert refused["reasons"][0].startswith("heldout_preferences: gains")
     assert decide(Gate(tasks=(PREFERENCES,), min_gain=-1.0, require="nothing"), scores)["passed"]
+
+
+def of_another_tokenizer(model: Path, folder: Path, lost: int = 0) -> Path:
+    """The same weights with the letters' ids turned round, or without the last `lost` tokens."""
+    shutil.copytree(model, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]
+    letters = [token for token, number in vocabulary.items() if number >= 2]
+    ids = [vocabulary[token] for token in letters]
+    turned = dict(zip(letters, ids if lost else reversed(ids), strict=True))
+    kept = {token: number for token, number in turned.items() if number < len(vocabulary) - lost}
+    document["model"]["vocab"] = {t: n for t, n in vocabulary.items() if n < 2} | kept
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize("lost", [0, 150], ids=["other tokens", "fewer tokens"])
+@pytest.mark.parametrize("measured", ["preference"], indirect=True)
+def test_a_model_in_production_with_another_tokenizer_is_not_compared_over_held_out_rows(
+    measured: tuple[Path, list[Path], Json], lost: int, tmp_path: Path, tiny_model: Path
+) -> None:
+    scores, (_, tuned), before = measured
+    old, plan = of_another_tokenizer(tiny_model, tmp_path / "old", lost), tmp_path / "plan"
+    trees = {"base": tree_of(tiny_model), "weights": tree_of(tuned), "production": tree_of(old), "plan": tree_of(plan)}
+    listed = {part.name: part for part in evaluate.parts(EvaluateConfig(), {**trees, "rows": Tree(())})}
+    assert [name for name, part in listed.items() if "tokenizer" in part.inputs] == ["production/heldout_loss"]
+    scored(scores, "production", {"weights": old, "plan": plan, "tokenizer": tuned}, tmp_path / "work")
+    found = compare(scores)
+    assert found == {**before, "other_tokenizer": True}
+    assert "has another tokenizer" in report(found) and "has another tokenizer" in scores_page(found)
+    [reason] = decide(Gate(require="nothing"), found)["reasons"]
+    assert "no task compares the two: add one" in reason
+    nothing = Gate.model_validate({"require": "nothing", "production": {"require": "nothing"}})
+    assert decide(nothing, found)["passed"]
+    bounded = Gate.model_validate({"require": "nothing", "production": {"max_heldout_loss_increase": 0.1}})
+    assert not decide(bounded, found)["passed"]
+    task = found["tasks"][PREFERENCES]
+    beside = {
+        **found,
+        "tasks": {"t": {**task, "over_production": {"difference": task["difference"], "better": "tuned"}}},
+    }
+    decision = decide(Gate(require="nothing"), beside)
+    assert decision["passed"] and "has another tokenizer" in decision["reasons"][-1]
+
+
+@pytest.mark.parametrize("measured", ["preference"], indirect=True)
+def test_the_same_tokens_in_other_files_are_compared(
+    measured: tuple[Path, list[Path], Json], tmp_path: Path, tiny_model: Path
+) -> None:
+    scores, (_, tuned), _ = measured
+    same = Path(shutil.copytree(tiny_model, tmp_path / "same"))
+    (same / "tokenizer.json").write_text(json.dumps(json.loads((same / "tokenizer.json").read_text())))
+    inputs = {"weights": same, "plan": tmp_path / "plan", "tokenizer": tuned}
+    scored(scores, "production", inputs, tmp_path / "work")
+    found = compare(scores)
+    assert found["heldout_loss"]["production"] == found["heldout_loss"]["base"] and "other_tokenizer" not in found

@@ -264,6 +264,6 @@ def test_the_gate_holds_rewards_to_their_intervals_and_shares_to_points() -> Non
     alone = decide(Gate(min_gain=0.1), scores(worth=worth))
     assert (
         not alone["passed"]
-        and "is in shares of 1, and every task that counts is scored by a reward" in alone["reasons"][0]
+        and "is in shares of 1, and every task that counts is scored by numbers" in alone["reasons"][0]
     )
     assert decide(Gate(production=Thresholds(min_gain=0.1)), scores(worth=worth))["passed"], "none stands there"

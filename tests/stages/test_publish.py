@@ -178,3 +178,18 @@ def test_destination_and_visibility_stay_out_of_the_key() -> None:
     at_home = publish.STAGE.identity(PublishConfig(to="out/a"))
     at_work = publish.STAGE.identity(PublishConfig(to="s3://b/c", private=False))
     assert at_home == at_work
+
+
+@pytest.mark.parametrize(
+    ("to", "says"),
+    [
+        ("ftp://ada:hunter2@host/models", "to: the URL carries a secret .a password.*storage_options"),
+        ("https://token@host/models", "a name or token before the host"),
+        ("hf://name-alone", "expected hf://organisation/name"),
+    ],
+)
+def test_a_destination_that_cannot_be_is_told_before_anything_runs(to: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        PublishConfig(to=to)
+    assert "hunter2" not in refused.value.errors()[0]["msg"]  # type: ignore[attr-defined]
+    assert PublishConfig(to="sftp://ada@host/models").to

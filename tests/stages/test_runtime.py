@@ -1,9 +1,13 @@
 """Where the runtime's settings come from, and what is said of one that nothing reads."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from pydantic import ValidationError
+
+from flows.options import runtime_of
 from stages.errors import UserError
-from stages.runtime import Runtime, from_environment
+from stages.runtime import Runtime, from_environment, store_of
 
 
 def test_settings_win_over_variables_and_these_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +37,16 @@ def test_variables_of_others_that_begin_alike_are_theirs(monkeypatch: pytest.Mon
     monkeypatch.setenv("REGROW_S3_KEY", "1")
     monkeypatch.setenv("REGROW_DATABASE", "postgresql://localhost/x")
     from_environment()
+
+
+@pytest.mark.parametrize("settings", [{"lease_seconds": "inf"}, {"vllm_url": "http://ada:hunter2@host:8000"}])
+def test_what_cannot_be_is_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=r"finite|the URL carries a secret"):
+        Runtime.model_validate(settings)
+
+
+def test_a_store_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--store "$STORE"` with the variable unset: the usual store would be another one."""
+    monkeypatch.setenv("REGROW_STORE", str(tmp_path))
+    with pytest.raises(UserError, match="names no place"):
+        store_of(runtime_of("", None))

@@ -1,0 +1,76 @@
+"""Brings the model that production names to where its recipe publishes it, one delivery to a place at a time.
+
+The ref moves first, so whoever moved it last delivers last: a delivery that comes to its turn when production names
+another model by then leaves the place to that one. Two that wrote at once, say a run's and a rollback's, would leave
+files of both, or the model that was just taken out of production.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+from stages.deliver import deliver, delivered, delivery
+from stages.identity import sha256_text
+from stages.lease import lease
+from stages.production import person, production
+from stages.publish import PublishConfig
+from stages.runtime import Runtime
+from stages.store import Artifact, Store
+
+_log = logging.getLogger(__name__)
+
+
+def bring(
+    store: Store,
+    runtime: Runtime,
+    name: str,
+    publish: PublishConfig,
+    weights: Artifact,
+    card: Artifact,
+    *,
+    moved: bool,
+) -> Literal["nowhere", "there", "arrived", "elsewhere"]:
+    """Deliver the model of the recipe called `name`; `moved` says that the ref was moved to it just now, so that others
+    may be delivering what stood before. `nowhere`: none is asked for; `there`: it was there already; `elsewhere`:
+    production names another model by now. Raises UserError when the place cannot be written, and BadBlob."""
+    to, tree = publish.to, delivery(weights.tree, card.tree)
+    options = runtime.options_for(to)
+    if not to:
+        return "nowhere"
+    if not moved and delivered(to, tree, options):
+        return "there"
+    owner = f"{person()}, who delivers {name}"
+    with lease(store, "deliver", sha256_text(to), runtime.lease_seconds, owner, _log.warning):
+        standing = production(store, name)
+        if standing is None or standing.now.model["digest"] != weights.digest:
+            return "elsewhere"
+        if delivered(to, tree, options):
+            return "there"
+        deliver(to, tree, store, name, private=publish.private, options=options)
+    return "arrived"
+
+
+def bring_standing(store: Store, runtime: Runtime, name: str, to: str) -> None:
+    """Deliver what production names to `to`, if that is where its run was to deliver it and could not: the next runs
+    may fail their gate for weeks, and what is served would be the model before. Raises as `bring`."""
+    standing = production(store, name) if to else None
+    record = store.read_run(standing.now.run) if standing else None
+    if standing is None or record is None or place_of(record).to != to:
+        return
+    model, card = standing.now.model, standing.now.card
+    weights = store.recall("merge", model["key"], model["digest"])
+    published = store.recall("publish", card["key"], card["digest"])
+    if weights is None or published is None:
+        return
+    if bring(store, runtime, name, place_of(record), weights, published, moved=False) == "arrived":
+        _log.warning(
+            "%s: delivered the model of run %s, which production names and which was not there", to, record["run"]
+        )
+
+
+def place_of(record: Mapping[str, Any]) -> PublishConfig:
+    """Where a run's recipe publishes, as it was then, whatever a newer version would say of it."""
+    publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
+    return PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))
