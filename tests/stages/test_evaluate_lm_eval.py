@@ -10,7 +10,7 @@ import pytest
 
 from stages import evaluate, generation, harness
 from stages.errors import UserError
-from stages.evaluate import Task
+from stages.evaluate import EvaluateConfig, Task
 from tests.stages.chatting import QUESTIONS, chat_model, one_thread
 
 __all__ = ["chat_model", "one_thread"]
