@@ -203,12 +203,12 @@ def runs(lengths: Iterable[tuple[int, int]]) -> Runs:
     """(length, flag) from left to right as runs: empty ones left out, equal neighbours joined."""
     found: Runs = []
     end = 0
-    for length, train in lengths:
+    pieces = list(lengths)
+    for length, train in [piece for piece in pieces if piece[0]] or pieces[:1]:
         end += length
         if found and found[-1][1] == train:
             found.pop()
-        if length or not found:
-            found.append((end, train))
+        found.append((end, train))
     return found
 
 

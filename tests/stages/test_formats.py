@@ -425,6 +425,19 @@ class TestFlags:
             [turn] = turns("messages", {"messages": [{"role": "assistant", **row}]})
             assert (turn.content, turn.runs, turn.train) == ("abcd", [(2, TRAIN_NO), (4, TRAIN_YES)], TRAIN_YES)
 
+    @pytest.mark.parametrize("last", [False, True])
+    def test_a_range_or_part_that_ends_with_the_text_is_kept_whole(self, last: bool) -> None:
+        """What follows it is empty: it once took the range before it along, and the text lost its end."""
+        detail = [
+            {"begin_offset": 0, "end_offset": 1, "train": not last},
+            {"begin_offset": 2, "end_offset": 3, "train": last},
+        ]
+        parts = [{"text": "ab", "train": not last}, {"text": "cd", "train": last}, {"text": "", "train": last}]
+        flags = {False: TRAIN_NO, True: TRAIN_YES}
+        for row in ({"content": "abcd", "train_detail": detail}, {"content": parts}):
+            [turn] = turns("messages", {"messages": [{"role": "assistant", **row}]})
+            assert (turn.content, turn.runs) == ("abcd", [(2, flags[not last]), (4, flags[last])])
+
     @pytest.mark.parametrize(
         "entry", [{"begin_offset": 0, "end_offset": 4}, {"begin_offset": 2, "end_offset": 1}, {"end_offset": 1}, 3]
     )
