@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from stages import rendering
@@ -121,7 +120,7 @@ def _of_ids(conversation: Conversation) -> Rendered:
     """Spans over token ids."""
     (turn,) = conversation.turns
     assert conversation.ids is not None and turn.runs is not None
-    starts = accumulate((end for end, _ in turn.runs[:-1]), initial=0)
+    starts = [0, *(end for end, _ in turn.runs[:-1])]
     spans = [
         Span(start, end, ORIGIN_CONTENT, 0, "text", train)
         for start, (end, train) in zip(starts, turn.runs, strict=True)

@@ -375,3 +375,14 @@ def test_completion_text_is_tokenized_as_transformers_does_with_its_own_ends(tmp
     converted, _ = run_convert(tmp_path, rows, smollm2(), {"format": "completion"})
     output, _ = run_tokenize(tmp_path, converted, smollm2())
     assert [row["ids"] for row in rows_of(output)] == [[*real.ids("Once upon a time."), 2], [2]]
+
+
+@pytest.mark.parametrize("trained", ["01", "0011", "0010", "1010", "0110011010", "1111", "0101010101010101"])
+def test_ids_from_elsewhere_train_where_their_labels_say(tmp_path: Path, trained: str) -> None:
+    ids = list(range(10, 10 + len(trained)))
+    labels = [token if flag == "1" else -100 for token, flag in zip(ids, trained, strict=True)]
+    rows = source(tmp_path / "rows", [{"input_ids": ids, "labels": labels}])
+    converted, _ = run_convert(tmp_path, rows, smollm2())
+    [row] = rows_of(run_tokenize(tmp_path, converted, smollm2())[0])
+    assert row["ids"] == ids
+    assert "".join(str(int(s["train"] == YES)) * (s["end"] - s["start"]) for s in row["spans"]) == trained
