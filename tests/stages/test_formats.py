@@ -290,11 +290,31 @@ def test_alpacas_input_is_the_column_that_says_something() -> None:
         ("pretokenized", {"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers: expected 2"),
         ("pretokenized", {"input_ids": [1, 2], "labels": [1, 3]}, r"labels\[1\] is 3: expected 2"),
         ("pretokenized", {"input_ids": [1, -2]}, "holds -2 to 1"),
+        ("pretokenized", {"input_ids": [1, 2], "completion_mask": [0, 2]}, "completion_mask holds other numbers"),
+        ("pretokenized", {"input_ids": [1, 2], "seq_lengths": [1, 1]}, "it is 2 documents: expected one"),
     ],
 )
 def test_bad_rows_of_the_others_are_told(name: str, row: Any, says: str) -> None:
     with pytest.raises(BadRow, match=says):
         reader(name)(row)
+
+
+@pytest.mark.parametrize(
+    ("columns", "trained"),
+    [
+        ({}, [5, 6, 7, 8]),
+        ({"completion_mask": [0, 1, 1, 1]}, [6, 7, 8]),
+        ({"assistant_masks": [0, 1, 0, 1]}, [6, 8]),
+        ({"completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]}, [8]),
+        ({"completion_mask": [0, 0, 1, 1], "attention_mask": [0, 1, 1, 1]}, [7, 8]),
+        ({"completion_mask": [0, 0, 1, 1], "labels": [-100, 6, -100, -100], "seq_lengths": [4]}, [6]),
+    ],
+)
+def test_what_trains_of_ids_is_what_labels_or_else_the_masks_of_trl_say(columns: Any, trained: list[int]) -> None:
+    made = reader("pretokenized")({"input_ids": [5, 6, 7, 8], **columns})
+    ends = [0, *(end for end, _ in made.turns[0].runs)]
+    runs = zip(ends, made.turns[0].runs, strict=False)
+    assert [one for start, (end, train) in runs if train == TRAIN_YES for one in made.ids[start:end]] == trained
 
 
 class TestKeptMessages:
