@@ -59,6 +59,11 @@ class Encoder:
             tokenizer.encode_special_tokens = False
 
     @cached_property
+    def spaced(self) -> bool:
+        """Whether a space is put before the first word of a text, and of no other text after a control token."""
+        return bool(_without_prefix(self.settings))
+
+    @cached_property
     def tokens(self) -> dict[str, dict[str, Any]]:
         """The control tokens by their text, as `tokenizer.json` describes them."""
         return {token["content"]: token for token in self.settings["added_tokens"] if token["special"]}

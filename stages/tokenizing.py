@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
+from stages.marks import ORIGIN_CONTENT, ROLES
 from stages.runtime import all_cores
 from stages.stage import Facts, UserError, Work
-from stages.tables import SPAN, SPANS, offsets, origins, read_batches, starts, tokens_schema, trains
+from stages.tables import SPAN, SPANS, Kinds, offsets, origins, read_batches, roles, starts, tokens_schema, trains
 from stages.tokenize import TokenizeConfig
 from stages.tokenizer_files import backend
 
@@ -137,19 +138,21 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
     first_bytes, numbers = starts(ends.to_numpy(), counts).astype(np.int64), kinds.to_numpy()
-    origin, train = origins(numbers), trains(numbers)
+    origin, train, role = origins(numbers), trains(numbers), roles(numbers)
     first_span = offsets(counts)
     sizes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
     encoded, begins, stops = [], [], []
     for low, high in _chunks(sizes):
         here = slice(first_span[low], first_span[high])
         some = Spans(first_bytes[here], origin[here], train[here], counts[low:high])
-        texts = batch.column("text")[low:high].to_pylist()
+        texts, own = batch.column("text")[low:high].to_pylist(), sizes[low:high]
+        if encoder.spaced:
+            _space(encoder, texts, own, some, role[here])
         try:
-            encoded.append(encode(encoder, texts, sizes[low:high], some))
+            encoded.append(encode(encoder, texts, own, some))
         except Unwritable as error:
             raise Unwritable(low + error.row, str(error)) from error
-        begin, end = carry(some, sizes[low:high], encoded[-1], texts)
+        begin, end = carry(some, own, encoded[-1], texts)
         begins.append(begin)
         stops.append(end)
     begin, end = np.concatenate(begins), np.concatenate(stops)
@@ -160,6 +163,22 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     ids, lengths = np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded])
     exact = sum(e.exact for e in encoded)
     return _lists(ids, lengths, schema, "ids"), _lists(flat, kept_counts, SPANS, "spans"), exact
+
+
+def _space(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans, role: Kinds) -> None:
+    """Put before raw text the space that the tokenizer puts before the first word of a text: it does so where it adds
+    its begin token itself, as for a prompt at inference, and not where that token is read as part of the text."""
+    end = 0
+    for row, count in enumerate(spans.counts.tolist()):
+        first, end = end, end + count
+        if count < 2 or spans.origins[first + 1] != ORIGIN_CONTENT or role[first + 1] != ROLES.index("text"):
+            continue
+        data = texts[row].encode()
+        at = int(spans.starts[first + 1])
+        if data[:at].decode() in encoder.tokens and not data.startswith((b" ", "▁".encode()), at):
+            texts[row] = (data[:at] + b" " + data[at:]).decode()
+            sizes[row] += 1
+            spans.starts[first + 2 : end] += 1
 
 
 def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
