@@ -331,10 +331,30 @@ def offered(row: Row, options: Options) -> list[Any] | None:
         return None
     if not isinstance(value, list):
         raise BadRow("wrong type", f"{place} is {kind_of(value)}: expected a list of tools")
-    for number, tool in enumerate(value):
-        if not isinstance(tool, dict):
-            raise BadRow("wrong type", f"{place}[{number}] is {kind_of(tool)}: expected an object")
-    return value
+    found = []
+    for tool in value:
+        try:
+            found.append(_tool(tool))
+        except BadRow as error:
+            raise error.inside(f"{place}[{len(found)}]") from error
+    return found
+
+
+def _tool(value: Any) -> dict[str, Any]:
+    """One tool as whoever asks a model hands it over, `{"type": "function", "function": {...}}`: data also has it
+    without the envelope, and its parameters as JSON text, where a column cannot hold schemas that differ."""
+    tool = object_at(value)
+    function = tool.get("function")
+    if function is None and isinstance(tool.get("name"), str):
+        function = {name: told for name, told in tool.items() if name not in ("type", "function")}
+        tool = {"type": "function", "function": function}
+    if isinstance(function, dict) and isinstance(schema := function.get("parameters"), str):
+        try:
+            function = {**function, "parameters": json_at(schema, "tools are not JSON")}
+        except BadRow as error:
+            raise error.inside("parameters") from error
+        tool = {**tool, "function": function}
+    return tool
 
 
 def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:

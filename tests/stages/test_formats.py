@@ -1,6 +1,7 @@
 """Formats: each kind of row becomes the conversation it means, and a bad one says where and why."""
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
@@ -92,6 +93,26 @@ class TestMessages:
         assert asked.tool_calls == [{**({"id": "call_1"} if envelope else {}), **CALL}]
         assert (answered.role, answered.tool_call_id, answered.name) == ("tool", "call_1", "weather")
         assert conversation.tools == [{"type": "function", "function": {"name": "weather"}}]
+
+    def test_tools_on_offer_however_they_are_written(self) -> None:
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        function = {"name": "weather", "description": "Weather", "parameters": schema}
+        tool = {"type": "function", "function": function}
+        as_text = {**function, "parameters": json.dumps(schema)}
+        written = [tool, function, {"type": "function", **function}, as_text, {"type": "function", "function": as_text}]
+        for name, said in {"messages": "messages", "sharegpt": "conversations"}.items():
+            speaks = {"role": "user", "content": "?"} if name == "messages" else {"from": "human", "value": "?"}
+            for tools in (written, json.dumps(written)):
+                made = reader(name)({said: [speaks], "tools": tools})
+                assert made.tools == [tool] * len(written)
+        for other in ({"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}):
+            assert reader("messages")({"messages": [{"role": "user", "content": "?"}], "tools": [other]}).tools == [
+                other
+            ]
+        with pytest.raises(BadRow, match=r"^tools\[0\]\.parameters is not JSON"):
+            reader("messages")(
+                {"messages": [{"role": "user", "content": "?"}], "tools": [{**as_text, "parameters": "{"}]}
+            )
 
     def test_parts_of_text_reasoning_and_tool_calls(self) -> None:
         parts = [
