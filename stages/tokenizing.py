@@ -41,6 +41,9 @@ SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 32, 2000
 """What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
 
 
+Tokenized = tuple[pa.ListArray, pa.ListArray, int, int]
+
+
 def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Tokenize one shard: `tokens.arrow`, `spans.arrow` and `counts.json`."""
     source = inputs["conversations"] / "conversations.arrow"
@@ -56,22 +59,23 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
         encoder = _agreed(encoder, source)
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
     schema = tokens_schema(len(encoder.control), extra=counts.get("kind", "conversation") != "conversation")
-    rows = tokens = exact = highest = 0
+    rows = tokens = exact = forged = highest = 0
     total = counts["rows"] - sum(counts["dropped"].values())
     with _arrow(output / "tokens.arrow", schema) as ids_file, _arrow(output / "spans.arrow", SPANS) as spans_file:
         for batch in read_batches(source):
             try:
-                ids, spans, slow = tokenized(encoder, batch, schema)
+                ids, spans, slow, as_text = tokenized(encoder, batch, schema)
             except Unwritable as error:
                 row = counts.get("first", 0) + batch.column("row")[error.row].as_py() + 1
                 raise UserError(f"{counts['source']}, row {row}: {error}; take the row out") from error
             columns = {**dict(zip(batch.schema.names, batch.columns, strict=True)), "ids": ids, "spans": spans}
             for writer, own in ((ids_file, schema), (spans_file, SPANS)):
                 writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in own.names], schema=own))
-            rows, tokens, exact = rows + len(batch), tokens + len(ids.values), exact + slow
+            rows, tokens = rows + len(batch), tokens + len(ids.values)
+            exact, forged = exact + slow, forged + as_text
             highest = max(highest, pc.max(ids.values).as_py() or 0)
             work.tell(rows, total, "rows", tokens=tokens)
-    document = {**counts, "tokens": tokens, "highest_token": highest}
+    document = {**counts, "tokens": tokens, "highest_token": highest, "control_as_text": forged}
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     facts: Facts = {"rows": rows, "tokens": tokens, "rows_by_offsets": exact}
     if tokenized is _tokenized:
@@ -132,8 +136,9 @@ def _arrow(path: Path, schema: pa.Schema) -> Iterator[Any]:
         yield writer
 
 
-def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
-    """The ids and spans of one record batch of conversations, and how many rows did not take the fast path."""
+def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> Tokenized:
+    """The ids and spans of one record batch of conversations, how many rows did not take the fast path, and how many
+    hold the text of a control token."""
     spans = batch.column("spans")
     ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
@@ -161,8 +166,8 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     kept_counts = np.add.reduceat(np.append(begin < end, False), first_span[:-1]) * (counts > 0)
     flat = pa.StructArray.from_arrays([c.filter(kept) for c in columns], fields=list(SPAN))
     ids, lengths = np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded])
-    exact = sum(e.exact for e in encoded)
-    return _lists(ids, lengths, schema, "ids"), _lists(flat, kept_counts, SPANS, "spans"), exact
+    exact, forged = sum(e.exact for e in encoded), sum(e.forged for e in encoded)
+    return _lists(ids, lengths, schema, "ids"), _lists(flat, kept_counts, SPANS, "spans"), exact, forged
 
 
 def _space(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans, role: Kinds) -> None:
@@ -181,14 +186,14 @@ def _space(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans, r
             spans.starts[first + 2 : end] += 1
 
 
-def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
+def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> Tokenized:
     """The same of rows that came as ids. Raises Unwritable for an id that the vocabulary does not have."""
     ids, lengths = batch.column("ids").flatten().to_numpy(), batch.column("ids").value_lengths().to_numpy()
     wrong = np.flatnonzero(ids >= len(encoder.control))
     if len(wrong):
         row = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
         raise Unwritable(row, f"it holds the token {ids[wrong[0]]}: the vocabulary has {len(encoder.control)}")
-    return _lists(ids, lengths, schema, "ids"), batch.column("spans"), 0
+    return _lists(ids, lengths, schema, "ids"), batch.column("spans"), 0, 0
 
 
 def _chunks(sizes: Positions) -> Iterator[tuple[int, int]]:
