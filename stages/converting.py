@@ -65,7 +65,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
             "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
         }
     )
-    sequencer = Sequencer(reader, tokenizer, forms, config.reasoning)
+    sequencer = Sequencer(reader, tokenizer, forms, config.reasoning, config.trust_special_tokens)
     with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         batch: list[Written] = []
         size = 0
