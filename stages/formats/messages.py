@@ -315,8 +315,12 @@ def refuse_media(row: Row) -> None:
 
 
 def offered(row: Row, options: Options) -> list[Any] | None:
-    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound. Raises BadRow."""
+    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound, and settings of the chat
+    template, which TRL hands to it row by row. Raises BadRow."""
     refuse_media(row)
+    if settings := row.get("chat_template_kwargs"):
+        told = f"chat_template_kwargs is {shown(settings)}: a chat template gets no settings of a row's own"
+        raise BadRow("settings of the template", f"{told}. Take the column out, or write them into convert.template")
     place = options.name("tools")
     value = row.get(place)
     if value is None and row.get("functions"):  # what OpenAI had before tools

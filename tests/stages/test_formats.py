@@ -285,6 +285,13 @@ def test_pictures_are_refused(name: str, row: Any) -> None:
             reader(name)(row | {column: "a.jpg"})
 
 
+def test_settings_of_the_template_are_refused() -> None:
+    row = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {}}
+    assert turns("messages", row)
+    with pytest.raises(BadRow, match="gets no settings of a row's own"):
+        turns("messages", row | {"chat_template_kwargs": {"reasoning_effort": "high"}})
+
+
 def test_alpacas_input_is_the_column_that_says_something() -> None:
     row = {"instruction": "Sum up.", "input": None, "context": "Long.", "output": None, "response": "Short."}
     assert find("alpaca").recognises(row) == {"input": "context", "output": "response"}
