@@ -56,7 +56,10 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
     reader = _reader(config, name, seen)
     tokenizer = _tokenizer(inputs["tokenizer"])
-    forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated else None
+    # Rows of raw text need no template, so a base model without one is asked for none. Any it were given would go with
+    # it, and ask it in a way that it never learned.
+    bare = config.options.get("wording") == "text" and config.template == "tokenizer" and tokenizer.template is None
+    forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated and not bare else None
     template = forms.template if forms else None
     counts = _Counts(name, config.bad_rows)
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
@@ -65,7 +68,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
             "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
         }
     )
-    sequencer = Sequencer(reader, tokenizer, forms, config.reasoning)
+    sequencer = Sequencer(reader, tokenizer, forms, config.reasoning, config.trust_special_tokens)
     with pa.OSFile(str(output / "conversations.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         batch: list[Written] = []
         size = 0

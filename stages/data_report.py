@@ -39,6 +39,8 @@ class Source:
     """Turns with something that the chat template leaves out, by what it is."""
     turns_without_end: int
     """Turns for the model to write that nothing ends."""
+    control_as_text: int
+    """Conversations that hold the text of a special token, which is encoded as text."""
     packed: int
     """Rows packed for training."""
     heldout: int
@@ -153,6 +155,11 @@ def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
         yield f"{_of(count, sequences)} conversations end with a user's words, which nobody answers"
     if count := source["empty"]:
         yield f"{count:,} of the assistant's turns are empty: the model would learn to say nothing"
+    if count := source["control_as_text"]:
+        yield (
+            f"{_of(count, sequences)} conversations hold the text of a special token, which is encoded as text: where "
+            "it is the model's own markup, set convert.trust_special_tokens"
+        )
     for what, count in source["unwritten"].items():
         yield f"the chat template leaves out {what} ({count:,} times)"
     if (count := sum(source["dropped"].values())) * 2 > source["rows"]:

@@ -59,6 +59,11 @@ class Encoder:
             tokenizer.encode_special_tokens = False
 
     @cached_property
+    def spaced(self) -> bool:
+        """Whether a space is put before the first word of a text, and of no other text after a control token."""
+        return bool(_without_prefix(self.settings))
+
+    @cached_property
     def tokens(self) -> dict[str, dict[str, Any]]:
         """The control tokens by their text, as `tokenizer.json` describes them."""
         return {token["content"]: token for token in self.settings["added_tokens"] if token["special"]}
@@ -145,6 +150,8 @@ class Encoded:
     counts: Positions
     exact: int
     """Rows that did not take the fast path."""
+    forged: int
+    """Rows that hold the text of a control token, which is encoded as text."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
     starts, slow = _starts(encoder, texts, sizes, base, encodings, ids, counts)
     forged = () if encoder.trusted else _rows_with_forged(encoder, ids, starts, counts, base, sizes, spans)
     if not len(forged):
-        return Encoded(ids, starts, counts, int(slow.sum()))
+        return Encoded(ids, starts, counts, int(slow.sum()), 0)
     first_token = np.cumsum(counts) - counts
     first_span = np.cumsum(spans.counts) - spans.counts
     all_ids, all_starts = np.split(ids, first_token[1:]), np.split(starts, first_token[1:])
@@ -185,7 +192,7 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
         all_starts[row] = own + base[row]
         counts[row] = len(all_ids[row])
         slow[row] = True
-    return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()))
+    return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()), len(forged))
 
 
 class Unwritable(UserError):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from stages import rendering
@@ -36,6 +35,8 @@ class Sequencer(NamedTuple):
     forms: Forms | None
     """Of the chat template, where there is one."""
     reasoning: Reasoning
+    trusted: bool = False
+    """Whether special tokens in the data are control tokens."""
 
     def sequences(self, number: int, made: Conversation | Example) -> list[Written]:
         """A row's sequences; `number` is its own. Raises BadRow."""
@@ -85,14 +86,19 @@ class Sequencer(NamedTuple):
         return without_end(rendered.spans) + raw
 
     def _raw(self, conversation: Conversation) -> Rendered:
-        """Raw text between the tokenizer's own begin token (if it adds one) and its end token (if it has one)."""
+        """Raw text between the tokenizer's own begin token (if it adds one) and its end token (if it has one), which
+        trusted data may have itself."""
         turns = conversation.turns
         pieces = _texts(turns, 0, conversation.between)
         if not self.reader.verbatim:
-            pieces.insert(0, (self.tokenizer.prefix, ORIGIN_TEMPLATE, NO_TURN, None))
+            begin, end = self.tokenizer.prefix, self.tokenizer.variables.get("eos_token", "")
+            if self.trusted:
+                pieces[0] = (pieces[0][0].removeprefix(begin), *pieces[0][1:])
             if conversation.between is None and self.reader.kind != "prompt":
-                end = self.tokenizer.variables.get("eos_token", "")
+                if self.trusted:
+                    pieces[-1] = (pieces[-1][0].removesuffix(end), *pieces[-1][1:])
                 pieces.append((end, ORIGIN_END, len(turns) - 1, None))
+            pieces.insert(0, (begin, ORIGIN_TEMPLATE, NO_TURN, None))
         return Rendered("".join(text for text, *_ in pieces), rendering.spans(pieces, turns), [])
 
 
@@ -121,7 +127,7 @@ def _of_ids(conversation: Conversation) -> Rendered:
     """Spans over token ids."""
     (turn,) = conversation.turns
     assert conversation.ids is not None and turn.runs is not None
-    starts = accumulate((end for end, _ in turn.runs[:-1]), initial=0)
+    starts = [0, *(end for end, _ in turn.runs[:-1])]
     spans = [
         Span(start, end, ORIGIN_CONTENT, 0, "text", train)
         for start, (end, train) in zip(starts, turn.runs, strict=True)

@@ -38,7 +38,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
 STAGE = Stage(
     name="tokenize",
     artifact="tokens",
-    version=4,
+    version=6,
     config=TokenizeConfig,
     run=run,
     parts=parts,

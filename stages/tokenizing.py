@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 
 from stages.encoding import Encoder, Spans, Unwritable, carry, encode, load
 from stages.fast_encoding import Positions, agrees
+from stages.marks import ORIGIN_CONTENT, ROLES
 from stages.runtime import all_cores
 from stages.stage import Facts, UserError, Work
-from stages.tables import SPAN, SPANS, offsets, origins, read_batches, starts, tokens_schema, trains
+from stages.tables import SPAN, SPANS, Kinds, offsets, origins, read_batches, roles, starts, tokens_schema, trains
 from stages.tokenize import TokenizeConfig
 from stages.tokenizer_files import backend
 
@@ -40,6 +41,9 @@ SAMPLE_BATCHES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 8, 32, 2000
 """What of a shard both backends encode: so many record batches, rows in all, and characters of each."""
 
 
+Tokenized = tuple[pa.ListArray, pa.ListArray, int, int]
+
+
 def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Tokenize one shard: `tokens.arrow`, `spans.arrow` and `counts.json`."""
     source = inputs["conversations"] / "conversations.arrow"
@@ -55,22 +59,23 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
         encoder = _agreed(encoder, source)
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
     schema = tokens_schema(len(encoder.control), extra=counts.get("kind", "conversation") != "conversation")
-    rows = tokens = exact = highest = 0
+    rows = tokens = exact = forged = highest = 0
     total = counts["rows"] - sum(counts["dropped"].values())
     with _arrow(output / "tokens.arrow", schema) as ids_file, _arrow(output / "spans.arrow", SPANS) as spans_file:
         for batch in read_batches(source):
             try:
-                ids, spans, slow = tokenized(encoder, batch, schema)
+                ids, spans, slow, as_text = tokenized(encoder, batch, schema)
             except Unwritable as error:
                 row = counts.get("first", 0) + batch.column("row")[error.row].as_py() + 1
                 raise UserError(f"{counts['source']}, row {row}: {error}; take the row out") from error
             columns = {**dict(zip(batch.schema.names, batch.columns, strict=True)), "ids": ids, "spans": spans}
             for writer, own in ((ids_file, schema), (spans_file, SPANS)):
                 writer.write_batch(pa.RecordBatch.from_arrays([columns[name] for name in own.names], schema=own))
-            rows, tokens, exact = rows + len(batch), tokens + len(ids.values), exact + slow
+            rows, tokens = rows + len(batch), tokens + len(ids.values)
+            exact, forged = exact + slow, forged + as_text
             highest = max(highest, pc.max(ids.values).as_py() or 0)
             work.tell(rows, total, "rows", tokens=tokens)
-    document = {**counts, "tokens": tokens, "highest_token": highest}
+    document = {**counts, "tokens": tokens, "highest_token": highest, "control_as_text": forged}
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     facts: Facts = {"rows": rows, "tokens": tokens, "rows_by_offsets": exact}
     if tokenized is _tokenized:
@@ -131,25 +136,28 @@ def _arrow(path: Path, schema: pa.Schema) -> Iterator[Any]:
         yield writer
 
 
-def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
-    """The ids and spans of one record batch of conversations, and how many rows did not take the fast path."""
+def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> Tokenized:
+    """The ids and spans of one record batch of conversations, how many rows did not take the fast path, and how many
+    hold the text of a control token."""
     spans = batch.column("spans")
     ends, turns, kinds = spans.flatten().flatten()
     counts = spans.value_lengths().to_numpy().astype(np.int64)
     first_bytes, numbers = starts(ends.to_numpy(), counts).astype(np.int64), kinds.to_numpy()
-    origin, train = origins(numbers), trains(numbers)
+    origin, train, role = origins(numbers), trains(numbers), roles(numbers)
     first_span = offsets(counts)
     sizes = pc.binary_length(batch.column("text")).to_numpy().astype(np.int64)
     encoded, begins, stops = [], [], []
     for low, high in _chunks(sizes):
         here = slice(first_span[low], first_span[high])
         some = Spans(first_bytes[here], origin[here], train[here], counts[low:high])
-        texts = batch.column("text")[low:high].to_pylist()
+        texts, own = batch.column("text")[low:high].to_pylist(), sizes[low:high]
+        if encoder.spaced:
+            _space(encoder, texts, own, some, role[here])
         try:
-            encoded.append(encode(encoder, texts, sizes[low:high], some))
+            encoded.append(encode(encoder, texts, own, some))
         except Unwritable as error:
             raise Unwritable(low + error.row, str(error)) from error
-        begin, end = carry(some, sizes[low:high], encoded[-1], texts)
+        begin, end = carry(some, own, encoded[-1], texts)
         begins.append(begin)
         stops.append(end)
     begin, end = np.concatenate(begins), np.concatenate(stops)
@@ -158,18 +166,34 @@ def _tokenized(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tu
     kept_counts = np.add.reduceat(np.append(begin < end, False), first_span[:-1]) * (counts > 0)
     flat = pa.StructArray.from_arrays([c.filter(kept) for c in columns], fields=list(SPAN))
     ids, lengths = np.concatenate([e.ids for e in encoded]), np.concatenate([e.counts for e in encoded])
-    exact = sum(e.exact for e in encoded)
-    return _lists(ids, lengths, schema, "ids"), _lists(flat, kept_counts, SPANS, "spans"), exact
+    exact, forged = sum(e.exact for e in encoded), sum(e.forged for e in encoded)
+    return _lists(ids, lengths, schema, "ids"), _lists(flat, kept_counts, SPANS, "spans"), exact, forged
 
 
-def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> tuple[pa.ListArray, pa.ListArray, int]:
+def _space(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans, role: Kinds) -> None:
+    """Put before raw text the space that the tokenizer puts before the first word of a text: it does so where it adds
+    its begin token itself, as for a prompt at inference, and not where that token is read as part of the text."""
+    end = 0
+    for row, count in enumerate(spans.counts.tolist()):
+        first, end = end, end + count
+        if count < 2 or spans.origins[first + 1] != ORIGIN_CONTENT or role[first + 1] != ROLES.index("text"):
+            continue
+        data = texts[row].encode()
+        at = int(spans.starts[first + 1])
+        if data[:at].decode() in encoder.tokens and not data.startswith((b" ", "▁".encode()), at):
+            texts[row] = (data[:at] + b" " + data[at:]).decode()
+            sizes[row] += 1
+            spans.starts[first + 2 : end] += 1
+
+
+def _passed(encoder: Encoder, batch: pa.RecordBatch, schema: pa.Schema) -> Tokenized:
     """The same of rows that came as ids. Raises Unwritable for an id that the vocabulary does not have."""
     ids, lengths = batch.column("ids").flatten().to_numpy(), batch.column("ids").value_lengths().to_numpy()
     wrong = np.flatnonzero(ids >= len(encoder.control))
     if len(wrong):
         row = int(np.searchsorted(np.cumsum(lengths), wrong[0], "right"))
         raise Unwritable(row, f"it holds the token {ids[wrong[0]]}: the vocabulary has {len(encoder.control)}")
-    return _lists(ids, lengths, schema, "ids"), batch.column("spans"), 0
+    return _lists(ids, lengths, schema, "ids"), batch.column("spans"), 0, 0
 
 
 def _chunks(sizes: Positions) -> Iterator[tuple[int, int]]:

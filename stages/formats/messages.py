@@ -203,12 +203,12 @@ def runs(lengths: Iterable[tuple[int, int]]) -> Runs:
     """(length, flag) from left to right as runs: empty ones left out, equal neighbours joined."""
     found: Runs = []
     end = 0
-    for length, train in lengths:
+    pieces = list(lengths)
+    for length, train in [piece for piece in pieces if piece[0]] or pieces[:1]:
         end += length
         if found and found[-1][1] == train:
             found.pop()
-        if length or not found:
-            found.append((end, train))
+        found.append((end, train))
     return found
 
 
@@ -315,8 +315,12 @@ def refuse_media(row: Row) -> None:
 
 
 def offered(row: Row, options: Options) -> list[Any] | None:
-    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound. Raises BadRow."""
+    """The tools on offer: a list, or a list written as JSON text. Refuses pictures and sound, and settings of the chat
+    template, which TRL hands to it row by row. Raises BadRow."""
     refuse_media(row)
+    if settings := row.get("chat_template_kwargs"):
+        told = f"chat_template_kwargs is {shown(settings)}: a chat template gets no settings of a row's own"
+        raise BadRow("settings of the template", f"{told}. Take the column out, or write them into convert.template")
     place = options.name("tools")
     value = row.get(place)
     if value is None and row.get("functions"):  # what OpenAI had before tools
@@ -331,10 +335,30 @@ def offered(row: Row, options: Options) -> list[Any] | None:
         return None
     if not isinstance(value, list):
         raise BadRow("wrong type", f"{place} is {kind_of(value)}: expected a list of tools")
-    for number, tool in enumerate(value):
-        if not isinstance(tool, dict):
-            raise BadRow("wrong type", f"{place}[{number}] is {kind_of(tool)}: expected an object")
-    return value
+    found = []
+    for tool in value:
+        try:
+            found.append(_tool(tool))
+        except BadRow as error:
+            raise error.inside(f"{place}[{len(found)}]") from error
+    return found
+
+
+def _tool(value: Any) -> dict[str, Any]:
+    """One tool as whoever asks a model hands it over, `{"type": "function", "function": {...}}`: data also has it
+    without the envelope, and its parameters as JSON text, where a column cannot hold schemas that differ."""
+    tool = object_at(value)
+    function = tool.get("function")
+    if function is None and isinstance(tool.get("name"), str):
+        function = {name: told for name, told in tool.items() if name not in ("type", "function")}
+        tool = {"type": "function", "function": function}
+    if isinstance(function, dict) and isinstance(schema := function.get("parameters"), str):
+        try:
+            function = {**function, "parameters": json_at(schema, "tools are not JSON")}
+        except BadRow as error:
+            raise error.inside("parameters") from error
+        tool = {**tool, "function": function}
+    return tool
 
 
 def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:

@@ -2,8 +2,10 @@
 
     {"input_ids": [1, 4093, 28723, 2], "labels": [-100, 4093, 28723, 2], "attention_mask": [1, 1, 1, 1]}
 
-A label of -100 does not train, any other must be the id itself; without `labels` everything trains. Ids whose
-`attention_mask` is 0 are padding and are left out. tokenize refuses ids that the vocabulary does not have.
+A label of -100 does not train, any other must be the id itself. Without `labels`, what trains is what TRL's
+`completion_mask` and `assistant_masks` have a 1 for, each that is there; without these too, everything. Ids whose
+`attention_mask` is 0 are padding and are left out. tokenize refuses ids that the vocabulary does not have. A row that
+TRL packed, of several `seq_lengths`, is a bad one: each document would see those before it.
 """
 
 from array import array
@@ -19,17 +21,22 @@ from stages.row_fields import list_at, shown
 IGNORED = -100
 """The label that does not train, in PyTorch's cross-entropy and everywhere since."""
 
+MASKS = ("completion_mask", "assistant_masks")
+"""What TRL writes beside the ids that it makes: 1 for those of the completion, and for those of the assistant."""
+
 
 def convert(row: Row, options: Options) -> Conversation:
     """One row to its ids, with runs of those that train. Raises BadRow."""
     ids = _numbers(row, options.name("input_ids"))
     if min(ids) < 0 or max(ids) >= 1 << 32:
         raise BadRow("no token id", f"{options.name('input_ids')} holds {min(ids)} to {max(ids)}: expected token ids")
+    if isinstance(lengths := row.get("seq_lengths"), list) and len(lengths) > 1:
+        raise BadRow("packed already", f"seq_lengths says that it is {len(lengths)} documents: expected one a row")
     labels = _beside(row, options.name("labels"), ids)
-    mask = _beside(row, options.name("attention_mask"), ids)
+    for learned in [] if labels else filter(None, [_mask(row, options.name(name), ids) for name in MASKS]):
+        labels = [label if one else IGNORED for label, one in zip(labels or ids, learned, strict=True)]
+    mask = _mask(row, options.name("attention_mask"), ids)
     if mask:
-        if not set(mask) <= {0, 1}:
-            raise BadRow("wrong type", f"{options.name('attention_mask')} holds other numbers than 0 and 1")
         ids, labels = list(compress(ids, mask)), list(compress(labels, mask))
         if not ids:
             raise BadRow("empty conversation", f"{options.name('attention_mask')} leaves nothing of it")
@@ -61,6 +68,14 @@ def _beside(row: Row, name: str, ids: list[Any]) -> list[int]:
     return values
 
 
+def _mask(row: Row, name: str, ids: list[Any]) -> list[int]:
+    """The same, of 0 and 1."""
+    mask = _beside(row, name, ids)
+    if not set(mask) <= {0, 1}:
+        raise BadRow("wrong type", f"{name} holds other numbers than 0 and 1")
+    return mask
+
+
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with `input_ids`."""
     ids = row.get("input_ids")
@@ -69,7 +84,8 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
-    fields=frozenset({"input_ids", "labels", "attention_mask"}),
+    version=2,
+    fields=frozenset({"input_ids", "labels", "attention_mask", *MASKS}),
     templated=False,
     ids=True,
     recognises=recognises,

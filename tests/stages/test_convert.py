@@ -267,6 +267,23 @@ def test_completion_needs_no_template_and_ends_with_the_tokenizers_end(tmp_path:
     ]
     with pytest.raises(UserError, match="no chat template"):
         run_convert(tmp_path / "chat", source(tmp_path / "chats", [CHAT]), tokenizer)
+    raw = {"format": "prompt_completion", "options": {"wording": "text"}}
+    plain = source(tmp_path / "raw/rows", [{"prompt": "Où?", "completion": " Là."}])
+    output, _ = run_convert(tmp_path / "raw", plain, tokenizer, raw)
+    assert [row["text"] for row in rows_of(output)] == ["<s>Où? Là.</s>"]
+    assert not (output / "chat_template.jinja").exists()
+    asked = [{"prompt": [{"role": "user", "content": "Où?"}], "completion": "Là."}]
+    with pytest.raises(UserError, match="line 1: has turns with roles, and prompt_completion uses no chat template"):
+        run_convert(tmp_path / "asked", source(tmp_path / "asked/rows", asked), tokenizer, raw)
+    texts = ["<s>Où?</s>", "Où?</s>", "<s>Où?", "</s>"]
+    for trusted in (True, False):  # once is enough, where the data's own are the same tokens
+        folder = tmp_path / str(trusted)
+        rows = source(folder / "rows", [{"text": text} for text in texts])
+        config = {"format": "completion", "trust_special_tokens": trusted}
+        output, _ = run_convert(folder, rows, tokenizer, config)
+        expected = ["<s>Où?</s>"] * 3 + ["<s></s>"] if trusted else [f"<s>{text}</s>" for text in texts]
+        assert [row["text"] for row in rows_of(output)] == expected
+        assert all(pieces(row)[-1] == ("E", 0, "text", TRAIN_UNSET, "</s>") for row in rows_of(output))
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

@@ -132,9 +132,11 @@ def test_special_tokens_in_the_data_are_text_unless_they_are_trusted(tmp_path: P
         folder = tmp_path / str(trusted)
         config = {"trust_special_tokens": trusted}
         shard, _ = run_convert(folder, source(folder / "rows", [chat]), smollm2(), config)
-        [row] = rows_of(run_tokenize(folder, shard, smollm2())[0])
-        found[trusted] = row["ids"].count(2)
-    assert found == {False: 3, True: 4}, "the system's, the user's and the assistant's end; and the one in the data"
+        output, _ = run_tokenize(folder, shard, smollm2())
+        [row] = rows_of(output)
+        found[trusted] = row["ids"].count(2), counts_of(output)["control_as_text"]
+    ends = "the system's, the user's and the assistant's end; and the one in the data"
+    assert found == {False: (3, 1), True: (4, 0)}, ends
 
 
 class TestOwnFormat:

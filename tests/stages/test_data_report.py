@@ -192,6 +192,13 @@ def test_what_the_template_leaves_out_is_said(tmp_path: Path) -> None:
     ]
 
 
+def test_special_tokens_that_stay_text_are_said(tmp_path: Path) -> None:
+    assert warnings(tmp_path, *GOOD, counts={"control_as_text": 2}) == [
+        "chat: 2 of 3 conversations hold the text of a special token, which is encoded as text: where it is the "
+        "model's own markup, set convert.trust_special_tokens"
+    ]
+
+
 def test_turns_that_nothing_ends_are_said(tmp_path: Path) -> None:
     assert warnings(tmp_path, *GOOD, counts={"turns_without_end": 2}) == [
         "chat: nothing ends 2 of the turns to learn, so the model would not learn to stop there"

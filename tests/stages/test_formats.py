@@ -1,6 +1,7 @@
 """Formats: each kind of row becomes the conversation it means, and a bad one says where and why."""
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
@@ -92,6 +93,26 @@ class TestMessages:
         assert asked.tool_calls == [{**({"id": "call_1"} if envelope else {}), **CALL}]
         assert (answered.role, answered.tool_call_id, answered.name) == ("tool", "call_1", "weather")
         assert conversation.tools == [{"type": "function", "function": {"name": "weather"}}]
+
+    def test_tools_on_offer_however_they_are_written(self) -> None:
+        schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+        function = {"name": "weather", "description": "Weather", "parameters": schema}
+        tool = {"type": "function", "function": function}
+        as_text = {**function, "parameters": json.dumps(schema)}
+        written = [tool, function, {"type": "function", **function}, as_text, {"type": "function", "function": as_text}]
+        for name, said in {"messages": "messages", "sharegpt": "conversations"}.items():
+            speaks = {"role": "user", "content": "?"} if name == "messages" else {"from": "human", "value": "?"}
+            for tools in (written, json.dumps(written)):
+                made = reader(name)({said: [speaks], "tools": tools})
+                assert made.tools == [tool] * len(written)
+        for other in ({"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}):
+            assert reader("messages")({"messages": [{"role": "user", "content": "?"}], "tools": [other]}).tools == [
+                other
+            ]
+        with pytest.raises(BadRow, match=r"^tools\[0\]\.parameters is not JSON"):
+            reader("messages")(
+                {"messages": [{"role": "user", "content": "?"}], "tools": [{**as_text, "parameters": "{"}]}
+            )
 
     def test_parts_of_text_reasoning_and_tool_calls(self) -> None:
         parts = [
@@ -264,6 +285,13 @@ def test_pictures_are_refused(name: str, row: Any) -> None:
             reader(name)(row | {column: "a.jpg"})
 
 
+def test_settings_of_the_template_are_refused() -> None:
+    row = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {}}
+    assert turns("messages", row)
+    with pytest.raises(BadRow, match="gets no settings of a row's own"):
+        turns("messages", row | {"chat_template_kwargs": {"reasoning_effort": "high"}})
+
+
 def test_alpacas_input_is_the_column_that_says_something() -> None:
     row = {"instruction": "Sum up.", "input": None, "context": "Long.", "output": None, "response": "Short."}
     assert find("alpaca").recognises(row) == {"input": "context", "output": "response"}
@@ -290,11 +318,31 @@ def test_alpacas_input_is_the_column_that_says_something() -> None:
         ("pretokenized", {"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers: expected 2"),
         ("pretokenized", {"input_ids": [1, 2], "labels": [1, 3]}, r"labels\[1\] is 3: expected 2"),
         ("pretokenized", {"input_ids": [1, -2]}, "holds -2 to 1"),
+        ("pretokenized", {"input_ids": [1, 2], "completion_mask": [0, 2]}, "completion_mask holds other numbers"),
+        ("pretokenized", {"input_ids": [1, 2], "seq_lengths": [1, 1]}, "it is 2 documents: expected one"),
     ],
 )
 def test_bad_rows_of_the_others_are_told(name: str, row: Any, says: str) -> None:
     with pytest.raises(BadRow, match=says):
         reader(name)(row)
+
+
+@pytest.mark.parametrize(
+    ("columns", "trained"),
+    [
+        ({}, [5, 6, 7, 8]),
+        ({"completion_mask": [0, 1, 1, 1]}, [6, 7, 8]),
+        ({"assistant_masks": [0, 1, 0, 1]}, [6, 8]),
+        ({"completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]}, [8]),
+        ({"completion_mask": [0, 0, 1, 1], "attention_mask": [0, 1, 1, 1]}, [7, 8]),
+        ({"completion_mask": [0, 0, 1, 1], "labels": [-100, 6, -100, -100], "seq_lengths": [4]}, [6]),
+    ],
+)
+def test_what_trains_of_ids_is_what_labels_or_else_the_masks_of_trl_say(columns: Any, trained: list[int]) -> None:
+    made = reader("pretokenized")({"input_ids": [5, 6, 7, 8], **columns})
+    ends = [0, *(end for end, _ in made.turns[0].runs)]
+    runs = zip(ends, made.turns[0].runs, strict=False)
+    assert [one for start, (end, train) in runs if train == TRAIN_YES for one in made.ids[start:end]] == trained
 
 
 class TestKeptMessages:
@@ -424,6 +472,19 @@ class TestFlags:
         for row in rows:
             [turn] = turns("messages", {"messages": [{"role": "assistant", **row}]})
             assert (turn.content, turn.runs, turn.train) == ("abcd", [(2, TRAIN_NO), (4, TRAIN_YES)], TRAIN_YES)
+
+    @pytest.mark.parametrize("last", [False, True])
+    def test_a_range_or_part_that_ends_with_the_text_is_kept_whole(self, last: bool) -> None:
+        """What follows it is empty: it once took the range before it along, and the text lost its end."""
+        detail = [
+            {"begin_offset": 0, "end_offset": 1, "train": not last},
+            {"begin_offset": 2, "end_offset": 3, "train": last},
+        ]
+        parts = [{"text": "ab", "train": not last}, {"text": "cd", "train": last}, {"text": "", "train": last}]
+        flags = {False: TRAIN_NO, True: TRAIN_YES}
+        for row in ({"content": "abcd", "train_detail": detail}, {"content": parts}):
+            [turn] = turns("messages", {"messages": [{"role": "assistant", **row}]})
+            assert (turn.content, turn.runs) == ("abcd", [(2, flags[not last]), (4, flags[last])])
 
     @pytest.mark.parametrize(
         "entry", [{"begin_offset": 0, "end_offset": 4}, {"begin_offset": 2, "end_offset": 1}, {"end_offset": 1}, 3]

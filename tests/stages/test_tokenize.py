@@ -375,3 +375,40 @@ def test_completion_text_is_tokenized_as_transformers_does_with_its_own_ends(tmp
     converted, _ = run_convert(tmp_path, rows, smollm2(), {"format": "completion"})
     output, _ = run_tokenize(tmp_path, converted, smollm2())
     assert [row["ids"] for row in rows_of(output)] == [[*real.ids("Once upon a time."), 2], [2]]
+
+
+BEGUN = ["hi", " hi", "  hi", "\nhi", "▁hi", "", "é", "hi <s>", "x</s>"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_raw_text_begins_as_the_tokenizer_itself_begins_it(tmp_path: Path, scheme: str) -> None:
+    made = sentencepiece(scheme)
+    made.add_special_tokens(["<s>", "</s>"])
+    begin, end = number_of(made, "<s>"), number_of(made, "</s>")
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>"}'
+    )
+    rows = source(tmp_path / "rows", [{"prompt": text, "completion": "x"} for text in BEGUN])
+    config = {"format": "prompt_completion", "options": {"wording": "text"}, "template": "plain"}
+    converted, _ = run_convert(tmp_path, rows, folder, config)
+    found = rows_of(run_tokenize(tmp_path, converted, folder)[0])
+    made.encode_special_tokens = True  # what the data says of them is text
+    for text, row in zip(BEGUN, found, strict=True):
+        assert row["ids"] == [begin, *made.encode(text + "x", add_special_tokens=False).ids, end]
+        trained = [s for s in row["spans"] if s["train"] != NO and s["role"] == "text"]
+        assert trained[0]["end"] == len(row["ids"]) - 1 + (trained[0]["origin"] != ORIGIN_CONTENT)
+
+
+@pytest.mark.parametrize("trained", ["01", "0011", "0010", "1010", "0110011010", "1111", "0101010101010101"])
+def test_ids_from_elsewhere_train_where_their_labels_say(tmp_path: Path, trained: str) -> None:
+    ids = list(range(10, 10 + len(trained)))
+    labels = [token if flag == "1" else -100 for token, flag in zip(ids, trained, strict=True)]
+    rows = source(tmp_path / "rows", [{"input_ids": ids, "labels": labels}])
+    converted, _ = run_convert(tmp_path, rows, smollm2())
+    [row] = rows_of(run_tokenize(tmp_path, converted, smollm2())[0])
+    assert row["ids"] == ids
+    assert "".join(str(int(s["train"] == YES)) * (s["end"] - s["start"]) for s in row["spans"]) == trained
