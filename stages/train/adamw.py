@@ -147,6 +147,8 @@ class SplitAdamW(torch.optim.Optimizer):
         """The number of this step for a weight, from 1."""
         state = self.state[parameter]
         if not state:
+            # Its tables hold the addresses of averages: of a weight that was forgotten, they are no longer its own.
+            self._tables.clear()
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
