@@ -398,7 +398,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=5,
+    version=6,
     config=EvaluateConfig,
     run=run,
     parts=parts,
