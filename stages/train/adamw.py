@@ -127,9 +127,11 @@ class SplitAdamW(torch.optim.Optimizer):
             self.factor = None
             return torch.zeros((), device=self.param_groups[0]["params"][0].device)
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        norm: Any = torch.linalg.vector_norm(torch.stack(norms))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.factor = (longest / (norm + 1e-6)).clamp(max=1.0)
-        return norm
+        found: Tensor = norm
+        return found
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every weight that has a gradient."""
@@ -168,19 +170,23 @@ class SplitAdamW(torch.optim.Optimizer):
             "step": count,
             "seed": count * SPREAD % 2**31,
         }
+        weights, gradients = [_here(p) for p in parameters], [_here(p.grad) for p in parameters]
         if parameters[0].is_cuda:
             from stages.kernels.adamw import Weights
 
-            addresses = (number, *(parameter.data_ptr() for parameter in parameters))
+            addresses = (number, *(weight.data_ptr() for weight in weights))
             if addresses not in self._tables:
                 while len(self._tables) >= TABLES:
                     del self._tables[next(iter(self._tables))]
-                self._tables[addresses] = Weights([(p, self.state[p]) for p in parameters])
-            self._tables[addresses].update_([p.grad for p in parameters], self.factor, **rates)
+                states = [self._state_here(p) for p in parameters]
+                self._tables[addresses] = Weights(list(zip(weights, states, strict=True)))
+            self._tables[addresses].update_(gradients, self.factor, **rates)
             return
-        for parameter in parameters:
-            assert parameter.grad is not None
-            update_(parameter, parameter.grad, self.state[parameter], self.factor, **rates)
+        for parameter, weight, gradient in zip(parameters, weights, gradients, strict=True):
+            update_(weight, gradient, self._state_here(parameter), self.factor, **rates)
+
+    def _state_here(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {name: _here(value) for name, value in self.state[parameter].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer, without the remainders, which belong to the weights."""
@@ -210,6 +216,11 @@ class SplitAdamW(torch.optim.Optimizer):
                     parameter.low_bits.copy_(saved["low_bits"])
                 self.state[parameter]["low_bits"] = parameter.low_bits
         self._tables.clear()
+
+
+def _here(value: Any) -> Any:
+    """This rank's part of a tensor that is cut over ranks, in the same memory; anything else as it is."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def update_(

@@ -22,6 +22,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 4}},
     "full": {},
     "pissa": {"lora": {"rank": 4, "init": "pissa_niter_16"}, "learning_rate": 1e-3},
+    "16bit": {"method": "full", "optimizer": "adamw_16bit", "max_steps": 6},
 }
 
 
@@ -102,6 +103,16 @@ def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
     for name in (n for n in one if "lora_A" in n):
         pair = [each[name.replace("lora_A", "lora_B")] @ each[name] for each in (one, other)]
         torch.testing.assert_close(*pair, rtol=1e-2, atol=1e-4)
+
+
+def test_averages_in_16_bits_are_cut_with_their_weights(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """They are rounded at random, on each rank by its own numbers."""
+    alone, _ = train(tmp_path / "alone", inputs, method="16bit", micro_batch=1)
+    found, facts = train(tmp_path / "shared", inputs, method="16bit", ranks=2, micro_batch=1, shard="fsdp")
+    assert (facts["ranks"], facts["shard"]) == (2, "fsdp")
+    assert found == pytest.approx(alone, rel=1e-2)
+    norms = figures(tmp_path / "alone", "grad_norm")
+    assert figures(tmp_path / "shared", "grad_norm") == pytest.approx(norms, rel=3e-2)
 
 
 @pytest.mark.full
