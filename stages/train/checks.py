@@ -111,8 +111,11 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
     if lora.restart_every is not None:
         if lora.dora:
             yield "`lora.restart_every` does not work with `lora.dora`: a magnitude cannot be added to weights"
-        if lora.init in (*FROM_WEIGHTS, "eva"):
-            yield f"`lora.restart_every` starts anew at random, which `lora.init: {lora.init}` is not: take one out"
+        if lora.init not in ("kaiming", "gaussian"):
+            yield (
+                f"`lora.restart_every` starts anew at random with B at zero, which `lora.init: {lora.init}` does not: "
+                "take one out"
+            )
         if config.quantize:
             yield "`lora.restart_every` adds to the weights, and `quantize` would round that away: take one out"
         if config.ema is not None:

@@ -288,6 +288,8 @@ def test_a_module_to_save_that_is_held_in_few_bits_is_refused(folder: Path, kind
 
 def test_a_head_is_not_adapted_and_trained_by_rows(tmp_path: Path) -> None:
     folder = make_model(tmp_path, "LlamaConfig")
-    with pytest.raises(UserError, match="new_tokens trains some rows of lm_head, which train.lora.targets would adapt"):
+    with pytest.raises(
+        UserError, match=r"new_tokens trains some rows of lm_head, which train\.lora\.targets would adapt"
+    ):
         adapted(folder, section(new_tokens=["5"], targets=["q_proj", "lm_head"]))
     assert adapted(folder, section(new_tokens=["5"], targets=["q_proj"]))
