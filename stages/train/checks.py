@@ -232,6 +232,9 @@ def refuse_device(config: "TrainConfig", device: str) -> None:
         raise UserError("train.precision fp8 needs a GPU of the generation Ada, Hopper or later: use bf16 here")
     if config.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bf16: set train.precision to fp16 or fp32")
+    if device == "cpu" and config.quantize == "int8" and config.lora.dora:
+        # PEFT asks for the whole weight in every step, and on a CPU bitsandbytes loses its scales over that.
+        raise UserError("train.lora.dora does not work over int8 weights on a CPU: use quantize: nf4, or a GPU")
     if device == "cpu" and (why := optimizers.find(config.optimizer).gpu):
         plain = config.optimizer.removeprefix("paged_").replace("adamw_32bit", "adamw_torch_fused")
         plain = plain.replace("galore_adamw_8bit", "galore_adamw")
