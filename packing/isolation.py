@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packing.collate import IGNORED, Bin, collate
+from packing.rotary import plain_length
 
 __all__ = ["check_isolation"]
 
 LENGTHS = (9, 1, 14)
 """Tokens in each document: one of a single token, which has nothing to predict."""
 LONGEST_WINDOW = 1024
-"""A model with a sliding window up to this also gets a document that is longer than its window."""
+"""A model with a sliding window up to this also gets a document that is longer than its window, and one whose rotary
+positions are others beyond a length up to this (`packing.rotary`) one that is longer than that."""
 SIXTEEN_BITS = 1e-4
 """Relative precisions above this are those of 16-bit numbers."""
 COMPARED = 2**24
@@ -142,8 +144,8 @@ def _among_others(
 
 def _documents(config: Any, seed: int) -> list[NDArray[np.int64]]:
     text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    lengths = (*LENGTHS, window + 8) if window is not None and window <= LONGEST_WINDOW else LENGTHS
+    bounds = getattr(text, "sliding_window", None), plain_length(text)
+    lengths = (*LENGTHS, *(bound + 8 for bound in bounds if bound is not None and bound <= LONGEST_WINDOW))
     random = np.random.default_rng(seed)
     return [random.integers(0, text.vocab_size, length) for length in lengths]
 

@@ -99,6 +99,7 @@ def load_network(
     from transformers import AutoConfig
 
     from packing.attention import implementation
+    from packing.rotary import by_document
     from stages import heads, quantization
 
     if device == "auto":
@@ -120,6 +121,8 @@ def load_network(
     except (OSError, ValueError) as error:
         raise UserError(f"the model does not load: {error}") from error
     quantization.keep_gradients(network)  # the other kernel also rounds otherwise than training does
+    if packed:
+        by_document(network)
     return (network if quantize else network.to(device)).eval()
 
 

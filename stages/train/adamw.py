@@ -157,6 +157,8 @@ class SplitAdamW(torch.optim.Optimizer):
         """The number of this step for a weight, from 1."""
         state = self.state[parameter]
         if not state:
+            # Its tables hold the addresses of averages: of a weight that was forgotten, they are no longer its own.
+            self._tables.clear()
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
@@ -176,23 +178,24 @@ class SplitAdamW(torch.optim.Optimizer):
             "step": count,
             "seed": count * SPREAD % 2**31,
         }
-        mine = [
-            (_here(p.data), _here(p.grad), {name: _here(value) for name, value in self.state[p].items()})
-            for p in parameters
-        ]
-        mine = [each for each in mine if each[0].numel()]  # of a short weight some ranks have nothing
-        if mine and mine[0][0].is_cuda:
+        mine = [p for p in parameters if _here(p).numel()]  # of a short weight some ranks have nothing
+        weights, gradients = [_here(p) for p in mine], [_here(p.grad) for p in mine]
+        if weights and weights[0].is_cuda:
             from stages.kernels.adamw import Weights
 
-            addresses = (number, *(weight.data_ptr() for weight, _, _ in mine))
+            addresses = (number, *(weight.data_ptr() for weight in weights))
             if addresses not in self._tables:
                 while len(self._tables) >= TABLES:
                     del self._tables[next(iter(self._tables))]
-                self._tables[addresses] = Weights([(weight, state) for weight, _, state in mine])
-            self._tables[addresses].update_([gradient for _, gradient, _ in mine], self.factor, **rates)
+                states = [self._state_here(p) for p in mine]
+                self._tables[addresses] = Weights(list(zip(weights, states, strict=True)))
+            self._tables[addresses].update_(gradients, self.factor, **rates)
             return
-        for weight, gradient, state in mine:
-            update_(weight, gradient, state, self.factor, **rates)
+        for parameter, weight, gradient in zip(mine, weights, gradients, strict=True):
+            update_(weight, gradient, self._state_here(parameter), self.factor, **rates)
+
+    def _state_here(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return {name: _here(value) for name, value in self.state[parameter].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer, without the remainders, which belong to the weights."""
@@ -225,7 +228,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
 
 def _here(value: Any) -> Any:
-    """This rank's part of what is sharded, in the same memory."""
+    """This rank's part of a tensor that is cut over ranks, in the same memory; anything else as it is."""
     return value.to_local() if hasattr(value, "to_local") else value
 
 

@@ -34,13 +34,14 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     """The model with fresh float32 adapters, everything else frozen; the start is drawn from torch's seed.
 
     `folder` is where the model came from. Raises UserError when a target names no layer, a layer is narrower than the
-    rank, or PEFT refuses a layer or adapts another.
+    rank, what should train cannot, or PEFT refuses a layer or adapts another.
     """
     modules = {id(module): name for name, module in model.named_modules()}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     targets = _targets(model, lora.targets, layers)
     experts = _experts(model) if lora.experts else set()
     saved, spelled = _whole(model, lora.modules_to_save)
+    _refuse_untrainable(model, lora, saved, targets & _head(model, layers))
     renamed = _renamed(model, targets)
     if renamed and lora.dora:
         named = _some(name for name in targets if _last(name) in renamed)
@@ -212,6 +213,22 @@ def _refuse_others(adapted: PeftModel, modules: dict[int, str], meant: set[str])
             f"train.lora: PEFT does not adapt in {adapted.config.model_type} what targets and experts ask for: it "
             f"leaves out {_some(meant - found)} and adapts {_some(found - meant)} instead: name other layers in "
             "train.lora.targets"
+        )
+
+
+def _refuse_untrainable(model: PreTrainedModel, lora: Lora, saved: Iterable[str], head: Iterable[str]) -> None:
+    """Raise UserError for modules that should train in full and are held in few bits, and for a head that should be
+    adapted and have some rows trained."""
+    small = [name for name in saved if not all(p.is_floating_point() for p in model.get_submodule(name).parameters())]
+    if small:
+        raise UserError(
+            f"train.lora.modules_to_save: train.quantize holds {_some(small)} in few bits, which cannot train in full: "
+            "adapt it by train.lora.targets, or take quantize out"
+        )
+    if lora.new_tokens and (adapted := sorted(head)):
+        raise UserError(
+            f"train.lora.new_tokens trains some rows of {adapted[0]}, which train.lora.targets would adapt: leave it "
+            "out of the targets, or name the embeddings in train.lora.modules_to_save instead of the tokens"
         )
 
 

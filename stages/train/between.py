@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.train import TrainConfig, optimizers
+from stages.train.adapters import STARTS
 from stages.train.freezing import LayerSampling
 from stages.train.heldout import Looks
 from stages.train.schedules import steps_of
@@ -84,7 +85,8 @@ def make(
     if config.full.lisa is not None:
         parts["lisa"] = LayerSampling(model, config.full.lisa, config.seed, optimizer)
     if config.lora.restart_every is not None:
-        parts["restarts"] = Restarts(model, config.lora.restart_every, total, config.seed, optimizer)
+        start = STARTS.get(config.lora.init, config.lora.init)
+        parts["restarts"] = Restarts(model, config.lora.restart_every, total, config.seed, optimizer, start)
     if config.ema is not None:
         parts["ema"] = Average(model, config.ema)
     if look is not None:
@@ -98,8 +100,11 @@ class Restarts:
     """ReLoRA (arXiv:2307.05695): every so often the adapter is added to the weights and starts anew, with a fresh
     optimizer, so that a sum of low ranks can become a high one."""
 
-    def __init__(self, model: nn.Module, every: int, total: int, seed: int, optimizer: Any) -> None:
-        self.every, self.total, self.seed, self.optimizer = every, total, seed, optimizer
+    def __init__(
+        self, model: nn.Module, every: int, total: int, seed: int, optimizer: Any, start: bool | str = True
+    ) -> None:
+        """`start` is how adapters start, as PEFT calls it."""
+        self.every, self.total, self.seed, self.optimizer, self.start = every, total, seed, optimizer, start
         self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
     def after(self, step: int) -> None:
@@ -110,7 +115,7 @@ class Restarts:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed * 1_000_003 + step)
             for layer in self.layers.values():
-                layer.reset_lora_parameters("default", True)
+                layer.reset_lora_parameters("default", self.start)
         optimizers.forget(self.optimizer, [p for layer in self.layers.values() for p in _adapter(layer)])
 
     def finish(self) -> None:

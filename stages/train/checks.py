@@ -111,8 +111,11 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
     if lora.restart_every is not None:
         if lora.dora:
             yield "`lora.restart_every` does not work with `lora.dora`: a magnitude cannot be added to weights"
-        if lora.init in (*FROM_WEIGHTS, "eva"):
-            yield f"`lora.restart_every` starts anew at random, which `lora.init: {lora.init}` is not: take one out"
+        if lora.init not in ("kaiming", "gaussian"):
+            yield (
+                f"`lora.restart_every` starts anew at random with B at zero, which `lora.init: {lora.init}` does not: "
+                "take one out"
+            )
         if config.quantize:
             yield "`lora.restart_every` adds to the weights, and `quantize` would round that away: take one out"
         if config.ema is not None:
@@ -229,6 +232,9 @@ def refuse_device(config: "TrainConfig", device: str) -> None:
         raise UserError("train.precision fp8 needs a GPU of the generation Ada, Hopper or later: use bf16 here")
     if config.precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("this GPU has no bf16: set train.precision to fp16 or fp32")
+    if device == "cpu" and config.quantize == "int8" and config.lora.dora:
+        # PEFT asks for the whole weight in every step, and on a CPU bitsandbytes loses its scales over that.
+        raise UserError("train.lora.dora does not work over int8 weights on a CPU: use quantize: nf4, or a GPU")
     if device == "cpu" and (why := optimizers.find(config.optimizer).gpu):
         plain = config.optimizer.removeprefix("paged_").replace("adamw_32bit", "adamw_torch_fused")
         plain = plain.replace("galore_adamw_8bit", "galore_adamw")

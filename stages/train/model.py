@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packing.attention import implementation
 from packing.flash import Attention
+from packing.rotary import by_document
 from stages import heads, objectives, quantization
 from stages.errors import UserError
 from stages.train import TrainConfig, adamw, adapters, freezing, neftune
@@ -59,6 +60,7 @@ def load(
         raise UserError(f"the model cannot be loaded for training: {error}") from error
     assert isinstance(model, PreTrainedModel)
     quantization.keep_gradients(model)
+    by_document(model)
     return model
 
 

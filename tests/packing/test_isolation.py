@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from packing.attention import attend, implementation
 from packing.collate import IGNORED, Bin, collate
 from packing.isolation import check_isolation
+from packing.rotary import by_document
 
 torch.set_num_threads(1)
 
@@ -30,6 +31,15 @@ SIZES: dict[str, Any] = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 BOTH = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+STRETCHED = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 10,
+    "factor": 3.2,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 STATE_SPACE = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 
 
@@ -44,6 +54,8 @@ EXACT = {
     "gemma3, sliding and full": config("Gemma3Text", **BOTH),
     "gemma2, capped scores": config("Gemma2", **BOTH, attn_logit_softcapping=0.5),
     "phi3": config("Phi3"),
+    "phi3, stretched": config("Phi3", rope_parameters=STRETCHED, original_max_position_embeddings=10),
+    "llama, growing": config("Llama", rope_parameters=GROWING, max_position_embeddings=10),
     "mixtral, experts": config("Mixtral", **EXPERTS),
     "gpt-oss, sinks": config("GptOss", **BOTH, **EXPERTS),
     "gpt2, learned positions": transformers.GPT2Config(
@@ -61,7 +73,7 @@ LEAKING = {
 }
 
 
-def model(configuration: PretrainedConfig, attention: str | None = None) -> Any:
+def model(configuration: PretrainedConfig, attention: str | None = None, apart: bool = True) -> Any:
     """Random weights, large enough that every part of the model matters."""
     torch.manual_seed(0)
     attention = attention or implementation("cpu", configuration)
@@ -70,6 +82,8 @@ def model(configuration: PretrainedConfig, attention: str | None = None) -> Any:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)
+    if apart:
+        by_document(made)
     return made
 
 
@@ -84,7 +98,7 @@ def test_packing_changes_no_loss_and_no_gradient(name: str) -> None:
     documents = [random.integers(1, 61, length) for length in LENGTHS]
     labels = np.concatenate([np.where(np.arange(len(ids)) > 0, ids, IGNORED) for ids in documents])
     batch = collate([Bin(np.concatenate(documents), labels, np.array(LENGTHS))], pad_to_multiple=16, documents=8)
-    packed, alone = model(EXACT[name]).eval(), model(EXACT[name], "eager").eval()
+    packed, alone = model(EXACT[name]).eval(), model(EXACT[name], "eager", apart=False).eval()
     alone.load_state_dict(packed.state_dict())
     assert (packed.config._attn_implementation == "eager") == ("llama4" in name)
 
@@ -134,6 +148,13 @@ def test_a_model_whose_documents_see_one_another_is_refused(name: str) -> None:
     reason = "documents in one sequence see one another|`causal_conv1d_fn` can't keep packed sequences apart"
     with pytest.raises(ValueError, match=f"{name} cannot be packed: ({reason})"):
         check_isolation(model(LEAKING[name]))
+
+
+@pytest.mark.parametrize("name", ["phi3, stretched", "llama, growing"])
+def test_a_model_that_goes_by_the_longest_document_of_a_batch_is_refused(name: str) -> None:
+    """As transformers' is, before `by_document`."""
+    with pytest.raises(ValueError, match="cannot be packed: a token's loss differs"):
+        check_isolation(model(EXACT[name], apart=False))
 
 
 def _leaky(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,10 @@
 """AdamW over split weights is AdamW over float32 weights: torch's own is the oracle."""
 
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from stages.errors import UserError
-from stages.train import adamw, state
+from stages.train import adamw, optimizers, state
 from stages.train.adamw import SplitAdamW, put, split, whole, whole_on_cpu, widen
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -199,6 +202,45 @@ def test_what_was_saved_in_halves_goes_on_as_it_was_and_nowhere_else(tmp_path: P
         assert torch.equal(whole(our), whole(their))
     with pytest.raises(UserError, match=r"holds only 16 bits of each weight \(0.weight\)"):
         state.put_weights(layers(), weights)
+
+
+class Remembered:
+    """Stands in for the kernel's `Weights`: updates the averages that it was made with, wherever they belong by now."""
+
+    def __init__(self, weights: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]) -> None:
+        self.weights = [(weight, dict(held)) for weight, held in weights]
+
+    def update_(self, gradients: Sequence[torch.Tensor], factor: torch.Tensor | None, **rates: Any) -> None:
+        for (weight, held), gradient in zip(self.weights, gradients, strict=True):
+            adamw.update_(weight, gradient, held, factor, **rates)
+
+
+class Far(nn.Parameter):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("device", ["as if", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_that_were_forgotten_start_anew_on_a_gpu_as_on_a_cpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restart (ReLoRA), or where a layer rests (LISA)."""
+    found = []
+    for place in ("cpu", device):
+        model = layers().to("cuda" if place == "cuda" else "cpu")
+        parameters = list(model.parameters())
+        if place == "as if":
+            monkeypatch.setitem(sys.modules, "stages.kernels.adamw", SimpleNamespace(Weights=Remembered))
+            for parameter in parameters:
+                parameter.__class__ = Far
+        optimizer = SplitAdamW(parameters, **SETTINGS)
+        steps(model, optimizer, 3, str(parameters[0].device))
+        optimizers.forget(optimizer, parameters)
+        steps(model, optimizer, 3, str(parameters[0].device), first=3)
+        found.append([parameter.detach().cpu() for parameter in parameters])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 @pytest.mark.gpu

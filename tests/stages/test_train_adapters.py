@@ -276,3 +276,20 @@ def test_a_module_to_save_that_peft_cannot_tell_from_another_is_refused(folder: 
     network.my_lm_head = torch.nn.Linear(4, 4)
     with pytest.raises(UserError, match="for 'lm_head', PEFT would train my_lm_head besides lm_head"):
         adapters.adapt(network, section(modules_to_save=["lm_head"]).lora, folder)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_module_to_save_that_is_held_in_few_bits_is_refused(folder: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match=r"holds model\.layers\.0\.mlp\.down_proj and 1 more in few bits"):
+        adapted(folder, section(modules_to_save=["down_proj"], quantize=kind))
+    assert adapted(folder, section(modules_to_save=["embed_tokens", "norm"], quantize=kind))
+
+
+def test_a_head_is_not_adapted_and_trained_by_rows(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "LlamaConfig")
+    with pytest.raises(
+        UserError, match=r"new_tokens trains some rows of lm_head, which train\.lora\.targets would adapt"
+    ):
+        adapted(folder, section(new_tokens=["5"], targets=["q_proj", "lm_head"]))
+    assert adapted(folder, section(new_tokens=["5"], targets=["q_proj"]))

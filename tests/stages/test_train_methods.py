@@ -19,7 +19,7 @@ from stages.errors import UserError
 from stages.identity import tree_of
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig, model
+from stages.train import STAGE, TrainConfig, between, model, optimizers
 from tests.stages import tiny
 from tests.stages.test_merge import make_model
 
@@ -254,6 +254,25 @@ def test_the_average_is_the_plain_formulas(tmp_path: Path, inputs: dict[str, Pat
     found = weights(tmp_path / "ema/output/weights")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["kaiming", "gaussian"])
+def test_an_adapter_restarts_as_it_started(inputs: dict[str, Path], start: str) -> None:
+    config = TrainConfig.model_validate({**SMALL, "lora": {"rank": 4, "restart_every": 2, "init": start}})
+    torch.manual_seed(0)
+    adapted = model.ready(model.load(inputs["model"], config, "cpu"), config, inputs["model"], "cpu", list)
+    parts = between.make(adapted, config, optimizers.make(adapted, config), 4, None, lambda *_: None).parts
+
+    def sizes() -> list[float]:
+        named = [*adapted.named_parameters()]
+        return [
+            float(torch.cat([p.detach().flatten() for n, p in named if side in n]).std())
+            for side in ("lora_A", "lora_B")
+        ]
+
+    before = sizes()
+    parts["restarts"].after(2)
+    assert sizes() == pytest.approx(before, rel=0.2)
 
 
 def test_lisa_trains_few_layers_at_a_time(tmp_path: Path, inputs: dict[str, Path]) -> None:

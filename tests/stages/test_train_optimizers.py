@@ -281,6 +281,7 @@ def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: p
         ({"optimizer": "paged_adamw_8bit"}, "on a CPU use adamw_8bit"),
         ({"optimizer": "paged_adamw_32bit"}, "on a CPU use adamw_torch_fused"),
         ({"optimizer": "galore_adamw_8bit", "method": "full"}, "on a CPU use galore_adamw$"),
+        ({"quantize": "int8", "lora": {"dora": True}}, "dora does not work over int8 weights on a CPU"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused(config: dict[str, Any], said: str) -> None:
