@@ -25,8 +25,11 @@ def place_to_check(folder: Path, config: TrainConfig, device: str, sharded: bool
     because it is too large for one. Then that is the CPU, which takes minutes where a GPU takes seconds."""
     if not sharded or device == "cpu":
         return device
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError):  # loading it says what is wrong
+        return device
     each = 2 if config.method == "lora" and config.precision != "fp32" else 4
     return device if each * sum(p.numel() for p in empty.parameters()) < WHOLE * memory.room(device) else "cpu"
 
