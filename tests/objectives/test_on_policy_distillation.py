@@ -248,6 +248,6 @@ def test_the_teachers_weights_are_in_the_key_of_train_and_of_no_other_training()
         return set(Run("", loads(text, "taught.yaml"), Runtime(), None, []).takes("train"))  # type: ignore[arg-type]
 
     taught = RECIPE.format(fetch=", teacher: {path: t}", more="")
-    assert takes(taught) == {"model", "tokens", "plan", "teacher"}
+    assert takes(taught) == {"model", "tokens", "plan", "teacher", "templates"}
     cached = taught.replace("on_policy_distillation", "distillation") + "score: {top_k: 8}\n"
     assert takes(cached.replace("prompt_only", "messages")) == {"model", "tokens", "plan", "reference"}

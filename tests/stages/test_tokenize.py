@@ -313,7 +313,7 @@ class TestStage:
         tokens = sum(len(row["ids"]) for row in after)
         highest = max(max(row["ids"]) for row in after)
         before = json.loads((shard / "counts.json").read_text())
-        assert counts == {**before, "tokens": tokens, "highest_token": highest}
+        assert counts == {**before, "tokens": tokens, "highest_token": highest, "control_as_text": 1}
         by = {"fastokens": 2500}
         assert facts == {"rows": 2500, "tokens": tokens, "rows_by_offsets": 1, "rows_by_backend": by}
         assert str(read_table(output / "tokens.arrow").schema.field("ids").type.value_type) == "uint16"
