@@ -264,12 +264,12 @@ def test_a_reward_model_is_trained_published_and_judges_answers(place: Place, ti
         },
         "pack": {"sequence_length": 128},
         "train": {"max_steps": 2},
-        "evaluate": {"tasks": {"worth": {"source": "rows", "reward_model": "terse", "limit": 4, "max_new_tokens": 4}}},
+        "evaluate": {"tasks": {"worth": {"source": "rows", "reward_model": "terse", "limit": 8, "max_new_tokens": 4}}},
         "publish": {"to": str(tmp_path / "out"), "gate": {"require": "nothing"}},
     }
     (tmp_path / "judged.yaml").write_text(yaml.safe_dump(recipe))
     told = place.regrow("run", str(tmp_path / "judged.yaml"))
-    assert told.stderr == "" and re.search(r"worth, reward of 4 +-?\d+\.\d\d \[", told.stdout), told.stdout
+    assert told.stderr == "" and re.search(r"worth, reward of 8 +-?\d+\.\d\d \[", told.stdout), told.stdout
     assert "nothing to do" in place.regrow("run", str(tmp_path / "judged.yaml"), PREFECT_API_URL=NOBODY).stdout
     place.regrow("plan", str(tmp_path / "judged.yaml"), "--check")
 
@@ -289,7 +289,7 @@ def test_a_process_reward_model_is_trained_published_and_rewards_and_judges(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"Add {n}."}) + "\n" for n in range(24)))
     reward = {"reward": "reward_model", "options": {"model": "steps", "steps": "product"}}
     sampled = {"group_size": 2, "prompts_per_step": 2, "max_new_tokens": 8, "reward_seconds": 60}
-    asked = {"source": "rows", "question": "prompt", "reward_model": "steps", "limit": 4, "max_new_tokens": 8}
+    asked = {"source": "rows", "question": "prompt", "reward_model": "steps", "limit": 8, "max_new_tokens": 8}
     recipe = {
         "name": "rewarded",
         "fetch": {
@@ -309,7 +309,7 @@ def test_a_process_reward_model_is_trained_published_and_rewards_and_judges(
     }
     (tmp_path / "rewarded.yaml").write_text(yaml.safe_dump(recipe))
     told = place.regrow("run", str(tmp_path / "rewarded.yaml"))
-    assert re.search(r"sound % of 4 +\d+\.\d \[", told.stdout), told.stdout
+    assert re.search(r"sound % of 8 +\d+\.\d \[", told.stdout), told.stdout
     written = [json.loads(line) for line in place.regrow("rollouts", "rewarded", "--json").stdout.splitlines()]
     network = AutoModelForTokenClassification.from_pretrained(judge)
     model = reward_models.of(judge, network.eval(), AutoTokenizer.from_pretrained(judge), "product")
