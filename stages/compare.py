@@ -45,7 +45,7 @@ TOLD = {HELDOUT_LOSS: "held-out loss"}
 """What is not called as it is named."""
 
 UNBOUNDED = "unbounded"
-"""Set for a task whose scores are no shares of 1, but numbers of any size and sign: rewards, log-likelihoods."""
+"""Set for a task whose scores are no shares of 1, but numbers of any size and sign: rewards, BLEU."""
 
 NOT_NUMBERS = "not_numbers"
 """By task (or `heldout_loss`) the models whose figures are NaN or infinite, of which there is nothing to compare."""
@@ -104,7 +104,7 @@ def compare(scores: Path) -> dict[str, Json]:
             broken[leaf] = [m for m in figures if not (_is_number(figures[m]) and _is_number(margins.get(m, [])))]
             if {BASE, TUNED}.isdisjoint(broken[leaf]):
                 figures = {model: each for model, each in figures.items() if model not in broken[leaf]}
-                # A log-likelihood, as lm-eval's `perplexity` has one an item, is no share of 1 either.
+                # Some of lm-eval's metrics, such as BLEU from 0 to 100, are no shares of 1 either.
                 shares = all(0 <= score <= 1 for scores in figures.values() for score in scores)
                 tasks[leaf] = _compared(answered[0].metric, figures, unbounded or not shares)
                 if margins:
