@@ -10,6 +10,7 @@ one was; each rank's peak memory; the losses, which should agree.
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -70,6 +71,7 @@ def measure(
     def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
         if unit == "steps":
             told[int(done)] = time.perf_counter()
+            print(f"{cell}: step {done} after {told[int(done)] - begun:.1f} s", file=sys.stderr, flush=True)
 
     cell = f"RANKS {given.shape} {given.method} {' '.join(given.set)} {runtime['ranks']} {runtime['shard']}"
     (folder / "out").mkdir(parents=True)

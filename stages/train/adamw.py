@@ -83,12 +83,13 @@ def put(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def widen(model: nn.Module) -> None:
-    """Hold every split weight in float32 again, on the CPU: for writing it, after the last step."""
+def widen(model: nn.Module, device: str | None = "cpu") -> None:
+    """Hold every split weight in float32 again: on the CPU, for writing it after the last step, or on `device`; None is
+    where it is."""
     for parameter in model.parameters():
         if hasattr(parameter, "low_bits"):
             parameter.grad = None
-            parameter.data = whole(parameter).cpu()
+            parameter.data = whole(parameter).to(device=device)
             del parameter.low_bits
 
 

@@ -198,6 +198,8 @@ def measure(
         fixed = max(fixed - cast, 0) + sharding.gathered_bytes(model)
     logits = LOSS_ROWS * text.vocab_size * (computed + 4)
     gradients = sum(_bytes(p) for p in trained)
+    if shard == "fsdp":  # added up over ranks in what the weights' parts are kept in
+        gradients = sum(4 * p.numel() for p in trained)
     parts = ranks if shard != "none" else 1
     updated = gradients // parts if shard.startswith("zero") else 0  # DeepSpeed updates a copy of a rank's own part
     return Costs(

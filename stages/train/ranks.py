@@ -63,6 +63,20 @@ class Group:
             dist.all_reduce(tensor)
         return tensor
 
+    def meet(self) -> None:
+        """Wait until every rank, and its device, is done with what was asked of it so far.
+
+        Before a rank may end: its kernels are ended with its process, and another rank that still gathers from it would
+        wait for ever, in a kernel that not even SIGKILL ends.
+        """
+        if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            dist.barrier(group=self.control)
+
     def sum_gradients(self, parameters: Iterable["torch.nn.Parameter"]) -> None:
         """Replace every trained parameter's gradient by the sum over ranks; one that a rank lacks counts as zeros.
 

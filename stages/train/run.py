@@ -20,6 +20,7 @@ from stages.errors import UserError
 from stages.stage import Facts, Work
 from stages.train import (
     TrainConfig,
+    adamw,
     checkpoints,
     checks,
     memory,
@@ -130,13 +131,13 @@ def attempt(
         how = work.runtime.shard if group.size > 1 else "none"
         sharded = how != "none"
         place = place_to_check(inputs["model"], config, this.device, sharded)
-        split = optimizers.can_split(config) and not sharded
+        split = speed.splits(config, how)
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
         refuse_too_big(loaded, place)
         trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: batches(first, place))
         faster: dict[str, Any] = {"attention": loaded.config._attn_implementation}
-        faster |= speed.hold(trained, config, sharded)
+        faster |= speed.hold(trained, config, how)
         isolation = prove_isolation(trained, config, place)
         with speed.autocast(trained, config, place):
             options = objectives.options_of(config.objective, config.objective_options)
@@ -160,7 +161,8 @@ def attempt(
         )
         tokens = this.total * bins.global_batch * bins.sequence_length // group.size
         offloaded = plan.activation_checkpointing == "offloaded"  # its copies are no part of a graph
-        compiled = not sharded and not offloaded and speed.wants_compiling(work.runtime.compile, place, tokens)
+        gathers = how.startswith("zero")  # in hooks of DeepSpeed's within layers, which no graph takes
+        compiled = not gathers and not offloaded and speed.wants_compiling(work.runtime.compile, this.device, tokens)
         recompute(trained, plan.activation_checkpointing, compiled)
         faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
         steps = Steps(
@@ -181,7 +183,7 @@ def attempt(
         if place != this.device:  # as the kernel that was proven to isolate documents was the CPU's
             loaded.set_attn_implementation(implementation(this.device, loaded.config, work.runtime.attention))
             faster["attention"] = loaded.config._attn_implementation
-        narrow = gathered_dtype(trained, config.precision)
+        narrow = gathered_dtype(trained, config.precision) if how == "fsdp" else None
         computed = shard(trained, loss, group.size, this.device, narrow) if how == "fsdp" else loss
         if how == "fsdp" and this.device == "cuda":
             torch.cuda.empty_cache()
@@ -193,6 +195,7 @@ def attempt(
                 steps=steps,
                 loss=computed,
                 shard=how,
+                cast=not narrow and not adamw.is_split(trained),
                 example=objective.prepare(two_documents(example, FEW)),
                 baseline=baseline,
                 look=look_of(config, objective, heldout, trained, computed, baseline, this.device, group, sharded),
@@ -219,6 +222,7 @@ def attempt(
         trainer.between.finish()
     done = time.monotonic()
     weights = state.weights_of(trained, keep=group.rank == 0) if sharded else None
+    group.meet()
     if group.rank > 0:
         return {}
     if weights is not None:

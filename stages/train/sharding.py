@@ -37,9 +37,9 @@ def shard(model: Any, loss: LossSums, ranks: int, device: str, narrow: torch.dty
         # Batches hold numbers that are no activations (rewards, a reference's losses): they are not to be rounded.
         given["mp_policy"] = MixedPrecisionPolicy(narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = Loss(model, loss, ranks)
-    for layer in sharded_layers(model):
-        fully_shard(layer, **given)
-    fully_shard(whole, **given)
+    for part in (*sharded_layers(model), whole):
+        adamw.widen(part, None)  # what a rank keeps needs no halves
+        fully_shard(part, **given)
     return whole
 
 
@@ -47,13 +47,15 @@ def sharded_layers(model: Any) -> list[nn.Module]:
     """The modules that are gathered one after another; what is outside of them is there all the time."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = set(base._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    return [module for module in model.modules() if kinds.intersection(kind.__name__ for kind in type(module).__mro__)]
 
 
 def gathered_dtype(model: Any, precision: str) -> torch.dtype | None:
     """What whole layers are gathered in: bfloat16 where training computes in that, unless transformers holds some of
     the model's weights in float32 for its sake. None is as they are held, cast by autocast: each cast is kept for the
-    backward pass, so that a rank ends up holding every layer in 16 bits."""
+    backward pass, so that a rank ends up holding every layer in 16 bits.
+
+    What is gathered in 16 bits is checked in them, too, as halves of float32 weights (`stages.train.adamw`)."""
     return torch.bfloat16 if precision == "bf16" and not adamw.held_wide(model) else None
 
 

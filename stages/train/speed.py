@@ -14,8 +14,9 @@ from stages.train import TrainConfig, adamw, float8, lora_attention, lora_expert
 from stages.train.adamw import is_split
 from stages.train.optimizers import can_split
 from stages.train.recomputing import layers
+from stages.train.sharding import gathered_dtype
 
-__all__ = ["autocast", "compile_layers", "hold", "marked", "wants_compiling"]
+__all__ = ["autocast", "compile_layers", "hold", "marked", "splits", "wants_compiling"]
 
 COMPILING_PAYS = 4_000_000
 """Tokens a run must train on for compilation, about a minute, to pay."""
@@ -31,11 +32,22 @@ def autocast(model: Any, config: TrainConfig, device: str) -> AbstractContextMan
     return torch.autocast(device, dtype, enabled=config.precision != "fp32" and not is_split(model))
 
 
-def hold(model: Any, config: TrainConfig, sharded: bool = False) -> dict[str, int]:
+def splits(config: TrainConfig, shard: str) -> bool:
+    """Whether trained weights are halves of float32 ones: while they are trained, or, with `shard: fsdp`, until they
+    are cut over ranks, which gather them in 16 bits."""
+    return can_split(config) if shard == "none" else shard == "fsdp" and config.precision == "bf16"
+
+
+def hold(model: Any, config: TrainConfig, shard: str = "none") -> dict[str, int]:
     """Bring the trained weights into the dtype that training holds them in, and have layers compute the fast way.
-    Returns what was done, for the record. Weights that will be sharded over ranks stay as they are."""
+    Returns what was done, for the record. Weights that DeepSpeed cuts over ranks stay as they are."""
     done: dict[str, int] = {}
-    if can_split(config) and not sharded:
+    sharded = shard != "none"
+    if sharded and splits(config, shard) and not gathered_dtype(model, config.precision):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    elif splits(config, shard):
         adamw.split(model, adamw.held_wide(model))
         if config.method == "lora":
             done["fused_adapters"] = lora_linear.quicken(model)
@@ -61,8 +73,8 @@ def compile_layers(model: Any) -> int:
     tokens; the number of documents may change. Returns how many."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     found = layers(model)
-    for layer in found:
-        layer.compile()
+    for layer in found:  # not the hooks around it, by which a sharded layer is gathered
+        layer.forward = torch.compile(layer.forward)
     return len(found)
 
 

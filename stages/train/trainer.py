@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState,
 from stages.errors import UserError
 from stages.objectives import Batch, Sums
 from stages.train import optimizers, schedules, speed, state
-from stages.train.adamw import SplitAdamW, is_split
+from stages.train.adamw import SplitAdamW
 from stages.train.between import Between
 from stages.train.between import make as make_between
 from stages.train.checkpoints import Saver
@@ -45,7 +45,7 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
         num_train_epochs=1,  # of `steps`, which hold all epochs
         per_device_train_batch_size=1,
         max_grad_norm=config.max_gradient_norm,
-        bf16=config.precision in ("bf16", "fp8") and not is_split(model),
+        bf16=config.precision in ("bf16", "fp8") and training.cast,
         fp16=config.precision == "fp16",
         seed=config.seed,
         use_cpu=training.device == "cpu",
@@ -290,6 +290,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         keep = self.training.group.rank == 0
         weights = state.weights_of(self.model, keep)
         optimizer = self.zero.state_dict(keep) if self.zero else state.state_of(self.optimizer, keep)
+        self.training.group.meet()  # what follows may be the end
         if not keep:
             return
         scheduler = self.lr_scheduler.state_dict()

@@ -20,6 +20,8 @@ class Training:
     loss: LossSums
     shard: str
     """How ranks hold the model (`stages.runtime`); `none` with one."""
+    cast: bool
+    """Whether autocast casts the weights to a narrower precision."""
     example: Batch
     """A small batch, prepared, on the CPU."""
     baseline: LossSums | None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stages import arithmetic
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
@@ -111,7 +112,8 @@ def test_a_model_sharded_in_16_bits_learns_what_one_rank_does(
     tmp_path: Path, inputs: dict[str, Path], method: str
 ) -> None:
     alone, _ = train(tmp_path / "alone", inputs, method=method, micro_batch=1)
-    found, _ = train(tmp_path / "shared", inputs, method=method, ranks=2, micro_batch=1, shard="fsdp")
+    found, facts = train(tmp_path / "shared", inputs, method=method, ranks=2, micro_batch=1, shard="fsdp")
+    assert facts["speed"].get("fused_adapters", 0) == (14 if method == "bf16" and arithmetic.cpu_has_bf16() else 0)
     assert found == pytest.approx(alone, rel=3e-2)
     assert found[-1] < 0.9 * found[0], "or nothing was learned"
 
