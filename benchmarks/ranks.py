@@ -4,7 +4,7 @@
 
 A random model is written to a folder, for ranks are processes of their own that read one; every cell trains on the same
 sequences in the same steps. Prints tokens a second over all ranks, from when step `--warm` was told to when the last
-one was; each rank's peak memory; the losses, which should agree.
+but one was; each rank's peak memory; the losses, which should agree.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def measure(
     took = time.perf_counter() - begun
     lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
     first = min(step for step in told if step >= given.warm)
-    last = max(told)
+    last = max(told) - 1  # what a step gave arrives a step later, but for the last one's
     tokens = sum(line["tokens"] for line in lines if first < line["step"] <= last)
     losses = " ".join(f"{lines[at]['loss']:.4f}" for at in (0, len(lines) // 2, -1))
     print(

@@ -214,23 +214,24 @@ def measure(
 def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int, mode: Mode) -> int:
     """Bytes that are kept of a forward pass for the backward pass, weights aside; a storage counts once."""
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
+    seen: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
+        # Nothing of the tensor is given to autograd: its graph would hold what holds the graph, and with it every weight,
+        # until the process ends.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            seen[storage.data_ptr()] = storage
 
     training = model.training
     model.train()
     try:
         with (
             recomputing.counting(model, mode) as aside,
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed),
         ):
             loss = forward(tokens)
-            kept = sum(seen.values()) + aside()
+            kept = sum(storage.nbytes() for storage in seen.values()) + aside()
     finally:
         model.train(training)
     del loss

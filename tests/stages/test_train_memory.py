@@ -1,6 +1,8 @@
 """The memory plan: it fits, it prefers what is fast, and where nothing fits it names what would."""
 
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,21 @@ def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int,
     costs = measure(model, forward, "adamw_torch_fused", "fp32", 4, shard)
     held = (costs.weights, costs.gradients, costs.optimizer)
     assert held == pytest.approx((weights * quarter, others * quarter, 2 * others * quarter), rel=0.01)
+
+
+def test_what_was_measured_can_be_forgotten(tmp_path: Path) -> None:
+    """Or every rank that holds a part of the model would hold all of it beside that, until its process ends."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
+    weights = [weakref.ref(p) for p in model.parameters()]
+
+    def forward(tokens: int) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
+        return found
+
+    measure(model, forward, "adamw_torch_fused", "fp32", 1)
+    del model, forward
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_a_rank_gathers_layers_one_by_one_and_keeps_no_cast_of_all(tmp_path: Path) -> None:

@@ -228,3 +228,19 @@ def test_two_gpus_compute_what_one_does_and_one_goes_on_where_they_stopped(
     found, facts = train(tmp_path / "shared", inputs, method=method, device="cuda", ranks=1)
     assert 4 <= facts["resumed_at_step"] < 18 == len(found)
     assert found == pytest.approx(alone, rel=near)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_no_rank_ends_while_another_still_gathers_from_it(tmp_path: Path) -> None:
+    """Which takes a while with half a billion weights, when a training is suspended and when it is done."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    model = tiny.llama(tmp_path / "model", dtype="bfloat16", initializer_range=0.02, **sizes, **heads)
+    inputs = {"model": model, **tiny.plan(tmp_path, tiny.documents(43), global_batch=8, packed=False)}
+    runtime = {"device": "cuda", "ranks": 2, "shard": "fsdp"}
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "shared", inputs, warn_after(4), method="16bit", **runtime)
+    assert stopped.value.code == 75
+    found, facts = train(tmp_path / "shared", inputs, method="16bit", **runtime)
+    assert 4 <= facts["resumed_at_step"] < 18 == len(found)
