@@ -248,7 +248,7 @@ def test_the_readme_names_every_extra_that_all_leaves_out() -> None:
 def test_a_reward_model_is_trained_published_and_judges_answers(place: Place, tiny_model: Path, tmp_path: Path) -> None:
     """With a tiny model, by two runs of the command."""
     judge = tmp_path / "judge"
-    settings = (*place.settings("configs/reward.yaml"), "--set", f"publish.to={judge}", "--set", "name=judge")
+    settings = (*place.settings("configs/reward.yaml"), "--set", f"publish.to={judge}", "--set", "name=terse")
     place.regrow("run", "configs/reward.yaml", "--set", f"fetch.model={{path: {tiny_model}}}", *settings)
     rows = [
         {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]}
@@ -282,7 +282,7 @@ def test_a_process_reward_model_is_trained_published_and_rewards_and_judges(
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     judge = tmp_path / "judge"
-    settings = (*place.settings("configs/process_reward.yaml"), "--set", f"publish.to={judge}", "--set", "name=step_judge")
+    settings = (*place.settings("configs/process_reward.yaml"), "--set", f"publish.to={judge}", "--set", "name=judge")
     place.regrow("run", "configs/process_reward.yaml", "--set", f"fetch.model={{path: {tiny_model}}}", *settings)
     assert json.loads((judge / "config.json").read_text())["step_separator"] == "\n"
     assert "model.config.step_separator" in (judge / "README.md").read_text()

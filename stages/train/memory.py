@@ -217,7 +217,7 @@ def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int, mode:
     seen: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> None:
-        # Nothing of the tensor is given to autograd: its graph would hold what holds the graph, and with it every weight,
+        # Nothing of the tensor is given to autograd: its graph would hold what holds the graph, and so all weights,
         # until the process ends.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:

@@ -211,15 +211,18 @@ def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int,
 
 def test_what_was_measured_can_be_forgotten(tmp_path: Path) -> None:
     """Or every rank that holds a part of the model would hold all of it beside that, until its process ends."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
-    weights = [weakref.ref(p) for p in model.parameters()]
 
-    def forward(tokens: int) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
-        return found
+    def measured() -> list[Any]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
 
-    measure(model, forward, "adamw_torch_fused", "fp32", 1)
-    del model, forward
+        def forward(tokens: int) -> torch.Tensor:
+            found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
+            return found
+
+        measure(model, forward, "adamw_torch_fused", "fp32", 1)
+        return [weakref.ref(p) for p in model.parameters()]
+
+    weights = measured()
     gc.collect()
     assert not any(weight() is not None for weight in weights)
 
