@@ -73,7 +73,7 @@ class Group:
             import torch
             import torch.distributed as dist
 
-            if torch.cuda.is_available():
+            if dist.get_backend() == "nccl":
                 torch.cuda.synchronize()
             dist.barrier(group=self.control)
 

@@ -119,6 +119,19 @@ def test_a_model_sharded_in_16_bits_learns_what_one_rank_does(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_layers_of_a_sharded_model_compute_what_others_do(
+    tmp_path: Path, inputs: dict[str, Path], checkpointing: str
+) -> None:
+    shared = {"method": "16bit", "ranks": 2, "micro_batch": 1, "shard": "fsdp"}
+    plain, _ = train(tmp_path / "plain", inputs, compile="never", **shared)
+    runtime = {"compile": "always", "activation_checkpointing": checkpointing}
+    found, facts = train(tmp_path / "compiled", inputs, **shared, **runtime)
+    assert facts["speed"]["compiled_layers"] == 2
+    assert found == pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("shard", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_sharded_model_goes_on_where_one_rank_was_stopped_and_back(
