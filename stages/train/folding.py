@@ -27,6 +27,17 @@ def remember(model: PeftModel) -> None:
             )
 
 
+def starts(model: Any) -> dict[str, Any]:
+    """What was noted, by the layers' names."""
+    return {name: module.start for name, module in model.named_modules() if hasattr(module, "start")}
+
+
+def put_starts(model: Any, noted: dict[str, Any]) -> None:
+    """Have the same model, made anew, start from what was noted: another device draws other numbers for PiSSA."""
+    for name, start in noted.items():
+        model.get_submodule(name).start = start
+
+
 def unfold(model: PeftModel, path: Path) -> dict[str, Any]:
     """Rewrite a saved adapter for the model as it came, if its layers have a start that was noted. Returns what changes
     in its config."""

@@ -127,6 +127,8 @@ def launch(
     """
     rendezvous = Path(job["work"]) / f"rendezvous-{uuid4().hex}"
     processes, pipes = [], {}
+    # Ranks inherit that SIGTERM waits, until they listen (`_main`): while Python starts it would end them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         for rank in range(ranks):
             reads, writes = os.pipe()
@@ -144,8 +146,10 @@ def launch(
             share = {"rank": rank, "ranks": ranks, "rendezvous": str(rendezvous), "parent": os.getpid()}
             process.stdin.write(json.dumps({**job, **share}).encode())
             process.stdin.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         last = _follow(processes, pipes, on_event, stopping)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for process in processes:
             process.kill()
             process.wait()
@@ -237,15 +241,16 @@ def join(rank: int, ranks: int, rendezvous: str, device: str, patience: float | 
 
     if device == "cuda":
         torch.cuda.set_device(0)
+    timeout = None if patience is None else timedelta(seconds=patience)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=ranks,
-        timeout=None if patience is None else timedelta(seconds=patience),
+        timeout=timeout,
         device_id=torch.device("cuda", 0) if device == "cuda" else None,
     )
-    control = dist.new_group(backend="gloo") if device == "cuda" else dist.group.WORLD
+    control = dist.new_group(timeout=timeout, backend="gloo") if device == "cuda" else dist.group.WORLD
     return Group(rank, ranks, control)
 
 
@@ -253,6 +258,7 @@ def _main(events: int) -> NoReturn:
     dump_stacks_on_signal()
     stopping = Stopping()  # from the first moment to the last: a warning may come when all is done
     signal.signal(signal.SIGTERM, stopping.ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     pipe = os.fdopen(events, "w", buffering=1)
 
     def send(event: Event) -> None:

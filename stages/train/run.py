@@ -23,6 +23,7 @@ from stages.train import (
     adamw,
     checkpoints,
     checks,
+    folding,
     memory,
     metrics,
     model,
@@ -109,7 +110,7 @@ def attempt(
     refuse_other_kinds(config.objective, objective.kinds, bins.kind)
     identity = state.identity(config, inputs)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, this.device)})
-    checkpoint, skipped = checkpoints.newest(work.folder / "checkpoints", this.below)
+    checkpoint, skipped = _newest(work.folder / "checkpoints", this.below, group)
     if checkpoint:
         state.refuse_foreign(checkpoint, identity)
     left_out = {*this.left_out, *state.left_out(checkpoint)}
@@ -131,6 +132,8 @@ def attempt(
         how = work.runtime.shard if group.size > 1 else "none"
         sharded = how != "none"
         place = place_to_check(inputs["model"], config, this.device, sharded)
+        # Rank 0's, on every rank: each keeps a part of what it made, and devices do not draw or decompose alike.
+        place = this.device if group.agree(int(place == this.device)) else "cpu"
         split = speed.splits(config, how)
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
@@ -218,6 +221,7 @@ def attempt(
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(plan, f"step {trainer.state.global_step + 1}: {error}") from None
         if trainer.state.global_step < this.total and not trainer.between.stop:
+            group.meet()
             raise SystemExit(SUSPENDED)
         trainer.between.finish()
     done = time.monotonic()
@@ -226,9 +230,10 @@ def attempt(
     if group.rank > 0:
         return {}
     if weights is not None:
+        starts = folding.starts(trained)
         loaded = model.load(inputs["model"], config, "cpu")
-        set_seed(config.seed)  # an adapter that starts from drawn numbers starts from the same ones again
         trained = model.ready(loaded, config, inputs["model"], "cpu", lambda: batches(first, "cpu"))
+        folding.put_starts(trained, starts)
         state.put_weights(trained, weights)
     history, record = trainer.state.log_history, trainer.between.record
     results.write(config, trained, history, record, inputs["model"], output)
@@ -255,11 +260,19 @@ def attempt(
     }
 
 
+def _newest(folder: Path, below: int | None, group: Group) -> tuple[Path | None, list[str]]:
+    """`checkpoints.newest` of rank 0, on every rank: it alone removes any, and all go on from the same."""
+    found, skipped = checkpoints.newest(folder, below) if group.rank == 0 else (None, [])
+    step = group.agree(int(found.name) if found else -1)
+    return folder / str(step) if step >= 0 else None, skipped
+
+
 def _train(trainer: PackedTrainer, checkpoint: Path | None, stopping: Stopping) -> None:
     """Train, from a checkpoint if there is one; return when the last checkpoint is written, too."""
+    group = trainer.training.group
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"] if checkpoint else []
     trainer.watch = Watch.after(history)
-    if trainer.training.group.agree(int(stopping.asked)):
+    if group.agree(int(stopping.asked)):
         return
     try:
         with optimizers.training(trainer.optimizer):
@@ -267,6 +280,9 @@ def _train(trainer: PackedTrainer, checkpoint: Path | None, stopping: Stopping) 
     finally:
         trainer.saver.wait()
     trainer.settle(wait=True)
+    if group.agree(int(trainer.trouble is not None)):
+        group.meet()
+        raise trainer.trouble or SystemExit(SUSPENDED)
 
 
 def _flops(config: Any, counted: tuple[int, int], bins: PackedBins, numbers: range) -> float:

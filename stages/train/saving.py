@@ -4,6 +4,7 @@ After the last step, which may be that of early stopping, nothing is saved: goin
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,8 +18,9 @@ GO_ON, SAVE, SAVE_AND_STOP, STOP = range(4)
 class Saving(TrainerCallback):  # type: ignore[misc]
     """Saves by the clock, and when somebody asked for a stop."""
 
-    def __init__(self, training: Training, saver: Saver) -> None:
-        self.training, self.saver, self.saved = training, saver, time.monotonic()
+    def __init__(self, training: Training, saver: Saver, is_in_trouble: Callable[[], bool]) -> None:
+        self.training, self.saver, self.is_in_trouble = training, saver, is_in_trouble
+        self.saved = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -33,6 +35,8 @@ class Saving(TrainerCallback):  # type: ignore[misc]
 
     def _decide(self, last: bool) -> int:
         runtime = self.training.work.runtime
+        if self.is_in_trouble():
+            return STOP
         if last:
             return GO_ON
         if self.training.stopping.asked:

@@ -73,7 +73,7 @@ def make_trainer(model: Any, training: Training) -> "PackedTrainer":
     trainer.begin(training, between)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(between)
-    trainer.add_callback(Saving(training, trainer.saver))
+    trainer.add_callback(Saving(training, trainer.saver, lambda: trainer.trouble is not None))
     return trainer
 
 
@@ -124,6 +124,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             self.extra["scaler"] = self.accelerator.scaler
         self.notes: list[str] = []
         """What a reader of the record should know: spikes that were let pass, checkpoints that failed."""
+        self.trouble: Exception | None = None
+        """What the training is to end with, when all ranks have stopped."""
         self.progress = Progress(training)
         self._last_position = -1
 
@@ -247,14 +249,18 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         """Called with the Trainer's summary at the end, which says nothing new."""
 
     def settle(self, wait: bool = False) -> None:
-        """Log the steps whose figures have arrived. Raises UserError or Upset for those that cannot stay."""
+        """Log the steps whose figures have arrived. Raises UserError or Upset for those that cannot stay. Among several
+        ranks that is noted as `trouble`: if one ended at once, others would wait in kernels that gather from it (see
+        `Group.meet`)."""
         if self.training.group.rank > 0:
             for _ in self.queue.take(wait):
                 pass
             return
         for entry in self.queue.take(wait):
-            if found := self.watch.look(entry):
+            if self.trouble is None and (found := self.watch.look(entry)):
                 self._react(entry["step"], found)
+            if self.trouble is not None:  # later steps go, too
+                continue
             self.state.log_history.append(entry)
             seen = copy.copy(self.state)
             seen.global_step = entry["step"]
@@ -271,13 +277,21 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         rows = self.training.name_rows(self.training.steps.numbers(step - 1))
         policy, message = self.training.config.on_spike, f"{found.text} in step {step}; its rows: {rows}"
         if policy == "rollback":
-            raise Upset(step - 1, message)
-        if policy == "stop" or not found.finite:
-            raise UserError(
-                f"train: {message}. Look at those rows, lower train.learning_rate, or set train.on_spike to rollback, "
-                "which trains on without them"
+            self._end(Upset(step - 1, message))
+        elif policy == "stop" or not found.finite:
+            self._end(
+                UserError(
+                    f"train: {message}. Look at those rows, lower train.learning_rate, or set train.on_spike to "
+                    "rollback, which trains on without them"
+                )
             )
-        self._note(message)
+        else:
+            self._note(message)
+
+    def _end(self, trouble: Exception) -> None:
+        if self.training.group.size == 1:
+            raise trouble
+        self.trouble = trouble
 
     def _note(self, message: str) -> None:
         self.notes.append(message)
@@ -291,7 +305,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         weights = state.weights_of(self.model, keep)
         optimizer = self.zero.state_dict(keep) if self.zero else state.state_of(self.optimizer, keep)
         self.training.group.meet()  # what follows may be the end
-        if not keep:
+        if not keep or self.trouble is not None:
             return
         scheduler = self.lr_scheduler.state_dict()
         extra = {name: state.state_of(each, True) for name, each in self.extra.items()}

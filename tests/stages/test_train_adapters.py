@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from packing.collate import Bin, collate
 from stages.errors import UserError
-from stages.train import TrainConfig, adapters, model
+from stages.train import TrainConfig, adapters, folding, model, state
 from stages.train.patterns import matches
 from tests.stages import tiny
 from tests.stages.test_merge import make_model, run
@@ -120,6 +120,24 @@ def test_every_start_leaves_the_function_as_it_was_and_fits_the_model_as_it_came
     again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_that_is_made_anew_is_written_against_the_start_that_was_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As after sharded training: on another device PiSSA draws other numbers, and so takes out other directions."""
+    config = section(init="pissa_niter_16")
+    trained = adapted(folder, config)
+    shake(trained)
+    torch.manual_seed(1)
+    anew = model.ready(model.load(folder, config, "cpu"), config, folder, "cpu", batches)
+    folding.put_starts(anew, folding.starts(trained))
+    state.put_weights(anew, state.weights_of(trained, keep=True))
+    adapters.save(anew, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, logits(trained), rtol=1e-3, atol=1e-3)
 
 
 def test_pissa_takes_the_largest_directions_out_of_the_weight(folder: Path) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from stages import arithmetic
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig, checks, zero
+from stages.train import STAGE, TrainConfig, checkpoints, checks, run, supervise, zero
+from stages.train.ranks import Group
 from tests.stages import tiny
 
 CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32"}
@@ -90,6 +92,54 @@ def test_two_ranks_of_four_are_one_of_eight_and_one_goes_on_where_two_were_stopp
     found, facts = train(tmp_path / "shared", inputs, micro_batch=8)
     assert 4 <= facts["resumed_at_step"] < 18 == len(found)
     assert found == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_warning_before_the_ranks_listen_suspends_them(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = supervise.launch
+
+    def warned(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return launch(*given)
+
+    monkeypatch.setattr(supervise, "launch", warned)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, inputs, ranks=2)
+    assert stopped.value.code == 75
+
+
+def test_ranks_stop_together_before_a_step_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On a GPU one that still gathers from another that ended would never end."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path / "model"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    rows = [[5 + 4 * n + i for i in range(4)] for n in range(8)]
+    rows[4] = [58, 59, 60, 61]
+    poisoned = {"model": tmp_path / "model", **tiny.plan(tmp_path, rows, global_batch=2, packed=False)}
+    settings = Runtime.model_validate({"device": "cpu", "ranks": 2, "shard": "fsdp", "save_seconds": 1e-9})
+    config = TrainConfig.model_validate({**CONFIG, "epochs": 1, "on_spike": "rollback"})
+    (tmp_path / "output").mkdir()
+    facts = STAGE.run(config, poisoned, tmp_path / "output", Work(tmp_path / "work", settings))
+    [left_out] = facts["left_out_steps"]
+    assert figures(tmp_path, "step") == [step for step in range(1, 5) if step != left_out["step"]]
+    assert facts["resumed_at_step"] == left_out["step"] - 1
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: Path) -> None:
+    class Second(Group):
+        def agree(self, value: int) -> int:
+            return 2
+
+    for step in (2, 4):
+        (tmp_path / "aside").mkdir()
+        (tmp_path / "aside" / "file").write_text("")
+        checkpoints.publish(tmp_path / "aside", tmp_path / "checkpoints", step)
+    found, _ = run._newest(tmp_path / "checkpoints", 3, Second(1, 2))
+    assert found == tmp_path / "checkpoints" / "2"
+    assert (tmp_path / "checkpoints" / "4").exists(), "the first rank removes it"
 
 
 def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
