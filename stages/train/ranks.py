@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ BUCKET = 2**24
 """Numbers of gradient that are summed over ranks at once."""
 LAST_WORDS = 3.0
 """Seconds that the other ranks get to say what went wrong, once one has failed."""
+LETTING_GO = 60.0
+"""Seconds that a killed rank gets to end."""
 
 Event = dict[str, Any]
 
@@ -150,11 +153,30 @@ def launch(
         last = _follow(processes, pipes, on_event, stopping)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for process in processes:
-            process.kill()
-            process.wait()
+        codes = _end(processes)
         rendezvous.unlink(missing_ok=True)
-    return _judge(last, [process.returncode for process in processes])
+    event = _judge(last, codes)
+    for rank, process in enumerate(processes):
+        if process.returncode is None:
+            raise RankFailed(
+                f"rank {rank} has not ended {LETTING_GO:.0f} seconds after SIGKILL: its GPU's driver holds it. Reset "
+                "the GPU or restart the machine; the next run goes on from the last checkpoint"
+            )
+    return event
+
+
+def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> list[int | None]:
+    """Kill what is left. Returns every rank's exit code, None for one that had to be killed."""
+    running = [process.poll() is None for process in processes]
+    for process in processes:
+        process.kill()
+    codes, deadline = [], time.monotonic() + LETTING_GO
+    for process, was_running in zip(processes, running, strict=True):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        by_us = was_running and process.returncode in (None, -signal.SIGKILL)
+        codes.append(None if by_us else process.returncode)
+    return codes
 
 
 def _threads(ranks: int) -> str:
@@ -209,7 +231,8 @@ def _follow(
     return last
 
 
-def _judge(last: Sequence[Event], codes: Sequence[int]) -> Event:
+def _judge(last: Sequence[Event], codes: Sequence[int | None]) -> Event:
+    """What ended the attempt, from every rank's last event and exit code; None is of one that had to be ended."""
     for kind in ("refused", "damaged", "out_of_memory", "upset"):
         for event in last:
             if event.get("event") == kind:
@@ -222,9 +245,12 @@ def _judge(last: Sequence[Event], codes: Sequence[int]) -> Event:
         return last[0]
     if all(code in (0, SUSPENDED) for code in codes):
         raise SystemExit(SUSPENDED)
+    # One that was killed said nothing; what the others say then is that it is gone.
     told = [f"rank {rank}: {event['message']}" for rank, event in enumerate(last) if event.get("event") == "failed"]
-    ended = [f"rank {rank} ended with {_ending(code)}" for rank, code in enumerate(codes) if code != 0]
-    raise RankFailed((told or ended)[0])
+    ended = {rank: code for rank, code in enumerate(codes) if code}
+    killed = [f"rank {rank} ended with {_ending(code)}" for rank, code in ended.items() if code < 0]
+    left = [f"rank {rank} ended with {_ending(code)}" for rank, code in ended.items()]
+    raise RankFailed((killed or told or left or ["a rank had nothing more to say and did not end"])[0])
 
 
 def _ending(code: int) -> str:

@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig, checkpoints, checks, run, supervise, zero
-from stages.train.ranks import Group
+from stages.train.ranks import Group, RankFailed
 from tests.stages import tiny
 
 CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32"}
@@ -265,6 +265,21 @@ def test_what_one_rank_refuses_is_told_once_and_ends_all(tmp_path: Path, inputs:
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "config.json").write_text("{}")
         train(tmp_path, {**inputs, "model": tmp_path / "broken"}, ranks=2)
+
+
+def test_the_rank_that_was_killed_is_the_one_that_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """And not one that it left behind, which knows only that the other is gone."""
+    killed = []
+
+    def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        if "loss" in metrics and not killed:
+            children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            ranks = [int(pid) for pid in children if b"stages.train.ranks" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            killed.append(max(ranks))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(RankFailed, match=r"^rank 1 ended with SIGKILL$"):
+        train(tmp_path, inputs, tell, ranks=2, micro_batch=4)
 
 
 def test_more_ranks_than_sequences_a_step_are_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:
