@@ -23,8 +23,9 @@ from tests.stages.tiny import other_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SLOW = {"qlora", "quickstart"}
-"""Recipes that take minutes on a CPU whatever the steps, and one with a test of its own."""
+LATER = {"qlora", "quickstart", "cpo", "orpo", "simpo", "gdpo", "rloo"}
+"""Recipes for the full suite: one that takes minutes on a CPU whatever the steps, one with a test of its own, and near
+relations of dpo and of grpo, whose losses have tests of their own."""
 ROWS = 16
 """Of each source: enough for two steps."""
 NOBODY = "http://127.0.0.1:9/api"
@@ -104,7 +105,7 @@ def api(place: Place, prepared_home: Callable[[Path], Path]) -> Iterator[str]:
         yield api.url
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in CONFIGS if p.stem not in SLOW])
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in CONFIGS if p.stem not in LATER])
 def test_every_recipe_trains_two_steps(place: Place, path: Path, tiny_model: Path, tmp_path: Path, api: str) -> None:
     """With a tiny model: the full suite takes the real one, and goes to the end."""
     recipe = str(path.relative_to(ROOT))
