@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -130,39 +130,41 @@ def launch(
     """
     rendezvous = Path(job["work"]) / f"rendezvous-{uuid4().hex}"
     processes, pipes = [], {}
-    # Ranks inherit that SIGTERM waits, until they listen (`_main`): while Python starts it would end them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        for rank in range(ranks):
-            reads, writes = os.pipe()
-            place = {"CUDA_VISIBLE_DEVICES": devices[rank]} if devices else {}
-            process = subprocess.Popen(
-                [sys.executable, "-m", "stages.train.ranks", str(writes)],
-                stdin=subprocess.PIPE,
-                pass_fds=(writes,),
-                env={"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": _threads(ranks), **os.environ, **place},
-            )
-            os.close(writes)
-            processes.append(process)
-            pipes[reads] = rank
-            assert process.stdin is not None
-            share = {"rank": rank, "ranks": ranks, "rendezvous": str(rendezvous), "parent": os.getpid()}
-            process.stdin.write(json.dumps({**job, **share}).encode())
-            process.stdin.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with _sigterm_waits():
+            for rank in range(ranks):
+                reads, writes = os.pipe()
+                place = {"CUDA_VISIBLE_DEVICES": devices[rank]} if devices else {}
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "stages.train.ranks", str(writes)],
+                    stdin=subprocess.PIPE,
+                    pass_fds=(writes,),
+                    env={"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": _threads(ranks), **os.environ, **place},
+                )
+                os.close(writes)
+                processes.append(process)
+                pipes[reads] = rank
+                assert process.stdin is not None
+                share = {"rank": rank, "ranks": ranks, "rendezvous": str(rendezvous), "parent": os.getpid()}
+                process.stdin.write(json.dumps({**job, **share}).encode())
+                process.stdin.close()
         last = _follow(processes, pipes, on_event, stopping)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         codes = _end(processes)
         rendezvous.unlink(missing_ok=True)
-    event = _judge(last, codes)
-    for rank, process in enumerate(processes):
-        if process.returncode is None:
-            raise RankFailed(
-                f"rank {rank} has not ended {LETTING_GO:.0f} seconds after SIGKILL: its GPU's driver holds it. Reset "
-                "the GPU or restart the machine; the next run goes on from the last checkpoint"
-            )
-    return event
+    held = [rank for rank, process in enumerate(processes) if process.returncode is None]
+    return _judge(last, codes, held)
+
+
+@contextmanager
+def _sigterm_waits() -> Iterator[None]:
+    """Processes that are started meanwhile inherit that SIGTERM waits until they listen (`_main`): it would end them
+    while Python starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> list[int | None]:
@@ -231,16 +233,22 @@ def _follow(
     return last
 
 
-def _judge(last: Sequence[Event], codes: Sequence[int | None]) -> Event:
-    """What ended the attempt, from every rank's last event and exit code; None is of one that had to be ended."""
-    for kind in ("refused", "damaged", "out_of_memory", "upset"):
-        for event in last:
-            if event.get("event") == kind:
-                if kind == "refused":
-                    raise UserError(event["message"])
-                if kind == "damaged":
-                    raise BadBlob(event["reasons"])
-                return event
+def _judge(last: Sequence[Event], codes: Sequence[int | None], held: Sequence[int] = ()) -> Event:
+    """What ended the attempt, from every rank's last event and exit code, None for one that had to be killed, and the
+    ranks that are `held`: not even that ended them."""
+    found = {event["event"]: event for event in reversed(last) if event}
+    if "refused" in found:
+        raise UserError(found["refused"]["message"])
+    if "damaged" in found:
+        raise BadBlob(found["damaged"]["reasons"])
+    if held:
+        raise RankFailed(
+            f"rank {held[0]} has not ended {LETTING_GO:.0f} seconds after SIGKILL: its GPU's driver holds it. Reset "
+            "the GPU or restart the machine; the next run goes on from the last checkpoint"
+        )
+    for kind in ("out_of_memory", "upset"):
+        if kind in found:
+            return found[kind]
     if all(code == 0 for code in codes):
         return last[0]
     if all(code in (0, SUSPENDED) for code in codes):

@@ -44,6 +44,7 @@ def hold(model: Any, config: TrainConfig, shard: str = "none") -> dict[str, int]
     done: dict[str, int] = {}
     sharded = shard != "none"
     if sharded and splits(config, shard) and not gathered_dtype(model, config.precision):
+        # Loaded in 16 bits, which nobody could know before; but what a rank keeps and gathers of it is float32.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

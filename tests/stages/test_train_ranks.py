@@ -16,8 +16,8 @@ from stages import arithmetic
 from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
-from stages.train import STAGE, TrainConfig, checkpoints, checks, run, supervise, zero
-from stages.train.ranks import Group, RankFailed
+from stages.train import STAGE, TrainConfig, adamw, checkpoints, checks, run, speed, supervise, zero
+from stages.train.ranks import Group, RankFailed, _judge
 from tests.stages import tiny
 
 CONFIG: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "precision": "fp32"}
@@ -265,6 +265,26 @@ def test_what_one_rank_refuses_is_told_once_and_ends_all(tmp_path: Path, inputs:
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "config.json").write_text("{}")
         train(tmp_path, {**inputs, "model": tmp_path / "broken"}, ranks=2)
+
+
+def test_a_rank_that_the_driver_holds_is_told_unless_another_says_what_is_wrong() -> None:
+    done = {"event": "done", "facts": {}}
+    for last in ([done, done], [{"event": "out_of_memory"}, {}]):
+        with pytest.raises(
+            RankFailed, match=r"rank 1 has not ended 60 seconds after SIGKILL: its GPU's driver holds it"
+        ):
+            _judge(last, [0, None], [1])
+    with pytest.raises(UserError, match="no such key"):
+        _judge([{"event": "refused", "message": "no such key"}, {}], [1, None], [1])
+
+
+def test_what_is_gathered_in_float32_is_trained_in_it(tmp_path: Path) -> None:
+    """Of models of which transformers holds some weights in float32; a bfloat16 weight would lose small updates."""
+    made: Any = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path, dtype="bfloat16"))
+    made._keep_in_fp32_modules = ["norm"]
+    speed.hold(made, TrainConfig.model_validate({"method": "full", "precision": "bf16"}), "fsdp")
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert not adamw.is_split(made)
 
 
 def test_the_rank_that_was_killed_is_the_one_that_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
