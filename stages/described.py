@@ -6,8 +6,10 @@ A schema is asked for far less often.
 
 import ast
 import inspect
-import textwrap
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
 
 from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -32,9 +34,26 @@ class Described(BaseModel):
 
 
 def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(body, ast.ClassDef)
-    for statement, following in zip(body.body, body.body[1:], strict=False):
+    body = _classes(kind.__module__)[kind.__qualname__].body
+    for statement, following in pairwise(body):
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 yield name, inspect.cleandoc(text)
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """A module's classes by qualified name. Its source is parsed once: `inspect.getsource` does so for each class, and
+    half of the registration of all deployments went there."""
+    found = {}
+
+    def look(body: Sequence[ast.stmt], within: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                found[within + node.name] = node
+                look(node.body, f"{within}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                look(node.body, f"{within}{node.name}.<locals>.")
+
+    look(ast.parse(inspect.getsource(sys.modules[module])).body, "")
+    return found

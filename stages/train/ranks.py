@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
@@ -32,6 +33,10 @@ BUCKET = 2**24
 """Numbers of gradient that are summed over ranks at once."""
 LAST_WORDS = 3.0
 """Seconds that the other ranks get to say what went wrong, once one has failed."""
+LEAVING = 10.0
+"""Seconds that a rank gets to leave by itself, once it is let go."""
+LET_GO = 3
+"""Its exit code then."""
 LETTING_GO = 60.0
 """Seconds that a killed rank gets to end."""
 
@@ -146,8 +151,8 @@ def launch(
                 pipes[reads] = rank
                 assert process.stdin is not None
                 share = {"rank": rank, "ranks": ranks, "rendezvous": str(rendezvous), "parent": os.getpid()}
-                process.stdin.write(json.dumps({**job, **share}).encode())
-                process.stdin.close()
+                process.stdin.write(json.dumps({**job, **share}).encode() + b"\n")
+                process.stdin.flush()  # and open as long as the rank is wanted (`_leave_when_let_go`)
         last = _follow(processes, pipes, on_event, stopping)
     finally:
         codes = _end(processes)
@@ -168,17 +173,28 @@ def _sigterm_waits() -> Iterator[None]:
 
 
 def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> list[int | None]:
-    """Kill what is left. Returns every rank's exit code, None for one that had to be killed."""
+    """Let go of what is left, then kill it. Returns every rank's exit code, None for one that was ended here."""
     running = [process.poll() is None for process in processes]
     for process in processes:
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+    _wait(processes, LEAVING)
+    for process in processes:
         process.kill()
-    codes, deadline = [], time.monotonic() + LETTING_GO
-    for process, was_running in zip(processes, running, strict=True):
+    _wait(processes, LETTING_GO)
+    ours = (None, LET_GO, -signal.SIGKILL)
+    return [
+        None if was_running and process.returncode in ours else process.returncode
+        for process, was_running in zip(processes, running, strict=True)
+    ]
+
+
+def _wait(processes: Sequence["subprocess.Popen[bytes]"], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-        by_us = was_running and process.returncode in (None, -signal.SIGKILL)
-        codes.append(None if by_us else process.returncode)
-    return codes
 
 
 def _threads(ranks: int) -> str:
@@ -288,6 +304,23 @@ def join(rank: int, ranks: int, rendezvous: str, device: str, patience: float | 
     return Group(rank, ranks, control)
 
 
+def _leave_when_let_go() -> NoReturn:
+    """End this process once the launcher has closed its end of stdin.
+
+    A rank whose kernel waits for another one that failed or was killed would keep its GPU for a while, even after
+    SIGKILL. NCCL's abort ends the kernel at once, from a thread that does not wait for it.
+    """
+    while os.read(sys.stdin.fileno(), 1):  # not `sys.stdin.read`, whose lock a forked worker would wait for
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the main thread says of it is no news
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    with suppress(Exception):
+        if c10d is not None and c10d.is_initialized() and c10d.get_backend() == "nccl":
+            # torch's public `ProcessGroup.abort` ends one group; DeepSpeed makes others.
+            c10d._abort_process_group()
+    os._exit(LET_GO)
+
+
 def _main(events: int) -> NoReturn:
     dump_stacks_on_signal()
     stopping = Stopping()  # from the first moment to the last: a warning may come when all is done
@@ -301,7 +334,8 @@ def _main(events: int) -> NoReturn:
 
     code = 1
     try:
-        job = json.loads(sys.stdin.read())
+        job = json.loads(sys.stdin.readline())
+        Thread(target=_leave_when_let_go, daemon=True).start()
         die_with_parent(signal.SIGKILL)
         if os.getppid() != job["parent"]:
             os._exit(1)

@@ -28,6 +28,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bf16": {"lora": {"rank": 4}, "precision": "bf16"},
     "pissa": {"lora": {"rank": 4, "init": "pissa_niter_16"}, "learning_rate": 1e-3},
 }
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,10 @@ def test_a_warning_before_the_ranks_listen_suspends_them(
     assert stopped.value.code == 75
 
 
-def test_ranks_stop_together_before_a_step_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@devices
+def test_ranks_stop_together_before_a_step_is_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], device: str
+) -> None:
     """On a GPU one that still gathers from another that ended would never end."""
     model = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path / "model"))
     with torch.no_grad():
@@ -118,7 +123,7 @@ def test_ranks_stop_together_before_a_step_is_left_out(tmp_path: Path, capfd: py
     rows = [[5 + 4 * n + i for i in range(4)] for n in range(8)]
     rows[4] = [58, 59, 60, 61]
     poisoned = {"model": tmp_path / "model", **tiny.plan(tmp_path, rows, global_batch=2, packed=False)}
-    settings = Runtime.model_validate({"device": "cpu", "ranks": 2, "shard": "fsdp", "save_seconds": 1e-9})
+    settings = Runtime.model_validate({"device": device, "ranks": 2, "shard": "fsdp", "save_seconds": 1e-9})
     config = TrainConfig.model_validate({**CONFIG, "epochs": 1, "on_spike": "rollback"})
     (tmp_path / "output").mkdir()
     facts = STAGE.run(config, poisoned, tmp_path / "output", Work(tmp_path / "work", settings))
@@ -142,13 +147,15 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: 
     assert (tmp_path / "checkpoints" / "4").exists(), "the first rank removes it"
 
 
+@devices
 def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
-    tmp_path: Path, inputs: dict[str, Path]
+    tmp_path: Path, inputs: dict[str, Path], device: str
 ) -> None:
     """What is written is the change since that start."""
-    alone, _ = train(tmp_path / "alone", inputs, method="pissa", micro_batch=1)
-    found, _ = train(tmp_path / "shared", inputs, method="pissa", ranks=2, micro_batch=1, shard="fsdp")
-    assert found == pytest.approx(alone, rel=1e-5)
+    both = {"method": "pissa", "micro_batch": 1, "device": device}
+    alone, _ = train(tmp_path / "alone", inputs, ranks=1, **both)
+    found, _ = train(tmp_path / "shared", inputs, ranks=2, shard="fsdp", **both)
+    assert found == pytest.approx(alone, rel=1e-5 if device == "cpu" else 1e-3)
     [one], [other] = (
         [*map(load_file, (tmp_path / n).joinpath("output").rglob("*.safetensors"))] for n in ("alone", "shared")
     )
@@ -157,7 +164,7 @@ def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
         torch.testing.assert_close(*pair, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["16bit", "bf16"])
+@pytest.mark.parametrize("method", [pytest.param("16bit", marks=pytest.mark.full), "bf16"])
 def test_a_model_sharded_in_16_bits_learns_what_one_rank_does(
     tmp_path: Path, inputs: dict[str, Path], method: str
 ) -> None:
@@ -287,8 +294,11 @@ def test_what_is_gathered_in_float32_is_trained_in_it(tmp_path: Path) -> None:
     assert not adamw.is_split(made)
 
 
-def test_the_rank_that_was_killed_is_the_one_that_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    """And not one that it left behind, which knows only that the other is gone."""
+@devices
+def test_the_rank_that_was_killed_is_the_one_that_is_named(
+    tmp_path: Path, inputs: dict[str, Path], device: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not one that it left behind, which knows only that the other is gone, or waits for it in a kernel."""
     killed = []
 
     def tell(done: float, total: float | None = None, unit: str = "", **metrics: Any) -> None:
@@ -299,7 +309,8 @@ def test_the_rank_that_was_killed_is_the_one_that_is_named(tmp_path: Path, input
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(RankFailed, match=r"^rank 1 ended with SIGKILL$"):
-        train(tmp_path, inputs, tell, ranks=2, micro_batch=4)
+        train(tmp_path, inputs, tell, ranks=2, micro_batch=4, device=device)
+    assert device == "cpu" or "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_more_ranks_than_sequences_a_step_are_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -308,7 +319,7 @@ def test_more_ranks_than_sequences_a_step_are_refused(tmp_path: Path, inputs: di
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 @pytest.mark.parametrize("shard", ["none", "fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("method", ["lora", "full", "16bit", "bf16"])
 def test_two_gpus_compute_what_one_does_and_one_goes_on_where_they_stopped(
@@ -329,7 +340,7 @@ def test_two_gpus_compute_what_one_does_and_one_goes_on_where_they_stopped(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 def test_no_rank_ends_while_another_still_gathers_from_it(tmp_path: Path) -> None:
     """Which takes a while with half a billion weights, when a training is suspended and when it is done."""
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8}
