@@ -8,7 +8,8 @@ among those that either has. Two steps, so that the cost is linear in the tokens
 """
 
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,13 @@ RECALL = 0.99
 """The chance that a row just as similar as asked shares a band with the other."""
 REPRESENTATIVES = 64
 """Kept rows of one band that a row is compared with: where many rows share some wording, more would take for ever."""
+
+
+VERDICTS: Mapping[str, Callable[[str], int]] = {
+    "unpaired_preference": lambda extra: 1 + bool(json.loads(extra)["label"]),
+    "stepwise": lambda extra: 1 + zlib.crc32(extra.encode()),
+}
+"""What the labels of an answer, or of all its steps, come to as a number; by the kind of rows that have some."""
 
 
 def near_duplicates(
@@ -59,13 +67,13 @@ def near_duplicates(
 
 
 def read_verdicts(files: Files, shards: Sequence[Shard], rows: Rows) -> Numbers:
-    """[rows] What their labels say: 1 that the answer is bad, 2 that it is good, 0 where rows are not labelled."""
+    """[rows] A number for what their labels say, of answers or of steps; 0 where rows are not labelled."""
     found = np.zeros(len(rows), np.int64)
-    labelled = shards[0].kind == "unpaired_preference"
-    for number, shard in enumerate(files.in_turn(shards if labelled else ())):
+    verdict = VERDICTS.get(shards[0].kind)
+    for number, shard in enumerate(files.in_turn(shards if verdict else ())):
         own = rows.shard == number
         extras = read_table(files.tokens / shard.path / "tokens.arrow")["extra"].take(rows.place[own])
-        found[own] = [1 + bool(json.loads(extra)["label"]) for extra in extras.to_pylist()]
+        found[own] = [verdict(extra) for extra in extras.to_pylist()] if verdict else 0
     return found
 
 

@@ -10,6 +10,7 @@ from stages.formats import BadRow, Conversation, Example, Reader, Reasoning, Tur
 from stages.forms import Formed, Forms, plain, without_end
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 from stages.rendering import Piece, Rendered, Span
+from stages.tokenized import SEQUENCES
 from stages.tokenizer_files import Tokenizer
 
 LONGEST = 1 << 28
@@ -46,6 +47,9 @@ class Sequencer(NamedTuple):
                 _forget(part.turns, self.reasoning)
         contents = [plain(part) for part in parts]
         digest, extra = _identity(made, contents), _extra(made)
+        if len(parts) != (wanted := SEQUENCES.get(self.reader.kind, 1)):
+            told = f"is {len(parts)} conversations: expected {wanted} of a row of kind {self.reader.kind}"
+            raise BadRow("wrong length", told)
         found = [
             Written(number, place, self.rendered(part, said), digest, extra, part.ids)
             for place, (part, said) in enumerate(zip(parts, contents, strict=True))
@@ -99,7 +103,8 @@ class Sequencer(NamedTuple):
                     pieces[-1] = (pieces[-1][0].removesuffix(end), *pieces[-1][1:])
                 pieces.append((end, ORIGIN_END, len(turns) - 1, None))
             pieces.insert(0, (begin, ORIGIN_TEMPLATE, NO_TURN, None))
-        return Rendered("".join(text for text, *_ in pieces), rendering.spans(pieces, turns), [])
+        unwritten = ["tools"] if conversation.tools else []
+        return Rendered("".join(text for text, *_ in pieces), rendering.spans(pieces, turns), unwritten)
 
 
 def _texts(turns: list[Turn], first: int, between: str | None) -> list[Piece]:

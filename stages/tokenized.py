@@ -230,7 +230,7 @@ def read_rows(
             each.append(values)
         identity = table["identity"].combine_chunks()
         identities.append(identity.take(pa.array(np.arange(0, count * width, width))) if width > 1 else identity)
-        for name, value in _speech(spans, may).items():
+        for name, value in _speech(spans, may, used.ravel()).items():
             told[name].append(value)
         done += count
         tell(done, total, "rows")
@@ -307,7 +307,7 @@ def trained_ranges(
     return tokens, ranges, begins[apart].astype(np.uint32), ends[last].astype(np.uint32)
 
 
-def _speech(spans: Spans, may: Flags) -> dict[str, Any]:
+def _speech(spans: Spans, may: Flags, used: Numbers) -> dict[str, Any]:
     """What a shard's turns look like: who says how much, who begins, who ends, and what is empty."""
     assistant = ROLES.index("assistant")
     role, origin, sizes = roles(spans.kinds), origins(spans.kinds), spans.ends - spans.starts
@@ -322,7 +322,7 @@ def _speech(spans: Spans, may: Flags) -> dict[str, Any]:
     alone = written[~(np.append(False, goes_on) | np.append(goes_on, False))[: len(turn)]]
     return {
         "said": np.bincount(role[content], weights=sizes[content], minlength=len(ROLES)).astype(np.int64),
-        "endings": int((may & (origin == ORIGIN_END)).sum()),
+        "endings": int((may & (origin == ORIGIN_END) & (spans.ends <= used[spans.sequence])).sum()),
         "unanswered": int((role[talk[last]] == ROLES.index("user")).sum()),
         "opened": int((role[talk[new]] == assistant).sum()),
         "masked": int(sizes[content & ~may].sum()),

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,9 +23,9 @@ from tests.flows.served import serving
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SHORT = ("dpo", "grpo", "reward", "tools")
-"""Recipes that are trained after every change, one of each kind; the full suite takes all. Every objective has tests of
-its own, and every recipe is checked against the schema."""
+SHORT = ("dpo", "grpo")
+"""Recipes that are trained after every change beside the quickstart, one of each kind; the full suite takes all. Every
+objective has tests of its own, and every recipe is checked against the schema."""
 ROWS = 16
 """Of each source: enough for two steps."""
 NOBODY = "http://127.0.0.1:9/api"
@@ -206,8 +207,15 @@ def commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def once(commands: list[str]) -> Iterator[Any]:
+    """Of chats with a model one after every change: each loads it anew."""
+    chats = [command for command in commands if command.startswith("regrow chat")]
+    for command in commands:
+        yield pytest.param(command, marks=[pytest.mark.full] if command in chats[1:] else [])
+
+
 @pytest.mark.usefixtures("quickstart")
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", once(commands()))
 def test_every_documented_command_runs(place: Place, command: str) -> None:
     words = shlex.split(command)[1:]
     if words[0] in ("run", "plan", "inspect"):

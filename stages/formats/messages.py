@@ -119,9 +119,9 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     elif content is not None:
         raise BadRow("wrong type", f"{at.content} is {kind_of(content)}: expected text or a list of text parts")
     _reasoning(message, found, at)
-    calls += tool_calls(message.get(at.tool_calls), at.tool_calls)
+    calls = _once(tool_calls(message.get(at.tool_calls), at.tool_calls), calls, at.content)
     if message.get("function_call") is not None:  # what OpenAI had before tool_calls
-        calls += tool_calls([message["function_call"]], "function_call")
+        calls = _once(calls, tool_calls([message["function_call"]], "function_call"), "function_call")
     found.tool_calls = calls or None
     if found.content is None and not calls:
         found.content = text_at(message, "refusal", optional=True) or None
@@ -135,13 +135,22 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     return found
 
 
+def _once(calls: list[dict[str, Any]], others: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    """Tool calls that a message may say in two places, once. Raises BadRow when they differ."""
+    if calls and others and [call["function"] for call in calls] != [call["function"] for call in others]:
+        raise BadRow("said twice", f"{place} has other tool calls than the message's own: expected one of them")
+    return calls or others
+
+
 def _calling(message: Mapping[str, Any], at: Names) -> Turn:
     """A turn whose content is tool calls as JSON. Raises BadRow."""
     text_at(message, at.content)
     calls = called(message, at.content)
     if not calls:
         raise BadRow("missing field", f"{at.content} has no tool call in it")
-    return Turn("assistant", None, flag(message, at.flags), tool_calls=calls)
+    found = Turn("assistant", None, flag(message, at.flags), tool_calls=calls)
+    _reasoning(message, found, at)
+    return found
 
 
 def flag(said: Mapping[str, Any], flags: Iterable[str]) -> int:
@@ -366,6 +375,12 @@ def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:
     field = options.name("system")
     if not row.get(field) or not (system := text_at(row, field)):
         return found
+    if found and found[0].role == "text":
+        raise BadRow(
+            "system before raw text",
+            f"{field} says something, and raw text has no system prompt: put it into the text, or name another column "
+            "with fields",
+        )
     if found and found[0].role == "system":
         if found[0].content == system:
             return found

@@ -17,6 +17,8 @@ from dataclasses import replace
 from stages import own_code
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row
+from stages.marks import ROLES
+from stages.row_fields import kind_of
 
 
 def read(path: str) -> str:
@@ -43,9 +45,24 @@ def _guarded(form: Format) -> Callable[[Row, Options], Conversation | Example]:
             raise BadRow("your format fails", f"your format fails on it: {told}") from error
         if not isinstance(made, Conversation | Example):
             raise BadRow("your format fails", f"your format gives {made!r:.80}: expected a Conversation or an Example")
+        _check(made)
         return made
 
     return convert
+
+
+def _check(made: Conversation | Example) -> None:
+    """Raises BadRow for what the stages after this one could not read."""
+    for part in [made] if isinstance(made, Conversation) else made.parts:
+        if not part.turns:
+            raise BadRow("your format fails", "your format gives a conversation without turns")
+        for number, turn in enumerate(part.turns):
+            if turn.role not in ROLES[1:]:  # the first is nobody's
+                told = f"turn {number}'s role is {turn.role!r:.80}: expected {', '.join(ROLES[1:])}"
+                raise BadRow("your format fails", f"your format gives a wrong turn: {told}")
+            if not (isinstance(turn.content, str) or (turn.content is None and turn.tool_calls)):
+                told = f"turn {number}'s content is {kind_of(turn.content)}: expected text, or tool_calls"
+                raise BadRow("your format fails", f"your format gives a wrong turn: {told}")
 
 
 def convert(row: Row, options: Options) -> Conversation:

@@ -32,6 +32,9 @@ def convert(row: Row, options: Options) -> Conversation:
         raise BadRow("no token id", f"{options.name('input_ids')} holds {min(ids)} to {max(ids)}: expected token ids")
     if isinstance(lengths := row.get("seq_lengths"), list) and len(lengths) > 1:
         raise BadRow("packed already", f"seq_lengths says that it is {len(lengths)} documents: expected one a row")
+    places, seen = _beside(row, "position_ids", ids), _mask(row, options.name("attention_mask"), ids)
+    if (begun := sum(not place for place in (compress(places, seen) if seen else places))) > 1:
+        raise BadRow("packed already", f"position_ids begins {begun} times: expected one document a row")
     labels = _beside(row, options.name("labels"), ids)
     for learned in [] if labels else filter(None, [_mask(row, options.name(name), ids) for name in MASKS]):
         labels = [label if one else IGNORED for label, one in zip(labels or ids, learned, strict=True)]

@@ -191,7 +191,7 @@ def refuse_sharded(config: "TrainConfig", shard: str) -> None:
     asked = {
         "quantize": config.quantize is not None,
         "ema": config.ema is not None,
-        "evaluate_every": config.evaluate_every is not None,
+        "keep: best": config.keep == "best",
         "full.lisa": config.full.lisa is not None,
         "lora.restart_every": config.lora.restart_every is not None,
         "precision: fp8": config.precision == "fp8",
@@ -203,10 +203,17 @@ def refuse_sharded(config: "TrainConfig", shard: str) -> None:
             f"{', '.join(found)} and sharded ranks do not go together yet: set the runtime's shard to none, or take "
             "it out of the recipe"
         )
-    if shard.startswith("zero") and config.precision == "fp16":
+    if not shard.startswith("zero"):
+        return
+    if config.precision == "fp16":
         raise UserError(
             f"train.precision fp16 and the runtime's shard {shard} do not go together: set the precision to bf16, or "
             "shard to fsdp"
+        )
+    if config.evaluate_every is not None:
+        raise UserError(
+            f"train.evaluate_every and the runtime's shard {shard} do not go together yet: set shard to fsdp, or take "
+            "it out of the recipe"
         )
 
 

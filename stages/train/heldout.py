@@ -1,7 +1,8 @@
 """The loss of the rows that the plan held out, while training: early stopping, and the best weights kept."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -104,10 +105,12 @@ def look_of(
     loss: LossSums,
     baseline: LossSums | None,
     device: str,
+    cast: bool,
     group: Group,
     sharded: bool,
 ) -> Callable[[], float] | None:
-    """What measures the loss of held-out bins, if there are to be looks at it. Raises UserError when there are none."""
+    """What measures the loss of held-out bins, if there are to be looks at it. `cast` is whether autocast casts weights
+    to the precision. Raises UserError when no row is held out."""
     if bins is None:
         return None
     if not bins.trained.sum():
@@ -115,37 +118,48 @@ def look_of(
             "train.evaluate_every: the plan holds no rows out: set pack.heldout_fraction, or `split: heldout` on a "
             "source"
         )
+    total = len(bins)
+    # As many batches on every rank: sharded ones compute together, and each must know the names of the sums.
+    dealt = range(group.rank, -(-total // group.size) * group.size, group.size)
 
-    def batch(number: int) -> tuple[Any, int]:
-        return to_device(objective.prepare(collate([bins[number]])), device), objective.count(bins, [number])
+    def batches() -> Iterator[tuple[Any, int]]:
+        for number in dealt:
+            batch = to_device(objective.prepare(collate([bins[number % total]])), device)
+            yield batch, objective.count(bins, [number]) if number < total else 0
 
-    # Ranks that hold parts of one model compute together, so each takes all batches.
-    numbers = range(len(bins)) if sharded else range(group.rank, len(bins), group.size)
-    arithmetic = partial(speed.autocast, model, config, device)
-    return _measuring(model, batch, numbers, loss, baseline, arithmetic, group.sum)
+    arithmetic = partial(speed.autocast, model, config, device) if cast else nullcontext
+    look = _measuring(model, batches, loss, baseline, arithmetic, group.sum)
+    return partial(_look_sharded, look, loss, group.size) if sharded else look
+
+
+def _look_sharded(look: Callable[[], float], loss: Any, ranks: int) -> float:
+    """A look by a loss whose model `stages.train.sharding.shard` has cut, which is as many times too large."""
+    try:
+        return look() / ranks
+    finally:
+        loss.reshard()  # no backward pass does it, and what stays gathered would be written in 16 bits
 
 
 def _measuring(
     model: nn.Module,
-    batch: Callable[[int], tuple[Any, int]],
-    numbers: range,
+    batches: Callable[[], Iterator[tuple[Any, int]]],
     loss: LossSums,
     baseline: LossSums | None,
     arithmetic: Callable[[], Any],
     over_ranks: Callable[[Tensor], Tensor],
 ) -> Callable[[], float]:
-    """A function that measures the mean loss over prepared batches, each with the number of what its losses are counted
-    by (trained tokens, documents or pairs), in a block of some arithmetic; against a `baseline` over all of them, where
-    the objective has one. `numbers` are this rank's; `over_ranks` adds up, so that all ranks find the same."""
+    """A function that measures the mean loss over this rank's prepared batches, each with the number of what its losses
+    are counted by (trained tokens, documents or pairs; none is a batch that another rank measures), in a block of some
+    arithmetic; against a `baseline` over all of them, where the objective has one. `over_ranks` adds up, so that all
+    ranks find the same."""
 
     def means(sums: LossSums, more: dict[str, Any]) -> dict[str, Tensor]:
         total: dict[str, float] = {}
         counted = 0
-        for number in numbers or range(1):  # a rank without any must know the names, too
-            prepared, count = batch(number)
-            counted += count if numbers else 0
+        for prepared, count in batches():
+            counted += count
             for name, found in sums(prepared | more).items():
-                total[name] = total.get(name, 0.0) + (float(found) if numbers else 0.0)
+                total[name] = total.get(name, 0.0) + (float(found) if count else 0.0)
         here = [*total.values(), float(counted)]
         added = over_ranks(torch.tensor(here, dtype=torch.float64, device=next(model.parameters()).device))
         return {name: (value / added[-1]).float() for name, value in zip(total, added[:-1], strict=True)}

@@ -188,6 +188,8 @@ def attempt(
             faster["attention"] = loaded.config._attn_implementation
         narrow = gathered_dtype(trained, config.precision) if how == "fsdp" else None
         computed = shard(trained, loss, group.size, this.device, narrow) if how == "fsdp" else loss
+        cast = not narrow and not adamw.is_split(trained)
+        look = look_of(config, objective, heldout, trained, computed, baseline, this.device, cast, group, sharded)
         if how == "fsdp" and this.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # the whole model, while it was checked, is no part of training
@@ -198,10 +200,10 @@ def attempt(
                 steps=steps,
                 loss=computed,
                 shard=how,
-                cast=not narrow and not adamw.is_split(trained),
+                cast=cast,
                 example=objective.prepare(two_documents(example, FEW)),
                 baseline=baseline,
-                look=look_of(config, objective, heldout, trained, computed, baseline, this.device, group, sharded),
+                look=look,
                 work=work,
                 device=this.device,
                 trackers=this.trackers,

@@ -173,7 +173,14 @@ class TestOwnFormat:
             ("row['x']", r"line 1: your format fails on it: KeyError: 'x' \(line 3\)"),
             ("None", "your format gives None: expected a Conversation"),
             ("Conversation([Turn('user', '\\ud800')])", "half a surrogate pair"),
-            ("Example([], {'x': {1, 2}})", "what JSON cannot say"),
+            ("Example([Conversation([Turn('user', 'q')])], {'x': {1, 2}})", "what JSON cannot say"),
+            ("Conversation([])", "your format gives a conversation without turns"),
+            ("Conversation([Turn('human', 'q')])", "turn 0's role is 'human': expected system, user, assistant"),
+            ("Conversation([Turn('user', 'q'), Turn('assistant', 5)])", "turn 1's content is a number: expected text"),
+            (
+                "Example([Conversation([Turn('user', 'q')])] * 2)",
+                "is 2 conversations: expected 1 of a row of kind conv",
+            ),
         ],
     )
     def test_what_it_does_wrong_is_told_with_row_and_line(self, tmp_path: Path, made: str, says: str) -> None:

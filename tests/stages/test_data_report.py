@@ -184,6 +184,13 @@ def test_an_end_that_never_trains_is_said(tmp_path: Path) -> None:
     ]
 
 
+def test_ends_that_were_all_cut_off_do_not_train(tmp_path: Path) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(("user", 5), ("assistant", 600))] * 3)
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", overlong="truncate", sequence_length=64)
+    assert packed.report["sources"][0]["endings"] == 0
+    assert any("no token that ends a turn trains" in told for told in packed.report["warnings"])
+
+
 def test_what_the_template_leaves_out_is_said(tmp_path: Path) -> None:
     counts = {"unwritten": {"reasoning of assistant": 1200, "tools": 3}}
     assert warnings(tmp_path, *GOOD, counts=counts) == [

@@ -34,7 +34,7 @@ configs:
 # A data set
 """
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from stages import fetch
 from stages.errors import UserError
@@ -60,7 +60,8 @@ for number, data in enumerate(json.loads(sys.argv[2])):
     except UserError as error:
         told.append(str(error))
 print(json.dumps(told))
-print(sorted({"datasets", "torch"} & set(sys.modules)))
+print(sorted({"datasets", "torch"} & set(sys.modules)), flush=True)
+os._exit(0)  # as the process of a stage ends: pyarrow may abort at the end of one that has read Parquet
 """
 
 

@@ -320,6 +320,7 @@ def test_alpacas_input_is_the_column_that_says_something() -> None:
         ("pretokenized", {"input_ids": [1, -2]}, "holds -2 to 1"),
         ("pretokenized", {"input_ids": [1, 2], "completion_mask": [0, 2]}, "completion_mask holds other numbers"),
         ("pretokenized", {"input_ids": [1, 2], "seq_lengths": [1, 1]}, "it is 2 documents: expected one"),
+        ("pretokenized", {"input_ids": [1, 2], "position_ids": [0, 0]}, "position_ids begins 2 times: expected one"),
     ],
 )
 def test_bad_rows_of_the_others_are_told(name: str, row: Any, says: str) -> None:
@@ -335,6 +336,7 @@ def test_bad_rows_of_the_others_are_told(name: str, row: Any, says: str) -> None
         ({"assistant_masks": [0, 1, 0, 1]}, [6, 8]),
         ({"completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]}, [8]),
         ({"completion_mask": [0, 0, 1, 1], "attention_mask": [0, 1, 1, 1]}, [7, 8]),
+        ({"attention_mask": [0, 0, 1, 1], "position_ids": [0, 0, 0, 1]}, [7, 8]),
         ({"completion_mask": [0, 0, 1, 1], "labels": [-100, 6, -100, -100], "seq_lengths": [4]}, [6]),
     ],
 )
@@ -343,6 +345,36 @@ def test_what_trains_of_ids_is_what_labels_or_else_the_masks_of_trl_say(columns:
     ends = [0, *(end for end, _ in made.turns[0].runs)]
     runs = zip(ends, made.turns[0].runs, strict=False)
     assert [one for start, (end, train) in runs if train == TRAIN_YES for one in made.ids[start:end]] == trained
+
+
+def test_a_tool_call_that_is_said_in_two_places_is_learned_once() -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = {"role": "user", "content": "q"}
+    for twice in (
+        {**said, "function_call": call["function"]},
+        {**said, "content": [{"type": "tool_call", "tool_call": json.dumps(call["function"])}]},
+    ):
+        found = turns("messages", {"messages": [asked, twice]})
+        assert found == turns("messages", {"messages": [asked, said]})
+    other = {**said, "function_call": {"name": "look", "arguments": {"x": 2}}}
+    with pytest.raises(BadRow, match="function_call has other tool calls"):
+        turns("messages", {"messages": [asked, other]})
+
+
+def test_a_turn_of_tool_calls_keeps_its_reasoning() -> None:
+    call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}', "reasoning_content": "I must."}
+    [_, found] = turns("sharegpt", {"conversations": [{"from": "human", "value": "q"}, call]})
+    assert (found.reasoning, len(found.tool_calls or [])) == ("I must.", 1)
+
+
+@pytest.mark.parametrize("name", ["prompt_completion", "preference"])
+def test_raw_text_has_no_system_prompt(name: str) -> None:
+    row = {"prompt": "The sky", "completion": " is blue.", "chosen": " is blue.", "rejected": " is red.", "system": "x"}
+    read = reader(name, {"wording": "text"})
+    with pytest.raises(BadRow, match="system says something, and raw text has no system prompt"):
+        read(row)
+    assert read({**row, "system": ""})
 
 
 class TestKeptMessages:

@@ -182,6 +182,17 @@ def test_contamination_is_what_looking_for_every_question_everywhere_finds(
         assert parts[number][item - len(training)] == pytest.approx(part)
 
 
+def test_right_and_wrong_steps_to_one_long_question_are_no_duplicates(tmp_path: Path) -> None:
+    question = tokens(np.random.default_rng(0), 60)
+    rows = [
+        {**said(("user", question), ("assistant", answer)), "extra": json.dumps({"labels": labels})}
+        for answer, labels in (([1, 2, 3], [1, 1]), ([1, 2, 4], [1, 0]), ([1, 2, 5], [1, 1]))
+    ]
+    shard(tmp_path / "tokens", "steps/00000", rows, kind="stepwise")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256, near_duplicates=0.8)
+    assert packed.rows() == {("steps/00000", 0), ("steps/00000", 1)}
+
+
 def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     wording = tokens(random, 40)

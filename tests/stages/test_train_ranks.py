@@ -29,7 +29,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "pissa": {"lora": {"rank": 4, "init": "pissa_niter_16"}, "learning_rate": 1e-3},
 }
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])])
+on_two_gpus = [pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])]
+devices = pytest.mark.parametrize("device", ["cpu", *on_two_gpus])
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: 
     assert (tmp_path / "checkpoints" / "4").exists(), "the first rank removes it"
 
 
-@devices
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), *on_two_gpus])
 def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
     tmp_path: Path, inputs: dict[str, Path], device: str
 ) -> None:
@@ -164,7 +165,8 @@ def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
         torch.testing.assert_close(*pair, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [pytest.param("16bit", marks=pytest.mark.full), "bf16"])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["16bit", "bf16"])
 def test_a_model_sharded_in_16_bits_learns_what_one_rank_does(
     tmp_path: Path, inputs: dict[str, Path], method: str
 ) -> None:
@@ -244,7 +246,7 @@ def test_deepspeed_that_is_not_installed_is_told_with_the_extra_before_anything_
     [
         ({"quantize": "nf4"}, "train.quantize and sharded ranks"),
         ({"ema": 0.9}, "train.ema and sharded ranks"),
-        ({"evaluate_every": 5, "keep": "best"}, "train.evaluate_every and sharded ranks"),
+        ({"evaluate_every": 5, "keep": "best"}, "train.keep: best and sharded ranks"),
         ({"method": "full", "full": {"lisa": {}}}, "train.full.lisa and sharded ranks"),
         ({"lora": {"restart_every": 5}}, "train.lora.restart_every and sharded ranks"),
         ({"precision": "fp8"}, "train.precision: fp8 and sharded ranks"),
@@ -261,9 +263,46 @@ def test_what_sharded_ranks_cannot_train_is_refused_before_anything_is_read(
         STAGE.run(TrainConfig.model_validate(config), broken, tmp_path / "output", work)
 
 
-def test_half_precision_is_not_for_deepspeed(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"fp16 and the runtime's shard zero2 do not go together: set .* to bf16"):
-        checks.refuse_sharded(TrainConfig.model_validate({"precision": "fp16"}), "zero2")
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"precision": "fp16"}, r"fp16 and the runtime's shard zero2 do not go together: set .* to bf16"),
+        ({"evaluate_every": 5}, r"evaluate_every and the runtime's shard zero2 do not go together yet: set shard to"),
+    ],
+)
+def test_what_is_not_for_deepspeed(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        checks.refuse_sharded(TrainConfig.model_validate(config), "zero2")
+
+
+@devices
+@pytest.mark.parametrize("method", ["bf16", pytest.param("16bit", marks=pytest.mark.full)])
+def test_sharded_ranks_find_the_held_out_loss_that_one_finds(tmp_path: Path, device: str, method: str) -> None:
+    """Of three sequences, so that a rank has one less; in the middle, at the end, and where patience ends it. What is
+    written right after a look is whole, and not what the look had gathered in 16 bits."""
+    rows = tiny.documents(43)
+    inputs = {
+        "model": tiny.llama(tmp_path / "model"),
+        **tiny.plan(tmp_path, rows, global_batch=8, packed=False, heldout=3),
+    }
+    for name, ranks in (("alone", {"ranks": 1}), ("shared", {"ranks": 2, "shard": "fsdp"})):
+        (tmp_path / name).mkdir()
+        runtime = Runtime.model_validate({"device": device, "micro_batch": 1, **ranks})
+        settings = {**CONFIG, **ADAPTERS[method], "method": "lora" if "lora" in ADAPTERS[method] else "full"}
+        config = TrainConfig.model_validate({**settings, "epochs": 2, "evaluate_every": 4, "patience": 9})
+        (tmp_path / name / "output").mkdir()
+        work = Work(tmp_path / name / "work", runtime)
+        facts = STAGE.run(config, inputs, tmp_path / name / "output", work)
+        (tmp_path / name / "looks.json").write_text(json.dumps(facts["heldout"]["looks"]))
+    alone, shared = (json.loads((tmp_path / name / "looks.json").read_text()) for name in ("alone", "shared"))
+    assert [look["step"] for look in shared] == [look["step"] for look in alone] == [4, 8, 10]
+    near = pytest.approx([look["loss"] for look in alone], rel=1e-2)
+    assert [look["loss"] for look in shared] == near
+    assert shared[-1]["loss"] < 0.9 * shared[0]["loss"], "or nothing was learned"
+    weights = [load_file(next((tmp_path / name / "output").rglob("*.safetensors"))) for name in ("alone", "shared")]
+    assert {name: weight.dtype for name, weight in weights[1].items()} == {n: w.dtype for n, w in weights[0].items()}
+    exact = [weight for weight in weights[1].values() if weight.dtype == torch.float32]
+    assert not exact or any((weight != weight.bfloat16().float()).any() for weight in exact)
 
 
 @pytest.mark.full
