@@ -102,9 +102,17 @@ def lift_inputs(model: PeftModel) -> None:
 
 def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) -> None:
     """Let every A start from the directions in which its layer's inputs vary most over some batches (EVA,
-    arXiv:2410.07170). `batches` are as the model takes them."""
+    arXiv:2410.07170). `batches` are as the model takes them. Raises UserError when each is shorter than the
+    rank: PEFT would wait for a longer one for ever."""
     from peft import initialize_lora_eva_weights
 
+    most = max(batch["input_ids"].numel() for batch in batches)
+    config = model.peft_config["default"]
+    if most < (rank := max(config.r, *config.rank_pattern.values(), 0)):
+        raise UserError(
+            f"train.lora.init: eva takes {rank} directions (lora.rank) from one sequence's tokens, and the longest "
+            f"of the first {len(batches)} has {most}: lower lora.rank, raise pack.sequence_length, or use another init"
+        )
     training = model.training
     model.eval()
     with warnings.catch_warnings():

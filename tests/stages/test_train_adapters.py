@@ -149,6 +149,11 @@ def test_pissa_takes_the_largest_directions_out_of_the_weight(folder: Path) -> N
     torch.testing.assert_close(torch.linalg.svdvals(layer.base_layer.weight)[:8], singular[4:12])
 
 
+def test_eva_of_more_ranks_than_a_sequence_has_tokens_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"takes 28 directions .* has 24: lower lora\.rank"):
+        adapted(folder, section(init="eva", rank=28, targets=["q_proj"]))
+
+
 def test_eva_starts_from_the_directions_in_which_inputs_vary(folder: Path) -> None:
     trained = adapted(folder, section(init="eva", targets=["q_proj"]))
     decoder = AutoModelForCausalLM.from_pretrained(folder).model
