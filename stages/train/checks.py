@@ -88,6 +88,13 @@ def _of_method(config: "TrainConfig") -> Iterator[str]:
         yield "`ema` would average layers that rest with layers that train: take it or `full.lisa` out"
     if full.lisa is not None and config.optimizer.startswith("schedule_free"):
         yield "`full.lisa` would lose a schedule-free optimizer's average of a layer that rests: choose another one"
+    if config.optimizer == "stable_adamw":
+        for name, starts_anew in (("full.lisa", full.lisa), ("lora.restart_every", config.lora.restart_every)):
+            if starts_anew is not None:
+                yield (
+                    f"`{name}` and `optimizer: stable_adamw`, which counts the steps of all weights together, so that "
+                    "those that start anew would move too little: choose another one"
+                )
 
 
 def _changed(section: "Lora") -> list[str]:

@@ -262,7 +262,9 @@ def forget(optimizer: Any, parameters: "Iterable[torch.Tensor]") -> None:
     parts = parts_of(optimizer)
     for parameter in parameters:
         for part in parts:
-            part.state.pop(parameter, None)
+            known = part.state.pop(parameter, {})
+            if "seed" in known:  # apollo_adamw draws a weight's projection from it, and gives it out once
+                part.state[parameter] = {"seed": known["seed"]}
 
 
 @contextmanager
@@ -335,7 +337,8 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _embedding_parameters(model: Any) -> Iterable["torch.Tensor"]:
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    head = getattr(model, "score", None)  # a reward model's, in the place of the other
+    for module in (model.get_input_embeddings(), model.get_output_embeddings(), head):
         if module is not None:
             yield from module.parameters()
 

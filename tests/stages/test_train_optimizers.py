@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
 from stages.train import TrainConfig, adapters, checks, freezing, optimizers, state
+from stages.train import model as model_of
 from tests.stages import tiny
 
 RATES = {"sgd": 0.5, "schedule_free_sgd": 1.0, "adagrad": 0.02}
@@ -287,3 +288,57 @@ def test_an_optimizer_that_is_not_installed_names_what_to_install(monkeypatch: p
 def test_what_a_cpu_cannot_do_is_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         checks.refuse_device(TrainConfig.model_validate(config), "cpu")
+
+
+def _moves(folder: Path, config: TrainConfig, before: int) -> list[float]:
+    """How far twenty steps of the same gradients move a model whose optimizer has forgotten so many others."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    optimizer = optimizers.make(model, config)
+    found = []
+    with optimizers.training(optimizer):
+        for step in range(-before, 20):
+            if step == 0:
+                optimizers.forget(optimizer, model.parameters())
+            drawn = torch.Generator().manual_seed(step + 1000)
+            kept = [p.detach().clone() for p in model.parameters()]
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=drawn)
+            optimizer.step()
+            pairs = zip(model.parameters(), kept, strict=True)
+            found.append(float(sum(((p.detach() - old) ** 2).sum() for p, old in pairs)) ** 0.5)
+    return found[before:]
+
+
+@pytest.mark.parametrize("name", sorted(set(optimizers.OPTIMIZERS) - set(ON_GPU)))
+def test_what_is_forgotten_starts_as_if_it_had_never_been_trained(folder: Path, name: str) -> None:
+    """Or, of those that cannot forget, a recipe that asks for it is refused."""
+    if name.startswith("schedule_free") or name == "stable_adamw":
+        for asked in ({"full": {"lisa": {}}}, {"method": "lora", "lora": {"restart_every": 5}}):
+            with pytest.raises(ValidationError, match="choose another one"):
+                section(name, **asked)
+        return
+    config = section(name, weight_decay=0.0)
+    assert _moves(folder, config, 60) == pytest.approx(_moves(folder, config, 0), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "fast"),
+    [
+        ("sft", "full", ["model.embed_tokens", "lm_head"]),
+        ("reward", "full", ["model.embed_tokens", "score"]),
+        ("reward", "lora", ["score"]),
+    ],
+)
+def test_heads_have_the_learning_rate_of_embeddings_and_are_no_matrices(
+    folder: Path, objective: str, method: str, fast: list[str]
+) -> None:
+    """Also the head that a reward model has in the other's place."""
+    given = {"objective": objective, "method": method, "embedding_learning_rate": 0.5, "precision": "fp32"}
+    config = section("muon", **given)
+    trained = model_of.ready(model_of.load(folder, config, "cpu"), config, folder, "cpu", list)
+    names = {id(p): name for name, p in trained.named_parameters()}
+    matrices, others = optimizers.parts_of(optimizers.make(trained, config))
+    rates = {names[id(p)]: group["lr"] for group in others.param_groups for p in group["params"]}
+    found = [name for name, rate in rates.items() if rate == 0.5]
+    assert all(any(f"{part}." in name for part in fast) for name in found) and len(found) == len(fast)
+    assert not {*found} & {names[id(p)] for group in matrices.param_groups for p in group["params"]}
