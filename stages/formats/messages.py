@@ -123,8 +123,8 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     if message.get("function_call") is not None:  # what OpenAI had before tool_calls
         calls = _once(calls, tool_calls([message["function_call"]], "function_call"), "function_call")
     found.tool_calls = calls or None
-    if found.content is None and not calls:
-        found.content = text_at(message, "refusal", optional=True) or None
+    if not found.content and not calls:
+        found.content = text_at(message, "refusal", optional=True) or found.content
         if found.content is None:
             raise BadRow("missing field", f"{at.content} is missing: expected text, or {at.tool_calls}")
     found.name = text_at(message, at.name, optional=True) or None

@@ -7,12 +7,11 @@ as far as they reach.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from stages.errors import UserError
 from stages.identity import Json
@@ -30,6 +29,7 @@ from stages.sources.unpack import (
     has_rows,
     hidden,
     members,
+    refuse_splits,
     suffix_of,
     unpacked,
 )
@@ -88,10 +88,9 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
 def _local(location: str, place: str) -> list[Path]:
     path = Path(location).expanduser()
     if path.is_dir():
-        _refuse_splits(path, place)
-        paths = sorted(
-            p for p in path.rglob("*") if p.is_file() and has_rows(str(p.relative_to(path))) and not _cached(p)
-        )
+        below = [p for p in path.rglob("*") if p.is_file()]
+        refuse_splits([p.as_posix() for p in below], place)
+        paths = sorted(p for p in below if has_rows(str(p.relative_to(path))))
         if not paths:
             raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
     elif path.exists():
@@ -106,33 +105,6 @@ def _local(location: str, place: str) -> list[Path]:
     else:
         raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
     return [path.absolute() for path in paths]
-
-
-def _refuse_splits(folder: Path, place: str) -> None:
-    """Raises UserError for a folder with several splits that the datasets library saved: test rows would train."""
-    for path in sorted(folder.rglob("dataset_dict.json")):
-        splits = _document(path).get("splits", [])
-        if len(splits) > 1:
-            told = f"{path.parent} holds the splits {', '.join(splits)}, as datasets saved them"
-            raise UserError(f"{place}: {told}: name the folder of one, e.g. {path.parent / splits[0]}")
-
-
-def _cached(path: Path) -> bool:
-    """Whether a file is what `map` or `filter` of the datasets library left beside the rows that it saved."""
-    state = path.with_name("state.json")
-    if path.suffix != ".arrow" or not state.is_file():
-        return False
-    saved = _document(state).get("_data_files") or []
-    return bool(saved) and path.name not in {one["filename"] for one in saved}
-
-
-def _document(path: Path) -> dict[str, Any]:
-    """What the datasets library notes in a file; nothing where somebody else's file has its name."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _web(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> Found:

@@ -9,7 +9,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -28,6 +28,8 @@ SUFFIXES = (*ROWS, *ARCHIVES)
 
 NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """What the datasets library saves beside the rows: no rows, though the folder around it is named."""
+CACHED = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
+"""What its `map` and `filter` leave there: other versions of the rows."""
 HIDDEN = (".", "__MACOSX")
 """How names begin that editors, notebooks and systems give to files of their own."""
 
@@ -59,7 +61,21 @@ def hidden(name: str, pattern: str = "") -> bool:
 
 def has_rows(name: str, known: tuple[str, ...] = SUFFIXES) -> bool:
     """Whether a file is taken that nobody named, only the folder or archive in which this is its path."""
-    return bool(suffix_of(name, known)) and PurePosixPath(name).name not in NOT_ROWS and not hidden(name)
+    own = PurePosixPath(name).name
+    return bool(suffix_of(name, known)) and own not in NOT_ROWS and not CACHED.fullmatch(own) and not hidden(name)
+
+
+def refuse_splits(names: Iterable[str], place: str) -> None:
+    """Raise UserError where the datasets library saved several splits: a test split would train. `names` are the paths
+    of all files below a folder that was named."""
+    paths = [PurePosixPath(name) for name in names]
+    splits = {path.parent for path in paths if path.name == "state.json"}
+    for folder in sorted(path.parent for path in paths if path.name == "dataset_dict.json"):
+        found = sorted(split for split in splits if split.parent == folder)
+        if len(found) > 1:
+            told = f"{folder} holds the splits {', '.join(split.name for split in found)}, as datasets saved them"
+            one = next((split for split in found if split.name == "train"), found[0])
+            raise UserError(f"{place}: {told}: name the folder of one, e.g. {one}")
 
 
 class _Limited:

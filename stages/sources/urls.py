@@ -8,7 +8,7 @@ from stages.errors import UserError
 from stages.identity import Json, canonical_json, sha256_text
 from stages.sources import Found, credentials
 from stages.sources.remote import OpenAt, Passing
-from stages.sources.unpack import has_rows, hidden, suffix_of
+from stages.sources.unpack import has_rows, hidden, refuse_splits, suffix_of
 
 BLOCK = 8 << 20
 """Bytes asked for at once: what a connection that breaks costs at most."""
@@ -53,10 +53,13 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
         if "*" in path or "[" in path:
             infos = {name: info for name, info in fs.glob(path, detail=True).items() if not hidden(name, path)}
         elif not suffix_of(path) and fs.isdir(path):
-            below = fs.find(path, detail=True).items()
-            infos = {name: info for name, info in below if has_rows(name.removeprefix(path))}
+            below = fs.find(path, detail=True)
+            refuse_splits(below, place)
+            infos = {name: info for name, info in below.items() if has_rows(name.removeprefix(path))}
         else:
             infos = {path: fs.info(path)}
+    except UserError:
+        raise
     except Exception as error:  # each of fsspec's file systems has errors of its own
         told = credentials.without_secrets(str(error), options) or type(error).__name__
         raise UserError(f"{place}: cannot read {location}: {told}") from error

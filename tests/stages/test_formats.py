@@ -362,6 +362,13 @@ def test_a_tool_call_that_is_said_in_two_places_is_learned_once() -> None:
         turns("messages", {"messages": [asked, other]})
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_refusal_stands_where_nothing_else_is_said(content: Any) -> None:
+    said = {"role": "assistant", "content": content, "refusal": "I will not."}
+    [_, found] = turns("messages", {"messages": [{"role": "user", "content": "q"}, said]})
+    assert found.content == "I will not."
+
+
 def test_a_turn_of_tool_calls_keeps_its_reasoning() -> None:
     call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}', "reasoning_content": "I must."}
     [_, found] = turns("sharegpt", {"conversations": [{"from": "human", "value": "q"}, call]})
