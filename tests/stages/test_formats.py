@@ -347,43 +347,6 @@ def test_what_trains_of_ids_is_what_labels_or_else_the_masks_of_trl_say(columns:
     assert [one for start, (end, train) in runs if train == TRAIN_YES for one in made.ids[start:end]] == trained
 
 
-def test_a_tool_call_that_is_said_in_two_places_is_learned_once() -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
-    said = {"role": "assistant", "content": None, "tool_calls": [call]}
-    asked = {"role": "user", "content": "q"}
-    for twice in (
-        {**said, "function_call": call["function"]},
-        {**said, "content": [{"type": "tool_call", "tool_call": json.dumps(call["function"])}]},
-    ):
-        found = turns("messages", {"messages": [asked, twice]})
-        assert found == turns("messages", {"messages": [asked, said]})
-    other = {**said, "function_call": {"name": "look", "arguments": {"x": 2}}}
-    with pytest.raises(BadRow, match="function_call has other tool calls"):
-        turns("messages", {"messages": [asked, other]})
-
-
-@pytest.mark.parametrize("content", [None, ""])
-def test_a_refusal_stands_where_nothing_else_is_said(content: Any) -> None:
-    said = {"role": "assistant", "content": content, "refusal": "I will not."}
-    [_, found] = turns("messages", {"messages": [{"role": "user", "content": "q"}, said]})
-    assert found.content == "I will not."
-
-
-def test_a_turn_of_tool_calls_keeps_its_reasoning() -> None:
-    call = {"from": "function_call", "value": '{"name": "look", "arguments": {}}', "reasoning_content": "I must."}
-    [_, found] = turns("sharegpt", {"conversations": [{"from": "human", "value": "q"}, call]})
-    assert (found.reasoning, len(found.tool_calls or [])) == ("I must.", 1)
-
-
-@pytest.mark.parametrize("name", ["prompt_completion", "preference"])
-def test_raw_text_has_no_system_prompt(name: str) -> None:
-    row = {"prompt": "The sky", "completion": " is blue.", "chosen": " is blue.", "rejected": " is red.", "system": "x"}
-    read = reader(name, {"wording": "text"})
-    with pytest.raises(BadRow, match="system says something, and raw text has no system prompt"):
-        read(row)
-    assert read({**row, "system": ""})
-
-
 class TestKeptMessages:
     SAID: ClassVar = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"}]
 
