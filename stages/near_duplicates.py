@@ -69,11 +69,12 @@ def near_duplicates(
 def read_verdicts(files: Files, shards: Sequence[Shard], rows: Rows) -> Numbers:
     """[rows] A number for what their labels say, of answers or of steps; 0 where rows are not labelled."""
     found = np.zeros(len(rows), np.int64)
-    verdict = VERDICTS.get(shards[0].kind)
-    for number, shard in enumerate(files.in_turn(shards if verdict else ())):
+    if (verdict := VERDICTS.get(shards[0].kind)) is None:
+        return found
+    for number, shard in enumerate(files.in_turn(shards)):
         own = rows.shard == number
         extras = read_table(files.tokens / shard.path / "tokens.arrow")["extra"].take(rows.place[own])
-        found[own] = [verdict(extra) for extra in extras.to_pylist()] if verdict else 0
+        found[own] = [verdict(extra) for extra in extras.to_pylist()]
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from stages.formats import ROLES, BadRow, Conversation, Format, Options, Row, Runs, Turn
 from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 from stages.row_fields import json_at, kind_of, list_at, object_at, shown, text_at, verdict
+from stages.row_tool_calls import called, said_once, tool_calls
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 """Columns that hold what this is not for."""
@@ -119,9 +120,9 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     elif content is not None:
         raise BadRow("wrong type", f"{at.content} is {kind_of(content)}: expected text or a list of text parts")
     _reasoning(message, found, at)
-    calls = _once(tool_calls(message.get(at.tool_calls), at.tool_calls), calls, at.content)
+    calls = said_once(tool_calls(message.get(at.tool_calls), at.tool_calls), calls, at.content)
     if message.get("function_call") is not None:  # what OpenAI had before tool_calls
-        calls = _once(calls, tool_calls([message["function_call"]], "function_call"), "function_call")
+        calls = said_once(calls, tool_calls([message["function_call"]], "function_call"), "function_call")
     found.tool_calls = calls or None
     if not found.content and not calls:
         found.content = text_at(message, "refusal", optional=True) or found.content
@@ -133,13 +134,6 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     if found.runs and found.train == TRAIN_UNSET:
         found.train = found.runs[-1][1]  # the end of the turn goes with what stands before it
     return found
-
-
-def _once(calls: list[dict[str, Any]], others: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
-    """Tool calls that a message may say in two places, once. Raises BadRow when they differ."""
-    if calls and others and [call["function"] for call in calls] != [call["function"] for call in others]:
-        raise BadRow("said twice", f"{place} has other tool calls than the message's own: expected one of them")
-    return calls or others
 
 
 def _calling(message: Mapping[str, Any], at: Names) -> Turn:
@@ -266,53 +260,6 @@ def _details(message: Mapping[str, Any], found: Turn, at: Names) -> None:
             end = last + 1
         found.runs = runs([*lengths, (len(found.content) - end, TRAIN_NO)])
         return
-
-
-def called(said: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
-    """Tool calls in a field, as an object or JSON text: one, or a list of them. Raises BadRow."""
-    value = said.get(field)
-    if not isinstance(value, list | dict):
-        text = text_at(said, field)
-        try:
-            value = json_at(text, "tool call is not JSON")
-        except BadRow as error:
-            raise error.inside(field) from error
-    return tool_calls(value if isinstance(value, list) else [value], field)
-
-
-def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls with `arguments` as an object, whichever way the row has them. Raises BadRow."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise BadRow("wrong type", f"{place} is {kind_of(value)}: expected a list of tool calls")
-    found: list[dict[str, Any]] = []
-    for call in value:
-        try:
-            found.append(_tool_call(call))
-        except BadRow as error:
-            raise error.inside(f"{place}[{len(found)}]") from error
-    return found
-
-
-def _tool_call(value: Any) -> dict[str, Any]:
-    """One call, `{"function": {"name", "arguments"}}` or without the envelope."""
-    value = object_at(value)
-    call = value if value.get("function") is None else value["function"]
-    try:
-        call = object_at(call)
-    except BadRow as error:
-        raise error.inside("function") from error
-    arguments = call.get("arguments")
-    try:
-        if isinstance(arguments, str):
-            arguments = json_at(arguments or "{}", "tool call is not JSON")
-        arguments = {} if arguments is None else object_at(arguments)
-    except BadRow as error:
-        raise error.inside("arguments") from error
-    function = {"name": text_at(call, "name"), "arguments": arguments}
-    identity = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
-    return {**identity, "type": "function", "function": function}
 
 
 def refuse_media(row: Row) -> None:

@@ -49,20 +49,19 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
     Raises UserError when there are none, or when they cannot be listed.
     """
     fs, path = filesystem(location, options, place)
+    below: Mapping[str, Any] = {}
     try:
         if "*" in path or "[" in path:
             infos = {name: info for name, info in fs.glob(path, detail=True).items() if not hidden(name, path)}
         elif not suffix_of(path) and fs.isdir(path):
             below = fs.find(path, detail=True)
-            refuse_splits(below, place)
             infos = {name: info for name, info in below.items() if has_rows(name.removeprefix(path))}
         else:
             infos = {path: fs.info(path)}
-    except UserError:
-        raise
     except Exception as error:  # each of fsspec's file systems has errors of its own
         told = credentials.without_secrets(str(error), options) or type(error).__name__
         raise UserError(f"{place}: cannot read {location}: {told}") from error
+    refuse_splits(below, place)
     found = [info for _, info in sorted(infos.items()) if info["type"] == "file"]
     if not found:
         raise UserError(f"{place}: nothing matches {location} (hidden files do not count)")

@@ -314,7 +314,7 @@ def _leave_when_let_go() -> NoReturn:
         pass
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the main thread says of it is no news
     c10d = sys.modules.get("torch.distributed.distributed_c10d")
-    with suppress(Exception):
+    with suppress(Exception):  # in whatever state it meets the groups, this process ends
         if c10d is not None and c10d.is_initialized() and c10d.get_backend() == "nccl":
             # torch's public `ProcessGroup.abort` ends one group; DeepSpeed makes others.
             c10d._abort_process_group()
