@@ -117,6 +117,10 @@ def attend(
         raise ValueError(f"{kind}: a packed batch is one row [1, T], without attention mask and without cache")
     if not getattr(module, "is_causal", True) or kwargs.get("position_bias") is not None:
         raise ValueError(f"{kind} is not plain causal attention: packing cannot isolate it")
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Weights in float32 make the embeddings, and by the rotation queries and keys, float32: no kernel takes those.
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     on_gpu = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
     own = own and (flash_attn is None or s_aux is not None)
     if own and on_gpu and softcap is None and hopper.fits(query, key, value):

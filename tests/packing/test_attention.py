@@ -73,6 +73,25 @@ def test_the_kernel_agrees(heads: int, key_heads: int, size: int, window: int | 
         assert (one.double() - two.double()).norm() < 1e-2 * two.double().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("own", [False, True])
+def test_weights_in_float32_change_nothing_under_autocast(device: str, dtype: torch.dtype, own: bool) -> None:
+    """Queries and keys are float32 then, values are not. On a GPU this must come to the same kernel."""
+    narrow = qkv(8, 2, 64, device=device, dtype=dtype)
+    mixed = [each.detach().float().requires_grad_() for each in narrow[:2]]
+    rest: dict[str, Any] = {"attention_mask": None, "cu_seq_lens_q": boundaries(device), "max_length_q": 64, "own": own}
+    found = []
+    for inputs in (narrow, (*mixed, narrow[2])):
+        with torch.autocast(device, dtype):
+            out, _ = attend(nn.Identity(), *inputs, **rest)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    if device == "cuda":
+        assert found[1][0].dtype == dtype
+    for one, two in zip(*found, strict=True):
+        assert (one.double() - two.double()).norm() < 1e-2 * one.double().norm()
+
+
 def call(**changes: Any) -> None:
     q, k, v = qkv()
     arguments: dict[str, Any] = {"attention_mask": None, "cu_seq_lens_q": boundaries(), "max_length_q": 64, **changes}
