@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -117,6 +118,13 @@ class PackedBins:
         if not 0 <= number < self.steps:
             raise IndexError(f"step {number} of {self.steps}")
         return range(number * self.global_batch, min((number + 1) * self.global_batch, len(self)))
+
+    @property
+    def longest(self) -> int:
+        """At most so many tokens are in any document that attention keeps apart."""
+        if self._wrapped or not len(self):
+            return self.sequence_length
+        return min(self._documents.largest("length"), self.sequence_length)
 
     def document_lengths(self, number: int) -> list[int]:
         """Tokens in each document that attention keeps apart in a bin, without reading them."""
@@ -349,6 +357,10 @@ class _Table:
         """A whole column of numbers."""
         values = self._open().read_all().column(name).to_numpy()
         return np.asarray(values, np.int64)
+
+    def largest(self, name: str) -> int:
+        """The largest number of a column, of which nothing is copied."""
+        return int(pc.max(self._open().read_all().column(name)).as_py())
 
     def locate(self, row: int) -> tuple[_Batch, int]:
         """The batch that holds a row, and the row's place in it."""

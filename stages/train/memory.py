@@ -31,8 +31,10 @@ LOSS_ROWS = 4096
 RECOMPUTED = 1.5
 """A recomputed layer also holds its gradients: times what it keeps forward."""
 
-TRIED = 64, 192
-"""Tokens of the two forward passes that tell what a token costs."""
+TRIED = 64, 192, 320
+"""Tokens of the forward passes, evenly apart, that tell what a token costs."""
+CURVED = 0.01
+"""By so much of itself the cost of a token grows from pass to pass where attention keeps what each token sees."""
 
 Choice = Literal["auto"]
 
@@ -169,26 +171,23 @@ def measure(
     precision: str,
     ranks: int,
     shard: str = "none",
+    longest: int = 0,
 ) -> Costs:
     """What training `model` costs each of `ranks` that hold it as `shard` says (`stages.runtime`).
 
-    `forward(tokens)` runs the loss on about so many tokens and returns it.
+    `forward(tokens)` runs the loss on two documents with so many tokens in all and returns it. `longest` is how many
+    tokens the longest document has, for attention that keeps a number for each two of them.
     """
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weights = sum(_bytes(p) for p in parameters) + sum(_bytes(b) for b in model.buffers())
-    few, many = (_kept(model, forward, tokens, "none") for tokens in TRIED)
-    token = max(many - few, 1) / (TRIED[1] - TRIED[0])
-    fixed = max(few - int(token * TRIED[0]), 0)
+    fixed, token = _of_tokens(model, forward, "none", longest)
     text = model.config.get_text_config()
     computed = 4 if precision == "fp32" else 2
     layer = token / text.num_hidden_layers
     tokens: dict[Mode, float] = {"none": token + 2 * layer}
     for mode in MODES[1:] if recomputing.layers(model) else ():
-        # By the difference of two passes here, too: what is kept whatever the tokens (scales of 4-bit weights) must not
-        # count as saved for each of them.
-        less, more = (_kept(model, forward, tried, mode) for tried in TRIED)
-        kept = max(more - less, 0) / (TRIED[1] - TRIED[0])
+        _, kept = _of_tokens(model, forward, mode, longest)
         tokens[mode] = min(kept + RECOMPUTED * layer + 4 * text.hidden_size * computed, tokens["none"])
     if parameters[0].device.type == "cpu" and "full" in tokens:  # inputs put aside lie in the same memory
         tokens["offloaded"] = tokens["full"]
@@ -209,6 +208,19 @@ def measure(
         tokens,
         logits + fixed,
     )
+
+
+def _of_tokens(model: Any, forward: Callable[[int], torch.Tensor], mode: Mode, longest: int) -> tuple[int, float]:
+    """Bytes that a forward pass keeps whatever the tokens, such as scales of 4-bit weights, and for each token of a
+    document of `longest`."""
+    few, more, many = (_kept(model, forward, tokens, mode) for tokens in TRIED)
+    apart = TRIED[1] - TRIED[0]
+    slope, next_slope = (more - few) / apart, (many - more) / apart
+    # What is kept of T tokens in two documents is f + s T + p T^2 / 2, with p for each two tokens of one document.
+    pair = (next_slope - slope) / apart if next_slope > (1 + CURVED) * slope else 0.0
+    single = slope - pair * (TRIED[0] + TRIED[1]) / 2
+    fixed = few - single * TRIED[0] - pair * TRIED[0] ** 2 / 2
+    return max(int(fixed), 0), max(single, 0.0) + pair * longest
 
 
 def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int, mode: Mode) -> int:

@@ -64,7 +64,7 @@ def plan_memory(
         with speed.autocast(trained, config, place):
             return loss(to_device(objective.prepare(two_documents(example, tokens)), place))["loss"]
 
-    costs = memory.measure(trained, forward, config.optimizer, config.precision, group.size, shard)
+    costs = memory.measure(trained, forward, config.optimizer, config.precision, group.size, shard, bins.longest)
     room, length = memory.room(device), bins.sequence_length
     frozen = sum(p.numel() for p in trained.parameters()) * (4 if config.precision == "fp32" else 2)
     if recompute != "auto" and recompute not in costs.token:

@@ -6,17 +6,21 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packing.collate import Bin, PackedBins, collate
 from stages.errors import UserError
+from stages.lm_head import model_inputs
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig
 from stages.train.memory import HEADROOM, Costs, choose, free_memory, measure, nearest, smaller
+from stages.train.model import load
 from stages.train.recomputing import MODES, Mode
 from tests.stages import tiny
 
@@ -111,6 +115,26 @@ def test_the_record_says_what_was_chosen_and_a_token_costs_what_it_does_however_
         state * facts["trained_weights"],
     )
     assert costs["token"]["full"] < costs["token"]["selective"] < costs["token"]["none"]
+
+
+@pytest.mark.parametrize(("kind", "keeps_scores"), [("Llama", False), ("Gemma2", True)])
+def test_long_documents_cost_more_where_attention_keeps_scores(tmp_path: Path, kind: str, keeps_scores: bool) -> None:
+    folder = tiny.save(tmp_path / "model", f"{kind}Config")
+    inputs = tiny.plan(tmp_path, tiny.documents(8))
+    model = load(folder, TrainConfig(method="full", precision="fp32"), "cpu")
+    bins = PackedBins(inputs["tokens"], inputs["plan"])
+
+    def forward(tokens: int) -> torch.Tensor:
+        batch = collate([Bin(np.ones(n, np.int32), np.ones(n, np.int64), np.array([n])) for n in [tokens // 2] * 2])
+        found: torch.Tensor = model(**model_inputs(batch), use_cache=False).logits.sum()
+        return found
+
+    short, long = (measure(model, forward, "sgd", "fp32", 1, longest=longest).token for longest in (16, 1016))
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    more = long["none"] - short["none"]
+    assert more > 4 * 1000 * heads * layers if keeps_scores else more == 0
+    assert long["full"] - short["full"] < more if keeps_scores else long == short
+    assert bins.longest == max(max(bins.document_lengths(number)) for number in range(len(bins)))
 
 
 def kernel(folder: Path, available: int, held: int, limit: str = "max", used: int = 0, cached: int = 0) -> int:
