@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from packing.collate import PackedBins, collate
 from stages.errors import UserError
 from stages.objectives import LossSums, Objective
-from stages.train import TrainConfig, optimizers, speed
+from stages.train import TrainConfig, adamw, optimizers, speed
 from stages.train.data import to_device
 from stages.train.ranks import Group
 from stages.train.weights import Average, put, trained
@@ -61,7 +61,7 @@ class Looks:
         self.tell(step, loss)
         self.found.append((step, loss))
         if self.keeps and not math.isnan(loss) and self._best() == len(self.found) - 1:
-            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in self.weights.items()}
+            self.best = {name: adamw.whole_on_cpu(weight) for name, weight in self.weights.items()}
         self.stop = self.patience is not None and len(self.found) - 1 - self._best() >= self.patience
 
     def _best(self) -> int:

@@ -148,10 +148,10 @@ SPLIT = Kind("stages.train.adamw:SplitAdamW", {}, EPS)
 
 def can_split(config: "TrainConfig") -> bool:
     """Whether trained weights may be bfloat16 with their other 16 bits beside them (`stages.train.adamw`). What changes
-    weights between steps, or averages them, wants them in one piece."""
-    whole = config.ema is not None or config.keep == "best" or config.full.lisa is not None or config.lora.restart_every
+    them, or which of them train, between steps wants them in one piece."""
     known = config.optimizer in ("adamw_torch_fused", "adamw_16bit")
-    return config.precision in ("bf16", "fp8") and known and not whole
+    changed = config.full.lisa is not None or config.lora.restart_every is not None
+    return config.precision in ("bf16", "fp8") and known and not changed
 
 
 def find(name: str) -> Kind:

@@ -1,10 +1,12 @@
-"""The weights that train, by name: taken, averaged over the steps, and put back."""
+"""The weights that train, by name: taken, averaged over the steps, and put back; whole, also where they are split
+(`stages.train.adamw`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
+
+from stages.train import adamw
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -14,9 +16,12 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def put(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     """Write values into weights of the same names."""
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(values[name])
+    for name, weight in weights.items():
+        adamw.put(weight, values[name])
+
+
+def _copies(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: adamw.whole(weight).clone() for name, weight in weights.items()}
 
 
 class Average:
@@ -26,18 +31,17 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.weights = trained(model)
-        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.averages = _copies(self.weights)
 
     def after(self, step: int) -> None:
         """Take the step's weights in."""
-        torch._foreach_lerp_(
-            list(self.averages.values()), [weight.detach() for weight in self.weights.values()], 1 - self.decay
-        )
+        for name, weight in self.weights.items():  # one by one: a split weight is whole for as long only
+            self.averages[name].lerp_(adamw.whole(weight), 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """A block in which the model holds the averages."""
-        kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        kept = _copies(self.weights)
         self.finish()
         try:
             yield
