@@ -172,11 +172,13 @@ def measure(
     ranks: int,
     shard: str = "none",
     longest: int = 0,
+    averaged: bool = False,
 ) -> Costs:
     """What training `model` costs each of `ranks` that hold it as `shard` says (`stages.runtime`).
 
     `forward(tokens)` runs the loss on two documents with so many tokens in all and returns it. `longest` is how many
-    tokens the longest document has, for attention that keeps a number for each two of them.
+    tokens the longest document has, for attention that keeps a number for each two of them; `averaged` is whether an
+    average of the weights is kept.
     """
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -196,15 +198,17 @@ def measure(
         cast = sum(2 * p.numel() for p in parameters if p.dtype == torch.float32 and p.ndim > 1)
         fixed = max(fixed - cast, 0) + sharding.gathered_bytes(model)
     logits = LOSS_ROWS * text.vocab_size * (computed + 4)
+    numbers = sum(p.numel() for p in trained)
+    state = sum(_state_bytes(p, optimizer) for p in trained) + (4 * numbers if averaged else 0)
     gradients = sum(_bytes(p) for p in trained)
     if shard == "fsdp":  # added up over ranks in what the weights' parts are kept in
-        gradients = sum(4 * p.numel() for p in trained)
+        gradients = 4 * numbers
     parts = ranks if shard != "none" else 1
     updated = gradients // parts if shard.startswith("zero") else 0  # DeepSpeed updates a copy of a rank's own part
     return Costs(
         (weights if shard == "zero2" else weights // parts) + updated,
         gradients // parts,
-        int(sum(_state_bytes(p, optimizer) for p in trained)) // parts,
+        int(state) // parts,
         tokens,
         logits + fixed,
     )

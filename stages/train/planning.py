@@ -64,7 +64,8 @@ def plan_memory(
         with speed.autocast(trained, config, place):
             return loss(to_device(objective.prepare(two_documents(example, tokens)), place))["loss"]
 
-    costs = memory.measure(trained, forward, config.optimizer, config.precision, group.size, shard, bins.longest)
+    how = (config.optimizer, config.precision, group.size, shard, bins.longest, config.ema is not None)
+    costs = memory.measure(trained, forward, *how)
     room, length = memory.room(device), bins.sequence_length
     frozen = sum(p.numel() for p in trained.parameters()) * (4 if config.precision == "fp32" else 2)
     if recompute != "auto" and recompute not in costs.token:

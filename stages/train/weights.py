@@ -20,10 +20,6 @@ def put(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
         adamw.put(weight, values[name])
 
 
-def _copies(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: adamw.whole(weight).clone() for name, weight in weights.items()}
-
-
 class Average:
     """An exponential moving average of the trained weights: e ← decay e + (1 - decay) w after every step, from their
     start."""
@@ -31,7 +27,7 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.weights = trained(model)
-        self.averages = _copies(self.weights)
+        self.averages = {name: adamw.whole(weight).clone() for name, weight in self.weights.items()}
 
     def after(self, step: int) -> None:
         """Take the step's weights in."""
@@ -40,13 +36,18 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """A block in which the model holds the averages."""
-        kept = _copies(self.weights)
-        self.finish()
+        """A block in which the model holds the averages, and these are put aside in their place."""
+        self._swap()
         try:
             yield
         finally:
-            put(self.weights, kept)
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            held = adamw.whole(weight).clone()
+            adamw.put(weight, self.averages[name])
+            self.averages[name].copy_(held)
 
     def finish(self) -> None:
         """Put the averages into the model."""

@@ -233,6 +233,17 @@ def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int,
     assert held == pytest.approx((weights * quarter, others * quarter, 2 * others * quarter), rel=0.01)
 
 
+def test_an_average_of_the_weights_is_counted(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
+
+    def forward(tokens: int) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
+        return found
+
+    without, with_it = (measure(model, forward, "sgd", "fp32", 1, averaged=each).optimizer for each in (False, True))
+    assert with_it - without == 4 * sum(p.numel() for p in model.parameters())
+
+
 def test_what_was_measured_can_be_forgotten(tmp_path: Path) -> None:
     """Or every rank that holds a part of the model would hold all of it beside that, until its process ends."""
 
