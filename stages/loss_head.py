@@ -16,6 +16,8 @@ __all__ = ["cross_entropy_", "linear_cross_entropy", "linear_token_losses"]
 
 CHUNK = 4096
 """Rows of logits that exist at once: 1 GiB in 16 bits at a vocabulary of 128 k."""
+LOWERED = 64
+"""What float16 rows are divided by in the product that adds them up: of 4,096 rows even 1,000 in each fit then."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +60,9 @@ def _in_chunks(
         losses[part] = cross_entropy_(logits, targets[part], needed)
         if d_rows is not None:
             torch.mm(logits, weight, out=d_rows[part])
-        if d_weight is not None:
+        if d_weight is not None and d_weight.dtype != rows.dtype:
+            d_weight.add_(logits.T @ (rows[part] / LOWERED), alpha=LOWERED)
+        elif d_weight is not None:
             d_weight.addmm_(logits.T, rows[part])
     return losses
 
@@ -69,10 +73,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for_hidden, for_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
         rows = hidden.index_select(0, positions)
         d_rows = torch.empty_like(rows) if for_hidden else None
-        d_weight = torch.zeros_like(weight) if for_weight else None
+        # The sum over all rows, not yet divided by their number, may be more than float16 holds.
+        wide = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        d_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         losses = _in_chunks(rows, weight, targets, d_rows, d_weight, for_hidden or for_weight)
         ctx.save_for_backward(d_rows, d_weight, positions)
-        ctx.tokens = len(hidden)
+        ctx.tokens, ctx.dtype = len(hidden), weight.dtype
         return losses.sum()
 
     @staticmethod
@@ -80,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_rows, d_weight, positions = ctx.saved_tensors
         (factor,) = gradients
         d_hidden = None if d_rows is None else _spread(d_rows.mul_(factor), positions, ctx.tokens)
-        return d_hidden, None if d_weight is None else d_weight.mul_(factor), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.mul_(factor).to(ctx.dtype), None, None, None
 
 
 class _LinearTokenLosses(torch.autograd.Function):

@@ -28,11 +28,15 @@ ENOUGH_TOKENS = 32_768
 """Tokens a forward pass from which on more of them bring a GPU nothing."""
 LOSS_ROWS = 4096
 """Rows of logits that exist at once (`stages.loss_head`)."""
+COPIES = 3
+"""Times what a head of several steps keeps of a row that its passes hold at their highest: copies, and gradients."""
 RECOMPUTED = 1.5
 """A recomputed layer also holds its gradients: times what it keeps forward."""
 
 TRIED = 64, 192, 320
 """Tokens of the forward passes, evenly apart, that tell what a token costs."""
+FEW = 16
+"""Of these train, or logits of few rows, which may all be kept, would count for every token."""
 CURVED = 0.01
 """By so much of itself the cost of a token grows from pass to pass where attention keeps what each token sees."""
 
@@ -166,7 +170,7 @@ def smaller(micro_batch: int, recompute: Mode, least: Mode) -> tuple[int, Mode] 
 
 def measure(
     model: Any,
-    forward: Callable[[int], torch.Tensor],
+    forward: Callable[[int, int], torch.Tensor],
     optimizer: str,
     precision: str,
     ranks: int,
@@ -176,7 +180,8 @@ def measure(
 ) -> Costs:
     """What training `model` costs each of `ranks` that hold it as `shard` says (`stages.runtime`).
 
-    `forward(tokens)` runs the loss on two documents with so many tokens in all and returns it. `longest` is how many
+    `forward(tokens, trained)` runs the loss on two documents with so many tokens in all, of which about so many train,
+    and returns it. `longest` is how many
     tokens the longest document has, for attention that keeps a number for each two of them; `averaged` is whether an
     average of the weights is kept.
     """
@@ -187,17 +192,22 @@ def measure(
     text = model.config.get_text_config()
     computed = 4 if precision == "fp32" else 2
     layer = token / text.num_hidden_layers
-    tokens: dict[Mode, float] = {"none": token + 2 * layer}
+    row = (_kept(model, forward, TRIED[0], TRIED[0], "none") - _kept(model, forward, TRIED[0], FEW, "none")) / (
+        TRIED[0] - FEW
+    )
+    trained_token = min(max(row, 0.0), 2 * text.hidden_size * computed)  # the gradient of what goes into the head
+    tokens: dict[Mode, float] = {"none": token + 2 * layer + trained_token}
     for mode in MODES[1:] if recomputing.layers(model) else ():
         _, kept = _of_tokens(model, forward, mode, longest)
-        tokens[mode] = min(kept + RECOMPUTED * layer + 4 * text.hidden_size * computed, tokens["none"])
+        inputs = 4 * text.hidden_size * computed
+        tokens[mode] = min(kept + RECOMPUTED * layer + inputs + trained_token, tokens["none"])
     if parameters[0].device.type == "cpu" and "full" in tokens:  # inputs put aside lie in the same memory
         tokens["offloaded"] = tokens["full"]
     if shard == "fsdp" and sharding.gathered_dtype(model, precision):
         # The passes above kept weights as autocast cast them, which gathered ones need not be.
         cast = sum(2 * p.numel() for p in parameters if p.dtype == torch.float32 and p.ndim > 1)
         fixed = max(fixed - cast, 0) + sharding.gathered_bytes(model)
-    logits = LOSS_ROWS * text.vocab_size * (computed + 4)
+    logits = LOSS_ROWS * int(max(text.vocab_size * (computed + 4), COPIES * row))
     numbers = sum(p.numel() for p in trained)
     state = sum(_state_bytes(p, optimizer) for p in trained) + (4 * numbers if averaged else 0)
     gradients = sum(_bytes(p) for p in trained)
@@ -214,10 +224,10 @@ def measure(
     )
 
 
-def _of_tokens(model: Any, forward: Callable[[int], torch.Tensor], mode: Mode, longest: int) -> tuple[int, float]:
+def _of_tokens(model: Any, forward: Callable[[int, int], torch.Tensor], mode: Mode, longest: int) -> tuple[int, float]:
     """Bytes that a forward pass keeps whatever the tokens, such as scales of 4-bit weights, and for each token of a
     document of `longest`."""
-    few, more, many = (_kept(model, forward, tokens, mode) for tokens in TRIED)
+    few, more, many = (_kept(model, forward, tokens, FEW, mode) for tokens in TRIED)
     apart = TRIED[1] - TRIED[0]
     slope, next_slope = (more - few) / apart, (many - more) / apart
     # What is kept of T tokens in two documents is f + s T + p T^2 / 2, with p for each two tokens of one document.
@@ -227,7 +237,7 @@ def _of_tokens(model: Any, forward: Callable[[int], torch.Tensor], mode: Mode, l
     return max(int(fixed), 0), max(single, 0.0) + pair * longest
 
 
-def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int, mode: Mode) -> int:
+def _kept(model: Any, forward: Callable[[int, int], torch.Tensor], tokens: int, trained: int, mode: Mode) -> int:
     """Bytes that are kept of a forward pass for the backward pass, weights aside; a storage counts once."""
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     seen: dict[int, torch.UntypedStorage] = {}
@@ -246,7 +256,7 @@ def _kept(model: Any, forward: Callable[[int], torch.Tensor], tokens: int, mode:
             recomputing.counting(model, mode) as aside,
             torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed),
         ):
-            loss = forward(tokens)
+            loss = forward(tokens, trained)
             kept = sum(storage.nbytes() for storage in seen.values()) + aside()
     finally:
         model.train(training)
@@ -259,6 +269,8 @@ def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> float:
     weight leaves to be kept beside it."""
     narrow = 2 if parameter.dtype in (torch.bfloat16, torch.float16) else 0
     numbers = parameter.numel()
+    if optimizer == "muon" and parameter.ndim != 2:  # AdamW's
+        return numbers * (8 + narrow)
     for part, each in STATE_BYTES.items():
         if part in optimizer:
             return numbers * (each + narrow)
@@ -266,6 +278,8 @@ def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> float:
 
 
 STATE_BYTES: Mapping[str, float] = {
+    "ademamix_8bit": 3.2,
+    "ademamix": 12,
     "8bit": 2.1,
     "4bit": 1.1,
     "16bit": 4,
@@ -274,9 +288,9 @@ STATE_BYTES: Mapping[str, float] = {
     "apollo": 2,
     "lion": 4,
     "muon": 4,
-    "sgd": 0,
+    "sgd": 4,
 }
-"""Bytes of state a weight, by a part of the optimizer's name."""
+"""Bytes of state a weight, by a part of the optimizer's name; the first that fits counts."""
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -60,9 +60,9 @@ def plan_memory(
     """The memory plan, rank 0's on every rank. Raises UserError when nothing fits."""
     place = next(trained.parameters()).device.type
 
-    def forward(tokens: int) -> torch.Tensor:
+    def forward(tokens: int, count: int | None = None) -> torch.Tensor:
         with speed.autocast(trained, config, place):
-            return loss(to_device(objective.prepare(two_documents(example, tokens)), place))["loss"]
+            return loss(to_device(objective.prepare(two_documents(example, tokens, count)), place))["loss"]
 
     how = (config.optimizer, config.precision, group.size, shard, bins.longest, config.ema is not None)
     costs = memory.measure(trained, forward, *how)

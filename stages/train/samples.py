@@ -21,11 +21,13 @@ def batches(bins: Sequence[Bin], device: str) -> list[dict[str, Any]]:
     return [to_device(lm_head.model_inputs(collate([packed])), device) for packed in bins]
 
 
-def two_documents(packed: Bin, tokens: int) -> dict[str, Any]:
-    """A batch to measure on: two documents with so many tokens in all, and all of them train."""
+def two_documents(packed: Bin, tokens: int, trained: int | None = None) -> dict[str, Any]:
+    """A batch to measure on: two documents with so many tokens in all, of which about so many train, or all."""
     ids = np.resize(packed.ids, tokens)
     labels = ids.astype(np.int64)
-    labels[[0, tokens // 2]] = IGNORED
+    each = tokens if trained is None else trained // 2
+    for begin, end in ((0, tokens // 2), (tokens // 2, tokens)):
+        labels[begin : max(end - each, begin + 1)] = IGNORED
     reference = None if packed.reference is None else np.zeros(tokens, np.float32)
     top = None
     if packed.top is not None:

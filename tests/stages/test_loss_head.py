@@ -69,6 +69,24 @@ def test_under_autocast_weights_keep_their_float32_gradients() -> None:
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+def test_the_sum_over_all_rows_may_be_more_than_float16_holds() -> None:
+    """A frequent token behind a hidden number that is large everywhere: no scaling of the loss reaches the sum."""
+    torch.manual_seed(0)
+    rows, width, vocabulary = 8192, 32, 64
+    hidden = torch.randn(rows, width)
+    hidden[:, 0] = 200
+    targets = torch.where(torch.rand(rows) < 0.1, 7, torch.randint(0, vocabulary, (rows,)))
+    weight = (torch.randn(vocabulary, width) * 0.02).half()
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        head = weight.detach().to(dtype).requires_grad_()
+        loss = loss_head.linear_cross_entropy(hidden.half().to(dtype), head, torch.arange(rows), targets)
+        (loss / rows).backward()
+        assert head.grad is not None
+        found.append(head.grad.double())
+    assert (found[0] - found[1]).norm() < 1e-2 * found[1].norm()
+
+
 def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, positions, targets = example(9)
     weight.requires_grad_(False)

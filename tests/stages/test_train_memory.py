@@ -124,7 +124,7 @@ def test_long_documents_cost_more_where_attention_keeps_scores(tmp_path: Path, k
     model = load(folder, TrainConfig(method="full", precision="fp32"), "cpu")
     bins = PackedBins(inputs["tokens"], inputs["plan"])
 
-    def forward(tokens: int) -> torch.Tensor:
+    def forward(tokens: int, trained: int) -> torch.Tensor:
         batch = collate([Bin(np.ones(n, np.int32), np.ones(n, np.int64), np.array([n])) for n in [tokens // 2] * 2])
         found: torch.Tensor = model(**model_inputs(batch), use_cache=False).logits.sum()
         return found
@@ -223,7 +223,7 @@ def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int,
     """In quarters of the model; DeepSpeed keeps a copy of the part that a rank updates."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
 
-    def forward(tokens: int) -> torch.Tensor:
+    def forward(tokens: int, trained: int) -> torch.Tensor:
         found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
         return found
 
@@ -236,7 +236,7 @@ def test_a_rank_of_four_holds_its_part(tmp_path: Path, shard: str, weights: int,
 def test_an_average_of_the_weights_is_counted(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
 
-    def forward(tokens: int) -> torch.Tensor:
+    def forward(tokens: int, trained: int) -> torch.Tensor:
         found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
         return found
 
@@ -250,7 +250,7 @@ def test_what_was_measured_can_be_forgotten(tmp_path: Path) -> None:
     def measured() -> list[Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
 
-        def forward(tokens: int) -> torch.Tensor:
+        def forward(tokens: int, trained: int) -> torch.Tensor:
             found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
             return found
 
@@ -265,7 +265,7 @@ def test_what_was_measured_can_be_forgotten(tmp_path: Path) -> None:
 def test_a_rank_gathers_layers_one_by_one_and_keeps_no_cast_of_all(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path, num_hidden_layers=16))
 
-    def forward(tokens: int) -> torch.Tensor:
+    def forward(tokens: int, trained: int) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             found: torch.Tensor = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
         return found

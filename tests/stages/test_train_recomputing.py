@@ -32,7 +32,7 @@ def prepared(folder: Path, config: TrainConfig) -> Any:
     return made
 
 
-def forward_of(made: Any, config: TrainConfig, inputs: dict[str, Path]) -> Callable[[int], Tensor]:
+def forward_of(made: Any, config: TrainConfig, inputs: dict[str, Path]) -> Callable[..., Tensor]:
     """The loss on so many tokens, as planning computes it."""
     from stages.train.data import open_bins
     from stages.train.samples import one_document, two_documents
@@ -41,9 +41,9 @@ def forward_of(made: Any, config: TrainConfig, inputs: dict[str, Path]) -> Calla
     with speed.autocast(made, config, "cpu"):
         loss = objective.loss(made, objectives.options_of("sft", {}), one_document(bins[0]))
 
-    def forward(tokens: int) -> Tensor:
+    def forward(tokens: int, trained: int | None = None) -> Tensor:
         with speed.autocast(made, config, "cpu"):
-            return loss(objective.prepare(two_documents(bins[0], tokens)))["loss"]
+            return loss(objective.prepare(two_documents(bins[0], tokens, trained)))["loss"]
 
     return forward
 
