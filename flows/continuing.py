@@ -48,6 +48,9 @@ def start_and_rows(
     record = _record(store, standing.now.run)
     had = _tree(store, "fetch", record["stages"]["fetch"]).folder("data")
     start = Start(standing.now.model, _named(record["stages"]["fetch"]), standing.now.run)
+    measured = Tree(tuple(file for file in had.files if _is_heldout(file.path, _heldout_then(record))))
+    had = Tree(tuple(file for file in had.files if file not in measured.files))
+    _refuse_trained(data, had, measured, heldout, standing.now.run)
     rows = _unseen(data, had, heldout)
     if _trains(rows, heldout):
         return start, rows
@@ -114,13 +117,38 @@ def _is_heldout(path: str, heldout: Collection[str]) -> bool:
     return path.partition("/")[0] in heldout
 
 
+def _heldout_then(record: Mapping[str, Any]) -> Collection[str]:
+    """The sources whose rows only measured in a run."""
+    configs = [part["config"] for part in record["parts"]]
+    return {config["source"] for config in configs if config.get("split") == "heldout"}
+
+
+def _refuse_trained(data: Tree, trained: Tree, measured: Tree, heldout: Collection[str], run: str) -> None:
+    """Raise UserError for rows that are to measure a model that has trained on them. What was `measured` was not, also
+    where it stood among what trained."""
+    aside = _rows(measured)
+    known = {digest: shard for digest, shard in _rows(trained).items() if digest not in aside}
+    for file in data.files:
+        if _is_heldout(file.path, heldout) and _holds_rows(file.path) and file.sha256 in known:
+            raise UserError(
+                f"fetch.continuing: {_shard(file.path)} is held out, and the model in production, which run {run} "
+                f"made, was trained on the same rows as {known[file.sha256]}: it would be measured on what it has "
+                "seen. Take `split: heldout` out of that source, or `continuing` out for one run"
+            )
+
+
+def _rows(tree: Tree) -> Mapping[str, str]:
+    """The shards of a tree by the digests of their rows."""
+    return {file.sha256: _shard(file.path) for file in tree.files if _holds_rows(file.path)}
+
+
 def _trains(rows: Tree, heldout: Collection[str]) -> bool:
     return any(not _is_heldout(file.path, heldout) for file in rows.files)
 
 
 def _unseen(data: Tree, seen: Tree, heldout: Collection[str]) -> Tree:
     """The shards whose rows are not among those seen, and all that are held out."""
-    known = {file.sha256 for file in seen.files if _holds_rows(file.path)}
+    known = _rows(seen)
     old = {_shard(f.path) for f in data.files if _holds_rows(f.path) and f.sha256 in known}
     return Tree(tuple(f for f in data.files if _is_heldout(f.path, heldout) or _shard(f.path) not in old))
 

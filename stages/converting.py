@@ -6,9 +6,9 @@ Apart from `stages.convert`, so that `regrow plan` loads neither Arrow nor Jinja
 import datetime
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     first = source.get("first", 1)
     (path,) = inputs["rows"].glob("rows.*")
     rows = filters.filtered(read_rows(path, name, first), config.filter)
-    seen = list(islice(rows, auto.SAMPLE)) if config.format == "auto" else []
+    seen = _sample(rows) if config.format == "auto" else []
     reader = _reader(config, name, seen)
     tokenizer = _tokenizer(inputs["tokenizer"])
     # Rows of raw text need no template, so a base model without one is asked for none. Any it were given would go with
@@ -105,9 +105,23 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     return {**facts, "formats": {reader.format: 1}}
 
 
-def _reader(config: ConvertPart, name: str, seen: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> Reader:
+def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[Place, Row | BadRow | LeftOut]]:
+    """The first rows, until there are enough to recognise a format by that no filter leaves out: those that it does may
+    be of another one. Of these only the first are kept in memory."""
+    seen: list[tuple[Place, Row | BadRow | LeftOut]] = []
+    kept = 0
+    for place, row in rows:
+        seen.append((place, LeftOut({}) if isinstance(row, LeftOut) and len(seen) >= auto.SAMPLE else row))
+        kept += not isinstance(row, LeftOut)
+        if kept == auto.SAMPLE:
+            break
+    return seen
+
+
+def _reader(config: ConvertPart, name: str, seen: Sequence[tuple[Place, Row | BadRow | LeftOut]]) -> Reader:
     """The format that reads a shard. Raises UserError when it is not recognised in the rows `seen`."""
-    rows = [row for _, row in seen if isinstance(row, dict)] or [r.row for _, r in seen if isinstance(r, LeftOut)]
+    rows = [row for _, row in seen if isinstance(row, dict)]
+    rows = rows or [row.row for _, row in seen[: auto.SAMPLE] if isinstance(row, LeftOut)]
     for place, row in seen:
         if not rows and isinstance(row, BadRow):
             raise UserError(f"{name}, {place}: {row}")

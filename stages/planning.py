@@ -238,6 +238,7 @@ def _describe(
                 "source": shard.source,
                 "split": shard.split,
                 "window": window,
+                "first": int(shard.counts.get("first", 0)),  # rows of the source before it
                 "highest_token": shard.counts["highest_token"],
             }
             for shard, window in zip(shards, windows, strict=True)

@@ -171,6 +171,9 @@ def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) 
     """The same, with what `forms.plain` tells of the parts."""
     if isinstance(made, Conversation):
         words = contents[0]
+        if _is_cut(made):
+            made = _in_one(made)
+            words = plain(made)
         if any(turn.runs for turn in made.turns):
             words = plain(replace(made, turns=[replace(turn, runs=None) for turn in made.turns]))
         if words is not None:
@@ -178,6 +181,18 @@ def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) 
         return _digest(_normal(made))
     said = [_normal(part) for part in made.parts]
     return _digest(said)[:8] + _digest([said, made.extra])[8:]
+
+
+def _is_cut(conversation: Conversation) -> bool:
+    """Whether raw text stands in several turns, with nothing between them: a prompt and its answer, or segments."""
+    return conversation.between is None and sum(turn.role == "text" for turn in conversation.turns) > 1
+
+
+def _in_one(conversation: Conversation) -> Conversation:
+    """The same, with its raw text as one turn, which is what it says."""
+    turns = [turn for turn in conversation.turns if turn.role != "text"]
+    text = "".join(turn.content or "" for turn in conversation.turns if turn.role == "text")
+    return replace(conversation, turns=[*turns, Turn("text", text)])
 
 
 def _digest(said: Any) -> bytes:
@@ -199,6 +214,8 @@ def _of_plain(turns: list[Turn], contents: list[bytes]) -> bytes:
 
 
 def _normal(conversation: Conversation) -> list[Any]:
+    if _is_cut(conversation):
+        conversation = _in_one(conversation)
     turns = [[t.role, t.content, t.reasoning, t.tool_calls, t.name, t.tool_call_id] for t in conversation.turns]
     rest = [] if conversation.ids is None else [conversation.ids]
     return [turns, conversation.tools, *rest]

@@ -5,6 +5,7 @@ permutation of whole steps; so a step number alone says which bins it reads, and
 seeds what a micro-batch draws (dropout, noise): a position is all the random state there is, on any number of ranks.
 """
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -155,15 +156,16 @@ class Steps(Dataset[Step]):
         return int(self.bins.trained[self.numbers(number)].sum())
 
 
-def name_rows(plan: Path, shards: Sequence[str], bins: Iterable[int], at_most: int = 20) -> str:
-    """The source rows in some bins, for an error message: `chat/00000 rows 3, 17; code/00002 row 5`."""
+def name_rows(plan: Path, bins: Iterable[int], at_most: int = 20) -> str:
+    """The source rows in some bins, for an error message, counted from 1: `chat/00000 rows 3, 17; code/00002 row 5`."""
     lists = read_table(plan / "bins.arrow").column("documents")
     documents = read_table(plan / "documents.arrow").take([d for b in bins for d in lists[b].as_py()])
     pieces = zip(documents["shard"].to_pylist(), documents["number"].to_pylist(), strict=True)
     rows = list(dict.fromkeys(pieces))  # a wrapped document is in several pieces
+    shards = json.loads((plan / "plan.json").read_text())["shards"]
     found: dict[str, list[int]] = {}
     for shard, row in rows[:at_most]:
-        found.setdefault(shards[shard], []).append(row)
+        found.setdefault(shards[shard]["path"], []).append(shards[shard].get("first", 0) + row + 1)
     parts = []
     for path, numbers in sorted(found.items()):
         parts.append(f"{path} row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}")

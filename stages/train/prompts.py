@@ -74,7 +74,7 @@ def read(
             begin += length
             if length + new_tokens > context:
                 raise UserError(
-                    f"train: {_place(inputs['plan'], bins.paths, document)}: a prompt of {length} tokens and "
+                    f"train: {_place(inputs['plan'], document)}: a prompt of {length} tokens and "
                     f"max_new_tokens {new_tokens} are more than the {context} positions of the model: lower "
                     "train.objective_options.max_new_tokens, or pack.sequence_length, beyond which prompts are dropped"
                 )
@@ -103,10 +103,11 @@ def positions(folder: Path) -> float:
     return getattr(described, "max_position_embeddings", None) or math.inf
 
 
-def _place(plan: Path, shards: Sequence[str], document: int) -> str:
+def _place(plan: Path, document: int) -> str:
     """The row that a document of the plan is, for an error message."""
     (row,) = read_table(plan / "documents.arrow").slice(document, 1).to_pylist()
-    return f"{shards[row['shard']]} row {row['number']}"
+    shard = json.loads((plan / "plan.json").read_text())["shards"][row["shard"]]
+    return f"{shard['path']} row {shard.get('first', 0) + row['number'] + 1}"
 
 
 def _refuse_other(text: str, messages: Any, tokenizer: Any) -> None:

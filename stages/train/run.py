@@ -210,7 +210,7 @@ def attempt(
                 group=group,
                 stopping=stopping,
                 identity=identity,
-                name_rows=lambda numbers: name_rows(inputs["plan"], bins.paths, numbers),
+                name_rows=lambda numbers: name_rows(inputs["plan"], numbers),
                 flops=lambda position: _flops(trained.config, counted, bins, steps.numbers(position)),
                 peak=metrics.peak_flops(this.device, work.runtime.peak_tflops),
             ),

@@ -48,6 +48,10 @@ class Rehearsal:
     """Whether the recipe goes on from production; its questions are a source of their own then."""
     shards: tuple[str, ...] = ("{}",)
     """The data: the text of each shard."""
+    questions: str = "questions"
+    """The rows of the questions' source."""
+    measures: bool = True
+    """Whether these are held out."""
     base: str = "base"
     """The bytes of the base model."""
 
@@ -65,7 +69,8 @@ class Rehearsal:
         rows = '{"question": "q", "answer": "t"}\n'
         (self.folder / "rows.jsonl").write_text(rows + "".join(self.shards[1:]))
         (self.folder / "questions.jsonl").write_text(rows)
-        questions = {"questions": {"files": str(self.folder / "questions.jsonl"), "split": "heldout"}}
+        split = {"split": "heldout"} if self.measures else {}
+        questions = {"questions": {"files": str(self.folder / "questions.jsonl"), **split}}
         asked = questions if self.continuing else {}
         recipe = {
             "name": self.name,
@@ -87,7 +92,7 @@ class Rehearsal:
         if not until:
             run.record("started")
         data = {f"data/rows/{number}/rows.jsonl": text for number, text in enumerate(self.shards)}
-        asked = {"data/questions/0/rows.jsonl": "questions"} if self.continuing else {}
+        asked = {"data/questions/0/rows.jsonl": self.questions} if self.continuing else {}
         self._made(run, "fetch", {"model/model.safetensors": self.base, **data, **asked})
         right = run.loaded.recipe.train.seed
         for stage in ("convert", "tokenize", "pack", "train"):

@@ -127,6 +127,21 @@ def test_a_run_that_goes_on_later_starts_where_it_would_have(rehearsal: Rehearsa
     assert resumed.inputs("train") == run.inputs("train")
 
 
+def test_rows_that_production_trained_on_cannot_measure_what_goes_on_from_it(rehearsal: Rehearsal) -> None:
+    rehearsal.run(10)
+    rehearsal.questions, rehearsal.shards = "first", ("first", "second", "third")
+    with pytest.raises(UserError, match=r"questions/0 is held out, .* trained on the same rows as rows/0"):
+        fetched(rehearsal, 20)
+
+
+def test_rows_that_only_measured_are_new_when_they_are_to_train(rehearsal: Rehearsal) -> None:
+    first, _ = rehearsal.run(10)
+    rehearsal.measures = False
+    run = fetched(rehearsal, 20)
+    assert list(run.inputs("convert")["rows"].folders()) == ["questions/0"]
+    assert weights(run) == model_of(first)
+
+
 def test_another_base_model_is_refused(rehearsal: Rehearsal) -> None:
     rehearsal.run(10)
     rehearsal.base = "another"

@@ -138,6 +138,18 @@ def test_identity_is_over_all_that_is_said_and_not_over_what_trains() -> None:
         assert identity(same) == identity(base)
 
 
+def test_raw_text_has_one_identity_however_it_is_cut() -> None:
+    """A held-out text does not train as a prompt and its answer, or in segments."""
+    whole = identity(Conversation([Turn("text", "What is it? A cat.")]))
+    cut = [Turn("text", "What is it?", train=TRAIN_NO), Turn("text", " A cat.")]
+    assert identity(Conversation(cut)) == whole
+    asked = [Turn("user", "q"), Turn("text", "a"), Turn("text", "b")]
+    assert identity(Conversation(asked)) == identity(Conversation([*asked[:1], Turn("text", "ab")]))
+    assert identity(Conversation(cut, between="\n")) != whole, "what stands between is said, too"
+    pairs = [Example([Conversation(said), Conversation(said)]) for said in (cut, [Turn("text", "What is it? A cat.")])]
+    assert identity(pairs[0]) == identity(pairs[1])
+
+
 def test_what_comes_with_a_row_is_in_half_of_its_identity() -> None:
     """The half that does not decide which side it is on."""
     parts = [Conversation([Turn("user", "q"), Turn("assistant", "a")])]

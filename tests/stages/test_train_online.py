@@ -364,7 +364,7 @@ def test_a_prompt_that_leaves_no_room_for_its_completion_is_named(tmp_path: Path
     prompts(tmp_path / "tokens", tiny_model, ["say one\n", "x" * 245, "x" * 244])
     plan = Packed(tmp_path / "tokens", tmp_path / "plan", sequence_length=256).output
     inputs = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan}
-    told = r"asked/00000 row 1: a prompt of 245 tokens and max_new_tokens 12 are more than the 256 .* lower "
+    told = r"asked/00000 row 2: a prompt of 245 tokens and max_new_tokens 12 are more than the 256 .* lower "
     with pytest.raises(UserError, match=told):
         train(tmp_path / "1", inputs, recipe(tmp_path, steps=1), allow_code=True)
     _, facts = train(tmp_path / "2", inputs, recipe(tmp_path, steps=1, max_new_tokens=11), allow_code=True)
