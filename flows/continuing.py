@@ -48,8 +48,9 @@ def start_and_rows(
     record = _record(store, standing.now.run)
     had = _tree(store, "fetch", record["stages"]["fetch"]).folder("data")
     start = Start(standing.now.model, _named(record["stages"]["fetch"]), standing.now.run)
-    measured = Tree(tuple(file for file in had.files if _is_heldout(file.path, _heldout_then(record))))
-    had = Tree(tuple(file for file in had.files if file not in measured.files))
+    then = _heldout_then(record)
+    measured = Tree(tuple(file for file in had.files if _is_heldout(file.path, then)))
+    had = Tree(tuple(file for file in had.files if not _is_heldout(file.path, then)))
     _refuse_trained(data, had, measured, heldout, standing.now.run)
     rows = _unseen(data, had, heldout)
     if _trains(rows, heldout):

@@ -184,8 +184,9 @@ def _identity(made: Conversation | Example, contents: list[list[bytes] | None]) 
 
 
 def _is_cut(conversation: Conversation) -> bool:
-    """Whether raw text stands in several turns, with nothing between them: a prompt and its answer, or segments."""
-    return conversation.between is None and sum(turn.role == "text" for turn in conversation.turns) > 1
+    """Whether raw text, which stands last, is in several turns with nothing between them: a prompt and its answer, or
+    segments."""
+    return conversation.between is None and [turn.role for turn in conversation.turns[-2:]] == ["text", "text"]
 
 
 def _in_one(conversation: Conversation) -> Conversation:

@@ -181,9 +181,8 @@ def measure(
     """What training `model` costs each of `ranks` that hold it as `shard` says (`stages.runtime`).
 
     `forward(tokens, trained)` runs the loss on two documents with so many tokens in all, of which about so many train,
-    and returns it. `longest` is how many
-    tokens the longest document has, for attention that keeps a number for each two of them; `averaged` is whether an
-    average of the weights is kept.
+    and returns it. `longest` is how many tokens the longest document has, for attention that keeps a number for each
+    two of them; `averaged` is whether an average of the weights is kept.
     """
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
