@@ -76,7 +76,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_its_rows(tmp_path: Path) ->
     loaded.save_pretrained(model)
     rows = [[5, 6, 7, 8], [15, 16, 17, 18], [58, 59, 60, 61]]
     plan = tiny.plan(tmp_path, rows, global_batch=1, packed=False)
-    with pytest.raises(UserError, match=r"loss is nan in step 3.*chat/00000 row 12"):
+    with pytest.raises(UserError, match=r"loss is nan in step 3.*chat/00000 row 13"):
         train(tmp_path, {"model": model, **plan})
     assert not any((tmp_path / "output").iterdir())
 

@@ -54,7 +54,7 @@ def test_rolling_back_gives_the_training_that_never_took_the_step(
     found, facts = train(tmp_path / "rolled", poisoned, config, save_seconds=1e-9)
     left_out = [entry["step"] for entry in facts["left_out_steps"]]
     assert left_out[0] == 3 and len(left_out) == 2
-    assert [entry["rows"] for entry in facts["left_out_steps"]] == ["chat/00000 row 12"] * 2
+    assert [entry["rows"] for entry in facts["left_out_steps"]] == ["chat/00000 row 13"] * 2
     assert len(facts["notes"]) == 2 and "loss is nan in step 3" in facts["notes"][0]
 
     output, work = tmp_path / "output", Work(tmp_path / "work", Runtime(device="cpu"))
@@ -68,14 +68,14 @@ def test_rolling_back_gives_the_training_that_never_took_the_step(
 
 @pytest.mark.parametrize("policy", ["note", "stop"])
 def test_what_is_no_number_is_never_only_noted(tmp_path: Path, poisoned: dict[str, Path], policy: str) -> None:
-    with pytest.raises(UserError, match=r"loss is nan in step 3; its rows: chat/00000 row 12.*on_spike to rollback"):
+    with pytest.raises(UserError, match=r"loss is nan in step 3; its rows: chat/00000 row 13.*on_spike to rollback"):
         train(tmp_path / "run", poisoned, {**CONFIG, "on_spike": policy})
 
 
 def test_a_training_of_which_every_step_was_left_out_says_so(tmp_path: Path, poisoned: dict[str, Path]) -> None:
     rows = [[58, 59, 60, 61]] * 2
     inputs = {**poisoned, **tiny.plan(tmp_path / "all", rows, global_batch=1, packed=False)}
-    with pytest.raises(UserError, match=r"each of the 2 steps was left out, .*loss is nan in step 2.* row 11\)"):
+    with pytest.raises(UserError, match=r"each of the 2 steps was left out, .*loss is nan in step 2.* row 12\)"):
         train(tmp_path / "run", inputs, {**CONFIG, "epochs": 1, "on_spike": "rollback"})
 
 
