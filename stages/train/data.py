@@ -165,12 +165,17 @@ def name_rows(plan: Path, bins: Iterable[int], at_most: int = 20) -> str:
     shards = json.loads((plan / "plan.json").read_text())["shards"]
     found: dict[str, list[int]] = {}
     for shard, row in rows[:at_most]:
-        found.setdefault(shards[shard]["path"], []).append(shards[shard].get("first", 0) + row + 1)
+        found.setdefault(shards[shard]["path"], []).append(number_of_row(shards[shard], row))
     parts = []
     for path, numbers in sorted(found.items()):
         parts.append(f"{path} row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}")
     more = f" and {len(rows) - at_most} more" if len(rows) > at_most else ""
     return "; ".join(parts) + more
+
+
+def number_of_row(shard: Mapping[str, Any], row: int) -> int:
+    """A row's number in its source, from 1, by the one it has in its shard, from 0. `shard` as in plan.json."""
+    return int(shard.get("first", 0)) + row + 1
 
 
 def refuse_unknown_tokens(shards: Iterable[Mapping[str, Any]], vocabulary: int) -> None:

@@ -29,7 +29,8 @@ ENOUGH_TOKENS = 32_768
 LOSS_ROWS = 4096
 """Rows of logits that exist at once (`stages.loss_head`)."""
 COPIES = 3
-"""Times what a head of several steps keeps of a row that its passes hold at their highest: copies, and gradients."""
+"""Times what a head of several steps keeps of a row that its passes hold at their highest: copies, and gradients.
+Counted by reading, not measured on a GPU."""
 RECOMPUTED = 1.5
 """A recomputed layer also holds its gradients: times what it keeps forward."""
 

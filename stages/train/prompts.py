@@ -19,6 +19,7 @@ from stages.errors import UserError
 from stages.rewards import RewardChoice
 from stages.stage import Work
 from stages.tables import read_table
+from stages.train.data import number_of_row
 from stages.train.windows import Windows
 from stages.turn_end import turn_end
 
@@ -107,7 +108,7 @@ def _place(plan: Path, document: int) -> str:
     """The row that a document of the plan is, for an error message."""
     (row,) = read_table(plan / "documents.arrow").slice(document, 1).to_pylist()
     shard = json.loads((plan / "plan.json").read_text())["shards"][row["shard"]]
-    return f"{shard['path']} row {shard.get('first', 0) + row['number'] + 1}"
+    return f"{shard['path']} row {number_of_row(shard, row['number'])}"
 
 
 def _refuse_other(text: str, messages: Any, tokenizer: Any) -> None:
