@@ -426,7 +426,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=6,
+    version=7,
     config=EvaluateConfig,
     run=run,
     parts=parts,

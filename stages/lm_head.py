@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages import loss_head
+from stages import last_layer, loss_head
 
 Batch = Mapping[str, Any]
 Project = Callable[[Tensor], Tensor]
@@ -29,6 +29,8 @@ Project = Callable[[Tensor], Tensor]
 
 TRIED = 32
 """Positions on which the head is compared with the model's own logits."""
+PADDED = 16
+"""Rows are a multiple of this where there are as many: products in 8 bits need it."""
 TOLERANCE = 0.01
 """Largest difference to the model's own logits, relative to the largest of them: room for bfloat16."""
 MODEL_INPUTS = (
@@ -47,6 +49,8 @@ class Head:
     """The model without its adapter's wrapping."""
     known: bool
     """Whether the decoder and `_logits` give the model's own logits."""
+    shortened: bool = False
+    """Whether the last layer takes which tokens the head reads (`stages.last_layer`)."""
 
     @property
     def plain(self) -> bool:
@@ -87,7 +91,8 @@ class Head:
         return self._hidden(batch), self.causal.get_output_embeddings().weight, batch["positions"], batch["targets"]
 
     def _hidden(self, batch: Batch) -> Tensor:
-        hidden: Tensor = self.causal.get_decoder()(**model_inputs(batch), use_cache=False).last_hidden_state[0]
+        kept = {last_layer.KEPT: batch[last_layer.KEPT]} if self.shortened and last_layer.KEPT in batch else {}
+        hidden: Tensor = self.causal.get_decoder()(**model_inputs(batch), **kept, use_cache=False).last_hidden_state[0]
         return hidden
 
     def _in_chunks(self, batch: Batch, reduction: str) -> Tensor:
@@ -130,18 +135,46 @@ def find(model: Any, example: Batch) -> Head:
     """The head of `model`, with or without a PEFT adapter. The model is run on `example` twice to find out how its head
     works: one short document will do."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    head = Head(model, causal, known=True)
-    return head if _agrees(head, example) else Head(model, causal, known=False)
+    if not _agrees(Head(model, causal, known=True), example):
+        return Head(model, causal, known=False)
+    return Head(model, causal, known=True, shortened=_shortens(causal, example))
+
+
+def _shortens(causal: Any, batch: Batch) -> bool:
+    """Whether the last layer, given half of the tokens, gives what it gave for them."""
+    if not last_layer.shorten(causal):
+        return False
+    decoder, training = causal.get_decoder(), causal.training
+    tokens = batch["input_ids"].shape[1]
+    count = tokens // 2 // PADDED * PADDED or tokens
+    kept = torch.arange(tokens, device=batch["input_ids"].device)[:: 2 if count < tokens else 1][:count]
+    causal.eval()
+    try:
+        with torch.no_grad():
+            whole = decoder(**model_inputs(batch), use_cache=False).last_hidden_state[0, kept]
+            part = decoder(**model_inputs(batch), kept=kept, use_cache=False).last_hidden_state[0, kept]
+        same = bool((whole - part).abs().max() <= TOLERANCE * whole.abs().max())
+    except TypeError:  # the decoder, or something in it, does not hand on what it does not know
+        same = False
+    finally:
+        causal.train(training)
+    if not same:
+        last_layer.lengthen(causal)
+    return same
 
 
 def pick(batch: Batch, ignored: int = -100) -> dict[str, Any]:
     """Replace `labels` [1, tokens] by what the loss needs: `positions` [trained], those whose *next* token trains, and
-    `targets` [trained], those next tokens. Done on the CPU, where picking by condition waits for no device."""
+    `targets` [trained], those next tokens; `kept`, unless nearly all train, says what the last layer computes. Done on
+    the CPU, where picking by condition waits for no device."""
     labels = batch["labels"]
     assert labels.shape[0] == 1, "a packed batch is one row"
     following = labels[0, 1:]
     positions = (following != ignored).nonzero()[:, 0]
     picked = {"positions": positions, "targets": following[positions]}
+    kept = last_layer.some(positions, labels.shape[1])
+    if kept is not None:
+        picked[last_layer.KEPT] = kept
     return {**{name: value for name, value in batch.items() if name != "labels"}, **picked}
 
 

@@ -52,7 +52,7 @@ def run(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Wor
 STAGE = Stage(
     name="score",
     artifact="log_probs",
-    version=2,
+    version=3,
     config=ScoreConfig,
     run=run,
     parts=parts,

@@ -266,7 +266,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
 STAGE = Stage(
     name="train",
     artifact="adapter",
-    version=12,
+    version=13,
     config=TrainConfig,
     run=run,
     streamed=frozenset({"tokens"}),

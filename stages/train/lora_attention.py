@@ -9,6 +9,7 @@ instead of three times and added up.
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -52,7 +53,7 @@ def lora_qkv(
 @lora_qkv.register_fake
 def _(x: Tensor, weights: Any, absmaxes: Any, biases: Any, a: Any, b: Any, scales: Any) -> tuple[Tensor, Tensor]:
     outs, ranks = (sum(len(each) for each in side) for side in (b, a))
-    return x.new_empty(*x.shape[:-1], outs), x.new_empty(x.shape[:-1].numel(), ranks)
+    return x.new_empty(*x.shape[:-1], outs), x.new_empty(math.prod(x.shape[:-1]), ranks)
 
 
 @torch.library.custom_op("regrow::lora_qkv_backward", mutates_args=())

@@ -8,6 +8,7 @@ forgotten. An operation of torch's library, so torch.compile leaves it whole.
     quicken(model)      # every layer that PEFT adapted and this computes exactly
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ def lora_linear(
 
 @lora_linear.register_fake
 def _(x: Tensor, weight: Tensor, absmax: Any, bias: Any, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.shape[:-1].numel(), a.shape[0])
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(math.prod(x.shape[:-1]), a.shape[0])
 
 
 @torch.library.custom_op("regrow::lora_linear_backward", mutates_args=())

@@ -6,6 +6,7 @@ product, as wide, is not kept for the backward pass, which has it in registers. 
 product with x, one of their gradients. See `stages.train.lora_linear` and `stages.train.lora_stack`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def lora_mlp(
 @lora_mlp.register_fake
 def _(x: Tensor, weights: Any, absmaxes: Any, a: Any, b: Any, scales: Any) -> tuple[Tensor, ...]:
     sizes = (2 * len(b[0]), 2 * len(a[0]), len(a[2]))
-    return x.new_empty(*x.shape[:-1], len(b[2])), *(x.new_empty(x.shape[:-1].numel(), size) for size in sizes)
+    return x.new_empty(*x.shape[:-1], len(b[2])), *(x.new_empty(math.prod(x.shape[:-1]), size) for size in sizes)
 
 
 @torch.library.custom_op("regrow::lora_mlp_backward", mutates_args=())

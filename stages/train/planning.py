@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from packing.collate import Bin, PackedBins
 from stages.errors import UserError
+from stages.last_layer import KEPT
 from stages.objectives import LossSums, Objective
 from stages.train import TrainConfig, memory, recomputing, speed
 from stages.train.data import to_device
@@ -61,8 +62,10 @@ def plan_memory(
     place = next(trained.parameters()).device.type
 
     def forward(tokens: int, count: int | None = None) -> torch.Tensor:
+        batch = objective.prepare(two_documents(example, tokens, count))
+        batch.pop(KEPT, None)  # or the last layer would be counted as if few tokens trained
         with speed.autocast(trained, config, place):
-            return loss(to_device(objective.prepare(two_documents(example, tokens, count)), place))["loss"]
+            return loss(to_device(batch, place))["loss"]
 
     how = (config.optimizer, config.precision, group.size, shard, bins.longest, config.ema is not None)
     costs = memory.measure(trained, forward, *how)

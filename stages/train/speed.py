@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stages.last_layer import KEPT
 from stages.train import TrainConfig, adamw, float8, lora_attention, lora_experts, lora_linear, lora_mlp
 from stages.train.adamw import is_split
 from stages.train.optimizers import can_split
@@ -81,7 +82,7 @@ def compile_layers(model: Any) -> int:
 
 def marked(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch; the compiler is told beforehand which of its sizes change."""
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", KEPT):
         if name in batch:
             torch._dynamo.maybe_mark_dynamic(batch[name], 0)
     return batch
