@@ -146,22 +146,24 @@ def generate(
     room = _room(model, max_new_tokens)
     ids = _encoded(model, prompts)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), prompts[i]))
-    criteria = [StopStringCriteria(tokenizer, list(stop))] if stop else []
+    stops = StopStringCriteria(tokenizer, list(stop)) if stop else None
     answers = [""] * len(ids)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         padded = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt")
         if room is not None:
             padded = {name: tensor[:, -room:] for name, tensor in padded.items()}
+        begin = padded["input_ids"].shape[1]
         with torch.inference_mode():
             made = network.generate(
                 **{name: tensor.to(network.device) for name, tensor in padded.items()},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=criteria,
+                # In the answer alone: what the prompt ends with may begin a stop string.
+                stopping_criteria=[lambda ids, scores, at=begin, **_: stops(ids[:, at:], scores)] if stops else [],
             )
-        texts = tokenizer.batch_decode(made[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(made[:, begin:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = _cut(text, stop)
         answered(start + len(chosen))

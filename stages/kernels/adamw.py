@@ -109,7 +109,11 @@ class Weights:
 
 def _contiguous(gradient: Tensor) -> Tensor:
     """The gradient where the kernel can read it: without gaps, at an address it can load 16 bytes from."""
-    return gradient if gradient.is_contiguous() and gradient.data_ptr() % ALIGNED == 0 else gradient.clone()
+    return (
+        gradient
+        if gradient.is_contiguous() and gradient.data_ptr() % ALIGNED == 0
+        else gradient.clone(memory_format=torch.contiguous_format)
+    )
 
 
 class _Part:

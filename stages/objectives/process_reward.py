@@ -44,7 +44,8 @@ def loss(model: Any, options: ProcessRewardOptions, batch: Batch) -> LossSums:
 
     def sums(batch: Batch) -> Sums:
         choice, right = heads.of(model, batch, batch["ends"]), batch["right"]
-        weight = torch.tensor([options.wrong_weight, 1.0], device=choice.device)
+        # Made where it is: a copy to the device would wait for it.
+        weight = torch.where(torch.arange(2, device=choice.device) == 0, options.wrong_weight, 1.0)
         total = cross_entropy(choice, right, weight=weight, reduction="sum")
         return {"loss": total, "accuracy": (choice.detach().argmax(1) == right).float().sum()}
 

@@ -18,10 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SplitAdamW", "held_wide", "is_split", "put", "split", "whole", "whole_on_cpu", "widen"]
+__all__ = [
+    "MOST_NARROW",
+    "SplitAdamW",
+    "add_up_wide",
+    "held_wide",
+    "is_split",
+    "put",
+    "split",
+    "whole",
+    "whole_on_cpu",
+    "widen",
+]
 
 SPREAD = 0x9E3779B9
 """Of a step's number, so that neighbouring steps draw different random bits."""
+MOST_NARROW = 16
+"""Passes of one step whose gradients are added up in 16 bits, as each of them is. The sum of so many is off by 0.4 %;
+of 64 by 0.8 %, of 1,024 by a fifth, for what is added last is lost in what is there (a small random Llama)."""
 TABLES = 16
 """Tables of addresses kept: one for each set of weights that was updated together."""
 PIECE = 2**24
@@ -54,6 +68,14 @@ def held_wide(model: Any) -> list[str]:
 def is_split(model: nn.Module) -> bool:
     """Whether any weight is split."""
     return any(hasattr(parameter, "low_bits") for parameter in model.parameters())
+
+
+def add_up_wide(model: nn.Module) -> int:
+    """Have the gradients of split weights added up in float32, each of them still in 16 bits. Returns how many."""
+    trained = [p for p in model.parameters() if p.requires_grad and hasattr(p, "low_bits")]
+    for parameter in trained:
+        parameter.grad_dtype = torch.float32
+    return len(trained)
 
 
 def whole(parameter: Tensor) -> Tensor:

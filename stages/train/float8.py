@@ -5,7 +5,9 @@ and weights to e4m3, gradients to e5m2. Weights and everything between the produ
 made of plain operations that torch.compile fuses with what stands before; without it fp8 is slower than bf16.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,7 +85,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] from [..., in]."""
-        if x.shape[:-1].numel() % MULTIPLE:
+        if math.prod(x.shape[:-1]) % MULTIPLE:
             return super().forward(x)
         return float8_linear(x, self.weight, self.bias)
 
@@ -120,6 +122,17 @@ def only(able: Iterable[nn.Linear], chosen: Iterable[nn.Linear]) -> None:
     wanted = {id(linear) for linear in chosen}
     for linear in able:
         linear.__class__ = Float8Linear if id(linear) in wanted else nn.Linear
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """A block in which all layers compute as they always did: where what is tried is not what 8 bits do to it."""
+    converted = [module for module in model.modules() if type(module) is Float8Linear]
+    only(converted, [])
+    try:
+        yield
+    finally:
+        only(converted, converted)
 
 
 def _able(layer: nn.Module) -> dict[str, nn.Linear]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from stages.errors import UserError
-from stages.train import recomputing, sharding
+from stages.train import adamw, optimizers, recomputing, sharding
 from stages.train.recomputing import MODES, Mode
 
 HEADROOM = 0.92
@@ -56,6 +56,8 @@ class Costs:
     the forward pass keeps, and one layer whole while its gradients are computed."""
     work: int
     """Logits of a chunk, weights cast to the precision, and the like, whatever the number of tokens."""
+    wider: int = 0
+    """More for gradients that are added up in float32, as those of many passes are."""
 
     @property
     def static(self) -> int:
@@ -89,13 +91,19 @@ class Plan:
     expected_bytes: int
     room_bytes: int
     costs: Costs
+    wide_sums: bool = False
+    """Whether gradients are to be added up in float32, because they are of many passes."""
+    rough_sums: bool = False
+    """Whether they should be, and there is no room."""
 
     def __str__(self) -> str:
         kept = ACTIVATIONS[self.activation_checkpointing]
-        batch = self.expected_bytes - self.costs.static
+        batch = self.expected_bytes - self.costs.static - self.wide_sums * self.costs.wider
         return (
             f"memory plan: micro-batch {self.micro_batch}, activations {kept}: about {_gb(self.expected_bytes)} of "
             f"{_gb(self.room_bytes)} GB ({_parts(self.costs)}, activations {_gb(batch)})"
+            + self.rough_sums
+            * "; gradients of so many passes lose accuracy in 16 bits, and float32 has no room"
         )
 
     def record(self) -> dict[str, Any]:
@@ -116,17 +124,20 @@ def choose(
     """The plan to train `sequences` packed sequences a step and rank with, within `room` bytes.
 
     As little recomputing as possible comes first (full costs a fifth of the speed), then as many sequences at once as
-    help: on a CPU one. Where either is given, it stays. Raises UserError when nothing fits, with `nearest` said.
+    help: on a CPU one. Where either is given, it stays. Gradients of many passes are added up in float32 if there is
+    any way to. Raises UserError when nothing fits, with `nearest` said.
     """
     most = sequences if device == "cuda" else 1
     most = max(1, min(most, ENOUGH_TOKENS // sequence_length))
     batches = [micro_batch] if micro_batch != "auto" else _evenly(sequences, most)
     modes = [mode for mode in MODES if mode in costs.token and mode != "offloaded"]
-    for mode in [recompute] if recompute != "auto" else modes:
-        for batch in batches:
-            expected = costs.total(batch * sequence_length, mode)
-            if expected <= room * HEADROOM:
-                return Plan(batch, mode, expected, room, costs)
+    for exact in (True, False):
+        for mode in [recompute] if recompute != "auto" else modes:
+            for batch in batches:
+                many = -(-sequences // batch) > adamw.MOST_NARROW
+                expected = costs.total(batch * sequence_length, mode) + (costs.wider if many and exact else 0)
+                if expected <= room * HEADROOM:
+                    return Plan(batch, mode, expected, room, costs, many and exact, many and not exact)
     smallest = costs.least if recompute == "auto" else recompute
     least = costs.total(batches[-1] * sequence_length, smallest)
     raise UserError(
@@ -209,8 +220,12 @@ def measure(
         fixed = max(fixed - cast, 0) + sharding.gathered_bytes(model)
     logits = LOSS_ROWS * int(max(text.vocab_size * (computed + 4), COPIES * row))
     numbers = sum(p.numel() for p in trained)
-    state = sum(_state_bytes(p, optimizer) for p in trained) + (4 * numbers if averaged else 0)
+    embedded = {id(p) for p in optimizers.embedding_parameters(model)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    state = sum(_state_bytes(p, optimizer, id(p) in embedded, id(p) in tables) for p in trained)
+    state += 4 * numbers if averaged else 0
     gradients = sum(_bytes(p) for p in trained)
+    wider = 4 * numbers - gradients if shard == "none" else 0
     if shard == "fsdp":  # added up over ranks in what the weights' parts are kept in
         gradients = 4 * numbers
     parts = ranks if shard != "none" else 1
@@ -221,6 +236,7 @@ def measure(
         int(state) // parts,
         tokens,
         logits + fixed,
+        wider,
     )
 
 
@@ -264,19 +280,26 @@ def _kept(model: Any, forward: Callable[[int, int], torch.Tensor], tokens: int, 
     return kept
 
 
-def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> float:
-    """Of an optimizer's state for one parameter: two float32 averages unless its name says less, and what a narrow
-    weight leaves to be kept beside it."""
+def _state_bytes(parameter: torch.nn.Parameter, optimizer: str, embedded: bool, table: bool) -> float:
+    """Of an optimizer's state for one parameter on the device: two float32 averages unless its name says less, and what
+    a narrow weight leaves to be kept beside it. Some keep more for what is `embedded`, which are embeddings and head,
+    or for embeddings, a `table`, alone."""
     narrow = 2 if parameter.dtype in (torch.bfloat16, torch.float16) else 0
     numbers = parameter.numel()
-    if optimizer == "muon" and parameter.ndim != 2:  # AdamW's
+    if optimizer.startswith("paged") and numbers >= PAGED_FROM:
+        return numbers * narrow
+    if optimizer in ("muon", "galore_adamw", "apollo_adamw") and (embedded or parameter.ndim != 2):  # AdamW's
         return numbers * (8 + narrow)
+    if table and optimizers.find(optimizer).fixed.get("optim_bits") == 8:  # as without `_8bit`
+        optimizer = optimizer.removesuffix("_8bit")
     for part, each in STATE_BYTES.items():
         if part in optimizer:
             return numbers * (each + narrow)
     return numbers * (8 + narrow)
 
 
+PAGED_FROM = 100_000
+"""Numbers of a weight from which on bitsandbytes keeps a paged optimizer's state where it can move to the CPU."""
 STATE_BYTES: Mapping[str, float] = {
     "ademamix_8bit": 3.2,
     "ademamix": 12,

@@ -15,22 +15,28 @@ def add_noise(model: Any, alpha: float) -> None:
     scales: list[Tensor] = []
 
     def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        scales[:] = [document_lengths(kwargs["cu_seq_lens_q"])] if "cu_seq_lens_q" in kwargs else []
+        boundaries = kwargs.get("cu_seq_lens_q")
+        scales[:] = [] if boundaries is None else [document_lengths(boundaries, kwargs["input_ids"].shape[1])]
 
     def shake(module: Any, args: Any, embedded: Tensor) -> Tensor:
         if not causal.training:
             return embedded
         width = embedded.shape[-1]
         lengths = scales[0].to(embedded.device) if scales else torch.tensor([embedded.shape[1]], device=embedded.device)
-        size = alpha / (lengths * width).sqrt()
         noise = torch.empty_like(embedded).uniform_(-1, 1)
-        return embedded + noise * size[..., None].to(embedded.dtype)
+        return embedded + noise * noise_size(alpha, lengths, width)[..., None].to(embedded.dtype)
 
     causal.get_decoder().register_forward_pre_hook(see, with_kwargs=True)
     causal.get_input_embeddings().register_forward_hook(shake)
 
 
-def document_lengths(boundaries: Tensor) -> Tensor:
-    """[tokens] For each token, how many tokens its document has, from the boundaries [documents + 1]."""
+def noise_size(alpha: float, lengths: Tensor, width: int) -> Tensor:
+    """[tokens] How far noise may go for tokens of documents of these lengths, int32."""
+    return alpha / (lengths.float() * width).sqrt()
+
+
+def document_lengths(boundaries: Tensor, tokens: int) -> Tensor:
+    """[tokens] For each token, how many tokens its document has, from the boundaries [documents + 1]. Told how many
+    tokens there are, it waits for no device."""
     lengths = boundaries.diff()
-    return torch.repeat_interleave(lengths, lengths)
+    return torch.repeat_interleave(lengths, lengths, output_size=tokens)

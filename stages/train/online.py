@@ -110,8 +110,10 @@ def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: W
             except torch.OutOfMemoryError as error:
                 at_once = arguments["per_device_train_batch_size"]
                 raise UserError(
-                    f"train: the device's memory does not hold {at_once} completions at once. They are those of "
-                    "REGROW_MICRO_BATCH prompts: set that lower, or REGROW_ACTIVATION_CHECKPOINTING=full"
+                    f"train: the device's memory does not hold {at_once} completions at once while it learns, those of "
+                    "REGROW_MICRO_BATCH prompts, or all of a step's while it writes them. For the one set "
+                    "REGROW_MICRO_BATCH lower, or REGROW_ACTIVATION_CHECKPOINTING=full; for the other "
+                    "train.objective_options.max_new_tokens, group_size or prompts_per_step"
                 ) from error
         if trainer.state.global_step < total:
             raise SystemExit(SUSPENDED)

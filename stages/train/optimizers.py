@@ -313,7 +313,7 @@ def is_matrix(name: str, parameter: "torch.Tensor") -> bool:
 
 def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
     """Parameter groups of torch, each with `matrix`: whether it holds matrices of layers, not of embeddings or head."""
-    embedded = {id(p) for p in _embedding_parameters(model)}
+    embedded = {id(p) for p in embedding_parameters(model)}
     found: dict[tuple[bool, float, float, bool], list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -324,7 +324,7 @@ def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
             rate = config.embedding_learning_rate
         elif config.lora.plus_ratio is not None and ".lora_B." in name:
             rate *= config.lora.plus_ratio
-        matrix = is_matrix(name, parameter)
+        matrix = is_matrix(name, parameter) and not getattr(parameter, "_no_weight_decay", False)
         decay = config.weight_decay if matrix else 0.0
         key = (rate != config.learning_rate, rate, -decay, matrix and parameter.ndim == 2 and not embedding)
         found.setdefault(key, []).append(parameter)
@@ -336,21 +336,27 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "matrix"}
 
 
-def _embedding_parameters(model: Any) -> Iterable["torch.Tensor"]:
+def embedding_parameters(model: Any) -> Iterable["torch.Tensor"]:
+    """The weights of embeddings, of positions too, and of the head."""
+    from torch import nn
+
     head = getattr(model, "score", None)  # a reward model's, in the place of the other
-    for module in (model.get_input_embeddings(), model.get_output_embeddings(), head):
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in (*tables, model.get_input_embeddings(), model.get_output_embeddings(), head):
         if module is not None:
             yield from module.parameters()
 
 
 def _keep_embeddings_wide(model: Any) -> None:
-    """bitsandbytes' advice: 8-bit states do not hold the rare, large gradients of embeddings."""
+    """bitsandbytes' advice: 8-bit states do not hold the rare, large gradients of embeddings. It remembers them for as
+    long as the process runs, so those of an earlier attempt are forgotten first."""
     import bitsandbytes
     from torch import nn
 
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager.initialize()
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 

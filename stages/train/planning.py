@@ -98,7 +98,8 @@ def plan_memory(
             )
         plan = choose(replace(costs, token={m: cost for m, cost in costs.token.items() if m != "selective"}))
     agreed = group.agree(plan.micro_batch), MODES[group.agree(MODES.index(plan.activation_checkpointing))]
-    plan = replace(plan, micro_batch=agreed[0], activation_checkpointing=agreed[1])
+    wide = bool(group.agree(int(plan.wide_sums)))
+    plan = replace(plan, micro_batch=agreed[0], activation_checkpointing=agreed[1], wide_sums=wide)
     if group.rank == 0:
         print(plan, flush=True)  # noqa: T201  (a stage's prints are its log)
     return plan

@@ -100,7 +100,7 @@ class Group:
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             if bucket and (
                 bucket[0].dtype != parameter.grad.dtype
                 or sum(map(torch.numel, bucket)) + parameter.grad.numel() > BUCKET

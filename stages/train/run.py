@@ -23,6 +23,7 @@ from stages.train import (
     adamw,
     checkpoints,
     checks,
+    float8,
     folding,
     memory,
     metrics,
@@ -142,7 +143,7 @@ def attempt(
         faster: dict[str, Any] = {"attention": loaded.config._attn_implementation}
         faster |= speed.hold(trained, config, how)
         isolation = prove_isolation(trained, config, place)
-        with speed.autocast(trained, config, place):
+        with speed.autocast(trained, config, place), float8.switched_off(trained):
             options = objectives.options_of(config.objective, config.objective_options)
             tried = to_device(one_document(example), place)
             loss = objective.loss(trained, options, tried)
@@ -167,6 +168,8 @@ def attempt(
         gathers = how.startswith("zero")  # in hooks of DeepSpeed's within layers, which no graph takes
         compiled = not gathers and not offloaded and speed.wants_compiling(work.runtime.compile, this.device, tokens)
         recompute(trained, plan.activation_checkpointing, compiled)
+        if plan.wide_sums and how == "none":
+            faster["wide_gradients"] = adamw.add_up_wide(trained)
         faster["compiled_layers"] = speed.compile_layers(trained) if compiled else 0
         steps = Steps(
             bins,

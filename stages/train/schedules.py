@@ -30,7 +30,7 @@ def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:
     linear. `floor` lifts all but constant and inverse_sqrt: floor + (1 - floor) x. After a restart (ReLoRA)
     all is multiplied by a ramp of its own.
     """
-    warmup = steps_of(config.warmup, total)
+    warmup = max(1, steps_of(config.warmup, total))  # of one step is of none: it begins at the highest
     ends = total + 1
     decay = total if config.decay == 1 else min(steps_of(config.decay, total), total)
 
@@ -39,13 +39,13 @@ def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:
     def share(step: int) -> float:
         now = step + 1
         if now < warmup:
-            return now / max(1, warmup)
+            return now / warmup
         since = now - warmup
         match config.schedule:
             case "constant":
                 return 1.0
             case "inverse_sqrt":
-                scale = warmup or 10_000
+                scale = warmup if config.warmup else 10_000
                 return 1.0 / math.sqrt((since + scale) / scale)
             case "linear":
                 falling = max(0.0, (ends - now) / max(1, ends - warmup))

@@ -112,7 +112,30 @@ def load_optimizer(optimizer: Any, checkpoint: Path) -> None:
         held["param_groups"] = [
             {**own, **saved} for own, saved in zip(_settings(part), held["param_groups"], strict=True)
         ]
-    optimizer.load_state_dict(saved)
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if getattr(inner, "is_paged", False):
+        inner.load_state_dict(saved, move_to_device=False)
+        _page(inner)
+    else:
+        optimizer.load_state_dict(saved)
+
+
+def _page(optimizer: Any) -> None:
+    """Put loaded state where it can move between GPU and CPU, one weight's after the other: bitsandbytes would put all
+    of it on the GPU, which need not have the room, and leave it there."""
+    loaded = dict(optimizer.state)
+    optimizer.state.clear()
+    optimizer.check_overrides()
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if parameter in loaded:
+                optimizer.init_state(group, parameter, number, place)
+                state = optimizer.state[parameter]
+                for name, value in loaded[parameter].items():
+                    if isinstance(value, torch.Tensor):
+                        state[name].copy_(value)
+                    else:
+                        state[name] = value
 
 
 def _settings(optimizer: Any) -> list[dict[str, Any]]:

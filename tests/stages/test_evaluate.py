@@ -120,6 +120,15 @@ def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> Non
     assert not any(term in answer for term in stop for answer in ours)
 
 
+def test_a_stop_string_is_looked_for_in_the_answer_alone(chat_model: Path) -> None:
+    model = generation.load(chat_model, "fp32", "cpu")
+    prompt = model.prompt(QUESTIONS[0])
+    (free,) = generation.generate(model, [prompt], 6, [], 1, lambda done: None)
+    assert len(free) > 2
+    (answer,) = generation.generate(model, [prompt], 6, [prompt[-1] + free[0]], 1, lambda done: None)
+    assert answer == free
+
+
 @pytest.mark.parametrize("own", [3, 40])
 def test_how_long_an_answer_may_be_is_for_the_task_to_say(chat_model: Path, tmp_path: Path, own: int) -> None:
     folder = shutil.copytree(chat_model, tmp_path / "model")

@@ -13,7 +13,7 @@ from torch import nn
 
 from stages.errors import UserError
 from stages.train import adamw, optimizers, state
-from stages.train.adamw import SplitAdamW, put, split, whole, whole_on_cpu, widen
+from stages.train.adamw import SplitAdamW, add_up_wide, put, split, whole, whole_on_cpu, widen
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -83,6 +83,29 @@ def test_splitting_and_widening_change_no_bit(device: str) -> None:
     for now, then in zip(model.parameters(), before, strict=True):
         assert now.dtype == torch.float32
         assert torch.equal(now, then.cpu())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_many_passes_are_added_up_without_loss(device: str) -> None:
+    torch.manual_seed(0)
+    made = nn.Linear(8, 8, bias=False).to(device)
+    split(made)
+    assert add_up_wide(made) == 1
+    expected = torch.zeros(8, 8, dtype=torch.float64, device=device)
+    for _ in range(1024):
+        x = torch.rand(4, 8, dtype=torch.bfloat16, device=device)
+        loss = made(x).sum()
+        expected += torch.autograd.grad(loss, made.weight, retain_graph=True)[0].double()
+        loss.backward()
+    gradient: Any = made.weight.grad
+    assert gradient.dtype == torch.float32
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    before, optimizer = whole(made.weight).clone(), SplitAdamW(made.parameters(), lr=0.1)
+    optimizer.step()
+    assert torch.allclose(whole(made.weight), before - 0.1 * gradient.sign(), atol=1e-5)  # a first step's length
+    optimizer.zero_grad()
+    made(x).sum().backward()
+    assert made.weight.grad is not None and made.weight.grad.dtype == torch.float32
 
 
 def test_what_must_stay_wide_is_left_alone_and_what_is_frozen_fits_the_rest() -> None:

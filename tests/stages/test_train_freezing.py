@@ -101,6 +101,11 @@ def test_noise_has_the_papers_size_for_every_document(folder: Path) -> None:
     handle.remove()
 
 
+def test_noise_of_a_document_of_two_thousand_million_numbers_has_a_size() -> None:
+    lengths = neftune.document_lengths(torch.tensor([0, 262_144], dtype=torch.int32), 262_144)
+    assert neftune.noise_size(5.0, lengths, 8192)[0].item() == pytest.approx(5.0 / math.sqrt(2.0**31))
+
+
 @settings(max_examples=30)
 @given(losses=st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0]), min_size=1, max_size=12), patience=st.integers(1, 4))
 def test_patience_counts_looks_since_the_best(losses: list[float], patience: int) -> None:

@@ -123,6 +123,18 @@ def test_a_layer_of_another_form_is_found_out() -> None:
     assert lora_mlp.quicken(model) == 0
 
 
+def test_a_layer_that_clamps_large_numbers_is_found_out() -> None:
+    class Clamping(LlamaMLP):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.gate_proj(x).clamp(max=7), self.up_proj(x).clamp(-7, 7)
+            out: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+            return out
+
+    model = adapted(Clamping)
+    lora_linear.quicken(model)
+    assert lora_mlp.quicken(model) == 0
+
+
 def test_switched_off_adapters_are_off() -> None:
     model = adapted()
     x = torch.randn(3, 32)

@@ -63,6 +63,19 @@ def test_what_is_given_stays() -> None:
     assert (plan.micro_batch, plan.activation_checkpointing) == (3, "offloaded")
 
 
+@pytest.mark.parametrize(
+    ("sequences", "room", "said"), [(16, 50, (False, False)), (17, 50, (True, False)), (17, 38, (False, True))]
+)
+def test_gradients_of_many_passes_are_added_up_in_float32_if_there_is_room(
+    sequences: int, room: int, said: tuple[bool, bool]
+) -> None:
+    costs = Costs(16 * GB, 16 * GB, 0, {"none": 10**5}, 0, wider=10 * GB)
+    plan = choose(costs, room * GB, 8192, sequences, 1, "auto", "cuda")
+    assert (plan.wide_sums, plan.rough_sums) == said
+    assert ("lose accuracy" in str(plan)) == plan.rough_sums
+    assert plan.expected_bytes == costs.total(8192, "none") + 10 * GB * plan.wide_sums
+
+
 def test_an_impossible_plan_names_those_that_fit() -> None:
     costs = Costs(32 * GB, 32 * GB, 64 * GB, {"none": 10**6, "full": 10**5}, GB)
 

@@ -1,16 +1,19 @@
 """Every optimizer by name: it learns, a checkpoint brings it back to the bit, and each group has its learning rate."""
 
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
-from stages.train import TrainConfig, adapters, checks, freezing, optimizers, state
+from stages.train import TrainConfig, adapters, checks, freezing, memory, optimizers, state
 from stages.train import model as model_of
 from tests.stages import tiny
 
@@ -192,6 +195,50 @@ def test_eight_bits_hold_the_matrices_but_not_the_embeddings(folder: Path) -> No
     states = {name: run.optimizer.state[parameter] for name, parameter in run.model.named_parameters()}
     assert states["model.layers.0.mlp.up_proj.weight"]["state1"].dtype == torch.uint8
     assert states["model.embed_tokens.weight"]["state1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit", "ademamix_8bit", "galore_adamw", "apollo_adamw", "adamw_torch"])
+def test_the_memory_plan_counts_what_an_optimizer_holds(folder: Path, name: str) -> None:
+    wide = tiny.llama(folder / name, hidden_size=64, intermediate_size=128, vocab_size=4096)
+    run = Run(wide, section(name), "cpu")
+
+    def forward(tokens: int, trained: int) -> torch.Tensor:
+        loss: torch.Tensor = run.model(torch.ones(1, tokens, dtype=torch.int64)).logits[0, :trained].sum()
+        return loss
+
+    counted = memory.measure(run.model, forward, name, "fp32", 1).optimizer
+    run.steps(1)
+    parts = optimizers.parts_of(run.optimizer)
+    held = sum(
+        value.nbytes
+        for part in parts
+        for state in part.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.numel() > 256  # not the tables of quantized numbers
+    )
+    assert 0.97 < counted / held < 1.15
+
+
+def test_eight_bit_optimizers_let_go_of_the_model_before(folder: Path) -> None:
+    first = Run(folder, section("adamw_8bit"), "cpu")
+    held = weakref.ref(first.model.get_input_embeddings().weight)
+    del first
+    Run(folder, section("adamw_8bit"), "cpu")
+    gc.collect()
+    assert held() is None
+
+
+def test_positions_are_embeddings_and_what_asks_for_no_decay_has_none(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+    network: Any = AutoModelForCausalLM.from_config(transformers.GPT2Config(vocab_size=64, **sizes))
+    optimizer: Any = optimizers.make(network, section("muon", weight_decay=0.1, embedding_learning_rate=1e-5))
+    muon, adamw = (rates(part, network) for part in optimizer.parts)
+    assert adamw["transformer.wpe.weight"][0] == adamw["transformer.wte.weight"][0] == 1e-5
+    weight = network.transformer.h[0].mlp.c_fc.weight
+    assert muon["transformer.h.0.mlp.c_fc.weight"][1] == 0.1
+    weight._no_weight_decay = True  # as transformers marks Mamba's A_log
+    optimizer = optimizers.make(network, section("muon", weight_decay=0.1))
+    assert rates(optimizer.parts[1], network)["transformer.h.0.mlp.c_fc.weight"][1] == 0.0
 
 
 def test_galore_holds_its_state_in_low_rank(folder: Path) -> None:

@@ -142,6 +142,22 @@ def test_auto_recomputes_as_little_as_memory_allows(tmp_path: Path, monkeypatch:
         assert plan(tmp_path / mode)["activation_checkpointing"] == mode
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_mode_that_gives_other_gradients_is_noticed(tmp_path: Path, method: str) -> None:
+    config = TrainConfig.model_validate({"method": method, "precision": "fp32"})
+    folder = tiny.llama(tmp_path / "model")
+    made = prepared(folder, config)
+    forward = forward_of(made, config, {"model": folder, **tiny.plan(tmp_path, tiny.documents(8))})
+    assert recomputing.works(made, "selective", forward)
+    calls: list[int] = []
+
+    def other(tokens: int) -> Tensor:
+        calls.append(tokens)
+        return forward(tokens) * (1.1 if len(calls) > 1 else 1.0)
+
+    assert not recomputing.works(made, "selective", other)
+
+
 def test_a_model_that_changes_what_was_kept_is_told_by_name(tmp_path: Path) -> None:
     from stages.errors import UserError
 
@@ -209,10 +225,12 @@ def test_gradients_stay_on_a_gpu_and_memory_falls(tmp_path: Path, mode: recomput
     found, peaks = [], []
     made.train()
     batch = to_device(objective.prepare(two_documents(bins[0], 4096)), "cuda")
-    if compiled:
-        speed.compile_layers(made)
     for each in ("none", mode):
+        for layer in recomputing.layers(made):
+            layer.__dict__.pop("forward", None)
         recompute(made, each, compiled)
+        if compiled:
+            speed.compile_layers(made)
         torch.autograd.grad(loss(batch)["loss"], weights)  # whatever is compiled, is compiled now
         torch.cuda.reset_peak_memory_stats()
         found.append(torch.autograd.grad(loss(batch)["loss"], weights))

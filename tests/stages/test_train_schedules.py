@@ -33,8 +33,8 @@ def test_without_a_floor_they_are_transformers_schedules_less_their_first_value(
 
 def test_cosine_ends_at_its_floor() -> None:
     found = shares(100, schedule="cosine", warmup=0, floor=0.1)
-    assert found == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * (s + 1) / 101)) / 2 for s in range(100)])
-    assert found[0] > 0.999 and 0.1 < found[-1] < 0.101
+    assert found == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * s / 100)) / 2 for s in range(100)])
+    assert found[0] == 1.0 and 0.1 < found[-1] < 0.101
 
 
 def test_wsd_is_stable_and_then_falls_in_a_line() -> None:
@@ -62,6 +62,12 @@ def test_a_share_of_steps_is_none_too_many_by_rounding(share: float, steps: int,
 
 def test_a_share_of_steps_is_rounded_up() -> None:
     assert [schedules.steps_of(share, 100) for share in (0.0, 1e-12, 0.0701, 0.999)] == [0, 1, 8, 100]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 10])
+def test_without_a_warmup_the_first_step_has_the_recipes_rate(schedule: str, total: int) -> None:
+    assert shares(total, schedule=schedule, warmup=0)[0] == 1.0
 
 
 def test_warmup_is_steps_or_a_share_of_them() -> None:
