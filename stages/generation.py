@@ -71,7 +71,7 @@ _kept: dict[tuple[Path, Precision, Device, bool], Model] = {}
 
 
 def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> Model:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     network = load_network(folder, precision, device, packed)
     try:
@@ -81,11 +81,14 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.can_generate():
-        # The model before training too, whose folder does not say so itself: both answers end by the same rule.
+        # Nothing of the folder's but its tokens: a repetition penalty is no greedy decoding, and how long an answer
+        # may be is for the task to say. An answer ends by the same rule before training, whose folder may not say so.
         own = network.generation_config
-        own.eos_token_id = with_end(own.eos_token_id, turn_end(folder)) or None
-        # The task says how long an answer may be. lm-eval says so by another setting, which this one would go before.
-        own.max_new_tokens = None
+        network.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=with_end(own.eos_token_id, turn_end(folder)) or None,
+            pad_token_id=own.pad_token_id,
+        )
     return Model(network, tokenizer)
 
 

@@ -129,13 +129,18 @@ def test_a_stop_string_is_looked_for_in_the_answer_alone(chat_model: Path) -> No
     assert answer == free
 
 
-@pytest.mark.parametrize("own", [3, 40])
-def test_how_long_an_answer_may_be_is_for_the_task_to_say(chat_model: Path, tmp_path: Path, own: int) -> None:
+@pytest.mark.parametrize("own", [{"max_new_tokens": 3}, {"max_new_tokens": 40}, {"repetition_penalty": 1.5}])
+def test_a_models_own_settings_do_not_change_how_it_is_asked(
+    chat_model: Path, tmp_path: Path, own: dict[str, Any]
+) -> None:
     folder = shutil.copytree(chat_model, tmp_path / "model")
-    settings = {"eos_token_id": 1, "pad_token_id": 1, "max_new_tokens": own}
+    plain = generation.load(chat_model, "fp32", "cpu")
+    expected = generation.generate(plain, [plain.prompt(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
+    settings = {**json.loads((folder / "generation_config.json").read_text()), **own}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = generation.load(folder, "fp32", "cpu")
     ours = generation.generate(model, [model.prompt(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
+    assert ours == expected
     examples = [Example(q, "x") for q in QUESTIONS]
     theirs = harness.exact_match(model, examples, Options(), 12, (), 2, tmp_path / "work", lambda done, total: None)
     assert [sample.answer for sample in theirs] == ours
@@ -150,10 +155,11 @@ def test_answers_end_where_a_turn_of_the_template_ends(chat_model: Path, tmp_pat
     tokenizer.eos_token = tokenizer.pad_token = "<|im_start|>"
     tokenizer.save_pretrained(folder)
     (a,), end = tokenizer("a")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
-    # It says "a", ends its turn, says "a", and so on.
-    settings = {"eos_token_id": 0, "pad_token_id": 0, "sequence_bias": [[[a], 1e3], [[a, end], 2e3]]}
+    settings = {"eos_token_id": 0, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = generation.load(folder, "fp32", "cpu")
+    # It says "a", ends its turn, says "a", and so on.
+    model.network.generation_config.sequence_bias = [[[a], 1e3], [[a, end], 2e3]]
     assert model.network.generation_config.eos_token_id == [0, end]
     assert generation.generate(model, [model.prompt("q")], 8, [], 1, lambda done: None) == ["a"]
     [theirs] = harness.exact_match(
