@@ -30,6 +30,7 @@ from stages.train import (
     model,
     optimizers,
     results,
+    schedules,
     speed,
     state,
 )
@@ -220,6 +221,8 @@ def attempt(
         )
         resumed = int(checkpoint.name) if checkpoint else 0
         work.tell(resumed, this.total, "steps", memory_plan=str(plan))
+        if said := schedules.unreached(config, this.total):
+            trainer.note(said)
         ready = time.monotonic()
         try:
             _train(trainer, checkpoint, stopping)

@@ -22,6 +22,19 @@ def steps_of(share_or_steps: float, total: int) -> int:
     return steps_in(share_or_steps, total) if share_or_steps < 1 else int(share_or_steps)
 
 
+def unreached(config: "TrainConfig", total: int) -> str | None:
+    """What to tell about a schedule whose steps never have the recipe's learning rate; None where one has."""
+    warmup, share = steps_of(config.warmup, total), multiplier(config, total)
+    most = max(share(step) for step in (min(max(warmup, 2), total) - 1, min(max(warmup - 1, 1), total) - 1))
+    if most == 1.0 or config.lora.restart_every is not None:
+        return None
+    falls = f" and a fall over {steps_of(config.decay, total):,}" if config.schedule == "wsd" else ""
+    return (
+        f"no step has the whole train.learning_rate, the most is {100 * most:.0f} % of it: a warmup over {warmup:,} "
+        f"steps{falls} does not fit into {total:,}"
+    )
+
+
 def multiplier(config: "TrainConfig", total: int) -> Callable[[int], float]:
     """From a step's number (0 to `total` - 1) to its share of the learning rate, for torch's LambdaLR.
 

@@ -269,7 +269,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             self.progress.tell_figures(entry)
         for saved in self.saver.finished():
             if saved.path is None:
-                self._note(saved.error)
+                self.note(saved.error)
             else:
                 self.progress.tell(saved.step, checkpoint=saved.path.name, save_seconds=round(saved.seconds, 2))
 
@@ -286,14 +286,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 )
             )
         else:
-            self._note(message)
+            self.note(message)
 
     def _end(self, trouble: Exception) -> None:
         if self.training.group.size == 1:
             raise trouble
         self.trouble = trouble
 
-    def _note(self, message: str) -> None:
+    def note(self, message: str) -> None:
+        """Have the record and whoever watches hear of something."""
         self.notes.append(message)
         self.progress.tell(self.state.global_step, note=message)
 

@@ -1,6 +1,7 @@
 """Learning rates against closed formulas, and against transformers' schedules a step on."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -68,6 +69,26 @@ def test_a_share_of_steps_is_rounded_up() -> None:
 @pytest.mark.parametrize("total", [1, 2, 10])
 def test_without_a_warmup_the_first_step_has_the_recipes_rate(schedule: str, total: int) -> None:
     assert shares(total, schedule=schedule, warmup=0)[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("total", "settings", "said"),
+    [
+        (10, {"warmup": 100}, "most is 10 % .* warmup over 100 steps does not fit into 10"),
+        (10, {"warmup": 11}, "most is 91 %"),
+        (10, {"schedule": "wsd", "warmup": 5, "decay": 8}, "most is 80 % .* over 5 steps and a fall over 8 .* into 10"),
+        (10, {"warmup": 10}, None),
+        (10, {"warmup": 0}, None),
+        (1, {"warmup": 0.03}, None),
+        (10, {"schedule": "wsd", "warmup": 2, "decay": 8}, None),
+        (10, {"schedule": "inverse_sqrt", "warmup": 3}, None),
+    ],
+)
+def test_a_learning_rate_that_is_never_reached_is_told(total: int, settings: dict[str, Any], said: str | None) -> None:
+    found = schedules.unreached(TrainConfig.model_validate(settings), total)
+    assert (found is None) == (said is None)
+    assert said is None or re.search(said, found or "")
+    assert (max(shares(total, **settings)) < 1) == (said is not None)
 
 
 def test_warmup_is_steps_or_a_share_of_them() -> None:
