@@ -9,6 +9,7 @@ optimizer, schedule, clipping, the loop.
 import copy
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -228,6 +229,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         if position == self._last_position:
             return
         self._last_position = position
+        if self.lr_scheduler.last_epoch < self.state.global_step:
+            # Of a step that a scaler skipped. Its rate goes with it, or the schedule would not come to its end.
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no step came before
+                self.lr_scheduler.step()
         loss, self._tr_loss = self._tr_loss, torch.zeros_like(self._tr_loss)
         if position not in self.training.steps.left_out:
             steps = self.training.steps

@@ -10,7 +10,7 @@ import torch
 
 from stages.identity import tree_of
 from stages.stage import Facts
-from stages.train import checks
+from stages.train import TrainConfig, checks, schedules
 from stages.train.policy import MOST_SKIPPED, Watch
 from tests.stages.test_train_policy import poisoned
 from tests.stages.test_train_resume import prepare, run, warn
@@ -59,6 +59,10 @@ def test_skipped_steps_are_counted_and_a_stopped_training_goes_on_at_its_scale(
     assert 0 < sum(skipped) == facts["skipped_steps"] < 10
     assert all(line["grad_norm"] > 0 for line in found if not line["skipped"])
     assert len(set(unbroken)) > 2
+    config = TrainConfig.model_validate({**CONFIG, "method": "full"})
+    rate = schedules.multiplier(config, 10)
+    expected = [rate(step) / rate(9) for step in range(10)]
+    assert [line["learning_rate"] / found[9]["learning_rate"] for line in found] == pytest.approx(expected)
 
     scales.clear()
     with pytest.raises(SystemExit):
