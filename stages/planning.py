@@ -121,9 +121,9 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
         like = near_duplicates(files, shards, rows, order, config.near_duplicates, verdicts)
         reasons[list(like)] = NEAR_DUPLICATE
     too_short = 0
-    if config.decontaminate and heldout.any():
-        kept = reasons == KEPT
-        found = find_contamination(files, shards, rows, heldout, kept & ~heldout, config.decontaminate)
+    kept = reasons == KEPT
+    if config.decontaminate and (kept & heldout).any():
+        found = find_contamination(files, shards, rows, kept & heldout, kept & ~heldout, config.decontaminate)
         like, too_short = {**like, **found.rows}, found.too_short
         reasons[list(found.rows)] = CONTAMINATED
     training = (reasons == KEPT) & ~heldout

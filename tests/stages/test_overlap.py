@@ -205,17 +205,19 @@ def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> Non
     shard(tmp_path / "tokens", "chat/00000", rows)
     rows = [said(("user", wording + ask), ("assistant", [3])) for ask in asks[30:]]
     shard(tmp_path / "tokens", "probe/00000", rows, split="heldout")
-    shard(tmp_path / "tokens", "probe/00001", [said(("user", [1, 2, 3]), ("assistant", [3]))], split="heldout")
+    short = said(("user", [1, 2, 3]), ("assistant", [3]))
+    shard(tmp_path / "tokens", "probe/00001", [short, short], split="heldout")  # the second is left out
     config = {"sequence_length": 256, "train_on": "all"}
     packed = Packed(tmp_path / "tokens", tmp_path / "out", **config)
-    assert packed.facts["dropped"] == {"contaminated": 1}, "wording that all rows share is no leak"
+    assert packed.facts["dropped"] == {"contaminated": 1, "duplicate": 1}, "wording that all rows share is no leak"
     assert packed.report["sources"][0]["places"]["contaminated"] == [
         "chat/00000, row 131 (like probe/00000, row 106: 67%)"
     ]
     assert packed.report["too_short"] == 1
     strict = Packed(tmp_path / "tokens", tmp_path / "strict", decontaminate=0.2, **config)
-    assert strict.facts["dropped"] == {"contaminated": 2}
-    assert Packed(tmp_path / "tokens", tmp_path / "off", decontaminate=0.0, **config).facts["dropped"] == {}
+    assert strict.facts["dropped"] == {"contaminated": 2, "duplicate": 1}
+    off = Packed(tmp_path / "tokens", tmp_path / "off", decontaminate=0.0, **config)
+    assert off.facts["dropped"] == {"duplicate": 1}
 
 
 def answered(kind: str, ask: list[int], random: np.random.Generator) -> dict[str, Any]:
