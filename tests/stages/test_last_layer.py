@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from packing.attention import implementation
 from packing.collate import IGNORED, Bin, collate
 from stages import last_layer, lm_head
-from stages.train import lora_attention, lora_linear, lora_mlp, recomputing, speed
+from stages.train import float8, lora_attention, lora_linear, lora_mlp, recomputing, speed
 from tests.stages import tiny
 from tests.stages.test_train_architectures import TRAINED, some
 
@@ -76,6 +76,15 @@ def test_the_loss_and_every_gradient_are_the_same(tmp_path: Path, name: str) -> 
     assert len(batch[last_layer.KEPT]) <= TOKENS / 2
     model.eval()  # some models have dropout or noise, which other rows draw otherwise
     assert_same(found(model, head, batch), found(model, head, without))
+
+
+def test_layers_in_8_bits_are_tried_without_them(tmp_path: Path) -> None:
+    """Rounding differs with what stands beside a number, which is no sign of another result."""
+    model = model_of(tmp_path / "model", "Llama")
+    converted = float8.convert(recomputing.layers(model))
+    with float8.switched_off(model):
+        assert lm_head.find(model, batch_of(0)).shortened
+    assert sum(type(module) is float8.Float8Linear for module in model.modules()) == converted > 0
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
