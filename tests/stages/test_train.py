@@ -146,6 +146,14 @@ def test_the_micro_batch_changes_nothing(tmp_path: Path, method: str) -> None:
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
+def test_gradients_of_many_passes_are_added_up_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.arithmetic.cpu_has_bf16", lambda: True)
+    plan = tiny.plan(tmp_path, tiny.documents(17), global_batch=17, packed=False)
+    config = {**RECIPES["full"], "precision": "bf16", "max_steps": 1}
+    _, facts = train(tmp_path, {"model": tiny.llama(tmp_path / "model"), **plan}, config, micro_batch=1)
+    assert facts["memory_plan"]["wide_sums"] and facts["speed"]["wide_gradients"] == 21  # all weights
+
+
 def test_recomputing_activations_changes_nothing(tmp_path: Path, inputs: dict[str, Path]) -> None:
     config = {**RECIPES["lora"], "precision": "fp32"}
     kept, _ = train(tmp_path / "kept", inputs, config)
