@@ -23,12 +23,15 @@ def steps_of(share_or_steps: float, total: int) -> int:
 
 
 def unreached(config: "TrainConfig", total: int) -> str | None:
-    """What to tell about a schedule whose steps never have the recipe's learning rate; None where one has."""
-    warmup, share = steps_of(config.warmup, total), multiplier(config, total)
-    most = max(share(step) for step in (min(max(warmup, 2), total) - 1, min(max(warmup - 1, 1), total) - 1))
-    if most == 1.0 or config.lora.restart_every is not None:
+    """What to tell about a schedule whose warmup, and in wsd its fall, do not fit into the steps, so that none has the
+    recipe's learning rate; None where they do."""
+    warmup = steps_of(config.warmup, total)
+    fall = steps_of(config.decay, total) if config.schedule == "wsd" and config.decay != 1 else 0
+    if warmup < 2 or warmup + fall <= total:
         return None
-    falls = f" and a fall over {steps_of(config.decay, total):,}" if config.schedule == "wsd" else ""
+    share = multiplier(config, total)
+    most = max(share(min(step, total) - 1) for step in (warmup - 1, warmup))
+    falls = f" and a fall over {fall:,}" if fall else ""
     return (
         f"no step has the whole train.learning_rate, the most is {100 * most:.0f} % of it: a warmup over {warmup:,} "
         f"steps{falls} does not fit into {total:,}"
