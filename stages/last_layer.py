@@ -7,12 +7,14 @@ backward, change nothing. The result is the same; an untrained token leaves the 
     if shorten(causal): decoder(**inputs, kept=some(positions, tokens))
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stages.fronts import behind, in_front
+from stages.loss_head import spread
 
 __all__ = ["KEPT", "lengthen", "shorten", "some"]
 
@@ -45,7 +47,7 @@ def shorten(causal: Any) -> bool:
     if not isinstance(layer, _LastLayer):
         for front, module in ((_LastLayer, layer), (_Some, layer.mlp)):
             kind: Any = type(module)
-            module.__class__ = _in_front(front, kind)
+            module.__class__ = in_front(front, kind)
         layer.mlp.kept = None
     return True
 
@@ -54,7 +56,7 @@ def lengthen(causal: Any) -> None:
     """Undo `shorten`."""
     layer = _last(causal)
     for module in (layer, layer.mlp):
-        module.__class__ = type(module).__mro__[2]
+        module.__class__ = behind(type(module))
 
 
 def _last(causal: Any) -> Any:
@@ -66,11 +68,6 @@ def _last(causal: Any) -> Any:
     # Experts are left alone: a router may look at a whole batch.
     routed = any(hasattr(mlp, name) for name in ("experts", "router", "gate"))
     return layer if hasattr(mlp, "down_proj") and not routed else None
-
-
-@cache  # one class for all layers of a kind, or torch.compile would compile each by itself
-def _in_front(front: type[Any], kind: Any) -> type[Any]:
-    return type(kind.__name__, (front, kind), {"__module__": kind.__module__})
 
 
 class _LastLayer:
@@ -113,7 +110,7 @@ def pick(rows: Tensor, positions: Tensor) -> Tensor:
 @torch.library.custom_op("regrow::place", mutates_args=())
 def place(rows: Tensor, positions: Tensor, tokens: int) -> Tensor:
     """[tokens, width] Rows at positions, none twice, and zeros elsewhere."""
-    return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, positions, rows)
+    return spread(rows, positions, tokens)
 
 
 @pick.register_fake
@@ -131,10 +128,6 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.tokens = inputs[0].shape[0]
 
 
-def _keep_positions(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
 def _pick_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return place(gradient, ctx.saved_tensors[0], ctx.tokens), None
 
@@ -144,4 +137,4 @@ def _place_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 
 pick.register_autograd(_pick_backward, setup_context=_keep)
-place.register_autograd(_place_backward, setup_context=_keep_positions)
+place.register_autograd(_place_backward, setup_context=_keep)

@@ -29,8 +29,6 @@ Project = Callable[[Tensor], Tensor]
 
 TRIED = 32
 """Positions on which the head is compared with the model's own logits."""
-PADDED = 16
-"""Rows are a multiple of this where there are as many: products in 8 bits need it."""
 TOLERANCE = 0.01
 """Largest difference to the model's own logits, relative to the largest of them: room for bfloat16."""
 MODEL_INPUTS = (
@@ -145,9 +143,7 @@ def _shortens(causal: Any, batch: Batch) -> bool:
     if not last_layer.shorten(causal):
         return False
     decoder, training = causal.get_decoder(), causal.training
-    tokens = batch["input_ids"].shape[1]
-    count = tokens // 2 // PADDED * PADDED or tokens
-    kept = torch.arange(tokens, device=batch["input_ids"].device)[:: 2 if count < tokens else 1][:count]
+    kept = torch.arange(0, batch["input_ids"].shape[1], 2, device=batch["input_ids"].device)
     causal.eval()
     try:
         with torch.no_grad():

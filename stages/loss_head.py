@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cross_entropy_", "linear_cross_entropy", "linear_token_losses"]
+__all__ = ["cross_entropy_", "linear_cross_entropy", "linear_token_losses", "spread"]
 
 CHUNK = 4096
 """Rows of logits that exist at once: 1 GiB in 16 bits at a vocabulary of 128 k."""
@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         d_rows, d_weight, positions = ctx.saved_tensors
         (factor,) = gradients
-        d_hidden = None if d_rows is None else _spread(d_rows.mul_(factor), positions, ctx.tokens)
+        d_hidden = None if d_rows is None else spread(d_rows.mul_(factor), positions, ctx.tokens)
         return d_hidden, None if d_weight is None else d_weight.mul_(factor).to(ctx.dtype), None, None, None
 
 
@@ -105,7 +105,7 @@ class _LinearTokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         d_rows, positions, rows, weight, targets = ctx.saved_tensors
         factors = gradients[0][:, None]
-        d_hidden = None if d_rows is None else _spread(d_rows * factors.to(d_rows.dtype), positions, ctx.tokens)
+        d_hidden = None if d_rows is None else spread(d_rows * factors.to(d_rows.dtype), positions, ctx.tokens)
         d_weight = None
         if weight is not None:
             d_weight = torch.zeros_like(weight)
@@ -117,9 +117,9 @@ class _LinearTokenLosses(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _spread(d_rows: Tensor, positions: Tensor, tokens: int) -> Tensor:
+def spread(rows: Tensor, positions: Tensor, tokens: int) -> Tensor:
     """[tokens, width] Rows at their positions, zeros elsewhere."""
-    return d_rows.new_zeros(tokens, d_rows.shape[1]).index_copy_(0, positions, d_rows)
+    return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, positions, rows)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:

@@ -10,7 +10,6 @@ forgotten. An operation of torch's library, so torch.compile leaves it whole.
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +17,11 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from stages.fronts import in_front
 from stages.train.float8 import Float8Linear
 
 __all__ = [
-    "Fast", "FastLinear", "Outputs", "add_product", "are_plain_now", "in_front", "lora_linear", "narrowed", "quicken",
+    "Fast", "FastLinear", "Outputs", "add_product", "are_plain_now", "lora_linear", "narrowed", "quicken",
     "wide", "widened",
 ]  # fmt: skip
 
@@ -166,12 +166,6 @@ class Fast:
 def are_plain_now(layers: Sequence[Any], x: Tensor) -> bool:
     """Whether all of them are `Fast` and compute so now; merging puts plain layers in their place."""
     return all(isinstance(layer, Fast) and layer.is_plain_now(x) for layer in layers)
-
-
-@cache  # one class for all modules of a kind, or torch.compile would compile each by itself
-def in_front(fast: type, kind: type) -> type:
-    """A class of module `kind`, with the forward pass of `fast` in front of its own."""
-    return type(f"Fast{kind.__name__}", (fast, kind), {})
 
 
 class FastLinear(Fast, AdaptedLinear):  # type: ignore[misc]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.train.lora_linear import Fast, add_product, are_plain_now, in_front, narrowed, widened
+from stages.fronts import in_front
+from stages.train.lora_linear import Fast, add_product, are_plain_now, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_mlp", "quicken"]

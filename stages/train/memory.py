@@ -98,12 +98,12 @@ class Plan:
 
     def __str__(self) -> str:
         kept = ACTIVATIONS[self.activation_checkpointing]
-        batch = self.expected_bytes - self.costs.static - self.wide_sums * self.costs.wider
+        batch = self.expected_bytes - self.costs.static - (self.costs.wider if self.wide_sums else 0)
+        rough = "; gradients of so many passes lose accuracy in 16 bits, and float32 has no room"
         return (
             f"memory plan: micro-batch {self.micro_batch}, activations {kept}: about {_gb(self.expected_bytes)} of "
             f"{_gb(self.room_bytes)} GB ({_parts(self.costs)}, activations {_gb(batch)})"
-            + self.rough_sums
-            * "; gradients of so many passes lose accuracy in 16 bits, and float32 has no room"
+            f"{rough if self.rough_sums else ''}"
         )
 
     def record(self) -> dict[str, Any]:
