@@ -94,7 +94,7 @@ class Head:
         return hidden
 
     def _in_chunks(self, batch: Batch, reduction: str) -> Tensor:
-        """Losses of `loss_head.CHUNK` rows at a time."""
+        """Losses of some rows at a time."""
 
         def part(project: Project, rows: Tensor, targets: Tensor) -> Tensor:
             return nn.functional.cross_entropy(project(rows).float(), targets, reduction=reduction).reshape(-1)
@@ -102,13 +102,15 @@ class Head:
         return self._by_chunks(batch, part, batch["targets"])
 
     def _by_chunks(self, batch: Batch, part: Callable[[Project, Tensor, Tensor], Tensor], wanted: Tensor) -> Tensor:
-        """What `part` gives of the trained positions, `loss_head.CHUNK` of them at a time; several chunks compute their
-        logits anew in the backward pass."""
+        """What `part` gives of the trained positions, chunk by chunk (`loss_head.chunks`); several compute their logits
+        anew in the backward pass."""
         rows, project = self._rows(batch)
         if len(wanted) <= loss_head.CHUNK:
             return part(project, rows, wanted)
-        chunks = zip(torch.split(rows, loss_head.CHUNK), torch.split(wanted, loss_head.CHUNK), strict=True)
-        found: list[Tensor] = [checkpoint(part, project, *chunk, use_reentrant=False) for chunk in chunks]
+        found: list[Tensor] = [
+            checkpoint(part, project, rows[some], wanted[some], use_reentrant=False)
+            for some in loss_head.chunks(len(wanted))
+        ]
         return torch.cat(found)
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Project]:

@@ -1,4 +1,5 @@
-"""Cross-entropy of rows of logits, and its gradient written over them: two passes over a row, the second in cache."""
+"""Cross-entropy of rows of logits, and its gradient written over them: two passes over a row, the second in cache; and
+that gradient, or another, multiplied by one number at the memory's speed."""
 
 from typing import Any
 
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["cross_entropy_"]
+__all__ = ["cross_entropy_", "scale_"]
 
 BLOCK = 8192
 """Logits that one program holds at a time."""
@@ -45,3 +46,20 @@ def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         kernel: Any = _rows
         kernel[(rows,)](logits, targets, losses, width, logits.stride(0), GRADIENT=gradient, BLOCK=BLOCK, num_warps=16)
     return losses
+
+
+@triton.jit
+def _scaled(values, factor, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(values + at, mask=at < size) * tl.load(factor)
+    tl.store(values + at, found.to(values.dtype.element_ty), mask=at < size)
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """`values`, contiguous, multiplied in place by a float32 number of their device, and rounded once. torch's own
+    product rounds such a number to their 16 bits first, and takes 1.2 ms for 262 million on an H200, whose bytes need
+    0.25."""
+    if values.numel():
+        kernel: Any = _scaled
+        kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK, num_warps=8)
+    return values

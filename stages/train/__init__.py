@@ -266,7 +266,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
 STAGE = Stage(
     name="train",
     artifact="adapter",
-    version=13,
+    version=14,
     config=TrainConfig,
     run=run,
     streamed=frozenset({"tokens"}),

@@ -123,13 +123,10 @@ class _FastAttention:
 
 
 def _outputs(layers: Sequence[Any], x: Tensor) -> Outputs:
-    names = [layer.active_adapters[0] for layer in layers]
     bases = [layer.base_layer for layer in layers]
-    a = [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)]
-    b = [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)]
+    a, b, scales = zip(*(layer.factors(x.dtype) for layer in layers), strict=True)
     absmaxes = [layer.absmax for layer in layers if layer.absmax is not None]
     biases = [base.bias for base in bases if base.bias is not None]
-    scales = [layer.scaling[name] for layer, name in zip(layers, names, strict=True)]
     out = lora_qkv(x, [base.weight for base in bases], absmaxes, biases, a, b, scales)[0]
     q, k, v = torch.split(out, [len(each) for each in b], -1)
     # A copy of what attention keeps for its backward pass, or all three would be kept with it.

@@ -21,8 +21,8 @@ from stages.fronts import in_front
 from stages.train.float8 import Float8Linear
 
 __all__ = [
-    "Fast", "FastLinear", "Outputs", "add_product", "are_plain_now", "lora_linear", "narrowed", "quicken",
-    "wide", "widened",
+    "Fast", "FastLinear", "Outputs", "add_product", "are_plain_now", "lora_linear", "multiplied_in", "narrowed",
+    "quicken", "wide", "widened",
 ]  # fmt: skip
 
 BLOCK = 64
@@ -124,6 +124,12 @@ def wide(weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return wide
 
 
+def multiplied_in(base: Any) -> torch.dtype:
+    """The dtype of a linear layer's product, whose weight may be nf4."""
+    dtype: torch.dtype = base.weight.dtype if base.weight.is_floating_point() else base.compute_dtype
+    return dtype
+
+
 class Outputs(NamedTuple):
     """What layers give that read the same x, computed at once: it takes the place of x, and each picks its own."""
 
@@ -141,9 +147,21 @@ class Fast:
     """Which of the `Outputs` is this layer's."""
 
     def is_plain_now(self: Any, x: Tensor) -> bool:
-        """Whether the adapter is switched on and beside the weight, and of the input's dtype."""
+        """Whether the adapter is switched on and beside the weight, and the input of a dtype to multiply in: that of
+        the weight, which the adapter, held in float32 by some optimizers, is narrowed to."""
+        if self.disable_adapters or self.merged:
+            return False
+        device, base = x.device.type, self.base_layer
+        if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+            return False
+        if x.dtype == multiplied_in(base):
+            return True
+        return self.absmax is not None and x.dtype == self.lora_A[self.active_adapters[0]].weight.dtype
+
+    def factors(self: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """a [rank, in] and b [out, rank], and what their product is multiplied by."""
         (name,) = self.active_adapters
-        return not self.disable_adapters and not self.merged and x.dtype == self.lora_A[name].weight.dtype
+        return self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype), self.scaling[name]
 
     def forward(self: Any, x: Tensor | Outputs, *args: Any, **kwargs: Any) -> Tensor:
         """[..., out] from [..., in]."""
@@ -152,8 +170,7 @@ class Fast:
             return mine
         if args or kwargs or not self.is_plain_now(x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
-        (name,) = self.active_adapters
-        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a, b, scale = self.factors(x.dtype)
         base = self.base_layer
         if isinstance(base, Float8Linear):
             y: Tensor = base(x)
@@ -173,8 +190,8 @@ class FastLinear(Fast, AdaptedLinear):  # type: ignore[misc]
 
 
 def quicken(model: nn.Module) -> int:
-    """Have every adapted layer that is a plain LoRA without dropout over a linear layer, in the adapter's dtype or in
-    nf4, compute so. Returns how many."""
+    """Have every adapted layer that is a plain LoRA without dropout over a linear layer compute so: the adapter of the
+    layer's dtype or in float32, the layer maybe in nf4. Returns how many."""
     found = 0
     for module in model.modules():
         # An adapter of a mixture's fused experts wraps no layer with a weight: `stages.train.lora_experts`.
@@ -192,8 +209,8 @@ def _fast_class(module: Any) -> tuple[type | None, Tensor | None]:
     if weight.requires_grad:
         return None, None
     if type(module) is AdaptedLinear and type(module.base_layer) is nn.Linear:
-        same = weight.dtype == module.lora_A[module.active_adapters[0]].weight.dtype
-        return (FastLinear if same else None), None
+        held = module.lora_A[module.active_adapters[0]].weight.dtype
+        return (FastLinear if held in (weight.dtype, torch.float32) else None), None
     state = getattr(weight, "quant_state", None)
     if state is None or state.quant_type != "nf4" or state.blocksize != BLOCK:
         return None, None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.fronts import in_front
-from stages.train.lora_linear import Fast, add_product, are_plain_now, narrowed, widened
+from stages.train.lora_linear import Fast, add_product, are_plain_now, multiplied_in, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
 __all__ = ["lora_mlp", "quicken"]
@@ -139,15 +139,9 @@ class _FastMlp:
         layers = [self.gate_proj, self.up_proj, self.down_proj]
         if not are_plain_now(layers, x):
             return super().forward(x)  # type: ignore[misc,no-any-return]
-        names = [layer.active_adapters[0] for layer in layers]
-        out: Tensor = lora_mlp(
-            x,
-            [layer.base_layer.weight for layer in layers],
-            [layer.absmax for layer in layers if layer.absmax is not None],
-            [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)],
-            [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)],
-            [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
-        )[0]
+        a, b, scales = zip(*(layer.factors(x.dtype) for layer in layers), strict=True)
+        absmaxes = [layer.absmax for layer in layers if layer.absmax is not None]
+        out: Tensor = lora_mlp(x, [layer.base_layer.weight for layer in layers], absmaxes, a, b, scales)[0]
         return out
 
 
@@ -184,10 +178,10 @@ def _same(module: Any, now: type) -> bool:
     layers = [getattr(module, name) for name in LAYERS]
     factors = [layer.lora_B[layer.active_adapters[0]].weight for layer in layers]
     kept = [factor.clone() for factor in factors]
-    a = module.gate_proj.lora_A[module.gate_proj.active_adapters[0]].weight
+    base = module.gate_proj.base_layer
     random = torch.Generator().manual_seed(0)
     # Small numbers, and large ones: some models clamp what they find.
-    x = torch.randn(2 * TRIED_ROWS, a.shape[1], generator=random).to(a)
+    x = torch.randn(2 * TRIED_ROWS, base.in_features, generator=random).to(base.weight.device, multiplied_in(base))
     x[TRIED_ROWS:] *= LARGE
     for factor in factors:
         factor.copy_(0.1 * torch.randn(factor.shape, generator=random))

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from stages import loss_head
 from stages.errors import UserError
 from stages.train import adamw, optimizers, recomputing, sharding
 from stages.train.recomputing import MODES, Mode
@@ -26,8 +27,6 @@ HEADROOM = 0.92
 """Share of the free memory that a plan may fill: fragments, and what other libraries take."""
 ENOUGH_TOKENS = 32_768
 """Tokens a forward pass from which on more of them bring a GPU nothing."""
-LOSS_ROWS = 4096
-"""Rows of logits that exist at once (`stages.loss_head`)."""
 COPIES = 3
 """Times what a head of several steps keeps of a row that its passes hold at their highest: copies, and gradients.
 Counted by reading, not measured on a GPU."""
@@ -218,7 +217,7 @@ def measure(
         # The passes above kept weights as autocast cast them, which gathered ones need not be.
         cast = sum(2 * p.numel() for p in parameters if p.dtype == torch.float32 and p.ndim > 1)
         fixed = max(fixed - cast, 0) + sharding.gathered_bytes(model)
-    logits = LOSS_ROWS * int(max(text.vocab_size * (computed + 4), COPIES * row))
+    logits = loss_head.CHUNK * int(max(text.vocab_size * (computed + 4), COPIES * row))
     numbers = sum(p.numel() for p in trained)
     embedded = {id(p) for p in optimizers.embedding_parameters(model)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}

@@ -43,19 +43,21 @@ def hold(model: Any, config: TrainConfig, shard: str = "none") -> dict[str, int]
     """Bring the trained weights into the dtype that training holds them in, and have layers compute the fast way.
     Returns what was done, for the record. Weights that DeepSpeed cuts over ranks stay as they are."""
     done: dict[str, int] = {}
-    sharded = shard != "none"
-    if sharded and splits(config, shard) and not gathered_dtype(model, config.precision):
+    sharded, split = shard != "none", splits(config, shard)
+    wide = sharded and split and not gathered_dtype(model, config.precision)
+    if wide:
         # Loaded in 16 bits, which nobody could know before; but what a rank keeps and gathers of it is float32.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    elif splits(config, shard):
+    elif split:
         adamw.split(model, adamw.held_wide(model))
-        if config.method == "lora":
-            done["fused_adapters"] = lora_linear.quicken(model)
-            if config.precision != "fp8":
-                done["fused_feed_forwards"] = lora_mlp.quicken(model)
-                done["fused_attentions"] = lora_attention.quicken(model)
+    fuses = (split and not wide) or (not sharded and config.precision == "bf16")
+    if config.method == "lora" and fuses:
+        done["fused_adapters"] = lora_linear.quicken(model)
+        if config.precision != "fp8":
+            done["fused_feed_forwards"] = lora_mlp.quicken(model)
+            done["fused_attentions"] = lora_attention.quicken(model)
     if config.method == "lora" and not sharded:
         done["grouped_experts"] = lora_experts.quicken(model)
     if config.precision == "fp8" and not sharded:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,6 +105,24 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(monkeypatch
     with torch.no_grad():
         loss_head.linear_cross_entropy(hidden, weight, positions, targets)
     assert asked == [False]
+
+
+@given(st.integers(0, 10**6))
+def test_chunks_are_few_and_of_one_size_but_for_the_last(rows: int) -> None:
+    parts = list(loss_head.chunks(rows))
+    sizes = [part.stop - part.start for part in parts]
+    assert [0, *(part.stop for part in parts)] == [*(part.start for part in parts), rows]
+    assert len(parts) == -(-rows // loss_head.CHUNK)
+    assert len(set(sizes[:-1])) <= 1
+    assert all(sizes[0] - len(parts) < size <= loss_head.CHUNK for size in sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gradient_is_scaled_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    values = torch.randn(1001, 77, device="cuda").to(dtype)
+    factor = torch.tensor(1 / 16_391, device="cuda")
+    assert torch.equal(loss_head.scale_(values.clone(), factor), (values.float() * factor).to(dtype))
 
 
 class Largest(TorchDispatchMode):

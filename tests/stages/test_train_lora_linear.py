@@ -1,6 +1,7 @@
 """A LoRA layer as one operation is PEFT's LoRA layer: the same output, the same gradients."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from stages.train import TrainConfig, model, speed
 from stages.train import lora_linear as module
 from stages.train.lora_linear import FastLinear, add_product, lora_linear, quicken
+from tests.stages import tiny
 
+MORE = ["muon", "schedule_free_adamw"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -53,6 +57,42 @@ def test_output_and_gradients_are_pefts(device: str, net_bias: bool, compiled: b
     for found, expected in zip(outcome(run, x), outcome(theirs, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(trained) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_torch_fused", "adamw_torch", *(pytest.param(n, marks=pytest.mark.full) for n in MORE)]
+)
+def test_whatever_optimizer_holds_them_adapters_compute_in_16_bits_and_in_one_operation(
+    tmp_path: Path, optimizer: str, device: str
+) -> None:
+    folder = tiny.save(tmp_path, "LlamaConfig", dtype="bfloat16")
+    config = TrainConfig.model_validate({"optimizer": optimizer, "schedule": "constant", "lora": {"rank": 4}})
+    made = model.ready(model.load(folder, config, device, True), config, folder, device, lambda: [])
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:  # zeros, through which no gradient would pass
+            nn.init.normal_(parameter, std=0.1)
+    boundaries = torch.tensor([0, 30], dtype=torch.int32, device=device)
+    given: dict[str, Any] = {"input_ids": torch.arange(30, device=device)[None], "use_cache": False}
+    given |= {f"cu_seq_lens_{side}": boundaries for side in "qk"} | {f"max_length_{side}": 32 for side in "qk"}
+    exact = model.ready(model.load(folder, config, "cpu", True), config, folder, "cpu", lambda: []).double()
+    exact.load_state_dict(made.state_dict())
+
+    def gradients(of: Any) -> list[torch.Tensor]:
+        where = next(of.parameters()).device
+        inputs = {name: each.to(where) if isinstance(each, torch.Tensor) else each for name, each in given.items()}
+        with speed.autocast(of, config, where.type):
+            loss = of(**inputs).logits.float().square().mean()
+        found = torch.autograd.grad(loss, [p for p in of.parameters() if p.requires_grad])
+        return [gradient.double().cpu() for gradient in found]
+
+    truth, parts = gradients(exact), gradients(made)
+    done = speed.hold(made, config)
+    assert (done["fused_adapters"], done["fused_feed_forwards"], done["fused_attentions"]) == (14, 2, 2)
+    held = torch.bfloat16 if optimizer == "adamw_torch_fused" else torch.float32
+    assert {p.dtype for p in made.parameters() if p.requires_grad} == {held}
+    for one, part, true in zip(gradients(made), parts, truth, strict=True):
+        assert (one - true).norm() <= 1.5 * (part - true).norm() + 0.01 * true.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
