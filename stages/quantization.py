@@ -78,6 +78,7 @@ def start_from_loss(model: Any, folder: Path) -> None:
     `model` is one of PEFT's over nf4 weights; `folder` holds the weights as they came.
     """
     from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
 
     original = dict(tensors(folder))
     for name, module in model.named_modules():
@@ -86,8 +87,11 @@ def start_from_loss(model: Any, folder: Path) -> None:
         key = f"{name.removeprefix('base_model.model.')}.weight"
         if key not in original:
             raise UserError(f"train.lora.init loftq: {key} is not held as it was saved; choose another init")
-        kept = dequantize_module_weight(module.get_base_layer()).float()
-        lost = original[key]().to(kept.device).float() - kept
+        layer = module.get_base_layer()
+        kept, whole = dequantize_module_weight(layer).float(), original[key]()
+        if issubclass(layer.source_cls, Conv1D):  # holds its weight the other way about, as the file does
+            whole = whole.T
+        lost = whole.to(kept.device).float() - kept
         u, s, v = torch.linalg.svd(lost / module.scaling["default"], full_matrices=False)
         rank = module.r["default"]
         root = s[:rank].sqrt()

@@ -22,6 +22,8 @@ from stages.tokenizer_files import refuse_other_words, words_of
 
 TOKENS = 8192
 """Tokens in one forward pass, about."""
+LIKELY = 2**26
+"""Likeliest tokens that are held and written at once, about: 400 MB."""
 
 
 def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -38,6 +40,10 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: W
         refuse_other_words(inputs["model"], inputs["tokenizer"])
         # Models of a family are padded to sizes of their own: a student may have no row for what is no token.
         known = 1 + max(words_of(inputs["model"]).values())
+        if config.top_k is not None and config.top_k > known:
+            raise UserError(
+                f"score.top_k is {config.top_k}, but the teacher knows {known} tokens: set it to at most that"
+            )
     head = _load(inputs["model"], config, work)
     if config.top_k is not None:
         return _write_top(head, config.top_k, known, inputs["tokens"] / "tokens.arrow", output / "top.arrow", work)
@@ -63,7 +69,7 @@ def _write_top(head: Any, k: int, known: int | None, source: Path, target: Path,
 
     rows = tokens = 0
     with _writing(target, TOP) as writer:
-        for batch in read_batches(source):
+        for batch in _pieces(source, LIKELY // k):
             column = batch.column("ids")
             ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
             likely, log_probs = np.zeros((len(ids), k), np.uint32), np.zeros((len(ids), k), np.float16)
@@ -84,6 +90,14 @@ def _write_top(head: Any, k: int, known: int | None, source: Path, target: Path,
             rows, tokens = rows + len(batch), tokens + len(ids)
             work.tell(rows, unit="rows")
     return {"rows": rows, "tokens": tokens, "top_k": k}
+
+
+def _pieces(source: Path, most: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a file of tokens, about `most` tokens of them at a time."""
+    for batch in read_batches(source):
+        lengths = batch.column("ids").value_lengths().to_numpy().astype(np.int64)
+        for low, high in _ranges(lengths, most):
+            yield batch.slice(low, high - low)
 
 
 def _write_mismatched(head: Any, source: Path, target: Path, work: Work) -> int:
@@ -153,11 +167,11 @@ def _batch(ids: NDArray[Any], lengths: NDArray[np.int64], device: Any) -> dict[s
     return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in picked.items()}
 
 
-def _ranges(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `TOKENS` each."""
-    group = (np.cumsum(lengths) - lengths) // TOKENS
+def _ranges(lengths: NDArray[np.int64], most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `most` tokens each, or of `TOKENS`."""
+    group = (np.cumsum(lengths) - lengths) // (most or TOKENS)
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(lengths)]
-    return pairwise(cuts)
+    return pairwise(cuts) if len(lengths) else iter(())
 
 
 def _scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -182,7 +196,8 @@ def _all_scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDA
 
 
 def _readable(head: Any, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[tokens] The places of the tokens that a model can read in rows of some lengths, and [rows] how many those are.
+    """[tokens] The places of the tokens that a model can read in rows of some lengths, and how many those are in each
+    row that has any.
 
     All, but of a model with learned positions, which has none for the end of a row that is longer. Neither can training
     read that: pack leaves such rows out, or cuts them.
@@ -193,6 +208,6 @@ def _readable(head: Any, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64],
     words = head.causal.get_input_embeddings()
     tables = [m.num_embeddings for m in head.causal.modules() if isinstance(m, nn.Embedding) and m is not words]
     if context is None or not any(context <= size <= context + 2 for size in tables):  # OPT's begin at the third
-        return np.arange(lengths.sum()), lengths
+        return np.arange(lengths.sum()), lengths[lengths > 0]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) < context
-    return np.flatnonzero(within), np.minimum(lengths, context)
+    return np.flatnonzero(within), np.minimum(lengths[lengths > 0], context)

@@ -7,6 +7,7 @@ their beginning; lists may repeat the prompt. Texts of the form `Human: ... Assi
 `options: {wording: text}` plain texts are raw text, without a chat template. `margin` is optional: how much better.
 """
 
+import math
 from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
@@ -69,10 +70,11 @@ def _common(answers: list[list[Turn]]) -> int:
 
 def _margin(row: Row, name: str) -> dict[str, float]:
     value = row.get(name)
-    if value is None:
+    if value is None or value != value:  # NaN, as tables of pandas have it where there is none
         return {}
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+        told = value if isinstance(value, float) else kind_of(value)
+        raise BadRow("wrong type", f"{name} is {told}: expected a number")
     return {"margin": float(value)}
 
 

@@ -18,6 +18,7 @@ minus that under the model before training), and d = c - r:
 Several may be added up with weights: `loss: {sigmoid: 1.0, sft: 0.1}`. The mean is over the pairs of a step.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,9 +64,18 @@ class DpoOptions(StageConfig):
         named = self.weights
         if not named:
             raise ValueError("loss: name at least one")
+        for name, weight in named.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"loss: the weight of {name} is {weight}: expected a number above 0")
         for name in ("robust", "exo_pair"):
             if name in named and self.label_smoothing == 0:
                 raise ValueError(f"loss {name} needs label_smoothing above 0, e.g. 0.001")
+        if self.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(named):
+            raise ValueError(
+                f"label_smoothing is for sigmoid, robust and exo_pair, not {', '.join(named)}: take it out"
+            )
+        if self.temperature != type(self).model_fields["temperature"].default and "discopop" not in named:
+            raise ValueError(f"temperature is for discopop, not {', '.join(named)}: take it out")
         return self
 
     @property

@@ -22,7 +22,8 @@ KEPT = 2
 
 
 def publish(aside: Path, folder: Path, step: int) -> Path:
-    """Make the files in `aside` visible as `folder/<step>`, then drop old checkpoints. Returns where it stands."""
+    """Make the files in `aside` visible as `folder/<step>`, then drop old checkpoints, and those of later steps, which
+    are damaged, or the training would not be here. Returns where it stands."""
     files = [asdict(file) for file in tree_of(aside).files]
     (aside / RECORD).write_text(json.dumps(files))
     for path in aside.rglob("*"):
@@ -34,8 +35,10 @@ def publish(aside: Path, folder: Path, step: int) -> Path:
         shutil.rmtree(target)
     aside.rename(target)
     _sync(folder)
-    for old in _by_step(folder)[:-KEPT]:
-        shutil.rmtree(old)
+    upto = [path for path in _by_step(folder) if int(path.name) <= step]
+    for other in _by_step(folder):
+        if other not in upto[-KEPT:]:
+            shutil.rmtree(other)
     return target
 
 

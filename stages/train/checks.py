@@ -35,6 +35,11 @@ def _of_objective(config: "TrainConfig") -> Iterator[str]:
     objective = objectives.find(config.objective)
     if objective.head and "lm_head" in config.lora.modules_to_save:
         yield f"`lora.modules_to_save: lm_head`: {config.objective} puts another head in its place; take it out"
+    if objective.reference and config.method == "lora" and config.lora.init == "loftq":
+        yield (
+            f"`lora.init: loftq`: {config.objective} compares with the quantized model, and training would start from "
+            "another, which the adapter has brought nearer to the whole one: choose another init"
+        )
     if objective.online is None:
         return
     unread = {

@@ -84,7 +84,7 @@ class Looks:
             "looks": [{"step": step, "loss": loss} for step, loss in self.found],
             "best_step": best[0],
             "written_step": best[0] if self.best else self.found[-1][0],
-            "stopped_early": self.stop,
+            "stopped_early": self.stop and self.found[-1][0] < self.total,
         }
 
     def state_dict(self) -> dict[str, Any]:

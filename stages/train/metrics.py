@@ -4,10 +4,12 @@ The loss and the gradient norm of a step are copied to pinned memory behind the 
 have arrived: the CPU keeps queueing the next step meanwhile.
 """
 
+import math
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,14 +74,23 @@ class Queue:
             yield {**entry, **dict(zip(names, figures.tolist(), strict=True))}
 
 
-def model_flops(config: Any, weights: int, trained_weights: int, lengths: Sequence[int], trained: int) -> float:
+class Counted(NamedTuple):
+    """Weights that every token is multiplied with."""
+
+    weights: int
+    """Without embeddings and head; of experts, those that a token visits."""
+    trained: int
+    """Of these."""
+    head_trains: bool
+
+
+def model_flops(config: Any, counted: Counted, lengths: Sequence[int], trained: int) -> float:
     """Floating-point operations that one step's mathematics needs, forward and backward, nothing computed twice.
 
     After PaLM's appendix B (arXiv:2204.02311): 2 a weight and token forward, 2 for the gradient of its input and 2 for
     its own, which frozen weights do not need; attention costs 4 x layers x heads x head size a pair of tokens forward
     and twice that backward. Pairs are those within documents of `lengths`, each with what stands before it (PaLM counts
-    all pairs of a sequence); the head projects `trained` tokens only. `weights` leaves out the embeddings and, of
-    experts, those that a token does not visit.
+    all pairs of a sequence); the head projects `trained` tokens only.
     """
     text = config.get_text_config()
     tokens = float(np.sum(lengths, dtype=np.float64))
@@ -87,17 +98,17 @@ def model_flops(config: Any, weights: int, trained_weights: int, lengths: Sequen
     heads = getattr(text, "num_attention_heads", 0) or 0
     size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     attention = 12.0 * text.num_hidden_layers * heads * size * pairs
-    head = 4.0 * text.hidden_size * text.vocab_size * trained
-    return float(tokens * (4.0 * weights + 2.0 * trained_weights) + attention + head)
+    head = (6.0 if counted.head_trains else 4.0) * text.hidden_size * text.vocab_size * trained
+    return float(tokens * (4.0 * counted.weights + 2.0 * counted.trained) + attention + head)
 
 
-def counted_weights(model: Any) -> tuple[int, int]:
-    """Weights that every token is multiplied with, without embeddings and head, and how many of them train."""
+def counted_weights(model: Any) -> Counted:
+    """Count them, quantized ones as what they stand for."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = base.config.get_text_config()
-    apart = {
-        id(each.weight) for each in (base.get_input_embeddings(), base.get_output_embeddings()) if each is not None
-    }
+    head = base.get_output_embeddings()
+    ends = [each for each in (base.get_input_embeddings(), head) if each is not None]
+    apart = {id(parameter) for each in ends for parameter in each.parameters()}  # and the copy that trains
     experts = next((n for name in EXPERTS if (n := getattr(text, name, None))), None)
     visited = getattr(text, "num_experts_per_tok", None)
     share = visited / experts if experts and visited else 1.0
@@ -105,10 +116,11 @@ def counted_weights(model: Any) -> tuple[int, int]:
     for name, parameter in model.named_parameters():
         if id(parameter) in apart or parameter.ndim < 2:
             continue
-        part = parameter.numel() * (share if ".experts." in name else 1.0)
+        packed = getattr(parameter, "quant_state", None)  # 4 bits
+        part = math.prod(packed.shape if packed else parameter.shape) * (share if ".experts." in name else 1.0)
         total += part
         trained += part if parameter.requires_grad else 0.0
-    return int(total), int(trained)
+    return Counted(int(total), int(trained), head is not None and bool(head.weight.requires_grad))
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -121,4 +133,4 @@ def peak_flops(device: str, told: float | None) -> float | None:
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
-    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+    return next((peak * 1e12 for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -24,6 +24,8 @@ FEWEST = 64
 """Steps that must have been seen before anything is called a spike."""
 SIGMAS = 6.0
 """Standard deviations above the mean from which on a value is a spike."""
+LEAST = 0.01
+"""A rise below this is no spike, however little the steps before deviate: a loss at zero does by nothing."""
 MOST_SKIPPED = 24
 """Steps that fp16 may skip one after another, each of which halves the scale: from 65536, where it starts, to 1/256."""
 MOST_LEFT_OUT = 10
@@ -86,7 +88,7 @@ class Watch:
             return None
         window = np.fromiter(past, np.float64)
         mean, deviation = float(window.mean()), float(window.std())
-        if value <= mean + SIGMAS * deviation:
+        if value <= mean + max(SIGMAS * deviation, LEAST):
             return None
         return Spike(
             f"the {name} is {value:.4g}, after {mean:.4g} ± {deviation:.2g} over {len(past)} steps,", finite=True

@@ -293,9 +293,9 @@ def _train(trainer: PackedTrainer, checkpoint: Path | None, stopping: Stopping) 
         raise trainer.trouble or SystemExit(SUSPENDED)
 
 
-def _flops(config: Any, counted: tuple[int, int], bins: PackedBins, numbers: range) -> float:
+def _flops(config: Any, counted: metrics.Counted, bins: PackedBins, numbers: range) -> float:
     lengths = [length for number in numbers for length in bins.document_lengths(number)]
-    return metrics.model_flops(config, *counted, lengths, int(bins.trained[numbers].sum()))
+    return metrics.model_flops(config, counted, lengths, int(bins.trained[numbers].sum()))
 
 
 def _deterministic(stack: ExitStack) -> None:

@@ -24,7 +24,13 @@ def steps_of(share_or_steps: float, total: int) -> int:
 
 def unreached(config: "TrainConfig", total: int) -> str | None:
     """What to tell about a schedule whose warmup, and in wsd its fall, do not fit into the steps, so that none has the
-    recipe's learning rate; None where they do."""
+    recipe's learning rate, or whose restarts follow one another faster than they warm up; None where they do."""
+    restarts, ramp = config.lora.restart_every, config.lora.restart_warmup
+    if restarts is not None and restarts < min(ramp, total):
+        return (
+            f"after a restart no step has more than {100 * restarts / ramp:.0f} % of its learning rate: "
+            f"lora.restart_warmup is {ramp}, and it restarts every {restarts} steps"
+        )
     warmup = steps_of(config.warmup, total)
     fall = steps_of(config.decay, total) if config.schedule == "wsd" and config.decay != 1 else 0
     if warmup < 2 or warmup + fall <= total:

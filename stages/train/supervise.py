@@ -144,7 +144,8 @@ def _smaller(this: Attempt, event: Event) -> Attempt:
             "REGROW_ACTIVATION_CHECKPOINTING=offloaded, or use train.method lora"
         )
     note = f"{told}; went on with micro-batch {found[0]}, activations {ACTIVATIONS[found[1]]}"
-    return replace(this, micro_batch=found[0], activation_checkpointing=found[1], notes=(*this.notes, note))
+    # What was saved since a rollback leaves its step out already, and is gone on with.
+    return replace(this, micro_batch=found[0], activation_checkpointing=found[1], below=None, notes=(*this.notes, note))
 
 
 @contextmanager

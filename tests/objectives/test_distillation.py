@@ -151,6 +151,28 @@ train: {{objective: {objective}}}
 """
 
 
+def test_what_is_likely_is_written_piece_by_piece(
+    inputs: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = inputs["reference"] / "chat/00000/top.arrow"
+    monkeypatch.setattr("stages.scoring.LIKELY", 40 * K)
+    score(tmp_path / "teacher", tiny_model, inputs["tokens"] / "chat/00000", tmp_path / "again")
+    table, again = read_table(whole), read_table(tmp_path / "again/top.arrow")
+    assert again.column(0).num_chunks > table.column(0).num_chunks == 1
+    assert again.combine_chunks().column_names == table.column_names and len(again) == len(table)
+    for name in table.column_names:
+        for one, other in zip(again[name].to_pylist(), table[name].to_pylist(), strict=True):
+            assert one == pytest.approx(other, abs=1e-2)
+
+
+def test_more_likely_tokens_than_the_teacher_knows_are_refused(
+    inputs: dict[str, Path], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.objectives.test_distillation.K", 1024)
+    with pytest.raises(UserError, match=r"score.top_k is 1024, but the teacher knows \d+ tokens: set it to at most"):
+        score(tmp_path / "teacher", tiny_model, inputs["tokens"] / "chat/00000", tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("objective", "fetch", "more", "told"),
     [

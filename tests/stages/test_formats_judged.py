@@ -1,5 +1,6 @@
 """Formats of judged answers, and of answers to a prompt: it is asked once, two answers part, a label is a label."""
 
+import math
 from typing import Any, ClassVar
 
 import pytest
@@ -84,6 +85,7 @@ class TestPreference:
             ({"prompt": "q", "chosen": [], "rejected": "b"}, "empty conversation", "chosen is empty"),
             ({"prompt": ASKED, "chosen": ASKED, "rejected": "b"}, "no answer", "chosen says nothing after the prompt"),
             ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "wrong type", "margin is text"),
+            ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.inf}, "wrong type", "margin is inf"),
             ({"prompt": "p", "chosen": [*ASKED, SAID], "rejected": "b"}, "two prompts", "chosen begins with a turn of"),
             ({"prompt": "q", "chosen": [*ASKED, SAID], "rejected": [*MORE, SAID]}, "two prompts", "do not begin alike"),
             ({"chosen": [*ASKED, SAID], "rejected": [*OTHER, SAID]}, "two prompts", "chosen goes on with a turn of us"),

@@ -68,6 +68,18 @@ def test_of_a_row_beyond_learned_positions_the_beginning_is_scored(
         assert log_probs == pytest.approx(expected + [0.0] * (len(ids) - len(expected)), abs=1e-4)
 
 
+def test_rows_without_tokens_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.llama(tmp_path / "model")
+    made = [[], rows()[2], [], [], rows()[3], []]
+    write_table(tmp_path / "tokens.arrow", tokens_schema(tiny.VOCABULARY), ({"ids": ids} for ids in made))
+    (tmp_path / "counts.json").write_text('{"kind": "preference"}')
+    for most in (8, 8192):
+        monkeypatch.setattr("stages.scoring.TOKENS", most)
+        found = score(folder, tmp_path, tmp_path / f"out {most}")
+        assert [len(each) for each in found] == [len(each) for each in made]
+        assert all(value < 0 for each in found for value in each[1:])
+
+
 def test_rows_that_nothing_compares_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "counts.json").write_text('{"kind": "conversation"}')
     with pytest.raises(UserError, match=r"kind conversation.*convert.format preference or unpaired_preference"):

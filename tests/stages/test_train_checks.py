@@ -65,6 +65,22 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
         "`lora.restart_warmup` is set, but nothing restarts: set `lora.restart_every`, or take it",
     ),
     (lora(init="loftq"), "`lora.init: loftq` makes up for quantization: set `quantize: nf4`, or choose another init"),
+    (
+        lora(init="loftq") | {"quantize": "nf4", "objective": "dpo"},
+        "`lora.init: loftq`: dpo compares with the quantized model",
+    ),
+    (
+        {"objective": "dpo", "objective_options": {"loss": "hinge", "label_smoothing": 0.1}},
+        "label_smoothing is for sigmoid, robust and exo_pair, not hinge: take it out",
+    ),
+    (
+        {"objective": "dpo", "objective_options": {"temperature": 0.1}},
+        "temperature is for discopop, not sigmoid: take it out",
+    ),
+    (
+        {"objective": "dpo", "objective_options": {"loss": {"sigmoid": 1, "sft": -1}}},
+        "loss: the weight of sft is -1.0: expected",
+    ),
     (lora(init="loftq") | {"quantize": "int8"}, "`lora.init: loftq` makes up for quantization: set `quantize: nf4`"),
     *(
         (lora(init=init) | {"quantize": "nf4"}, f"`lora.init: {init}` needs weights in full precision: take `quantize`")

@@ -17,8 +17,9 @@ from stages.runtime import Runtime
 from stages.stage import Work
 from stages.tables import read_table, tokens_schema, write_table
 from stages.train import STAGE, TrainConfig
+from stages.train import model as network
 from stages.train import trackers as tracking
-from stages.train.metrics import counted_weights, model_flops
+from stages.train.metrics import Counted, counted_weights, model_flops, peak_flops
 from stages.train.trainer import PackedTrainer
 from tests.stages import tiny
 
@@ -37,13 +38,42 @@ def test_model_flops_are_what_torch_counts(tmp_path: Path, frozen: bool) -> None
     counter = FlopCounterMode(display=False)
     with counter:
         model(ids, labels=ids).loss.backward()
-    weights, trained = counted_weights(model)
-    attention = model_flops(model.config, 0, 0, [tokens], 0)
-    ours = model_flops(model.config, weights, trained, [tokens], tokens) + attention
-    head = 2 * 64 * tiny.VOCABULARY * tokens  # the head's own gradient, which the formula leaves out
-    exact = ours if frozen else ours + head
+    attention = model_flops(model.config, Counted(0, 0, False), [tokens], 0)
+    exact = model_flops(model.config, counted_weights(model), [tokens], tokens) + attention
     # What stands before the first trained weight takes no gradient: a layer's norms and projections at most.
     assert counter.get_total_flops() == pytest.approx(exact, rel=0.12 if frozen else 0.01)
+
+
+def test_weights_are_counted_once_and_as_what_they_stand_for(tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "model", hidden_size=64, intermediate_size=128)
+
+    def count(**settings: Any) -> Counted:
+        lora = {"rank": 4, **settings.pop("lora", {})}
+        config = TrainConfig.model_validate({"precision": "fp32", "lora": lora, **settings})
+        return counted_weights(network.ready(network.load(folder, config, "cpu"), config, folder, "cpu", list))
+
+    plain = count()
+    assert count(quantize="nf4") == count(quantize="int8") == plain and not plain.head_trains
+    assert count(lora={"modules_to_save": ["embed_tokens", "lm_head"]}) == plain._replace(head_trains=True)
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA RTX A6000", 155e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400", None),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(card: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    assert peak_flops("cuda", None) == peak
 
 
 def test_the_loss_of_held_out_rows_is_the_training_loss_of_the_same_rows(tmp_path: Path) -> None:

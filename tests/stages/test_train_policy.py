@@ -16,7 +16,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig
-from stages.train.policy import FEWEST, SIGMAS, WINDOW, Watch
+from stages.train.policy import FEWEST, LEAST, SIGMAS, WINDOW, Watch
 from stages.train.ranks import Group, Stopping
 from stages.train.run import Attempt, attempt
 from tests.stages import tiny
@@ -84,10 +84,16 @@ def test_a_training_of_which_every_step_was_left_out_says_so(tmp_path: Path, poi
 def test_a_spike_is_what_lies_six_deviations_above_the_window(past: list[float], value: float) -> None:
     watch = Watch.after({"loss": each, "grad_norm": 1.0} for each in past)
     window = past[-WINDOW:]
-    bound = statistics.fmean(window) + SIGMAS * statistics.pstdev(window)
+    bound = statistics.fmean(window) + max(SIGMAS * statistics.pstdev(window), LEAST)
     found = watch.look({"loss": value, "grad_norm": 1.0})
     if abs(value - bound) > 1e-9:
         assert (found is not None) == (value > bound)
+
+
+def test_a_loss_that_had_come_to_zero_may_rise_a_little() -> None:
+    watch = Watch.after({"loss": 0.0, "grad_norm": 0.0} for _ in range(WINDOW))
+    assert watch.look({"loss": 1e-6, "grad_norm": 1e-6}) is None
+    assert watch.look({"loss": 0.5, "grad_norm": 0.0}) is not None
 
 
 def test_a_few_steps_tell_nothing_of_spikes() -> None:

@@ -83,6 +83,8 @@ def test_without_a_warmup_the_first_step_has_the_recipes_rate(schedule: str, tot
         (10, {"schedule": "wsd", "warmup": 2, "decay": 8}, None),
         (10, {"schedule": "wsd", "warmup": 0, "decay": 1}, None),
         (10, {"schedule": "inverse_sqrt", "warmup": 3}, None),
+        (10, {"warmup": 0, "lora": {"restart_every": 4, "restart_warmup": 4}}, None),
+        (10, {"warmup": 0, "lora": {"restart_every": 10, "restart_warmup": 40}}, None),
     ],
 )
 def test_a_learning_rate_that_is_never_reached_is_told(total: int, settings: dict[str, Any], said: str | None) -> None:
@@ -90,6 +92,13 @@ def test_a_learning_rate_that_is_never_reached_is_told(total: int, settings: dic
     assert (found is None) == (said is None)
     assert said is None or re.search(said, found or "")
     assert said is None or max(shares(total, **settings)) < 1
+
+
+def test_restarts_that_follow_one_another_faster_than_they_warm_up_are_told() -> None:
+    settings: dict[str, Any] = {"warmup": 0, "lora": {"restart_every": 5}, "schedule": "constant"}
+    found = schedules.unreached(TrainConfig.model_validate(settings), 20)
+    assert found and "more than 50 % of its learning rate: lora.restart_warmup is 10" in found
+    assert max(shares(20, **settings)[5:]) == 0.5
 
 
 def test_warmup_is_steps_or_a_share_of_them() -> None:
