@@ -208,6 +208,8 @@ def drive(
                     if step.stage == "fetch":  # what only a fetched model tells is told before anything is trained
                         for section in (s for s in plan.to_run if s in ("train", "evaluate")):
                             run.refuse_steps(section)
+                        if {"train", "evaluate"} <= {*plan.to_run}:
+                            run.check_tasks()
         require_held(held)
         outcome = settle(run) if "publish" in states else None
     except BaseException as error:

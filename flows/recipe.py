@@ -158,7 +158,8 @@ def _place(path: tuple[str | int, ...], document: Document, name: str, overridde
     if any(dotted == s or dotted.startswith(f"{s}.") for s in overridden):
         return f"--set {dotted}"
     line = document.line(path)
-    return f"{name}:{line}" if line else name
+    below = [f"--set {s}" for s in sorted(overridden) if not dotted or s.startswith(f"{dotted}.")]
+    return " with ".join([f"{name}:{line}" if line else name, *below])
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:

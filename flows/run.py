@@ -16,7 +16,7 @@ from flows import continuing
 from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded, Recipe
-from stages import objectives, own_code, reward_models
+from stages import evaluate, objectives, own_code, reward_models
 from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
@@ -138,6 +138,12 @@ class Run:
             # A damaged copy is mended where it is loaded, and looked at again there.
             with suppress(BadBlob), self.store.hold() as hold:
                 reward_models.refuse_steps(self.store.view(models.folder(model).select("config.json"), hold), place)
+
+    def check_tasks(self) -> None:
+        """Raise UserError where a task of `evaluate` cannot ask what was fetched for it."""
+        rows = self.artifacts["fetch"].tree.folder("data")
+        with suppress(BadBlob), self.store.hold() as hold:  # as above
+            evaluate.check_rows(self.loaded.recipe.evaluate, rows, lambda tree: self.store.view(tree, hold))
 
     def has_made(self, stage: str) -> bool:
         """Whether the stage's artifact is in the store because this run made it."""

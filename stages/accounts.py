@@ -45,6 +45,7 @@ def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken, train
         trained_tokens=int(trained[mine].sum()),
         said={role: int(n) for role, n in zip(ROLES, rows.said[of_source].sum(axis=0), strict=True) if role and n},
         sequences=int(mine.sum()) * rows.sequences,
+        own_ends=all(shard.counts.get("own_ends", False) for shard in own),
         endings=int(rows.endings[of_source].sum()),
         unanswered=int(rows.unanswered[of_source].sum()),
         opened=int(rows.opened[of_source].sum()),

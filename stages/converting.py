@@ -89,6 +89,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         "kind": reader.kind,
         "format": reader.format,
         "fields": dict(reader.fields),
+        "own_ends": reader.verbatim or reader.ids,
         "first": first - 1,
         **counts.document(),
     }

@@ -55,6 +55,8 @@ class Source:
     """Tokens of contents by role, in all rows that came out of convert."""
     sequences: int
     """Conversations among them."""
+    own_ends: bool
+    """Whether the rows say themselves where turns end, in whatever way."""
     endings: int
     """Ends of turns that train."""
     unanswered: int
@@ -62,7 +64,7 @@ class Source:
     opened: int
     """Conversations in which the assistant speaks first."""
     empty: int
-    """The assistant's turns that say nothing."""
+    """The assistant's turns, and texts, that say nothing."""
 
 
 def added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -140,7 +142,7 @@ def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
     said, sequences = source["said"], source["sequences"]
     # Answers to prompts are still to come, and steps are raw text.
     talks = set() if kind in ("prompt", "stepwise") else set(said) - {"text"}
-    if source["trained_tokens"] and not source["endings"]:
+    if source["trained_tokens"] and not source["endings"] and not source["own_ends"]:
         yield "no token that ends a turn trains, so the model would not learn to stop"
     elif count := source["turns_without_end"]:
         yield f"nothing ends {count:,} of the turns to learn, so the model would not learn to stop there"
@@ -154,7 +156,8 @@ def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
     if (count := source["unanswered"]) and kind != "prompt":
         yield f"{_of(count, sequences)} conversations end with a user's words, which nobody answers"
     if count := source["empty"]:
-        yield f"{count:,} of the assistant's turns are empty: the model would learn to say nothing"
+        what = "texts" if set(said) <= {"text"} else "of the assistant's turns"
+        yield f"{count:,} {what} are empty: the model would learn to say nothing"
     if count := source["control_as_text"]:
         yield (
             f"{_of(count, sequences)} conversations hold the text of a special token, which is encoded as text: where "

@@ -11,10 +11,11 @@ A part writes `scores.json` and, for a task, `samples.jsonl`: one line an item w
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -167,6 +168,23 @@ def check(config: EvaluateConfig) -> None:
     if any(not task.eval and not task.reward_model for task in config.tasks.values()):
         harness.require()
     harness.check_names([task.lm_eval for task in config.tasks.values() if task.lm_eval])
+
+
+def check_rows(config: EvaluateConfig, rows: Tree, files: Callable[[Tree], Path]) -> None:
+    """What the first row of each task's source tells before anything is trained: UserError for a task that cannot ask
+    it. `files` gives the folder that some of `rows` stand in."""
+    for name, task in config.tasks.items():
+        if not task.source or not (task.eval or task.reward_model):
+            continue
+        shard, first = next(iter(_rows(name, task, rows)["rows"].folders().items()))
+        for row in islice(_all_rows(files(first.under(shard))), 1):
+            try:
+                if task.reward_model:
+                    reward_models.turns_of(row, task.question)
+                else:
+                    evals.load(task.eval).examples([row], task.options)
+            except UserError as error:
+                raise UserError(f"evaluate.tasks.{name}: {error}") from error
 
 
 def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:

@@ -51,6 +51,7 @@ def _no_number(name: str) -> Any:
 
 def verdict(value: Any) -> bool | None:
     """True or false, 1 or 0, or these as text, as a CSV has them; None for what is neither."""
+    value = int(value) if isinstance(value, float) and value in (0.0, 1.0) else value  # pandas, beside missing ones
     said = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
     return {"true": True, "1": True, "false": False, "0": False}.get(said)
 

@@ -6,6 +6,9 @@ from typing import Any
 from stages.formats import BadRow
 from stages.row_fields import json_at, kind_of, object_at, text_at
 
+KEYS = frozenset({"name", "arguments", "parameters", "id", "type", "index", "function"})
+"""What a call may hold besides its arguments, or have them in."""
+
 
 def called(said: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     """Tool calls in a field, as an object or JSON text: one, or a list of them. Raises BadRow."""
@@ -35,14 +38,16 @@ def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(value: Any) -> dict[str, Any]:
-    """One call, `{"function": {"name", "arguments"}}` or without the envelope."""
+    """One call, `{"function": {"name", "arguments"}}` or without the envelope; Llama 3.1 says `parameters`."""
     value = object_at(value)
     call = value if value.get("function") is None else value["function"]
     try:
         call = object_at(call)
     except BadRow as error:
         raise error.inside("function") from error
-    arguments = call.get("arguments")
+    arguments = call.get("arguments", call.get("parameters"))
+    if arguments is None and (others := [key for key in call if key not in KEYS and call[key] is not None]):
+        raise BadRow("missing field", f" has no arguments, but {', '.join(others)}: expected `arguments`")
     try:
         if isinstance(arguments, str):
             arguments = json_at(arguments or "{}", "tool call is not JSON")

@@ -70,7 +70,12 @@ def _parsed(line: bytes) -> Row | BadRow:
         row = exact_json.loads(line)
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"is not UTF-8 text: {error}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        if error.pos >= len(line.rstrip()) - 1 and line.lstrip()[:1] in b"{[":
+            told = "is not JSON by itself: expected a whole {...} in each line, or one [{...}, ...]"
+            return BadRow("not JSON", told)
+        return BadRow("not JSON", f"is not JSON: {error.msg} (column {error.colno})")
+    except RecursionError as error:
         return BadRow("not JSON", f"is not JSON: {error}")
     return row if isinstance(row, dict) else BadRow("not an object", "is not an object: expected {...}")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stages.context import learned
 from stages.mismatched import mismatched
 from stages.score import ScoreConfig
 from stages.stage import Facts, UserError, Work
@@ -199,15 +200,11 @@ def _readable(head: Any, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64],
     """[tokens] The places of the tokens that a model can read in rows of some lengths, and how many those are in each
     row that has any.
 
-    All, but of a model with learned positions, which has none for the end of a row that is longer. Neither can training
-    read that: pack leaves such rows out, or cuts them.
+    All, but of a model with learned positions, which has none for the end of a row that is longer. Training
+    refuses those (`stages.context`).
     """
-    from torch import nn
-
-    context = getattr(head.causal.config.get_text_config(), "max_position_embeddings", None)
-    words = head.causal.get_input_embeddings()
-    tables = [m.num_embeddings for m in head.causal.modules() if isinstance(m, nn.Embedding) and m is not words]
-    if context is None or not any(context <= size <= context + 2 for size in tables):  # OPT's begin at the third
+    context = learned(head.causal)
+    if context is None:
         return np.arange(lengths.sum()), lengths[lengths > 0]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) < context
     return np.flatnonzero(within), np.minimum(lengths[lengths > 0], context)

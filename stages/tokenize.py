@@ -38,7 +38,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
 STAGE = Stage(
     name="tokenize",
     artifact="tokens",
-    version=6,
+    version=7,
     config=TokenizeConfig,
     run=run,
     parts=parts,

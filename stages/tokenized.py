@@ -309,7 +309,7 @@ def trained_ranges(
 
 def _speech(spans: Spans, may: Flags, used: Numbers) -> dict[str, Any]:
     """What a shard's turns look like: who says how much, who begins, who ends, and what is empty."""
-    assistant = ROLES.index("assistant")
+    assistant, text = ROLES.index("assistant"), ROLES.index("text")
     role, origin, sizes = roles(spans.kinds), origins(spans.kinds), spans.ends - spans.starts
     of_turn = (origin != ORIGIN_TEMPLATE) & (spans.turns != NO_TURN)
     content = of_turn & (origin == ORIGIN_CONTENT)
@@ -326,5 +326,5 @@ def _speech(spans: Spans, may: Flags, used: Numbers) -> dict[str, Any]:
         "unanswered": int((role[talk[last]] == ROLES.index("user")).sum()),
         "opened": int((role[talk[new]] == assistant).sum()),
         "masked": int(sizes[content & ~may].sum()),
-        "empty": int(((origin[alone] == ORIGIN_END) & (role[alone] == assistant)).sum()),
+        "empty": int(((origin[alone] == ORIGIN_END) & np.isin(role[alone], (assistant, text))).sum()),
     }

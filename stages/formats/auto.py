@@ -48,13 +48,26 @@ _MEND = "Say which with convert.format (or convert.sources.<name>.format); docs/
 
 def _nearest(rows: Sequence[Row]) -> str:
     """What keeps the first row from being what its columns say that it is."""
-    for column, name in {"messages": "messages", "conversations": "sharegpt"}.items():
-        if rows and column in rows[0]:
+    for columns, name in COLUMNS.items():
+        if rows and rows[0].keys() >= set(columns):
             try:
-                formats.find(name).convert(rows[0], Options())
+                formats.reader(name, {}, {}, {}).convert(rows[0])
             except BadRow as error:
                 return f". As {name}: {error}"
     return ""
+
+
+COLUMNS = {
+    ("messages",): "messages",
+    ("conversations",): "sharegpt",
+    ("instruction", "output"): "alpaca",
+    ("chosen", "rejected"): "preference",
+    ("completion", "label"): "unpaired_preference",
+    ("prompt", "completion"): "prompt_completion",
+    ("input_ids",): "pretokenized",
+    ("text",): "completion",
+}
+"""Columns by which people call a format."""
 
 
 def candidates(row: Row) -> set[Recognised]:

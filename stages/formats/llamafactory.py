@@ -23,7 +23,7 @@ from stages.formats import BadRow, Conversation, Example, Format, Kind, Options,
 from stages.formats.alpaca import history
 from stages.formats.messages import offered
 from stages.formats.sharegpt import turns as spoken
-from stages.row_fields import list_at, shown, text_at
+from stages.row_fields import list_at, shown, text_at, verdict
 from stages.row_turns import prompt_of, split_answer
 from stages.stage import StageConfig
 
@@ -108,7 +108,7 @@ def convert(row: Row, options: Options) -> Conversation | Example:
     answer = [] if entry.formatting == "sharegpt" else [Turn("assistant", text_at(row, columns.response))]
     if not columns.kto_tag:
         return Conversation(asked + answer, tools)
-    if not isinstance(good := row.get(columns.kto_tag), bool):
+    if (good := verdict(row.get(columns.kto_tag))) is None:
         raise BadRow("wrong type", f"{columns.kto_tag} is {shown(good)}: expected true or false")
     prompt, answer = split_answer(asked + answer, columns.messages)
     return Example([Conversation(prompt_of(prompt) + answer, tools)], {"label": good})

@@ -340,10 +340,17 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     found = [column for column in COLUMNS if chats(row.get(column), "role", "content")]
     if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
+    if "chosen" in row and "rejected" in row and asks(row[found[0]]):
+        return None
     return {} if found == ["messages"] else {"messages": found[0]}
 
 
 COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+
+
+def asks(value: Any) -> bool:
+    """Whether a value is a list of messages that ends with a user's."""
+    return chats(value, "role", "content") and value[-1].get("role") == "user"
 
 
 def chats(value: Any, role: str, content: str) -> bool:

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
-from stages.formats.messages import MESSAGE_FIELDS, offered, with_system
-from stages.row_fields import kind_of
+from stages.formats.messages import MESSAGE_FIELDS, asks, offered, with_system
+from stages.row_fields import shown
 from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said
 
 
@@ -27,8 +27,8 @@ def convert(row: Row, options: Options) -> Example:
         if prompt != other:
             raise BadRow("two prompts", f"{names[0]} and {names[1]} do not begin alike: expected one prompt")
     if not prompt:
-        answers = _opened(answers, names, prompt_field)
-    if all(answers) and (not prompt or answers[0][0].role in ASKING):
+        answers = _opened(answers, names, prompt_field, row)
+    if all(answers):
         common = _common(answers)
         prompt, answers = prompt + answers[0][:common], [answer[common:] for answer in answers]
     for name, answer in zip(names, answers, strict=True):
@@ -45,8 +45,10 @@ def convert(row: Row, options: Options) -> Example:
     return Example(parts, _margin(row, options.name("margin")))
 
 
-def _opened(answers: list[list[Turn]], names: tuple[str, str], prompt: str) -> list[list[Turn]]:
+def _opened(answers: list[list[Turn]], names: tuple[str, str], prompt: str, row: Row) -> list[list[Turn]]:
     """Answers that hold their prompt themselves, as turns. Raises BadRow when they are plain texts that hold none."""
+    told, others = f"{prompt} is missing", [name for name in row if name not in names]
+    mend = f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
     texts = [turns[0].content or "" for turns in answers]
     if any(len(turns) > 1 for turns in answers):
         return answers
@@ -54,11 +56,11 @@ def _opened(answers: list[list[Turn]], names: tuple[str, str], prompt: str) -> l
         alike = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
         cut = texts[0].rfind(" ", 0, alike)
         if cut <= 0:
-            raise BadRow("missing field", f"{prompt} is missing, and {' and '.join(names)} do not begin alike")
+            raise BadRow("missing field", f"{told}, and {' and '.join(names)} do not begin alike{mend}")
         return [[Turn("text", text[:cut]), Turn("text", text[cut:])] for text in texts]
     read = [dialogue(text) for text in texts]
     if read[0] is None or read[1] is None:
-        raise BadRow("missing field", f"{prompt} is missing: expected text or messages")
+        raise BadRow("missing field", f"{told}: expected text or messages{mend}")
     return [turns for turns in read if turns]
 
 
@@ -72,20 +74,25 @@ def _margin(row: Row, name: str) -> dict[str, float]:
     value = row.get(name)
     if value is None or value != value:  # NaN, as tables of pandas have it where there is none
         return {}
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
-        told = value if isinstance(value, float) else kind_of(value)
-        raise BadRow("wrong type", f"{name} is {told}: expected a number")
-    return {"margin": float(value)}
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # also a text, as a CSV has it
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow("wrong type", f"{name} is {shown(value)}: expected a number")
+    return {"margin": number}
 
 
 PROMPTS = ("prompt", "question", "instruction", "conversations")
 
 
 def recognises(row: Row) -> Mapping[str, str] | None:
-    """Rows with `chosen` and `rejected`, and at most one column that public data has the prompt in."""
+    """Rows with `chosen` and `rejected`, and a `prompt` or at most one other column that public data has it in, also
+    `messages`, if a user has the last word there."""
     if not all(isinstance(row.get(name), str | list | dict) for name in ("chosen", "rejected")):
         return None
     found = [name for name in PROMPTS if name in row]
+    found = ["prompt"] if "prompt" in found else found + ["messages"] * asks(row.get("messages"))
     if len(found) > 1 or "input" in row:
         return None
     return {} if found in ([], ["prompt"]) else {"prompt": found[0]}

@@ -2,9 +2,9 @@
 
     {"prompt": "Name a colour.", "completion": "Blue.", "label": true}
 
-Prompt and completion are texts or messages; the label is true or false, 1 or 0, or these as text. Without a prompt, the
-completion is a whole conversation, and its last turn is the answer. With `options: {wording: text}` plain texts are raw
-text, without a chat template.
+Prompt and completion are texts or messages; the label is true or false, 1 or 0, or these as text. The answer is the
+completion's last turn; without a prompt, the completion is a whole conversation. With `options: {wording: text}` plain
+texts are raw text, without a chat template.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,16 @@ def convert(row: Row, options: Options) -> Example:
     if row.get(prompt_field) is not None:
         prompt, completion = after_prompt(said(row, prompt_field, "user", options), completion, field)
     elif len(completion) == 1:
-        raise BadRow("missing field", f"{prompt_field} is missing: expected text or messages")
+        others = [name for name in row if name not in (label, field)]
+        mend = (
+            f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
+        )
+        raise BadRow("missing field", f"{prompt_field} is missing: expected text or messages{mend}")
     if not completion:
         raise BadRow("no answer", f"{field} says nothing after the prompt: expected an answer")
-    if not prompt:
-        prompt, completion = split_answer(completion, field)
-    begun = prompt_of(with_system(row, prompt, options))
-    return Example([Conversation(begun + completion, offered(row, options))], {"label": good})
+    before, answer = split_answer(completion, field)
+    begun = prompt_of(with_system(row, prompt + before, options))
+    return Example([Conversation(begun + answer, offered(row, options))], {"label": good})
 
 
 def recognises(row: Row) -> Mapping[str, str] | None:
@@ -43,7 +46,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     found = [name for name in ("completion", "response") if isinstance(row.get(name), str | list)]
     if verdict(row.get("label")) is None or len(found) != 1:
         return None
-    asked = [name for name in ("prompt", "instruction") if isinstance(row.get(name), str | list)]
+    asked = [name for name in ("prompt", "question", "instruction") if isinstance(row.get(name), str | list)]
     if len(asked) > 1 or ("instruction" in asked and "input" in row):
         return None
     called = {"completion": found[0], "prompt": asked[0] if asked else "prompt"}

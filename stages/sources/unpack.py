@@ -30,6 +30,8 @@ NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.j
 """What the datasets library saves beside the rows: no rows, though the folder around it is named."""
 CACHED = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
 """What its `map` and `filter` leave there: other versions of the rows."""
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+"""How the names of files and folders begin that hold a split, as in data sets of the Hub."""
 HIDDEN = (".", "__MACOSX")
 """How names begin that editors, notebooks and systems give to files of their own."""
 
@@ -66,8 +68,9 @@ def has_rows(name: str, known: tuple[str, ...] = SUFFIXES) -> bool:
 
 
 def refuse_splits(names: Iterable[str], place: str) -> None:
-    """Raise UserError where the datasets library saved several splits: a test split would train. `names` are the paths
-    of all files below a folder that was named."""
+    """Raise UserError where the datasets library saved several splits, or files or folders are named after splits, as
+    in the Hub's data sets: a test split would train. `names` are the paths of all files below a folder that was named.
+    """
     paths = [PurePosixPath(name) for name in names]
     splits = {path.parent for path in paths if path.name == "state.json"}
     for folder in sorted(path.parent for path in paths if path.name == "dataset_dict.json"):
@@ -76,6 +79,16 @@ def refuse_splits(names: Iterable[str], place: str) -> None:
             told = f"{folder} holds the splits {', '.join(split.name for split in found)}, as datasets saved them"
             one = next((split for split in found if split.name == "train"), found[0])
             raise UserError(f"{place}: {told}: name the folder of one, e.g. {one}")
+    named: dict[PurePosixPath, dict[str, PurePosixPath]] = {}
+    for path in filter(lambda path: suffix_of(path.name) and path.name not in NOT_ROWS, paths):
+        for one in (path, path.parent):
+            if match := SPLIT.match(one.name):
+                named.setdefault(one.parent, {}).setdefault(match[1].lower(), one)
+    for folder, of in sorted(named.items()):
+        if "train" in of and len(of) > 1:
+            mend = str(of["train"]) if not suffix_of(of["train"].name) else f"{folder}/train*"
+            told = f"{folder} holds {', '.join(of[split].name for split in sorted(of))}, named after splits"
+            raise UserError(f"{place}: {told}: name those of one, e.g. {mend}")
 
 
 class _Limited:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from packing.collate import PackedBins, collate
 from packing.plan import deal
+from stages import objectives
 from stages.errors import UserError
 from stages.objectives import Batch, Objective
 from stages.tables import read_table
@@ -61,15 +62,17 @@ def step_order(windows: Sequence[int], global_batch: int, total: int, seed: int)
     return [int(step) for step in np.concatenate(epochs)[:total]]
 
 
-def open_bins(inputs: Mapping[str, Path]) -> PackedBins:
-    """The plan's training bins. Raises UserError when there is nothing to train on."""
+def open_bins(inputs: Mapping[str, Path], objective: str = "sft") -> PackedBins:
+    """The plan's training bins. Raises UserError for rows that an objective does not train on, and when there is
+    nothing to train on."""
     bins = PackedBins(inputs["tokens"], inputs["plan"], inputs.get("reference"))
+    _refuse_other_kinds(objective, objectives.find(objective).kinds, bins.kind)
     if not len(bins) or not bins.trained.sum():
         raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
     return bins
 
 
-def refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
+def _refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
     """Raise UserError when an objective does not train on the plan's kind of rows."""
     if kind not in kinds:
         raise UserError(

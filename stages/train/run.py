@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from packing.attention import implementation
 from packing.collate import PackedBins
-from stages import arithmetic, objectives, quantization
+from stages import arithmetic, context, objectives, quantization
 from stages.child import SUSPENDED
 from stages.errors import UserError
 from stages.stage import Facts, Work
@@ -38,7 +38,6 @@ from stages.train.data import (
     Steps,
     name_rows,
     open_bins,
-    refuse_other_kinds,
     refuse_unknown_tokens,
     step_order,
     to_device,
@@ -106,10 +105,9 @@ def attempt(
     """
     started = time.monotonic()
     checks.refuse_device(config, this.device)
-    bins = open_bins(inputs)
+    bins = open_bins(inputs, config.objective)
     shards = json.loads((inputs["plan"] / "plan.json").read_text())["shards"]
     objective = objectives.find(config.objective)
-    refuse_other_kinds(config.objective, objective.kinds, bins.kind)
     identity = state.identity(config, inputs)
     config = config.model_copy(update={"precision": arithmetic.fitting(config.precision, this.device)})
     checkpoint, skipped = _newest(work.folder / "checkpoints", this.below, group)
@@ -140,6 +138,7 @@ def attempt(
         loaded = model.load(inputs["model"], config, place, split, work.runtime.attention)
         refuse_unknown_tokens(shards, loaded.get_input_embeddings().weight.shape[0])
         refuse_too_big(loaded, place)
+        beyond = context.beyond(loaded, bins.longest)
         trained: Any = model.ready(loaded, config, inputs["model"], place, lambda: batches(first, place))
         faster: dict[str, Any] = {"attention": loaded.config._attn_implementation}
         faster |= speed.hold(trained, config, how)
@@ -221,7 +220,7 @@ def attempt(
         )
         resumed = int(checkpoint.name) if checkpoint else 0
         work.tell(resumed, this.total, "steps", memory_plan=str(plan))
-        if said := schedules.unreached(config, this.total):
+        for said in filter(None, (schedules.unreached(config, this.total), beyond)):
             trainer.note(said)
         ready = time.monotonic()
         try:

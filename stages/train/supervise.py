@@ -32,7 +32,7 @@ from stages.train.schedules import steps_in
 
 def train(config: TrainConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Train, however many attempts and ranks it takes. See `stages.train.run.attempt` for inputs, files and errors."""
-    bins, runtime = open_bins(inputs), work.runtime
+    bins, runtime = open_bins(inputs, config.objective), work.runtime
     device = _device(runtime.device)
     # accelerate imports DeepSpeed where there is one, and it would look around and say so.
     os.environ["DS_ACCELERATOR"] = device

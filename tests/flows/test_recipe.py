@@ -228,6 +228,11 @@ def test_an_override_out_of_bounds_is_named(tmp_path: Path) -> None:
     assert loaded(tmp_path, GOOD, "train.learning_rate=-1").startswith("--set train.learning_rate")
 
 
+def test_an_override_is_named_where_only_the_section_around_it_can_be(tmp_path: Path) -> None:
+    told = loaded(tmp_path, GOOD, "train.optimizer_options={foo: 1}")
+    assert re.match(r"\S+\.yaml(:\d+)? with --set train\.optimizer_options: .*`optimizer_options.foo`", told), told
+
+
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text(GOOD)
     with pytest.raises(UserError, match=r"no such recipe file; did you mean .*quickstart\.yaml"):

@@ -197,6 +197,19 @@ def test_steps_of_a_model_that_was_fetched_are_told_before_anything_is_trained(
         run.refuse_steps(section)
 
 
+@pytest.mark.parametrize(("task", "field"), [("right", "answer"), ("right", "question"), ("worth", "question")])
+def test_a_task_that_cannot_ask_its_rows_is_told_before_anything_is_trained(
+    home: Path, recipe: dict[str, Any], task: str, field: str
+) -> None:
+    run_of(home, recipe).check_tasks()
+    recipe["evaluate"]["tasks"][task][field] = "nothing"
+    told = (
+        rf"^evaluate\.tasks\.{task}: asked/00000/.*rows\.jsonl line 1: .*'nothing'.* has only prompt, question, answer"
+    )
+    with pytest.raises(UserError, match=told):
+        run_of(home, recipe).check_tasks()
+
+
 def test_a_reward_is_shown_as_a_number_beside_shares() -> None:
     def interval(value: float) -> dict[str, float]:
         return {"value": value, "low": value - 0.25, "high": value + 0.25}

@@ -51,6 +51,7 @@ def test_a_row_becomes_text_with_spans(tmp_path: Path) -> None:
         "kind": "conversation",
         "format": "messages",
         "fields": {},
+        "own_ends": False,
         "first": 0,
         "rows": 1,
         "dropped": {},

@@ -93,6 +93,10 @@ def test_rows_of_two_formats_in_one_shard_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
+        (
+            {"instruction": "1 + 1", "input": "", "output": 2},
+            "they have instruction, input, output. As alpaca: output is a number: expected text",
+        ),
         ({"a": 1}, r"mine.jsonl: no format knows these rows: they have a\. Say which"),
         ({"messages": [{"role": "user"}]}, r"they have messages\. As messages: messages\[0\].content is missing"),
         ({**GOOD, "instruction": "x", "output": "y"}, r"these rows could be alpaca or messages"),

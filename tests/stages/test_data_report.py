@@ -163,6 +163,7 @@ def test_good_data_gives_no_warning(tmp_path: Path) -> None:
         ([[("assistant", 3), ("user", 5), ("assistant", 2)]], "in 1 of 4 conversations the assistant speaks first"),
         ([[("user", 3), ("assistant", 3), ("user", 2)]], "1 of 4 conversations end with a user's words"),
         ([[("user", 3), ("assistant", 0)]], "1 of the assistant's turns are empty"),
+        ([[("text", 0)]] * 2, "2 of the assistant's turns are empty"),
         ([[("user", 400), ("assistant", 1)]] * 3, "users say 40 times as much as the assistant"),
         ([[("user", 3), ("assistant", 600)]] * 9, "9 of 12 rows are dropped, most of them as overlong"),
     ],

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from stages.formats import BadRow, Example, find
+from stages.errors import UserError
+from stages.formats import BadRow, Example, auto, find
 from stages.marks import TRAIN_NO, TRAIN_UNSET
 from tests.stages.test_formats import reader
 
@@ -54,6 +55,37 @@ class TestPreference:
             assert [[content for _, content, _ in side] for side in sides] == [[*said, "a"], [*said, "b"]]
             assert all(train == TRAIN_NO for side in sides for _, _, train in side[:-1])
 
+    def test_what_both_say_first_is_no_answer_whether_or_not_a_prompt_stands_by_itself(self) -> None:
+        more = [{"role": "assistant", "content": "s"}, {"role": "user", "content": "r"}]
+        chosen, rejected = ([*self.ASKED, *more, {"role": "assistant", "content": text}] for text in "ab")
+        rows: list[Any] = [
+            {"chosen": chosen, "rejected": rejected},
+            {"prompt": "q", "chosen": chosen, "rejected": rejected},
+            {"prompt": "q", "chosen": chosen[1:], "rejected": rejected[1:]},
+            {"prompt": chosen[:-1], "chosen": chosen, "rejected": rejected},
+            {"prompt": chosen[:-1], "chosen": "a", "rejected": "b"},
+        ]
+        sides = [self.sides(row) for row in rows]
+        assert sides == sides[:1] * len(rows)
+        assert [train for _, _, train in sides[0][0]] == [TRAIN_NO, TRAIN_NO, TRAIN_NO, TRAIN_UNSET]
+
+    @pytest.mark.parametrize("margin", [1.5, "1.5", " 1.5"])
+    def test_a_margin_may_be_text_as_a_csv_has_it(self, margin: Any) -> None:
+        made = reader("preference")({"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin})
+        assert isinstance(made, Example) and made.extra == {"margin": 1.5}
+
+    @pytest.mark.parametrize("margin", [None, math.nan])
+    def test_a_margin_may_be_missing_as_pandas_has_it(self, margin: Any) -> None:
+        made = reader("preference")({"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin})
+        assert isinstance(made, Example) and not made.extra
+
+    def test_messages_that_a_user_ends_are_the_prompt(self) -> None:
+        row: dict[str, Any] = {"messages": self.ASKED, "chosen": self.SAID, "rejected": {**self.SAID, "content": "b"}}
+        assert auto.recognise([row]) == ("preference", {"prompt": "messages"})
+        ended = {**row, "messages": [*self.ASKED, self.SAID], "prompt": "q"}
+        with pytest.raises(UserError, match="could be messages or preference"):
+            auto.recognise([ended])
+
     def test_answers_of_several_turns_part_where_they_differ(self) -> None:
         more = [{"role": "assistant", "content": "s"}, {"role": "user", "content": "r"}]
         sides = self.sides(
@@ -84,7 +116,11 @@ class TestPreference:
             ({"prompt": "q", "chosen": 3, "rejected": "b"}, "wrong type", "chosen is a number"),
             ({"prompt": "q", "chosen": [], "rejected": "b"}, "empty conversation", "chosen is empty"),
             ({"prompt": ASKED, "chosen": ASKED, "rejected": "b"}, "no answer", "chosen says nothing after the prompt"),
-            ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "wrong type", "margin is text"),
+            (
+                {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"},
+                "wrong type",
+                "margin is 'x': expected a number",
+            ),
             ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.inf}, "wrong type", "margin is inf"),
             ({"prompt": "p", "chosen": [*ASKED, SAID], "rejected": "b"}, "two prompts", "chosen begins with a turn of"),
             ({"prompt": "q", "chosen": [*ASKED, SAID], "rejected": [*MORE, SAID]}, "two prompts", "do not begin alike"),
@@ -95,6 +131,36 @@ class TestPreference:
         with pytest.raises(BadRow, match=says) as error:
             reader("preference")(row)
         assert error.value.reason == reason
+
+
+def test_of_a_judged_completion_the_last_turn_is_the_answer() -> None:
+    talk = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    turns = [{"role": role, "content": text} for role, text in talk]
+    rows: list[Any] = [
+        {"completion": turns},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"prompt": "q", "completion": turns},
+        {"prompt": turns[:3], "completion": "b"},
+    ]
+    for row in rows:
+        made = reader("unpaired_preference")({**row, "label": True})
+        assert isinstance(made, Example)
+        found = [(turn.role, turn.content, turn.train) for turn in made.parts[0].turns]
+        assert found == [(role, text, TRAIN_UNSET if text == "b" else TRAIN_NO) for role, text in talk]
+
+
+@pytest.mark.parametrize("column", ["question", "instruction"])
+def test_a_prompt_under_another_name(column: str) -> None:
+    row = {"system": "s", column: "q", "completion": "a", "label": 1}
+    assert auto.recognise([row]) == ("unpaired_preference", {"prompt": column})
+    with pytest.raises(
+        BadRow, match=r"prompt is missing.*also has system, other: is it there\? convert.fields: {prompt"
+    ):
+        reader("unpaired_preference")({"system": "s", "other": "q", "completion": "a", "label": 1})
+    with pytest.raises(
+        BadRow, match=r"prompt is missing.*also has other: is it there\? convert.fields: {prompt: NAME}"
+    ):
+        reader("preference")({"other": "q", "chosen": "a", "rejected": "b"})
 
 
 @pytest.mark.parametrize("name", ["unpaired_preference", "prompt_completion"])
@@ -113,7 +179,17 @@ def test_a_completion_that_repeats_its_prompt_asks_once(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("label", "good"),
-    [(True, True), (False, False), (1, True), (0, False), ("True", True), ("false", False), ("0", False)],
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0, False),
+        (1.0, True),
+        (0.0, False),
+        ("True", True),
+        ("false", False),
+        ("0", False),
+    ],
 )
 def test_a_label_is_one_however_it_is_written(label: Any, good: bool) -> None:
     row = {"prompt": "q", "completion": "a", "label": label}

@@ -44,3 +44,15 @@ def test_raw_text_has_no_system_prompt(name: str) -> None:
     with pytest.raises(BadRow, match="system says something, and raw text has no system prompt"):
         read(row)
     assert read({**row, "system": ""})
+
+
+def test_a_call_has_its_arguments_as_parameters_or_under_no_other_name() -> None:
+    def call(**said: Any) -> Any:
+        row = {"messages": [{"role": "assistant", "tool_calls": [{"name": "weather", **said}]}]}
+        (turn,) = reader("messages")(row).turns
+        return turn.tool_calls[0]["function"]["arguments"]
+
+    assert call(parameters={"city": "Oslo"}) == call(arguments={"city": "Oslo"}) == {"city": "Oslo"}
+    assert call() == call(arguments=None, type="function", input=None) == {}
+    with pytest.raises(BadRow, match=r"tool_calls\[0\] has no arguments, but input: expected `arguments`"):
+        call(input={"city": "Oslo"})

@@ -33,6 +33,34 @@ def test_what_map_left_beside_the_rows_is_not_read(tmp_path: Path, scheme: str) 
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize(
+    ("held", "mend"),
+    [
+        (
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000.parquet"],
+            "train*",
+        ),
+        (["train.jsonl", "val.jsonl", "README.md"], "train*"),
+        (["train/a.csv", "validation/a.csv"], "train"),
+        (["train-1.jsonl", "train-2.jsonl", "trainers.jsonl", "testimony.jsonl", "test.md"], ""),
+        (["en/train.jsonl", "de/train.jsonl"], ""),
+        (["test/a.jsonl"], ""),
+    ],
+)
+def test_files_named_after_splits_do_not_all_train(tmp_path: Path, held: list[str], mend: str, scheme: str) -> None:
+    for name in held:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text("x")
+    if not mend:
+        assert names(tmp_path / "set", scheme)
+        return
+    with pytest.raises(UserError, match=r"named after splits: name those of one, e\.g\. (.*)$") as told:
+        names(tmp_path / "set", scheme)
+    suggested = str(told.value).rpartition("e.g. ")[2]
+    assert suggested.endswith(f"/{mend}") and names(Path(suggested), scheme)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_folder_of_several_splits_is_refused_with_the_folder_to_name(tmp_path: Path, scheme: str) -> None:
     both = datasets.DatasetDict({"train": saved(tmp_path / "a", 6), "test": saved(tmp_path / "b", 3)})
     both.save_to_disk(str(tmp_path / "both"))

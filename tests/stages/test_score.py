@@ -55,7 +55,7 @@ def test_log_probabilities_are_the_models_own_row_by_row(tmp_path: Path, monkeyp
 def test_of_a_row_beyond_learned_positions_the_beginning_is_scored(
     tmp_path: Path, config: str, sizes: dict[str, int]
 ) -> None:
-    """pack leaves it out, or cuts it; it does so in a stage of its own."""
+    """Training refuses it, before that or after."""
     more = {"word_embed_proj_dim": 32, "ffn_dim": 64} if config == "OPTConfig" else {}
     folder = tiny.save(tmp_path / "model", config, max_position_embeddings=64, **sizes, **more)
     write_table(tmp_path / "tokens.arrow", tokens_schema(tiny.VOCABULARY), ({"ids": ids} for ids in rows()))

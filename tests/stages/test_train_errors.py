@@ -1,5 +1,6 @@
 """What train refuses, before or while it works, and how it says so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from stages.errors import UserError
 from stages.runtime import Runtime
-from stages.stage import Work
+from stages.stage import Facts, Work
 from stages.train import STAGE, TrainConfig
 from stages.train.data import step_order
 from tests.stages import tiny
 
 
-def train(folder: Path, inputs: dict[str, Path], **config: Any) -> None:
+def train(folder: Path, inputs: dict[str, Path], **config: Any) -> Facts:
     output = folder / "output"
-    output.mkdir()
-    STAGE.run(TrainConfig.model_validate(config), inputs, output, Work(folder / "work", Runtime(device="cpu")))
+    output.mkdir(parents=True)
+    return STAGE.run(TrainConfig.model_validate(config), inputs, output, Work(folder / "work", Runtime(device="cpu")))
 
 
 @pytest.fixture
@@ -43,6 +44,27 @@ def test_an_adapter_on_a_tied_head_is_refused(tmp_path: Path, inputs: dict[str, 
     tied = tiny.llama(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(UserError, match="'lm_head' shares its weights"):
         train(tmp_path, {**inputs, "model": tied}, lora={"targets": ["lm_head"]})
+
+
+def test_documents_beyond_learned_positions_are_refused_and_beyond_others_told(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    plan = tiny.plan(tmp_path / "long", [[5 + n % 50 for n in range(70)]] * 4, sequence_length=128)
+    learned = tiny.save(tmp_path / "gpt", "GPT2Config", max_position_embeddings=64, n_positions=64)
+    told = r"documents have up to 70 tokens, and the model 64 positions .* set pack.sequence_length: 64"
+    with pytest.raises(UserError, match=told):
+        train(tmp_path, {**plan, "model": learned})
+    rotary = tiny.llama(tmp_path / "rotary", max_position_embeddings=64)
+    facts: Any = train(tmp_path / "rotary", {**plan, "model": rotary}, max_steps=1, precision="fp32")
+    (note,) = facts["notes"]
+    assert "up to 70 tokens, and the model 64 positions" in note and "is new to it" in note
+
+
+def test_prompts_alone_are_no_plan_without_training(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    path = inputs["plan"] / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "prompt"}))
+    with pytest.raises(UserError, match=r"sft trains on rows of kind .*, and the plan holds rows of kind prompt"):
+        train(tmp_path, inputs)
 
 
 def test_an_empty_plan_is_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:
