@@ -143,6 +143,15 @@ def _told(error: Mapping[str, Any], document: Document, name: str, overridden: s
         return f"{place}: `{dotted}` is missing"
     if kind == "value_error":
         return f"{place}: `{dotted}`: {wanted.removeprefix('Value error, ')}"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        known, around = (_fields_at(Recipe, at) for at in (path, path[:-1]))
+        keys = f"{{{', '.join(sorted(known))}}}"
+        named = f"expected {{NAME: {keys if known != around else 'VALUE'}, ...}}"
+        wanted = named if kind == "dict_type" else f"expected some of {keys}"
+    elif kind in ("tuple_type", "list_type"):
+        wanted = "expected a list"
+    elif path == ("name",) and kind == "string_pattern_mismatch":
+        wanted = "expected small letters, digits and hyphens, 63 at most, no hyphen first"
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{place}: `{dotted}`: {wanted[:1].lower()}{wanted[1:]}{shown}"

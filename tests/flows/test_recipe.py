@@ -228,6 +228,22 @@ def test_an_override_out_of_bounds_is_named(tmp_path: Path) -> None:
     assert loaded(tmp_path, GOOD, "train.learning_rate=-1").startswith("--set train.learning_rate")
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("fetch.model=tiny", "`fetch.model`: expected some of {dtype, hub, .*path.*} (got 'tiny')"),
+        ("fetch.data=[a]", "`fetch.data`: expected {NAME: {.*files, .*hub.*}, ...}"),
+        ("fetch.data.a=x", "`fetch.data.a`: expected some of {.*files, .*hub.*} (got 'x')"),
+        ("convert.fields=3", "`convert.fields`: expected {NAME: VALUE, ...} (got 3)"),
+        ("pack.train_on=asistant", "`pack.train_on`: expected a list (got 'asistant')"),
+        ("name=My_Model", "`name`: expected small letters, digits and hyphens"),
+    ],
+)
+def test_another_shape_than_a_section_has_is_told_what_it_has(tmp_path: Path, setting: str, told: str) -> None:
+    found = loaded(tmp_path, GOOD, setting)
+    assert re.search(".*".join(map(re.escape, told.split(".*"))), found), found
+
+
 def test_an_override_is_named_where_only_the_section_around_it_can_be(tmp_path: Path) -> None:
     told = loaded(tmp_path, GOOD, "train.optimizer_options={foo: 1}")
     assert re.match(r"\S+\.yaml(:\d+)? with --set train\.optimizer_options: .*`optimizer_options.foo`", told), told
