@@ -116,7 +116,8 @@ def test_dpo_losses_are_the_papers(model: Any, name: dpo.Name) -> None:
     for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
         own, given, sizes = zip(chosen, rejected, strict=True)
         expected += by_the_paper(name, own, given, sizes)
-    options = dpo.DpoOptions(beta=BETA, loss=name, label_smoothing=FLIPPED)
+    smoothed = {"label_smoothing": FLIPPED} if name in ("sigmoid", "robust", "exo_pair") else {}
+    options = dpo.DpoOptions(beta=BETA, loss=name, **smoothed)
     found = dpo.loss(model, options, pairs.pick(batch))(pairs.pick(batch))
     assert found["loss"].item() == pytest.approx(expected, rel=1e-4)
     margins = [BETA * ((c[0] - c[1]) - (r[0] - r[1])) for c, r in zip(rows[::2], rows[1::2], strict=True)]

@@ -258,6 +258,9 @@ def test_what_sharded_ranks_cannot_train_is_refused_before_anything_is_read(
     tmp_path: Path, inputs: dict[str, Path], config: dict[str, Any], said: str
 ) -> None:
     work = Work(tmp_path / "work", Runtime(device="cpu", ranks=2, shard="fsdp"))
+    path = inputs["plan"] / "plan.json"
+    kind = "unpaired_preference" if config.get("objective") == "kto" else "conversation"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": kind}))
     with pytest.raises(UserError, match=f"{said} do not go together yet: set the runtime's shard to none"):
         broken = {**inputs, "model": tmp_path / "none"}
         STAGE.run(TrainConfig.model_validate(config), broken, tmp_path / "output", work)
