@@ -66,6 +66,28 @@ def test_rolling_back_gives_the_training_that_never_took_the_step(
     assert [line["step"] for line in found] == [step for step in range(1, 13) if step not in left_out]
 
 
+def test_what_was_left_out_stays_so_when_a_training_goes_on_from_before_it(
+    tmp_path: Path, poisoned: dict[str, Path]
+) -> None:
+    config = TrainConfig.model_validate({**CONFIG, "epochs": 1, "on_spike": "stop"})
+
+    def steps(left_out: tuple[int, ...], stop_after: int) -> list[int]:
+        stopping, output = Stopping(), tmp_path / f"stopped after {stop_after}"
+        output.mkdir()
+
+        def tell(done: int, *_: Any, **__: Any) -> None:
+            stopping.asked = stopping.asked or done >= stop_after
+
+        work = Work(tmp_path / "work", Runtime(device="cpu"), tell=tell)
+        attempt(config, poisoned, output, work, Attempt("cpu", 1, "none", 6, left_out=left_out), Group(), stopping)
+        return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+    with pytest.raises(SystemExit):
+        steps((2,), 1)
+    assert {path.name for path in (tmp_path / "work/checkpoints").iterdir()} <= {"1", "2"}, "before what was left out"
+    assert steps((), 99) == [1, 2, 4, 5, 6]
+
+
 @pytest.mark.parametrize("policy", ["note", "stop"])
 def test_what_is_no_number_is_never_only_noted(tmp_path: Path, poisoned: dict[str, Path], policy: str) -> None:
     with pytest.raises(UserError, match=r"loss is nan in step 3; its rows: chat/00000 row 13.*on_spike to rollback"):
