@@ -4,6 +4,7 @@ The record is written to the store when the run starts, so that a retry, a resum
 then, and so that garbage collection keeps what the run uses.
 """
 
+import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -138,6 +139,16 @@ class Run:
             # A damaged copy is mended where it is loaded, and looked at again there.
             with suppress(BadBlob), self.store.hold() as hold:
                 reward_models.refuse_steps(self.store.view(models.folder(model).select("config.json"), hold), place)
+
+    def check_kind(self) -> None:
+        """Raise UserError where the objective does not train on what convert made of the rows: before they are
+        tokenized."""
+        shards = self.artifacts["convert"].tree.select("*/counts.json").folders()
+        with suppress(BadBlob), self.store.hold() as hold:  # as above
+            for shard, tree in [*shards.items()][:1]:  # all are of one kind, or pack says so
+                counts = json.loads((self.store.view(tree, hold) / "counts.json").read_text())
+                source = f"the source `{shard.partition('/')[0]}`"
+                objectives.refuse_other_kinds(self.loaded.recipe.train.objective, counts["kind"], source)
 
     def check_tasks(self) -> None:
         """Raise UserError where a task of `evaluate` cannot ask what was fetched for it."""

@@ -109,6 +109,16 @@ def find(name: str) -> Objective:
     return objective
 
 
+def refuse_other_kinds(name: str, kind: str, place: str) -> None:
+    """Raise UserError when an objective does not train on the kind of rows that some place holds."""
+    kinds = find(name).kinds
+    if kind not in kinds:
+        raise UserError(
+            f"train.objective {name} trains on rows of kind {' or '.join(kinds)}, and {place} holds rows of kind "
+            f"{kind}: choose another objective, or read the data in another convert.format"
+        )
+
+
 def options_of(name: str, given: Mapping[str, Any]) -> StageConfig:
     """An objective's settings, defaults filled in. Raises UserError naming the first that does not fit."""
     kind = find(name).options

@@ -66,19 +66,10 @@ def open_bins(inputs: Mapping[str, Path], objective: str = "sft") -> PackedBins:
     """The plan's training bins. Raises UserError for rows that an objective does not train on, and when there is
     nothing to train on."""
     bins = PackedBins(inputs["tokens"], inputs["plan"], inputs.get("reference"))
-    _refuse_other_kinds(objective, objectives.find(objective).kinds, bins.kind)
+    objectives.refuse_other_kinds(objective, bins.kind, "the plan")
     if not len(bins) or not bins.trained.sum():
         raise UserError("the plan holds nothing to train on: see the data report of pack for what was dropped and why")
     return bins
-
-
-def _refuse_other_kinds(name: str, kinds: Sequence[str], kind: str) -> None:
-    """Raise UserError when an objective does not train on the plan's kind of rows."""
-    if kind not in kinds:
-        raise UserError(
-            f"train.objective {name} trains on rows of kind {' or '.join(kinds)}, and the plan holds rows of kind "
-            f"{kind}: choose another objective, or read the data in another convert.format"
-        )
 
 
 def to_device(batch: Batch, device: "str | torch.device") -> dict[str, Any]:

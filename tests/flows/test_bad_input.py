@@ -58,6 +58,35 @@ def refused(pipeline: Pipeline, stage: str, tmp_path: Path, *args: Any, **option
     return told
 
 
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"), ({"prompt": "a", "level": 1}, "prompt")],
+)
+def test_rows_that_the_objective_does_not_train_on_are_told_before_they_are_tokenized(
+    tmp_path: Path, tiny_model: Path, row: dict[str, Any], kind: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    for objective in ("sft", "orpo", "grpo"):
+        recipe = {
+            "name": "kinds",
+            "fetch": {"model": {"path": str(tiny_model)}, "data": {"rows": {"files": str(tmp_path / "rows.jsonl")}}},
+            "train": {"objective": objective},
+        }
+        if objective == "grpo":
+            recipe["train"]["objective_options"] = {"rewards": {"short": {"reward": "length", "options": {"most": 9}}}}
+        runtime = Runtime(store=str(tmp_path / "store"), cache=tmp_path / "cache")
+        loaded = Loaded(recipe=Recipe.model_validate(recipe), text="", path="")
+        this = start(loaded, runtime, open_store(runtime.store, runtime.cache))
+        for stage in ("fetch", "convert"):
+            execute(this, stage)
+        if (objective, kind) in (("orpo", "preference"), ("grpo", "prompt")):
+            this.check_kind()
+            continue
+        told = f"{objective} trains on rows of kind .*, and the source `rows` holds rows of kind {kind}"
+        with pytest.raises(UserError, match=told):
+            this.check_kind()
+
+
 def test_a_missing_file(pipeline: Pipeline, tmp_path: Path) -> None:
     assert "rows.jsonl" in refused(pipeline, "fetch", tmp_path, None)
 
