@@ -94,7 +94,7 @@ class Head:
         return hidden
 
     def _in_chunks(self, batch: Batch, reduction: str) -> Tensor:
-        """Losses of some rows at a time."""
+        """Losses, chunk by chunk."""
 
         def part(project: Project, rows: Tensor, targets: Tensor) -> Tensor:
             return nn.functional.cross_entropy(project(rows).float(), targets, reduction=reduction).reshape(-1)

@@ -1,6 +1,7 @@
 """Reading the fields of a row: the value of the kind a format needs, or a `BadRow` that says what stands there."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from stages.formats import BadRow, Row
@@ -59,6 +60,12 @@ def verdict(value: Any) -> bool | None:
 def listed(row: Row) -> str:
     """The row's columns, for messages."""
     return ", ".join(map(str, row)) or "nothing"
+
+
+def elsewhere(row: Row, known: Collection[str]) -> str:
+    """Where the prompt of a row may be that has none in its place, for messages: a column that is none of `known`."""
+    others = [name for name in row if name not in known]
+    return f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
 
 
 def shown(value: Any) -> str:

@@ -75,7 +75,7 @@ def _write_top(head: Any, k: int, known: int | None, source: Path, target: Path,
             ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
             likely, log_probs = np.zeros((len(ids), k), np.uint32), np.zeros((len(ids), k), np.float16)
             taken, kept = _readable(head, lengths)
-            for low, high in _ranges(kept):
+            for low, high in _ranges(kept, TOKENS):
                 some = taken[int(kept[:low].sum()) : int(kept[:high].sum())]
                 packed = _batch(ids[some], kept[low:high], head.causal.device)
                 with torch.inference_mode():
@@ -168,9 +168,9 @@ def _batch(ids: NDArray[Any], lengths: NDArray[np.int64], device: Any) -> dict[s
     return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in picked.items()}
 
 
-def _ranges(lengths: NDArray[np.int64], most: int | None = None) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `most` tokens each, or of `TOKENS`."""
-    group = (np.cumsum(lengths) - lengths) // (most or TOKENS)
+def _ranges(lengths: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `most` tokens each."""
+    group = (np.cumsum(lengths) - lengths) // most
     cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(lengths)]
     return pairwise(cuts) if len(lengths) else iter(())
 
@@ -190,7 +190,7 @@ def _all_scored(head: Any, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDA
     """The same for rows of any number of tokens; zero also for those that the model cannot read."""
     found = np.zeros(len(ids), np.float32)
     taken, kept = _readable(head, lengths)
-    for low, high in _ranges(kept):
+    for low, high in _ranges(kept, TOKENS):
         some = taken[int(kept[:low].sum()) : int(kept[:high].sum())]
         found[some] = _scored(head, ids[some], kept[low:high])
     return found

@@ -18,6 +18,18 @@ SAMPLE = 100
 LAST = "completion"
 """The format that any row with a `text` has."""
 
+MEANT = {
+    ("messages",): "messages",
+    ("conversations",): "sharegpt",
+    ("instruction", "output"): "alpaca",
+    ("chosen", "rejected"): "preference",
+    ("completion", "label"): "unpaired_preference",
+    ("prompt", "completion"): "prompt_completion",
+    ("input_ids",): "pretokenized",
+    ("text",): "completion",
+}
+"""The format that rows with some columns were meant to have, if none knows them."""
+
 Recognised = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -48,26 +60,13 @@ _MEND = "Say which with convert.format (or convert.sources.<name>.format); docs/
 
 def _nearest(rows: Sequence[Row]) -> str:
     """What keeps the first row from being what its columns say that it is."""
-    for columns, name in COLUMNS.items():
+    for columns, name in MEANT.items():
         if rows and rows[0].keys() >= set(columns):
             try:
                 formats.reader(name, {}, {}, {}).convert(rows[0])
             except BadRow as error:
                 return f". As {name}: {error}"
     return ""
-
-
-COLUMNS = {
-    ("messages",): "messages",
-    ("conversations",): "sharegpt",
-    ("instruction", "output"): "alpaca",
-    ("chosen", "rejected"): "preference",
-    ("completion", "label"): "unpaired_preference",
-    ("prompt", "completion"): "prompt_completion",
-    ("input_ids",): "pretokenized",
-    ("text",): "completion",
-}
-"""Columns by which people call a format."""
 
 
 def candidates(row: Row) -> set[Recognised]:

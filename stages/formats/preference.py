@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import MESSAGE_FIELDS, asks, offered, with_system
-from stages.row_fields import shown
+from stages.row_fields import elsewhere, shown
 from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said
 
 
@@ -47,8 +47,7 @@ def convert(row: Row, options: Options) -> Example:
 
 def _opened(answers: list[list[Turn]], names: tuple[str, str], prompt: str, row: Row) -> list[list[Turn]]:
     """Answers that hold their prompt themselves, as turns. Raises BadRow when they are plain texts that hold none."""
-    told, others = f"{prompt} is missing", [name for name in row if name not in names]
-    mend = f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
+    told, mend = f"{prompt} is missing", elsewhere(row, names)
     texts = [turns[0].content or "" for turns in answers]
     if any(len(turns) > 1 for turns in answers):
         return answers

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, offered, with_system
-from stages.row_fields import shown, verdict
+from stages.row_fields import elsewhere, shown, verdict
 from stages.row_turns import Wording, after_prompt, prompt_of, said, split_answer
 
 
@@ -26,11 +26,9 @@ def convert(row: Row, options: Options) -> Example:
     if row.get(prompt_field) is not None:
         prompt, completion = after_prompt(said(row, prompt_field, "user", options), completion, field)
     elif len(completion) == 1:
-        others = [name for name in row if name not in (label, field)]
-        mend = (
-            f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
+        raise BadRow(
+            "missing field", f"{prompt_field} is missing: expected text or messages{elsewhere(row, (label, field))}"
         )
-        raise BadRow("missing field", f"{prompt_field} is missing: expected text or messages{mend}")
     if not completion:
         raise BadRow("no answer", f"{field} says nothing after the prompt: expected an answer")
     before, answer = split_answer(completion, field)

@@ -57,8 +57,7 @@ def _scaled(values, factor, size, BLOCK: tl.constexpr):
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """`values`, contiguous, multiplied in place by a float32 number of their device, and rounded once. torch's own
-    product rounds such a number to their 16 bits first, and takes 1.2 ms for 262 million on an H200, whose bytes need
-    0.25."""
+    product, by its kernel's types, rounds such a number to their 16 bits first; 296 million took 1.4 ms on an H200."""
     if values.numel():
         kernel: Any = _scaled
         kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK, num_warps=8)

@@ -1,18 +1,15 @@
 """Options of objectives and their figures, where a changed line went unnoticed by all other tests."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stages import cache, pairs
+from stages import pairs
 from stages.identity import Json
 from stages.objectives import dpo, find, options_of
-from stages.traced import TEMPLATE, Traced, runs_of
 from tests.objectives.test_preferences import BETA, alone, model, packed, s  # noqa: F401
-from tests.stages.test_cache import BLOB, far, made
 from tests.stages.test_heldout import by_hand, measured  # noqa: F401
 
 
@@ -65,20 +62,3 @@ def test_the_held_out_loss_of_judged_answers_is_that_of_the_good_ones(
         loss = -sum(total for total, _ in good) / sum(count for _, count in good)
         assert scores["heldout_loss"][name]["value"] == pytest.approx(loss, rel=1e-4)
     assert scores["heldout_loss"]["tokens"] == sum(count for _, count in good)
-
-
-def test_the_view_that_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
-    store = far(tmp_path, 3 * BLOB)
-    trees = [made(store, tmp_path / str(n), n) for n in range(4)]
-    for at, n in enumerate((0, 1, 2, 0, 3)):
-        with store.hold() as hold:
-            os.utime(store.view(trees[n], hold), ns=(at, at))
-    left = {n for n, tree in enumerate(trees) if (store.cache / "views" / tree.digest).exists()}
-    assert left == {0, 2, 3} and cache.size_of(store.cache) <= 3 * BLOB
-
-
-def test_what_stands_in_for_a_part_counts_as_that_part() -> None:
-    text = "Xb" + Traced("ab", ((2, 0),)) + Traced("b1", ((2, 1),))
-    found = text.replace("b", "YY")
-    assert found == "XYYaYYYY1"
-    assert [run for run in runs_of(found) if run[0]] == [(3, TEMPLATE), (3, 0), (3, 1)]

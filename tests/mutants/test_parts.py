@@ -71,3 +71,25 @@ def test_a_copy_that_was_shown_again_outlives_one_that_was_not(tmp_path: Path) -
         cache.drop_views(store.cache, float("inf"))
     made(store, tmp_path / "3", 3)
     assert {tree.files[0].sha256 for tree in (trees[0], trees[2])} < in_cache(store)
+
+
+def test_objects_are_equal_when_they_have_the_same_fields() -> None:
+    rows = [{"a": {"x": 1}, "b": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 2}, "b": {"x": 1}}]
+    assert [parse("a == b")(row) for row in rows] == [False, False]
+
+
+def test_the_view_that_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    store = far(tmp_path, 3 * BLOB)
+    trees = [made(store, tmp_path / str(n), n) for n in range(4)]
+    for at, n in enumerate((0, 1, 2, 0, 3)):
+        with store.hold() as hold:
+            os.utime(store.view(trees[n], hold), ns=(at, at))
+    left = {n for n, tree in enumerate(trees) if (store.cache / "views" / tree.digest).exists()}
+    assert left == {0, 2, 3} and cache.size_of(store.cache) <= 3 * BLOB
+
+
+def test_what_stands_in_for_a_part_counts_as_that_part() -> None:
+    text = "Xb" + Traced("ab", ((2, 0),)) + Traced("b1", ((2, 1),))
+    found = text.replace("b", "YY")
+    assert found == "XYYaYYYY1"
+    assert [run for run in runs_of(found) if run[0]] == [(3, TEMPLATE), (3, 0), (3, 1)]

@@ -7,17 +7,11 @@ import torch
 from torch import nn
 
 from stages.encoding import load as load_encoder
-from stages.filters import parse
 from stages.marks import ORIGIN_CONTENT, TRAIN_NO, TRAIN_YES
 from stages.rendering import Rendered, Span
 from stages.train.adamw import SplitAdamW, split, whole
 from tests.stages.test_tokenize import byte_level, encoded
 from tests.stages.test_train_adamw import SETTINGS, layers
-
-
-def test_objects_are_equal_when_they_have_the_same_fields() -> None:
-    rows = [{"a": {"x": 1}, "b": {"x": 1, "y": 2}}, {"a": {"x": 1, "y": 2}, "b": {"x": 1}}]
-    assert [parse("a == b")(row) for row in rows] == [False, False]
 
 
 def test_a_token_of_three_texts_is_not_learned_when_the_last_must_not_be() -> None:
