@@ -266,7 +266,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
 STAGE = Stage(
     name="train",
     artifact="adapter",
-    version=14,
+    version=15,
     config=TrainConfig,
     run=run,
     streamed=frozenset({"tokens"}),

@@ -22,6 +22,7 @@ __all__ = [
     "MOST_NARROW",
     "SplitAdamW",
     "add_up_wide",
+    "clipping",
     "held_wide",
     "is_split",
     "put",
@@ -115,6 +116,19 @@ def widen(model: nn.Module, device: str | None = "cpu") -> None:
             del parameter.low_bits
 
 
+def clipping(weights: Iterable[nn.Parameter], longest: float) -> tuple[Tensor, Tensor | None]:
+    """The Euclidean norm of all gradients, float32, and what they are to be multiplied by, so that it is `longest` at
+    most; None where there are none."""
+    weights = list(weights)
+    gradients = [p.grad for p in weights if p.grad is not None]
+    if not gradients:  # of a step that was left out
+        return torch.zeros((), device=weights[0].device), None
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm: Any = torch.linalg.vector_norm(torch.stack(norms))
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm, (longest / (norm + 1e-6)).clamp(max=1.0)
+
+
 def _apart(value: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest bfloat16 (half away from zero) and what is to be added to its bits for the float32."""
     bits = value.contiguous().view(torch.int32)
@@ -153,16 +167,8 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def clip(self, longest: float) -> Tensor:
         """The Euclidean norm of all gradients, float32; the next step scales them down to `longest` if it is more."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:  # of a step that was left out
-            self.factor = None
-            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        norm: Any = torch.linalg.vector_norm(torch.stack(norms))
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.factor = (longest / (norm + 1e-6)).clamp(max=1.0)
-        found: Tensor = norm
-        return found
+        norm, self.factor = clipping((p for group in self.param_groups for p in group["params"]), longest)
+        return norm
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every weight that has a gradient."""

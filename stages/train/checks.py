@@ -155,7 +155,11 @@ def _of_optimizer(config: "TrainConfig") -> Iterator[str]:
             hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(kind.options) or 'none'}"
             yield f"`optimizer_options.{name}`: {config.optimizer} has no such option; {hint}"
     if config.precision == "fp8" and not optimizers.can_split(config):
-        yield "`precision: fp8` needs adamw_torch_fused or adamw_16bit, and neither lisa nor restarts"
+        known = "adamw_torch_fused or adamw_16bit"
+        other = (
+            f"{known}, or `method: full`" if config.method == "lora" else "an optimizer that counts each weight's steps"
+        )
+        yield f"`precision: fp8` needs {other}, and neither lisa nor restarts"
     if config.precision == "fp8" and config.quantize:
         yield "`precision: fp8` is for weights of 16 bits: take it or `quantize` out"
     if not kind.betas and config.betas is not None:

@@ -44,6 +44,8 @@ class Kind:
     """Why it needs a GPU, where it does."""
     low_rank: bool = False
     """Whether its options are those of the matrices' parameter group."""
+    counts_for_all: bool = False
+    """Whether it counts its steps for all weights at once, so that these cannot be updated, or forgotten, apart."""
     coupled: bool = False
     """Whether its own weight decay goes through its averages: the weights then decay before its step."""
 
@@ -120,9 +122,11 @@ OPTIMIZERS: Mapping[str, Kind] = {
     "paged_ademamix_32bit": _bnb("AdEMAMix", 32, ADEMAMIX, PAGED, is_paged=True),
     "rmsprop_bnb_8bit": _rmsprop(8),
     "rmsprop_bnb_32bit": _rmsprop(32),
-    "schedule_free_adamw": Kind("schedulefree:AdamWScheduleFree", {}, {**FREE, **EPS}, EXTRA),
-    "schedule_free_radam": Kind("schedulefree:RAdamScheduleFree", {}, {**FREE, **EPS}, EXTRA),
-    "schedule_free_sgd": Kind("schedulefree:SGDScheduleFree", {}, {**FREE, "momentum": 0.9}, EXTRA, betas=False),
+    "schedule_free_adamw": Kind("schedulefree:AdamWScheduleFree", {}, {**FREE, **EPS}, EXTRA, counts_for_all=True),
+    "schedule_free_radam": Kind("schedulefree:RAdamScheduleFree", {}, {**FREE, **EPS}, EXTRA, counts_for_all=True),
+    "schedule_free_sgd": Kind(
+        "schedulefree:SGDScheduleFree", {}, {**FREE, "momentum": 0.9}, EXTRA, betas=False, counts_for_all=True
+    ),
     "galore_adamw": Kind("galore_torch:GaLoreAdamW", {"no_deprecation_warning": True}, GALORE, EXTRA, low_rank=True),
     "galore_adamw_8bit": Kind(
         "galore_torch:GaLoreAdamW8bit", {}, GALORE, EXTRA, low_rank=True, gpu="has its arithmetic in CUDA alone"
@@ -136,7 +140,7 @@ OPTIMIZERS: Mapping[str, Kind] = {
         low_rank=True,
     ),
     "apollo_adamw": Kind("apollo_torch:APOLLOAdamW", {}, APOLLO, EXTRA, low_rank=True),
-    "stable_adamw": Kind("optimi:StableAdamW", {}, {"eps": 1e-6}, EXTRA),
+    "stable_adamw": Kind("optimi:StableAdamW", {}, {"eps": 1e-6}, EXTRA, counts_for_all=True),
 }
 """transformers' names, and muon. Its layer-wise ones and (ada)lomo update within the backward pass, where neither
 micro-batches can be added up nor gradients clipped; they are not offered."""
@@ -148,10 +152,11 @@ SPLIT = Kind("stages.train.adamw:SplitAdamW", {}, EPS)
 
 def can_split(config: "TrainConfig") -> bool:
     """Whether trained weights may be bfloat16 with their other 16 bits beside them (`stages.train.adamw`). What changes
-    them, or which of them train, between steps wants them in one piece."""
-    known = config.optimizer in ("adamw_torch_fused", "adamw_16bit")
+    them, or which of them train, between steps wants them in one piece; adapters are small."""
+    own = config.optimizer in ("adamw_torch_fused", "adamw_16bit")
+    over = config.method == "full" and not find(config.optimizer).counts_for_all
     changed = config.full.lisa is not None or config.lora.restart_every is not None
-    return config.precision in ("bf16", "fp8") and known and not changed
+    return config.precision in ("bf16", "fp8") and (own or over) and not changed
 
 
 def find(name: str) -> Kind:
@@ -172,12 +177,16 @@ def require(name: str) -> None:
 
 def make(model: Any, config: "TrainConfig") -> "torch.optim.Optimizer":
     """The optimizer over a model's trainable weights, the recipe's learning rate in its first group."""
-    kind = find(config.optimizer)
-    if config.optimizer == "adamw_torch_fused" and any(hasattr(p, "low_bits") for p in model.parameters()):
-        kind = SPLIT
+    kind, groups = find(config.optimizer), list(_groups(model, config))
     if kind.fixed.get("optim_bits") == 8:
         _keep_embeddings_wide(model)
-    return _over(list(_groups(model, config)), kind, config)
+    if kind.where == SPLIT.where or not any(hasattr(p, "low_bits") for p in model.parameters()):
+        return _over(groups, kind, config)
+    if config.optimizer == "adamw_torch_fused":
+        return _over(groups, SPLIT, config)
+    from stages.train.over_split import OverSplit
+
+    return OverSplit(lambda: _over(groups, kind, config), [p for group in groups for p in group["params"]])
 
 
 def try_options(config: "TrainConfig") -> None:

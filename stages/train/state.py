@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.errors import UserError
 from stages.train import adamw, optimizers, zero
+from stages.train.over_split import as_float32
 
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -112,10 +113,11 @@ def load_optimizer(optimizer: Any, checkpoint: Path) -> None:
         held["param_groups"] = [
             {**own, **saved} for own, saved in zip(_settings(part), held["param_groups"], strict=True)
         ]
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    if getattr(inner, "is_paged", False):
-        inner.load_state_dict(saved, move_to_device=False)
-        _page(inner)
+    paged = optimizers.parts_of(optimizer)[0]
+    if getattr(paged, "is_paged", False):
+        with as_float32([p for group in paged.param_groups for p in group["params"]]):
+            paged.load_state_dict(saved, move_to_device=False)
+            _page(paged)
     else:
         optimizer.load_state_dict(saved)
 

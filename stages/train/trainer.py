@@ -29,6 +29,7 @@ from stages.train.between import make as make_between
 from stages.train.checkpoints import Saver
 from stages.train.data import Step, to_device
 from stages.train.metrics import Queue
+from stages.train.over_split import OverSplit
 from stages.train.policy import Spike, Upset, Watch
 from stages.train.progress import Progress
 from stages.train.saving import Saving
@@ -203,13 +204,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        """The gradient's norm; split weights are clipped in the optimizer's kernel, which reads gradients anyway."""
+        """The gradient's norm; split weights are clipped in the optimizer's step, which reads gradients anyway."""
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         if isinstance(optimizer, Zero):
             return optimizer.norm
         if self._left_out:
             return torch.zeros((), device=self.args.device)
-        if isinstance(optimizer, SplitAdamW):
+        if isinstance(optimizer, SplitAdamW | OverSplit):
             self.accelerator.unscale_gradients()  # if there is a scaler
             return optimizer.clip(self.args.max_grad_norm)
         norm: torch.Tensor = super()._clip_grad_norm(model)
