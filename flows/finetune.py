@@ -210,6 +210,8 @@ def drive(
                             run.refuse_steps(section)
                         if {"train", "evaluate"} <= {*plan.to_run}:
                             run.check_tasks()
+                        if "train" in plan.to_run:
+                            run.check_names()
                     if step.stage == "convert" and "train" in plan.to_run:
                         run.check_kind()
         require_held(held)

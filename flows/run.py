@@ -26,6 +26,7 @@ from stages.production import Move, Production, production
 from stages.runtime import Runtime
 from stages.stage import Part, StageConfig, action_of
 from stages.store import Artifact, BadBlob, Store
+from stages.train import named
 
 
 @dataclass
@@ -155,6 +156,16 @@ class Run:
         rows = self.artifacts["fetch"].tree.folder("data")
         with suppress(BadBlob), self.store.hold() as hold:  # as above
             evaluate.check_rows(self.loaded.recipe.evaluate, rows, lambda tree: self.store.view(tree, hold))
+
+    def check_names(self) -> None:
+        """Raise UserError where `train` names layers or weights that the fetched model does not have."""
+        config = self.loaded.recipe.train
+        model = self.artifacts["fetch"].tree.folder("model")
+        weights = model.select(named.INDEX).files or model.select("*.safetensors").files
+        if named.names_of(config):
+            with suppress(BadBlob), self.store.hold() as hold:  # as above
+                read = model.select("config.json", *(file.path for file in weights))
+                named.refuse_unknown(config, self.store.view(read, hold))
 
     def has_made(self, stage: str) -> bool:
         """Whether the stage's artifact is in the store because this run made it."""

@@ -37,10 +37,9 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     rank, what should train cannot, or PEFT refuses a layer or adapts another.
     """
     modules = {id(module): name for name, module in model.named_modules()}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    targets = _targets(model, lora.targets, layers)
+    layers = _layers(model)
+    targets, (saved, spelled) = chosen(model, lora)
     experts = _experts(model) if lora.experts else set()
-    saved, spelled = _whole(model, lora.modules_to_save)
     _refuse_untrainable(model, lora, saved, targets & _head(model, layers))
     renamed = _renamed(model, targets)
     if renamed and lora.dora:
@@ -92,6 +91,16 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     if lora.init in checks.FROM_WEIGHTS:
         folding.remember(adapted)
     return adapted
+
+
+def chosen(model: PreTrainedModel, lora: Lora) -> tuple[set[str], tuple[set[str], list[str]]]:
+    """The layers that are adapted and the modules that train whole, with what PEFT is to call these. Raises UserError
+    for a name that matches none, or one that cannot be adapted."""
+    return _targets(model, lora.targets, _layers(model)), _whole(model, lora.modules_to_save)
+
+
+def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def lift_inputs(model: PeftModel) -> None:
