@@ -249,3 +249,44 @@ def test_half_of_a_question_is_no_prompt(name: str, answers: dict[str, Any], hal
     for nothing in ("", " ", None):
         read({half: "Translate.", other: nothing, **answers})
     reader(name)({"prompt": "Translate.", "input": "oak tree", **answers})  # a column that is not read
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": True}),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}),
+    ],
+)
+def test_turns_before_the_prompt_are_not_left_out(name: str, row: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"look like {name}, but history holds earlier questions.*llamafactory"):
+        auto.recognise([{**row, "history": []}, {**row, "history": [["p", "x"]]}])
+    assert auto.recognise([{**row, "history": []}, {**row, "history": None}, {**row, "history": ""}]) == (name, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("alpaca", {"instruction": "q", "output": "a"}),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": True}),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}),
+    ],
+)
+def test_a_system_prompt_is_found_under_its_long_name(name: str, row: dict[str, Any]) -> None:
+    rows = [{**row, "system_prompt": "Be kind."}, {**row, "system_prompt": None}]
+    found, fields = auto.recognise(rows)
+    assert (found, fields) == (name, {"system": "system_prompt"})
+    for one, roles in zip(rows, (["system", "user"], ["user", "assistant"]), strict=True):
+        made = reader(name, fields=dict(fields))(one)
+        part = made.parts[0] if isinstance(made, Example) else made
+        assert [turn.role for turn in part.turns[:2]] == roles
+    assert auto.recognise([{**row, "system": "Be kind.", "system_prompt": "kind"}]) == (name, {})
+    assert auto.recognise([{**row, "system_prompt": {"id": 3}}]) == (name, {})
+
+
+def test_a_prompt_for_reinforcement_learning_keeps_its_columns() -> None:
+    assert auto.recognise([{"prompt": "q", "system_prompt": "s", "history": [["a", "b"]]}]) == ("prompt_only", {})
