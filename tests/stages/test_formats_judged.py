@@ -204,6 +204,12 @@ def test_a_label_is_one_however_it_is_written(label: Any, good: bool) -> None:
         assert not read or read == ["unpaired_preference"]
 
 
+def test_a_label_that_is_none_is_shown() -> None:
+    read = reader("llamafactory", {"columns": {"kto_tag": "good"}})
+    with pytest.raises(BadRow, match=r"^good is 'perhaps': expected true or false"):
+        read({"instruction": "q", "output": "a", "good": "perhaps"})
+
+
 CALLED: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}]}
 SPOKEN: dict[str, Any] = {"conversations": [{"from": "human", "value": "q"}]}
 
