@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 from stages.formats import BadRow, Row
@@ -19,9 +20,15 @@ def text_at(row: Row, name: str, *, optional: bool = False) -> str:
     raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected text")
 
 
-def list_at(row: Row, name: str) -> list[Any]:
-    """The list field `name` of a row. Raises BadRow."""
+def list_at(row: Row, name: str, *, as_text: bool = False) -> list[Any]:
+    """The list field `name` of a row; with `as_text` also one that is written as JSON text, as a CSV has it. Raises
+    BadRow."""
     value = row.get(name)
+    if as_text and isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json_at(value, "not JSON")
+        except BadRow as error:
+            raise error.inside(name) from error
     if isinstance(value, list):
         if value:
             return value
@@ -36,6 +43,14 @@ def object_at(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise BadRow("wrong type", f" is {kind_of(value)}: expected an object")
+
+
+def decoded(value: Any) -> Any:
+    """A list that is written as JSON text as that list, and every other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(BadRow):
+            return json_at(value, "not JSON")
+    return value
 
 
 def json_at(text: str, reason: str) -> Any:

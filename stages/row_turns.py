@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from stages.formats import BadRow, Options, Row, Turn, sharegpt
+from stages.formats import ROLES, BadRow, Options, Row, Turn, sharegpt
 from stages.formats import messages as openai
 from stages.marks import TRAIN_NO, TRAIN_UNSET
 from stages.row_fields import kind_of, listed
@@ -18,6 +18,11 @@ class Wording(StageConfig):
     chat template."""
 
 
+_LIST = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
+_SPEAKS = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["']""")
+_SAYS = re.compile(r"""["'](?:content|value)["']\s*:""")
+"""What a list of messages looks like that is written as text: as JSON, or as Python writes it into a CSV."""
+
 ASKING = ("system", "user")
 """Who has the word before an answer."""
 
@@ -26,6 +31,9 @@ def said(row: Row, name: str, role: str, options: Options) -> list[Turn]:
     """The field `name` as turns: text that `role` says, one message, or a list of them. Raises BadRow."""
     value = row.get(name)
     if isinstance(value, str):
+        if options.own.wording == "chat" and _LIST.match(value) and _SPEAKS.search(value) and _SAYS.search(value):
+            told = f"{name} is a list of messages written as text, which would be learned as it stands"
+            raise BadRow("messages as text", f"{told}: expected the list itself, as JSON Lines and Parquet hold it")
         return [Turn("text" if options.own.wording == "text" else role, value)]
     if isinstance(value, dict):
         value = [value]
@@ -36,6 +44,17 @@ def said(row: Row, name: str, role: str, options: Options) -> list[Turn]:
     if value is None:
         raise BadRow("missing field", f"{name} is missing: expected text or messages; the row has {listed(row)}")
     raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected text or messages")
+
+
+def whole_question(row: Row, name: str) -> None:
+    """Raises BadRow where the prompt's column `name` is only half of an instruction and what it is about."""
+    other = {"instruction": "input", "input": "instruction"}.get(name)
+    if other and isinstance(said := row.get(other), str) and said.strip():
+        raise BadRow(
+            "half a question",
+            f"{other} says something besides {name}, which alone would be the prompt: expected one column. Choose "
+            "convert.format: llamafactory, which reads both, or put them into one",
+        )
 
 
 def messages(value: list[Any], place: str, options: Options) -> list[Turn]:

@@ -43,6 +43,9 @@ def recognise(rows: Sequence[Row]) -> tuple[str, Mapping[str, str]]:
     common = set.intersection(*found)
     if len(common) == 1:
         ((name, fields),) = common
+        if _leaves_out(formats.find(name), rows[:SAMPLE]):
+            told = f"these rows look like {name}, but {HISTORY} holds earlier questions and answers, which only"
+            raise UserError(f"{told} alpaca and llamafactory read. {_MEND}")
         return name, dict(fields)
     if common:
         several = " or ".join(sorted(_told(one) for one in common))
@@ -72,11 +75,28 @@ def _nearest(rows: Sequence[Row]) -> str:
 def candidates(row: Row) -> set[Recognised]:
     """The formats that know a row, each with the fields that have other names in it."""
     found = {
-        (name, tuple(sorted(fields.items())))
+        (name, tuple(sorted({**_system(row, form), **fields}.items())))
         for name in formats.names()
-        if (fields := formats.find(name).recognises(row)) is not None
+        if (fields := (form := formats.find(name)).recognises(row)) is not None
     }
     return {one for one in found if one[0] != LAST} or found
+
+
+def _system(row: Row, form: Format) -> dict[str, str]:
+    """Where the system prompt is, if not in a column `system`. Rows that are prompts keep all their other columns."""
+    column = "system_prompt"
+    other = "system" not in row and column in row and isinstance(row[column], str | None)
+    return {"system": column} if other and "system" in form.fields and form.kind != "prompt" else {}
+
+
+HISTORY = "history"
+"""The column in which a question has others before it."""
+
+
+def _leaves_out(form: Format, rows: Sequence[Row]) -> bool:
+    """Whether some rows have turns before their prompt that the format does not read."""
+    asks = "prompt" in form.fields and form.kind != "prompt"
+    return asks and any(isinstance(said := row.get(HISTORY), list) and said for row in rows)
 
 
 def _told(one: Recognised) -> str:

@@ -109,7 +109,7 @@ def convert(row: Row, options: Options) -> Conversation | Example:
     if not columns.kto_tag:
         return Conversation(asked + answer, tools)
     if (good := verdict(row.get(columns.kto_tag))) is None:
-        raise BadRow("wrong type", f"{columns.kto_tag} is {shown(good)}: expected true or false")
+        raise BadRow("wrong type", f"{columns.kto_tag} is {shown(row.get(columns.kto_tag))}: expected true or false")
     prompt, answer = split_answer(asked + answer, columns.messages)
     return Example([Conversation(prompt_of(prompt) + answer, tools)], {"label": good})
 

@@ -5,10 +5,10 @@
 
 A turn may also carry `reasoning_content` (or `thinking`, `reasoning`), `tool_calls`, `tool_call_id`, `name`, and a
 training flag of its own: `train` (or `training`; true or false) or, as OpenAI's fine-tuning files say it, `weight` (1
-or 0). Content may be a list of parts: `text`, `reasoning` (or `thinking`) and `tool_call` parts are read, each with a
-`train` of its own if it likes; pictures and sound are not. `train_detail` flags ranges of characters, both ends
-counted: `[{"begin_offset": 0, "end_offset": 8, "train": false}, ...]`; what no range covers does not train. A `system`
-column is the first turn.
+or 0; of others than the assistant only 0 counts). Content may be a list of parts: `text`, `reasoning` (or `thinking`)
+and `tool_call` parts are read, each with a `train` of its own if it likes; pictures and sound are not. `train_detail`
+flags ranges of characters, both ends counted: `[{"begin_offset": 0, "end_offset": 8, "train": false}, ...]`; what no
+range covers does not train, and none does in a turn whose own flag is false. A `system` column is the first turn.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from stages.formats import ROLES, BadRow, Conversation, Format, Options, Row, Runs, Turn
 from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
-from stages.row_fields import json_at, kind_of, list_at, object_at, shown, text_at, verdict
+from stages.row_fields import decoded, json_at, kind_of, list_at, object_at, shown, text_at, verdict
 from stages.row_tool_calls import called, said_once, tool_calls
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
@@ -57,7 +57,7 @@ def names(options: Options) -> Names:
 def convert(row: Row, options: Options) -> Conversation:
     """One row to one conversation. Raises BadRow."""
     field = options.name("messages")
-    found = turns(list_at(row, field), field, options)
+    found = turns(list_at(row, field, as_text=True), field, options)
     return Conversation(with_system(row, found, options), offered(row, options))
 
 
@@ -104,7 +104,7 @@ def turn(message: Any, options: Options, at: Names = STANDARD) -> Turn:
     content = message.get(at.content)
     if len(message) == 2 and isinstance(content, str):
         return Turn(role, content)
-    found = Turn(role, None, flag(message, at.flags))
+    found = Turn(role, None, _flag_of(message, role, at))
     calls: list[dict[str, Any]] = []
     if isinstance(content, list):
         try:
@@ -147,6 +147,17 @@ def _calling(message: Mapping[str, Any], at: Names) -> Turn:
     return found
 
 
+def _flag_of(message: Mapping[str, Any], role: str, at: Names) -> int:
+    """The training flag of a whole message. A `weight` is a factor of what the assistant's loss is, so 1 has nobody
+    else's words learned: data sets give it to every message."""
+    *flags, weight = at.flags
+    found = flag(message, flags)
+    if found == TRAIN_UNSET:
+        found = flag(message, (weight,))
+        return TRAIN_UNSET if found == TRAIN_YES and role != "assistant" else found
+    return found
+
+
 def flag(said: Mapping[str, Any], flags: Iterable[str]) -> int:
     """The training flag of a message or a part of one, as TRAIN_*. Raises BadRow."""
     for name in flags:
@@ -172,7 +183,7 @@ def parts(content: list[Any], train: int) -> "tuple[Pieces, Pieces, list[dict[st
             if not isinstance(kind, str) or kind not in _KINDS:
                 expected = "expected text, reasoning or tool_call"
                 raise BadRow("content that is not text", f"type is {shown(kind)}: {expected}")
-            field = next((name for name in (kind, "value", "text") if name in part), "text")
+            field = next((name for name in (kind, "value", "text", "content") if name in part), "text")
             if kind == "tool_call":
                 calls += called(part, field)
             else:
@@ -258,7 +269,8 @@ def _details(message: Mapping[str, Any], found: Turn, at: Names) -> None:
                 )
             lengths += [(begin - end, TRAIN_NO), (last + 1 - begin, train)]
             end = last + 1
-        found.runs = runs([*lengths, (len(found.content) - end, TRAIN_NO)])
+        if found.train != TRAIN_NO:  # beside ranges it cannot mean the rest of the turn: that never trains
+            found.runs = runs([*lengths, (len(found.content) - end, TRAIN_NO)])
         return
 
 
@@ -337,10 +349,10 @@ def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:
 
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a list of `role` and `content` in one of the columns that public data has it in."""
-    found = [column for column in COLUMNS if chats(row.get(column), "role", "content")]
+    found = [column for column in COLUMNS if chats(decoded(row.get(column)), "role", "content")]
     if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
-    if "chosen" in row and "rejected" in row and asks(row[found[0]]):
+    if "chosen" in row and "rejected" in row and asks(decoded(row[found[0]])):
         return None
     return {} if found == ["messages"] else {"messages": found[0]}
 
@@ -348,9 +360,10 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 
 
-def asks(value: Any) -> bool:
-    """Whether a value is a list of messages that ends with a user's."""
-    return chats(value, "role", "content") and value[-1].get("role") == "user"
+def asks(value: Any, role: str = "role", content: str = "content") -> bool:
+    """Whether a value is a list of messages that ends where the assistant is to answer a user or a tool."""
+    last = value[-1][role] if chats(value, role, content) else None
+    return isinstance(last, str) and ROLES.get(last) in ("user", "tool")
 
 
 def chats(value: Any, role: str, content: str) -> bool:
@@ -368,7 +381,7 @@ MESSAGE_FIELDS = frozenset(
 
 FORMAT = Format(
     convert,
-    version=3,
+    version=4,
     fields=MESSAGE_FIELDS | {"messages", "system", "tools"},
     recognises=recognises,
 )

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import MESSAGE_FIELDS, asks, offered, with_system
-from stages.row_fields import elsewhere, shown
-from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said
+from stages.row_fields import decoded, elsewhere, shown
+from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said, whole_question
 
 
 def convert(row: Row, options: Options) -> Example:
     """One row to the chosen and the rejected conversation. Raises BadRow."""
     names = options.name("chosen"), options.name("rejected")
     prompt_field = options.name("prompt")
+    whole_question(row, prompt_field)
     prompt = said(row, prompt_field, "user", options) if row.get(prompt_field) is not None else []
     answers = [said(row, name, "assistant", options) for name in names]
     if prompt:
@@ -82,24 +83,31 @@ def _margin(row: Row, name: str) -> dict[str, float]:
     return {"margin": number}
 
 
-PROMPTS = ("prompt", "question", "instruction", "conversations")
+PROMPTS = ("prompt", "question", "instruction", "input", "conversations")
+SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 
 
 def recognises(row: Row) -> Mapping[str, str] | None:
-    """Rows with `chosen` and `rejected`, and a `prompt` or at most one other column that public data has it in, also
-    `messages`, if a user has the last word there."""
-    if not all(isinstance(row.get(name), str | list | dict) for name in ("chosen", "rejected")):
+    """Rows with `chosen` and `rejected` (or `..._response`), and a `prompt` or at most one other column that public
+    data has it in, also `messages`, if these are a text or end where the assistant is to answer. An `input` beside
+    another of them is half of the question."""
+    sides = [pair for pair in SIDES if all(isinstance(row.get(name), str | list | dict) for name in pair)]
+    if not sides:
         return None
     found = [name for name in PROMPTS if name in row]
-    found = ["prompt"] if "prompt" in found else found + ["messages"] * asks(row.get("messages"))
-    if len(found) > 1 or "input" in row:
+    if "prompt" in found:
+        found = [name for name in found if name in ("prompt", "input")]
+    elif isinstance(said := row.get("messages"), str) or asks(decoded(said)):
+        found.append("messages")
+    if len(found) > 1:
         return None
-    return {} if found in ([], ["prompt"]) else {"prompt": found[0]}
+    called = {"prompt": (*found, "prompt")[0], "chosen": sides[0][0], "rejected": sides[0][1]}
+    return {standard: name for standard, name in called.items() if standard != name}
 
 
 FORMAT = Format(
     convert,
-    version=2,
+    version=3,
     fields=MESSAGE_FIELDS | {"prompt", "chosen", "rejected", "margin", "system", "tools", "from", "value"},
     options=Wording,
     kind="preference",

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from stages.formats import BadRow, Conversation, Format, Options, Row
 from stages.formats.messages import MESSAGE_FIELDS, offered, with_system
 from stages.row_fields import verdict
-from stages.row_turns import Wording, after_prompt, prompt_of, said
+from stages.row_turns import Wording, after_prompt, prompt_of, said, whole_question
 
 
 def convert(row: Row, options: Options) -> Conversation:
     """One row to one conversation. Raises BadRow."""
     field = options.name("completion")
+    whole_question(row, options.name("prompt"))
     asked, completion = said(row, options.name("prompt"), "user", options), said(row, field, "assistant", options)
     prompt, completion = after_prompt(asked, completion, field)
     if not completion:
@@ -38,7 +39,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
-    version=2,
+    version=3,
     fields=MESSAGE_FIELDS | {"prompt", "completion", "system", "tools", "from", "value"},
     options=Wording,
     recognises=recognises,

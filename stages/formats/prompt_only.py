@@ -49,7 +49,17 @@ def _message(turn: Turn) -> dict[str, Any]:
     return {"role": turn.role, "content": turn.content or "", **more}
 
 
-ANSWERED = ("completion", "completions", "response", "chosen", "rejected", "messages", "conversations", "output")
+ANSWERED = (
+    "completion",
+    "completions",
+    "response",
+    "chosen",
+    "rejected",
+    "chosen_response",
+    "messages",
+    "conversations",
+    "output",
+)
 
 
 def recognises(row: Row) -> Mapping[str, str] | None:

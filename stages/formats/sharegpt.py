@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
-from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, chats, offered, turn, with_system
+from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, asks, chats, offered, turn, with_system
 from stages.formats.messages import names as message_names
-from stages.row_fields import list_at, verdict
+from stages.row_fields import decoded, list_at, verdict
 
 
 def convert(row: Row, options: Options) -> Conversation:
     """One row to one conversation. Raises BadRow."""
     field = options.name("conversations")
-    found = turns(list_at(row, field), field, options)
+    found = turns(list_at(row, field, as_text=True), field, options)
     return Conversation(with_system(row, found, options), offered(row, options))
 
 
@@ -37,15 +37,17 @@ def turns(said: list[Any], place: str, options: Options) -> list[Turn]:
 
 def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with a list of `from` and `value` in one of the columns that public data has it in."""
-    found = [column for column in COLUMNS if chats(row.get(column), "from", "value")]
+    found = [column for column in COLUMNS if chats(decoded(row.get(column)), "from", "value")]
     if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
+        return None
+    if "chosen" in row and "rejected" in row and asks(decoded(row[found[0]]), "from", "value"):
         return None
     return {} if found == ["conversations"] else {"conversations": found[0]}
 
 
 FORMAT = Format(
     convert,
-    version=3,
+    version=4,
     fields=MESSAGE_FIELDS - {"role", "content"} | {"conversations", "from", "value", "system", "tools"},
     recognises=recognises,
 )

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, offered, with_system
 from stages.row_fields import elsewhere, shown, verdict
-from stages.row_turns import Wording, after_prompt, prompt_of, said, split_answer
+from stages.row_turns import Wording, after_prompt, prompt_of, said, split_answer, whole_question
 
 
 def convert(row: Row, options: Options) -> Example:
     """One row to a conversation with its label. Raises BadRow."""
     label, field, prompt_field = options.name("label"), options.name("completion"), options.name("prompt")
+    whole_question(row, prompt_field)
     good = verdict(row.get(label))
     if good is None:
         raise BadRow("wrong type", f"{label} is {shown(row.get(label))}: expected true or false")
@@ -53,7 +54,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
-    version=2,
+    version=3,
     fields=MESSAGE_FIELDS | {"prompt", "completion", "label", "system", "tools", "from", "value"},
     options=Wording,
     kind="unpaired_preference",

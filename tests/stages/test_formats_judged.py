@@ -202,3 +202,97 @@ def test_a_label_is_one_however_it_is_written(label: Any, good: bool) -> None:
         ]
         assert find("unpaired_preference").recognises(each) is not None
         assert not read or read == ["unpaired_preference"]
+
+
+def test_a_label_that_is_none_is_shown() -> None:
+    read = reader("llamafactory", {"columns": {"kto_tag": "good"}})
+    with pytest.raises(BadRow, match=r"^good is 'perhaps': expected true or false"):
+        read({"instruction": "q", "output": "a", "good": "perhaps"})
+
+
+CALLED: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}]}
+SPOKEN: dict[str, Any] = {"conversations": [{"from": "human", "value": "q"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"system": "s", "input": "q", "chosen": "a", "rejected": "b"}, {"prompt": "input"}),
+        ({"messages": "q", "chosen": "a", "rejected": "b"}, {"prompt": "messages"}),
+        ({**CALLED, "chosen": "a", "rejected": "b"}, {"prompt": "messages"}),
+        ({**SPOKEN, "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"}, {"prompt": "conversations"}),
+        (
+            {"prompt": "q", "chosen_response": "a", "rejected_response": "b"},
+            {"chosen": "chosen_response", "rejected": "rejected_response"},
+        ),
+    ],
+)
+def test_preferences_are_known_by_the_names_that_public_data_has(row: dict[str, Any], fields: dict[str, str]) -> None:
+    assert auto.recognise([row]) == ("preference", fields)
+    made = reader("preference", fields=fields)(row)
+    assert [part.turns[-1].content for part in made.parts] == ["a", "b"]
+
+
+@pytest.mark.parametrize("more", [{"instruction": "i"}, {"prompt": "p"}, {"question": "p"}])
+def test_two_columns_that_may_both_be_the_prompt_are_not_guessed_between(more: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="no format knows these rows"):
+        auto.recognise([{"input": "q", **more, "chosen": "a", "rejected": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("preference", {"chosen": "a", "rejected": "b"}),
+        ("unpaired_preference", {"completion": "a", "label": True}),
+        ("prompt_completion", {"completion": "a"}),
+    ],
+)
+@pytest.mark.parametrize(("half", "other"), [("instruction", "input"), ("input", "instruction")])
+def test_half_of_a_question_is_no_prompt(name: str, answers: dict[str, Any], half: str, other: str) -> None:
+    read = reader(name, fields={"prompt": half})
+    with pytest.raises(BadRow, match=f"^{other} says something besides {half}.*llamafactory"):
+        read({half: "Translate.", other: "oak tree", **answers})
+    for nothing in ("", " ", None):
+        read({half: "Translate.", other: nothing, **answers})
+    reader(name)({"prompt": "Translate.", "input": "oak tree", **answers})  # a column that is not read
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": True}),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}),
+    ],
+)
+def test_turns_before_the_prompt_are_not_left_out(name: str, row: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"look like {name}, but history holds earlier questions.*llamafactory"):
+        auto.recognise([{**row, "history": []}, {**row, "history": [["p", "x"]]}])
+    assert auto.recognise([{**row, "history": []}, {**row, "history": None}, {**row, "history": ""}]) == (name, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("alpaca", {"instruction": "q", "output": "a"}),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": True}),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}),
+    ],
+)
+def test_a_system_prompt_is_found_under_its_long_name(name: str, row: dict[str, Any]) -> None:
+    rows = [{**row, "system_prompt": "Be kind."}, {**row, "system_prompt": None}]
+    found, fields = auto.recognise(rows)
+    assert (found, fields) == (name, {"system": "system_prompt"})
+    for one, roles in zip(rows, (["system", "user"], ["user", "assistant"]), strict=True):
+        made = reader(name, fields=dict(fields))(one)
+        part = made.parts[0] if isinstance(made, Example) else made
+        assert [turn.role for turn in part.turns[:2]] == roles
+    assert auto.recognise([{**row, "system": "Be kind.", "system_prompt": "kind"}]) == (name, {})
+    assert auto.recognise([{**row, "system_prompt": {"id": 3}}]) == (name, {})
+
+
+def test_a_prompt_for_reinforcement_learning_keeps_its_columns() -> None:
+    assert auto.recognise([{"prompt": "q", "system_prompt": "s", "history": [["a", "b"]]}]) == ("prompt_only", {})
