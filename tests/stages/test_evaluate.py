@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stages import evaluate, generation, harness
+from stages import evaluate, evaluating, generation, harness
 from stages.build import Built, build
 from stages.compare import compare
 from stages.errors import UserError
@@ -222,7 +222,7 @@ def test_a_limit_takes_the_first_rows_over_all_shards(tmp_path: Path) -> None:
     folder = rows(tmp_path, [{"question": str(i), "answer": "a"} for i in range(3)])
     (folder / "spelling/00001").mkdir()
     (folder / "spelling/00001/rows.jsonl").write_text('{"question": "3", "answer": "a"}\n{"question": "4"}\n')
-    read = list(evaluate._read(folder, Task(source="spelling", limit=4)))
+    read = list(evaluating._read(folder, Task(source="spelling", limit=4)))
     assert [row["question"] for _, row in read] == ["0", "1", "2", "3"]
 
 
