@@ -100,6 +100,9 @@ def convert(row: Row, options: Options) -> Conversation | Example:
         asked = [Turn("system", system), *asked]
     tools = offered(row, named)
     if entry.ranking:
+        if asked[-1].role == "assistant":
+            told = f"{columns.messages} ends with the assistant's answer, which {columns.chosen} would follow"
+            raise BadRow("answered already", f"{told}: expected a user's turn or a tool's there")
         sides = [_answer(row, name, named) for name in (columns.chosen, columns.rejected)]
         if sides[0] == sides[1]:
             names = f"{columns.chosen} and {columns.rejected}"
@@ -109,7 +112,7 @@ def convert(row: Row, options: Options) -> Conversation | Example:
     if not columns.kto_tag:
         return Conversation(asked + answer, tools)
     if (good := verdict(row.get(columns.kto_tag))) is None:
-        raise BadRow("wrong type", f"{columns.kto_tag} is {shown(good)}: expected true or false")
+        raise BadRow("wrong type", f"{columns.kto_tag} is {shown(row.get(columns.kto_tag))}: expected true or false")
     prompt, answer = split_answer(asked + answer, columns.messages)
     return Example([Conversation(prompt_of(prompt) + answer, tools)], {"label": good})
 
@@ -139,8 +142,11 @@ def _asked(row: Row, entry: LlamaFactoryOptions, named: Options) -> list[Turn]:
 def _answer(row: Row, name: str, named: Options) -> list[Turn]:
     value = row.get(name)
     if isinstance(value, dict):
-        return spoken([value], name, named)
+        answer = spoken([value], name, named)
+        if answer[0].role != "assistant":
+            raise BadRow("no answer", f"{name} is a turn of {answer[0].role}: expected the assistant's answer")
+        return answer
     return [Turn("assistant", text_at(row, name))]
 
 
-FORMAT = Format(convert, options=LlamaFactoryOptions, kind=kind)
+FORMAT = Format(convert, version=2, options=LlamaFactoryOptions, kind=kind)
