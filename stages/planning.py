@@ -83,6 +83,7 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         "dropped": report["dropped"],
         "truncated": description["truncated"],
         "heldout_rows": len(holding),
+        **({"warnings": report["warnings"]} if report["warnings"] else {}),
         **({"labels": labels} if labels else {}),
     }
 
