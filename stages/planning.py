@@ -202,7 +202,7 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
         told.append(f"{kept_aside} held out")
     mends = {
         "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
-        "nothing to train on": f"look at pack.train_on ({config.train_on}) and at the rows' own train flags",
+        "nothing to train on": f"look at pack.train_on ({_roles(config.train_on)}) and at the rows' own train flags",
         "identical sides": "raise pack.sequence_length, or look at what the chat template leaves of the answers",
         "in held-out": "give other rows to the sources with split: heldout",
         "not sampled": "raise the weights in pack.sources",
@@ -212,6 +212,10 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
     mend = mends.get(most, "") if counts[most] else ""
     mend = mend or "give a source without split: heldout, or lower pack.heldout_fraction"
     return f"no row is left to train on: of {len(taken.reasons)}, {', '.join(told)}. To mend it, {mend}"
+
+
+def _roles(train_on: str | Sequence[str]) -> str:
+    return train_on if isinstance(train_on, str) else ", ".join(train_on)
 
 
 def _describe(

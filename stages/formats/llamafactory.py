@@ -149,4 +149,10 @@ def _answer(row: Row, name: str, named: Options) -> list[Turn]:
     return [Turn("assistant", text_at(row, name))]
 
 
-FORMAT = Format(convert, version=2, options=LlamaFactoryOptions, kind=kind)
+def _columns(options: LlamaFactoryOptions) -> set[str]:
+    """Those that have other names than usual."""
+    usual = {name: field.default for name, field in Columns.model_fields.items()}
+    return {column for name, column in options.columns.model_dump().items() if column and column != usual[name]}
+
+
+FORMAT = Format(convert, version=2, options=LlamaFactoryOptions, kind=kind, columns=_columns)

@@ -207,6 +207,14 @@ def test_special_tokens_that_stay_text_are_said(tmp_path: Path) -> None:
     ]
 
 
+def test_names_that_no_row_of_a_source_has_are_said(tmp_path: Path) -> None:
+    for number, absent in enumerate((["note", "sys"], ["sys"])):
+        shard(tmp_path / "tokens", f"chat/0000{number}", [row(("user", 5), ("assistant", 9 + number))], absent=absent)
+    assert Packed(tmp_path / "tokens", tmp_path / "out").report["warnings"] == [
+        "chat: no row has `sys`, which convert names: is it called otherwise?"
+    ]
+
+
 def test_turns_that_nothing_ends_are_said(tmp_path: Path) -> None:
     assert warnings(tmp_path, *GOOD, counts={"turns_without_end": 2}) == [
         "chat: nothing ends 2 of the turns to learn, so the model would not learn to stop there"
