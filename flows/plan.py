@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from flows import continuing
 from flows.graph import select, stage_named
 from flows.run import Run
 from stages.errors import UserError
@@ -89,16 +90,20 @@ def make_plan(
                 run.inputs(stage)  # raises, naming +stage
     standing = run.production.now if run.production else None
     made = [steps[s] for s in run.stages]
-    return Plan(run.name, run.id, made, run.loaded.recipe.publish.to, standing, _goes_on(run))
+    return Plan(run.name, run.id, made, run.loaded.recipe.publish.to, standing, _goes_on(run, chosen))
 
 
-def _goes_on(run: Run) -> str:
+def _goes_on(run: Run, chosen: Sequence[str]) -> str:
     if not run.loaded.recipe.fetch.continuing:
         return ""
     if run.production is None:
         return "nothing is in production yet: training starts from the base model, on all shards"
     if "fetch" not in run.artifacts:
-        return f"training goes on from run {run.production.now.run}, on the shards it has not seen"
+        if "convert" in chosen:  # which asks where the training begins: before a model is fetched in vain
+            [model] = [part.config for part in run.parts if part.name == "model"]
+            continuing.refuse_another_base(run.store, run.production, model)
+        told = f"training goes on from run {run.production.now.run}, on the shards it has not seen"
+        return f"{told}; if there are none, nothing is new"
     start, rows = run.began()
     heldout = run.loaded.recipe.fetch.heldout
     used, there = (
