@@ -200,9 +200,11 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
     told = [f"{count} {reason}" for reason, count in counts.items() if count]
     if kept_aside := int((taken.kept & taken.heldout).sum()):
         told.append(f"{kept_aside} held out")
+    cut = f", or raise pack.sequence_length ({config.sequence_length}), at which answers are cut off"
     mends = {
         "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
-        "nothing to train on": f"look at pack.train_on ({_roles(config.train_on)}) and at the rows' own train flags",
+        "nothing to train on": f"look at pack.train_on ({_roles(config.train_on)}) and at the rows' own train flags"
+        + (cut if config.overlong == "truncate" else ""),
         "identical sides": "raise pack.sequence_length, or look at what the chat template leaves of the answers",
         "in held-out": "give other rows to the sources with split: heldout",
         "not sampled": "raise the weights in pack.sources",

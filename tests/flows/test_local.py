@@ -18,7 +18,12 @@ def test_a_long_name_is_cut_and_no_figure_and_too_few_items_are_said() -> None:
     with console.capture() as shown:
         console.print(_scores(scores))
     task, loss = shown.get().splitlines()[1:]
-    assert task.split("  ") == ["heldout_preferences % of…", "50.0 [9.5, 90.5]", "50.0 [9.5, 90.5]", "0.0 [-57.3, 57.3]"]
+    assert task.split("  ") == [
+        "heldout_preferences % of…",
+        "50.0 [9.5, 90.5]",
+        "50.0 [9.5, 90.5]",
+        "0.0 [-57.3, 57.3]",
+    ]
     assert loss.count("5.65 [too few]") == 3 and len(loss) <= 80
 
 
