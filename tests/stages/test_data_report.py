@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from flows.inspect import show_samples
 from flows.pages import report_page
 from packing.collate import IGNORED
+from stages.errors import UserError
 from stages.marks import ORIGIN_CONTENT, TRAIN_UNSET
 from stages.samples import PIECE, PIECES, SAMPLES
 from stages.tables import read_table
@@ -239,3 +240,10 @@ def test_steps_are_no_missing_words_of_an_assistant(tmp_path: Path) -> None:
     rows = [{**row(("user", 90), ("text", 2)), "extra": f'{{"labels": [{label}]}}'} for label in ("true", "false")]
     shard(tmp_path / "tokens", "steps/00000", rows, kind="stepwise")
     assert Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256).report["warnings"] == []
+
+
+def test_questions_that_fill_a_sequence_are_told_from_flags_and_roles_are_listed(tmp_path: Path) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(("user", 90), ("assistant", 5))])
+    told = r"pack\.train_on \(assistant, tool\).* flags, or raise pack\.sequence_length \(64\), at which answers are"
+    with pytest.raises(UserError, match=told):
+        Packed(tmp_path / "tokens", tmp_path / "out", overlong="truncate", train_on=["assistant", "tool"])

@@ -458,30 +458,6 @@ class TestLlamaFactory:
         assert made.kind == "unpaired_preference" and isinstance(found, Example) and found.extra == {"label": False}
         assert [turn.train for turn in found.parts[0].turns] == [TRAIN_NO, TRAIN_UNSET]
 
-    ASKED: ClassVar[dict[str, str]] = {"from": "human", "value": "q"}
-    SAID: ClassVar[dict[str, str]] = {"from": "gpt", "value": "a"}
-
-    @pytest.mark.parametrize(
-        ("changes", "says"),
-        [
-            ({"chosen": {**ASKED, "value": "c"}}, "chosen is a turn of user: expected the assistant's answer"),
-            ({"rejected": {"from": "system", "value": "c"}}, "rejected is a turn of system"),
-            ({"conversations": [ASKED, SAID]}, "conversations ends with the assistant's answer, which chosen would"),
-        ],
-    )
-    def test_two_answers_are_the_assistants_and_to_a_question(self, changes: Any, says: str) -> None:
-        row = {"conversations": [self.ASKED], "chosen": self.SAID, "rejected": {**self.SAID, "value": "b"}}
-        read = reader("llamafactory", {"ranking": True, "formatting": "sharegpt"})
-        assert [[turn.role for turn in part.turns] for part in read(row).parts] == [["user", "assistant"]] * 2
-        with pytest.raises(BadRow, match=says):
-            read({**row, **changes})
-
-    def test_a_label_that_is_none_is_shown(self) -> None:
-        with pytest.raises(BadRow, match="label is 'yes': expected true or false"):
-            reader("llamafactory", {"columns": {"kto_tag": "label"}})(
-                {"instruction": "q", "output": "a", "label": "yes"}
-            )
-
     def test_keys_that_say_where_the_data_lies_are_not_its_own(self) -> None:
         with pytest.raises(UserError, match="llamafactory has no 'file_name'"):
             formats.filled("llamafactory", {"file_name": "x.json"})

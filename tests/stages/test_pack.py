@@ -308,13 +308,6 @@ def test_nothing_to_train_on_is_an_error_with_its_mend(tmp_path: Path, rows: lis
         Packed(tmp_path / "tokens", tmp_path / "out")
 
 
-def test_questions_that_fill_a_sequence_are_told_from_flags_and_roles_are_listed(tmp_path: Path) -> None:
-    shard(tmp_path / "tokens", "chat/00000", [row(("user", 90), ("assistant", 5))])
-    told = r"pack\.train_on \(assistant, tool\).* flags, or raise pack\.sequence_length \(64\), at which answers are"
-    with pytest.raises(UserError, match=told):
-        Packed(tmp_path / "tokens", tmp_path / "out", overlong="truncate", train_on=["assistant", "tool"])
-
-
 def test_a_held_out_row_stays_held_out_when_data_is_added(tmp_path: Path) -> None:
     asked = ("user", 3), ("assistant", 4)
     first = [row(*asked) for _ in range(400)]
