@@ -161,7 +161,10 @@ def inspect(
     """Show what became of the data, and some rows with what trains in them in colour."""
     from flows.inspect import inspect as show_data
 
-    show_data(_start(recipe, settings, store, runtime, allow_code), recipe, console, as_json)
+    given = [("--set", setting) for setting in settings or ()]
+    given += [(name, str(value)) for name, value in (("--store", store), ("--runtime", runtime)) if value]
+    flags = [word for pair in given for word in pair] + ["--allow-code"] * allow_code
+    show_data(_start(recipe, settings, store, runtime, allow_code), recipe, console, as_json, flags)
 
 
 @app.command()

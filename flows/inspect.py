@@ -1,6 +1,7 @@
 """`regrow inspect`: what became of the data, and some rows with what trains in them in colour."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ OPENING, CLOSING = "⟦", "⟧"
 """What stands around trained text where there is no colour."""
 
 
-def inspect(run: Run, recipe: Path, console: Console, as_json: bool) -> None:
-    """Show the data report of a recipe's plan. Raises UserError when it was never packed."""
+def inspect(run: Run, recipe: Path, console: Console, as_json: bool, flags: Sequence[str] = ()) -> None:
+    """Show the data report of a recipe's plan. Raises UserError, with the command and its `flags`, when it was never
+    packed."""
     step = make_plan(run, ("+pack",)).step("pack")
     if step.state != "cached" or step.artifact is None:
-        raise UserError(f"the data of this recipe is not packed yet: regrow run {recipe} +pack")
+        raise UserError(
+            f"the data of this recipe is not packed yet: regrow run {shlex.join([str(recipe), '+pack', *flags])}"
+        )
     folder = run.store.view(step.artifact.tree.select("report.json", "report.html"))
     text = (folder / "report.json").read_text("utf-8")
     if as_json:

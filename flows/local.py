@@ -4,7 +4,7 @@ Only a plan with something to run starts Prefect.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from stages.compare import OVER_PRODUCTION, PRODUCTION, UNBOUNDED
 from stages.identity import Json
 
 EXIT_GATE = 4
+
+COLUMNS, LABEL = 80, 16
+"""Of the terminal, and those that a task's name gets in any case."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +115,31 @@ def _print_summary(run: Run, outcome: Outcome | None, dashboard: str, console: C
 
 def _scores(scores: Json) -> Table:
     """Base against tuned, and production against tuned; with 95 % intervals, 80 columns wide at most."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("95 % intervals", overflow="ellipsis", no_wrap=True)
-    for name in ("base", "tuned", "difference"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows: list[list[str]] = []
     for task, told in scores["tasks"].items():
         if UNBOUNDED in told:
-            _rows(table, f"{task}, reward of {told['n']}", told, 1, 2)
+            rows += _rows(f"{task}, reward of {told['n']}", told, 1, 2)
         else:
-            _rows(table, f"{task} % of {told['n']}", told, 100, 1)
+            rows += _rows(f"{task} % of {told['n']}", told, 100, 1)
     if loss := scores["heldout_loss"]:
-        _rows(table, "held-out loss", loss, 1, 2)
+        rows += _rows("held-out loss", loss, 1, 2)
+    widths = [max(len(name), *(len(row[place]) for row in rows), 0) for place, name in enumerate(_MODELS, 1)]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    # A long label is cut, and no figure; two columns of white space stand before each of these.
+    room = max(LABEL, COLUMNS - sum(width + 2 for width in widths))
+    table.add_column("95 % intervals", overflow="ellipsis", no_wrap=True, max_width=room)
+    for name in _MODELS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))  # `[too few]` would be taken for a style
     return table
 
 
-def _rows(table: Table, label: str, told: Json, scale: float, digits: int) -> None:
-    table.add_row(label, *(_interval(told[m], scale, digits) for m in _MODELS))
+def _rows(label: str, told: Json, scale: float, digits: int) -> Iterator[list[str]]:
+    yield [label, *(_interval(told[m], scale, digits) for m in _MODELS)]
     if PRODUCTION in told:
         over = told[OVER_PRODUCTION]["difference"]
-        table.add_row("  in production", _interval(told[PRODUCTION], scale, digits), "", _interval(over, scale, digits))
+        yield ["  in production", _interval(told[PRODUCTION], scale, digits), "", _interval(over, scale, digits)]
 
 
 _MODELS = ("base", "tuned", "difference")

@@ -28,9 +28,10 @@ def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -
     try:
         return from_environment(found)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(f"runtime `{name}`: {first['msg']} (from {file or f'REGROW_{name.upper()}'})") from None
+        told = error.errors()
+        name = str(told[0]["loc"][0])  # what follows are pydantic's names of the types that it may have
+        wanted = "; or: ".join(dict.fromkeys(each["msg"] for each in told if str(each["loc"][0]) == name))
+        raise UserError(f"runtime `{name}`: {wanted} (from {file or f'REGROW_{name.upper()}'})") from None
 
 
 def _read(file: Path) -> dict[str, Any]:

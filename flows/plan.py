@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from flows import continuing
 from flows.graph import select, stage_named
 from flows.run import Run
 from stages.errors import UserError
@@ -89,16 +90,20 @@ def make_plan(
                 run.inputs(stage)  # raises, naming +stage
     standing = run.production.now if run.production else None
     made = [steps[s] for s in run.stages]
-    return Plan(run.name, run.id, made, run.loaded.recipe.publish.to, standing, _goes_on(run))
+    return Plan(run.name, run.id, made, run.loaded.recipe.publish.to, standing, _goes_on(run, chosen))
 
 
-def _goes_on(run: Run) -> str:
+def _goes_on(run: Run, chosen: Sequence[str]) -> str:
     if not run.loaded.recipe.fetch.continuing:
         return ""
     if run.production is None:
         return "nothing is in production yet: training starts from the base model, on all shards"
     if "fetch" not in run.artifacts:
-        return f"training goes on from run {run.production.now.run}, on the shards it has not seen"
+        if "convert" in chosen:  # which asks where the training begins: before a model is fetched in vain
+            [model] = [part.config for part in run.parts if part.name == "model"]
+            continuing.refuse_another_base(run.store, run.production, model)
+        told = f"training goes on from run {run.production.now.run}, on the shards it has not seen"
+        return f"{told}; if there are none, nothing is new"
     start, rows = run.began()
     heldout = run.loaded.recipe.fetch.heldout
     used, there = (
@@ -210,18 +215,39 @@ def differences(stage: str, before: Mapping[str, Any], after: Mapping[str, Any])
     for name in sorted({*before["inputs"], *after["inputs"]}):
         if before["inputs"].get(name) != after["inputs"].get(name):
             yield f"{name} changed"
+    changed = [*_changes(stage, before["config"], after["config"])] if not stage_named(stage).resolves else []
+    # Of a plug-in that is named now, or no more, the config says so.
     for name in sorted({*before["version"], *after["version"]}):
         old, new = before["version"].get(name), after["version"].get(name)
-        if old != new:
+        if old != new and not (changed and None in (old, new)):
             yield f"version of {name} {_shown(old)} → {_shown(new)}"
     if stage_named(stage).resolves:
         yield from _part_differences(before["config"], after["config"])
         return
-    old_values, new_values = dict(_leaves(before["config"])), dict(_leaves(after["config"]))
-    for path in [*old_values, *(p for p in new_values if p not in old_values)]:
-        if old_values.get(path, _ABSENT) != new_values.get(path, _ABSENT):
-            old, new = _shown(old_values.get(path, _ABSENT)), _shown(new_values.get(path, _ABSENT))
-            yield f"{'.'.join((stage, *path))} {old} → {new}"
+    yield from changed or _unsaid(stage, before["config"], after["config"])
+
+
+def _changes(place: str, before: Json, after: Json) -> Iterator[str]:
+    """A value a line, and a line for a whole mapping that came or went. Absent and null are the same here."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        if before != after:
+            yield f"{place} {_shown(before)} → {_shown(after)}"
+        return
+    for name in [*before, *(name for name in after if name not in before)]:
+        old, new = before.get(name), after.get(name)
+        if name not in before and isinstance(new, dict) and new:
+            yield f"{place}.{name} is new"
+        elif name not in after and isinstance(old, dict) and old:
+            yield f"{place}.{name} is gone"
+        else:
+            yield from _changes(f"{place}.{name}", old, new)
+
+
+def _unsaid(stage: str, before: Json, after: Json) -> Iterator[str]:
+    """What is unset and was not recorded before, or is not any more: where nothing else differs, the key does by it."""
+    old, new = ({*_paths(each, (stage,))} for each in (before, after))
+    yield from (f"{'.'.join(path)} is unset, and was not recorded before" for path in sorted(new - old))
+    yield from (f"{'.'.join(path)} was unset, and is not recorded any more" for path in sorted(old - new))
 
 
 def _part_differences(before: Mapping[str, Json], after: Mapping[str, Json]) -> Iterator[str]:
@@ -234,21 +260,18 @@ def _part_differences(before: Mapping[str, Json], after: Mapping[str, Json]) -> 
             yield f"{name} changed"
 
 
-_ABSENT = object()
-
-
-def _leaves(value: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Json]]:
+def _paths(value: Json, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     if isinstance(value, dict) and value:
         for name, below in value.items():
-            yield from _leaves(below, (*path, name))
+            yield from _paths(below, (*path, name))
     else:
-        yield path, value
+        yield path
 
 
-def _shown(value: object) -> str:
-    if value is _ABSENT or value is None:
+def _shown(value: Json) -> str:
+    if value is None:
         return "unset"
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value) if value != "" else '""'
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from flows.bar import Bar
 
 STYLES = {"cached": "green", "runs": "yellow", "unknown": "yellow dim", "skipped": "dim"}
+WARNINGS = 5
+"""Warnings of the data report that are shown; `regrow inspect` has all."""
 WORDS = {"cached": "cached", "runs": "runs", "unknown": "may run", "skipped": "skipped"}
 
 
@@ -116,11 +118,24 @@ class Screen:
         self.console.print(
             f"{mark} {stage:<9} {what:>7}  [dim]{built.artifact.key[:8]}[/]  {escape(facts)}", soft_wrap=False
         )
+        for warning in _warnings(stage, built.artifact.facts):
+            self.console.print(f"  [yellow]⚠ {escape(warning)}[/]")
 
 
 def headline(stage: str, facts: Facts) -> str:
     """The few facts of a stage that fit on its line."""
     return ", ".join(_HEADLINES[stage](facts)) if stage in _HEADLINES else ""
+
+
+def _warnings(stage: str, facts: Facts) -> Iterator[str]:
+    """What a stage found that a person should know before the next one; of many, the worst."""
+    if stage == "pack":
+        told = facts.get("warnings", [])  # which packing plans of older versions have not
+        yield from told[:WARNINGS]
+        if more := len(told[WARNINGS:]):
+            yield f"and {more} more: see `regrow inspect`"
+    elif "warning" in facts:
+        yield facts["warning"]
 
 
 def _fetched(facts: Facts) -> Iterator[str]:

@@ -143,6 +143,8 @@ class _Counts:
         self.dropped: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self.unwritten: Counter[str] = Counter()
+        self.absent: set[str] = set()
+        """Columns and fields of messages that the recipe names, and that no row had so far."""
         self.separators: list[str | None] = []
         """What closes the steps of stepwise rows: one, once there was such a row."""
         self.chats = False
@@ -156,6 +158,14 @@ class _Counts:
         places = self.places.setdefault(error.reason, [])
         if len(places) < PLACES:
             places.append(f"{self.name}, {place}")
+
+    def saw(self, row: Row) -> None:
+        """Strike out the names that a row has."""
+        self.absent -= row.keys()
+        for value in row.values():
+            for message in value if isinstance(value, list) else [value]:
+                if isinstance(message, dict):
+                    self.absent -= message.keys()
 
     def solved(self, solution: Conversation) -> None:
         """Remember what closes a row's steps. Raises BadRow where other rows' are closed otherwise, and where its steps
@@ -185,6 +195,7 @@ class _Counts:
             "places": self.places,
             "unwritten": dict(self.unwritten),
             "turns_without_end": self.turns_without_end,
+            **({"absent": sorted(self.absent)} if self.absent else {}),
             **({SEPARATOR: self.separators[0]} if self.separators else {}),
         }
 
@@ -194,6 +205,7 @@ def _converted(
 ) -> Iterator[list[Written]]:
     """The sequences of each row that can be converted."""
     convert, form = sequencer.reader.convert, sequencer.reader.format
+    counts.absent |= sequencer.reader.named
     for number, (place, row) in enumerate(rows):
         counts.rows += 1
         if isinstance(row, LeftOut):
@@ -202,6 +214,8 @@ def _converted(
         try:
             if isinstance(row, BadRow):
                 raise row
+            if counts.absent:
+                counts.saw(row)
             made = convert(row)
             found = sequencer.sequences(number, made)
             if sequencer.reader.kind == "stepwise" and isinstance(made, Example):

@@ -37,6 +37,8 @@ class Source:
     """Where the first of the dropped rows are, by reason."""
     unwritten: Mapping[str, int]
     """Turns with something that the chat template leaves out, by what it is."""
+    absent: Sequence[str]
+    """Columns and fields of messages that the recipe names, and that no row has."""
     turns_without_end: int
     """Turns for the model to write that nothing ends."""
     control_as_text: int
@@ -142,6 +144,8 @@ def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
     said, sequences = source["said"], source["sequences"]
     # Answers to prompts are still to come, and steps are raw text.
     talks = set() if kind in ("prompt", "stepwise") else set(said) - {"text"}
+    for name in source["absent"]:
+        yield f"no row has `{name}`, which convert names: is it called otherwise?"
     if source["trained_tokens"] and not source["endings"] and not source["own_ends"]:
         yield "no token that ends a turn trains, so the model would not learn to stop"
     elif count := source["turns_without_end"]:

@@ -83,6 +83,7 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
         "dropped": report["dropped"],
         "truncated": description["truncated"],
         "heldout_rows": len(holding),
+        **({"warnings": report["warnings"]} if report["warnings"] else {}),
         **({"labels": labels} if labels else {}),
     }
 
@@ -199,9 +200,11 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
     told = [f"{count} {reason}" for reason, count in counts.items() if count]
     if kept_aside := int((taken.kept & taken.heldout).sum()):
         told.append(f"{kept_aside} held out")
+    cut = f", or raise pack.sequence_length ({config.sequence_length}), at which answers are cut off"
     mends = {
         "overlong": f"raise pack.sequence_length ({config.sequence_length}) or set pack.overlong: truncate",
-        "nothing to train on": f"look at pack.train_on ({config.train_on}) and at the rows' own train flags",
+        "nothing to train on": f"look at pack.train_on ({_roles(config.train_on)}) and at the rows' own train flags"
+        + (cut if config.overlong == "truncate" else ""),
         "identical sides": "raise pack.sequence_length, or look at what the chat template leaves of the answers",
         "in held-out": "give other rows to the sources with split: heldout",
         "not sampled": "raise the weights in pack.sources",
@@ -211,6 +214,10 @@ def _nothing_left(taken: Taken, config: PackConfig) -> str:
     mend = mends.get(most, "") if counts[most] else ""
     mend = mend or "give a source without split: heldout, or lower pack.heldout_fraction"
     return f"no row is left to train on: of {len(taken.reasons)}, {', '.join(told)}. To mend it, {mend}"
+
+
+def _roles(train_on: str | Sequence[str]) -> str:
+    return train_on if isinstance(train_on, str) else ", ".join(train_on)
 
 
 def _describe(

@@ -164,6 +164,8 @@ class Format:
     """The text has the model's own special tokens in it, and nothing is added to it: no begin and no end token."""
     ids: bool = False
     """Rows come as token ids."""
+    columns: Callable[[Any], Collection[str]] = lambda options: ()
+    """Columns of the rows that its options name."""
     recognises: Callable[[Row], Mapping[str, str] | None] = _unrecognised
     """For `format: auto`, and cheap: the `fields` under which the row looks like this format (none renamed: empty), or
     None when it does not."""
@@ -180,6 +182,8 @@ class Reader:
     verbatim: bool
     ids: bool
     fields: Mapping[str, str]
+    named: frozenset[str]
+    """Columns, and fields of messages, that the recipe names: a row may lack one, but if all do, it is a slip."""
     convert: Callable[[Row], Conversation | Example]
     """One row to what it means. Raises BadRow."""
 
@@ -268,6 +272,7 @@ def reader(
         form.verbatim,
         form.ids,
         dict(fields),
+        frozenset({*fields.values(), *form.columns(parsed)} - {""}),
         lambda row: convert(row, said),
     )
 

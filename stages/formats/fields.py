@@ -172,4 +172,10 @@ def _templated(options: FieldsOptions) -> bool:
     return options.turns[0].role != "text"
 
 
-FORMAT = Format(convert, options=FieldsOptions, templated=_templated)
+def _columns(options: FieldsOptions) -> set[str]:
+    texts = [text for turn in options.turns for text in ([turn.text] if isinstance(turn.text, str) else turn.text)]
+    texts += [turn.reasoning for turn in options.turns]
+    return {str(path[0]) for text in texts for _, path in pieces(text) if path is not None}
+
+
+FORMAT = Format(convert, options=FieldsOptions, templated=_templated, columns=_columns)

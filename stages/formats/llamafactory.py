@@ -100,6 +100,9 @@ def convert(row: Row, options: Options) -> Conversation | Example:
         asked = [Turn("system", system), *asked]
     tools = offered(row, named)
     if entry.ranking:
+        if asked[-1].role == "assistant":
+            told = f"{columns.messages} ends with the assistant's answer, which {columns.chosen} would follow"
+            raise BadRow("answered already", f"{told}: expected a user's turn or a tool's there")
         sides = [_answer(row, name, named) for name in (columns.chosen, columns.rejected)]
         if sides[0] == sides[1]:
             names = f"{columns.chosen} and {columns.rejected}"
@@ -139,8 +142,17 @@ def _asked(row: Row, entry: LlamaFactoryOptions, named: Options) -> list[Turn]:
 def _answer(row: Row, name: str, named: Options) -> list[Turn]:
     value = row.get(name)
     if isinstance(value, dict):
-        return spoken([value], name, named)
+        answer = spoken([value], name, named)
+        if answer[0].role != "assistant":
+            raise BadRow("no answer", f"{name} is a turn of {answer[0].role}: expected the assistant's answer")
+        return answer
     return [Turn("assistant", text_at(row, name))]
 
 
-FORMAT = Format(convert, options=LlamaFactoryOptions, kind=kind)
+def _columns(options: LlamaFactoryOptions) -> set[str]:
+    """Those that have other names than usual."""
+    usual = {name: field.default for name, field in Columns.model_fields.items()}
+    return {column for name, column in options.columns.model_dump().items() if column and column != usual[name]}
+
+
+FORMAT = Format(convert, version=2, options=LlamaFactoryOptions, kind=kind, columns=_columns)

@@ -86,8 +86,8 @@ def read(
                     f"{text[:300]!r}. Take such rows out with a filter"
                 )
             for column, name in needed.items():
-                if column not in columns:
-                    has = ", ".join(columns) or "none"
+                if columns.get(column) is None:  # no completion could be worth anything
+                    has = ", ".join(name for name, value in columns.items() if value is not None) or "none"
                     raise UserError(
                         f"the reward {name} reads the column {column!r}; a prompt has {has}: {text[:200]!r}"
                     )

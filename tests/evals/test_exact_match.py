@@ -87,3 +87,10 @@ def test_every_file_here_is_an_eval(name: str) -> None:
 def test_an_unknown_eval_lists_the_choices() -> None:
     with pytest.raises(UserError, match="did you mean 'exact_match'"):
         evals.load("exactmatch")
+
+
+def test_fields_that_the_task_names_are_not_replaced_by_messages() -> None:
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Well, it is 4."}]
+    for options in (Options(answer="gold"), Options(question="asked")):
+        with pytest.raises(UserError, match=f"in the field '{options.question}'"):
+            examples([("place", {"messages": said, "gold": "4"})], options)

@@ -147,6 +147,10 @@ def test_another_base_model_is_refused(rehearsal: Rehearsal) -> None:
     rehearsal.base = "another"
     with pytest.raises(UserError, match=r"was trained from another fetch\.model"):
         fetched(rehearsal, 20)
+    rehearsal.base = "one that is still to be fetched"
+    with pytest.raises(UserError, match=r"was trained from another fetch\.model"):
+        make_plan(rehearsal.start(30))
+    assert "if there are none" in make_plan(rehearsal.start(30), ("fetch",)).note
 
 
 def test_a_record_that_is_gone_is_told(rehearsal: Rehearsal) -> None:

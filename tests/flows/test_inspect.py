@@ -40,6 +40,8 @@ def test_inspect_shows_the_rows_of_the_report(make_host: Callable[..., Host]) ->
     host = make_host()
     with pytest.raises(UserError, match=r"not packed yet: regrow run recipe\.yaml \+pack"):
         shown(host)
+    with pytest.raises(UserError, match=r"regrow run recipe\.yaml \+pack --set 'convert\.filter=a b'$"):
+        inspect(host.start(), Path("recipe.yaml"), Console(), False, ["--set", "convert.filter=a b"])
     host.run()
     told = shown(host)
     assert "2 rows read · 2 packed" in told

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.execute import execute
-from flows.plan import Plan, make_plan
+from flows.plan import Plan, differences, make_plan
 from flows.recipe import Loaded, Recipe
 from flows.run import Run, start
 from stages.errors import UserError
@@ -273,3 +273,28 @@ def test_another_objective_reruns_only_what_depends_on_it(make_host: Callable[..
     assert dpo["score"] == ipo["score"] == kto["score"], "the model before training is scored once"
     assert "score" not in orpo
     assert len({each["train"] for each in (dpo, ipo, kto, orpo)}) == 4
+
+
+def test_reasons_name_what_was_changed_and_nothing_that_follows_from_it() -> None:
+    def told(before: Any, after: Any, versions: Any = ({}, {}), stage: str = "convert") -> list[str]:
+        documents = [{"inputs": {}, "version": v, "config": c} for v, c in zip(versions, (before, after), strict=True)]
+        return list(differences(stage, *documents))
+
+    many = {"format:alpaca": 3, "format:auto": 1, "format:completion": 1, "format:messages": 3}
+    assert told({"format": "auto"}, {"format": "messages"}, (many, {"format:messages": 3})) == [
+        "convert.format auto → messages"
+    ]
+    assert told({"format": "auto"}, {"format": "auto"}, (many, {**many, "format:new": 1})) == [
+        "version of format:new unset → 1"
+    ]
+    assert told({"format": "a"}, {"format": "b"}, ({"convert": 1}, {"convert": 2})) == [
+        "version of convert 1 → 2",
+        "convert.format a → b",
+    ]
+    assert told({"sources": {}}, {"sources": {"a": {"weight": 2.0, "limit": None}}}) == ["convert.sources.a is new"]
+    assert told({"roles": {}}, {"roles": {"x": "user"}}) == ["convert.roles.x unset → user"]
+    assert told({"filter": "", "kept": 1}, {"filter": "a == 1", "kept": 1, "limit": None}) == [
+        'convert.filter "" → a == 1'
+    ]
+    assert told({"kept": 1}, {"kept": 1, "limit": None}) == ["convert.limit is unset, and was not recorded before"]
+    assert told({"kept": 1}, {"kept": 1}) == []

@@ -55,6 +55,24 @@ def test_a_pipe_gets_lines_only() -> None:
     assert written.getvalue() == "● convert    cached  01234567  4,000 rows as alpaca, messages, 3 dropped\n"
 
 
+def test_warnings_stand_below_the_line_of_their_stage() -> None:
+    written = io.StringIO()
+    finished = Screen(Console(file=written, width=80)).follower().finished
+    packed = {"bins": 1, "fill": 0.5, "trained_tokens": 1, "tokens": 2, "dropped": {}}
+    for stage, facts in (
+        ("pack", packed),
+        ("pack", {**packed, "warnings": [f"mine: [{n}]" for n in range(7)]}),
+        ("merge", {"warning": "training changed nothing"}),
+    ):
+        finished(RUN, stage, Built(Artifact({}, "0123456789abcdef", Tree(()), facts, {}, {}), True, 0.0))
+    lines = written.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("  ")] == [
+        *(f"  ⚠ mine: [{n}]" for n in range(5)),
+        "  ⚠ and 2 more: see `regrow inspect`",
+        "  ⚠ training changed nothing",
+    ]
+
+
 @pytest.mark.parametrize(("value", "told"), [(4.23, "4.2 s"), (59.4, "59 s"), (65, "1:05"), (7387, "2:03:07")])
 def test_durations(value: float, told: str) -> None:
     assert seconds(value) == told

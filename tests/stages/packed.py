@@ -56,6 +56,7 @@ def shard(
     dropped: dict[str, int] | None = None,
     kind: str = "conversation",
     count: int | None = None,
+    absent: Sequence[str] = (),
 ) -> None:
     """`count` is how many rows the sequences in `rows` are, if not as many."""
     numbered = [{"row": 100 + i, **each} for i, each in enumerate(rows)]
@@ -66,6 +67,7 @@ def shard(
         "dropped": dropped or {},
         "source": path.split("/")[0],
         "split": split,
+        **({"absent": list(absent)} if absent else {}),
     }
     (folder / path / "counts.json").write_text(json.dumps(counts))
 

@@ -261,6 +261,36 @@ def test_what_is_left_unwritten_and_unended_is_counted(tmp_path: Path) -> None:
     assert json.loads((output / "counts.json").read_text())["turns_without_end"] == 2
 
 
+@pytest.mark.parametrize(
+    ("config", "absent"),
+    [
+        ({"format": "alpaca", "fields": {"input": "contxt"}}, ["contxt"]),
+        ({"format": "alpaca", "fields": {"input": "context", "system": "late"}}, None),
+        ({"format": "llamafactory", "options": {"columns": {"query": "contxt", "system": ""}}}, ["contxt"]),
+        (
+            {
+                "format": "fields",
+                "options": {
+                    "turns": [
+                        {"role": "system", "text": "{late} {systm[x]}", "optional": True},
+                        {"role": "user", "text": ["{instruction} {contxt}", "{instruction}"]},
+                        {"role": "assistant", "text": "{output}", "reasoning": "{thougts}"},
+                    ]
+                },
+            },
+            ["contxt", "systm", "thougts"],
+        ),
+        ({"format": "messages", "fields": {"weight": "w", "name": "who"}}, ["who"]),
+    ],
+)
+def test_what_a_recipe_names_and_no_row_has_is_counted(tmp_path: Path, config: Any, absent: Any) -> None:
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "w": 0}]
+    row = {"instruction": "q", "output": "a", "context": None, "messages": said}
+    rows = source(tmp_path / "rows", [row, {**row, "late": "s"}])
+    output, _ = run_convert(tmp_path, rows, smollm2(), config)
+    assert json.loads((output / "counts.json").read_text()).get("absent") == absent
+
+
 def test_completion_needs_no_template_and_ends_with_the_tokenizers_end(tmp_path: Path) -> None:
     tokenizer = tmp_path / "model"
     tokenizer.mkdir()

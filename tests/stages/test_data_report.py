@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from flows.inspect import show_samples
 from flows.pages import report_page
 from packing.collate import IGNORED
+from stages.errors import UserError
 from stages.marks import ORIGIN_CONTENT, TRAIN_UNSET
 from stages.samples import PIECE, PIECES, SAMPLES
 from stages.tables import read_table
@@ -207,6 +208,14 @@ def test_special_tokens_that_stay_text_are_said(tmp_path: Path) -> None:
     ]
 
 
+def test_names_that_no_row_of_a_source_has_are_said(tmp_path: Path) -> None:
+    for number, absent in enumerate((["note", "sys"], ["sys"])):
+        shard(tmp_path / "tokens", f"chat/0000{number}", [row(("user", 5), ("assistant", 9 + number))], absent=absent)
+    assert Packed(tmp_path / "tokens", tmp_path / "out").report["warnings"] == [
+        "chat: no row has `sys`, which convert names: is it called otherwise?"
+    ]
+
+
 def test_turns_that_nothing_ends_are_said(tmp_path: Path) -> None:
     assert warnings(tmp_path, *GOOD, counts={"turns_without_end": 2}) == [
         "chat: nothing ends 2 of the turns to learn, so the model would not learn to stop there"
@@ -231,3 +240,10 @@ def test_steps_are_no_missing_words_of_an_assistant(tmp_path: Path) -> None:
     rows = [{**row(("user", 90), ("text", 2)), "extra": f'{{"labels": [{label}]}}'} for label in ("true", "false")]
     shard(tmp_path / "tokens", "steps/00000", rows, kind="stepwise")
     assert Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256).report["warnings"] == []
+
+
+def test_questions_that_fill_a_sequence_are_told_from_flags_and_roles_are_listed(tmp_path: Path) -> None:
+    shard(tmp_path / "tokens", "chat/00000", [row(("user", 90), ("assistant", 5))])
+    told = r"pack\.train_on \(assistant, tool\).* flags, or raise pack\.sequence_length \(64\), at which answers are"
+    with pytest.raises(UserError, match=told):
+        Packed(tmp_path / "tokens", tmp_path / "out", overlong="truncate", train_on=["assistant", "tool"])

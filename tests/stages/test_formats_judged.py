@@ -133,6 +133,32 @@ class TestPreference:
         assert error.value.reason == reason
 
 
+class TestLlamaFactory:
+    ASKED: ClassVar[dict[str, str]] = {"from": "human", "value": "q"}
+    SAID: ClassVar[dict[str, str]] = {"from": "gpt", "value": "a"}
+
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"chosen": {**ASKED, "value": "c"}}, "chosen is a turn of user: expected the assistant's answer"),
+            ({"rejected": {"from": "system", "value": "c"}}, "rejected is a turn of system"),
+            ({"conversations": [ASKED, SAID]}, "conversations ends with the assistant's answer, which chosen would"),
+        ],
+    )
+    def test_two_answers_are_the_assistants_and_to_a_question(self, changes: Any, says: str) -> None:
+        row = {"conversations": [self.ASKED], "chosen": self.SAID, "rejected": {**self.SAID, "value": "b"}}
+        read = reader("llamafactory", {"ranking": True, "formatting": "sharegpt"})
+        assert [[turn.role for turn in part.turns] for part in read(row).parts] == [["user", "assistant"]] * 2
+        with pytest.raises(BadRow, match=says):
+            read({**row, **changes})
+
+    def test_a_label_that_is_none_is_shown(self) -> None:
+        with pytest.raises(BadRow, match="label is 'yes': expected true or false"):
+            reader("llamafactory", {"columns": {"kto_tag": "label"}})(
+                {"instruction": "q", "output": "a", "label": "yes"}
+            )
+
+
 def test_of_a_judged_completion_the_last_turn_is_the_answer() -> None:
     talk = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
     turns = [{"role": role, "content": text} for role, text in talk]

@@ -33,6 +33,14 @@ def test_a_variable_that_nothing_reads_is_said(variable: str, said: str, monkeyp
     assert variable in str(error.value) and said in str(error.value)
 
 
+def test_a_value_that_does_not_fit_is_told_by_the_variables_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGROW_MICRO_BATCH", "0")
+    with pytest.raises(
+        UserError, match=r"^runtime `micro_batch`: .* equal to 1; or: .*'auto' \(from REGROW_MICRO_BATCH"
+    ):
+        runtime_of(None, None)
+
+
 def test_variables_of_others_that_begin_alike_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGROW_S3_KEY", "1")
     monkeypatch.setenv("REGROW_DATABASE", "postgresql://localhost/x")

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.graph import WIRING
+from stages.errors import UserError
 from stages.objectives.grpo import GrpoOptions
+from stages.rewards import RewardChoice
 from stages.runtime import Runtime
 from stages.stage import Work
 from stages.tables import read_table
@@ -72,6 +74,17 @@ def test_a_column_that_is_called_prompt_reaches_the_rewards(tiny_model: Path, tm
     tokenizer = prompts.plain_tokenizer(tiny_model, None)
     (row,) = prompts.read(given, Work(tmp_path / "work", Runtime()), tokenizer, ("prompt",), {}, 8)
     assert json.loads(row["columns"]) == {"answer": "x", "prompt": "the whole of it"}
+
+
+def test_a_column_that_a_reward_reads_must_hold_something(tiny_model: Path, tmp_path: Path) -> None:
+    """Else no completion could be worth anything, or one that says `None`."""
+    test_train_online.prompts(tmp_path / "tokens", tiny_model, ["say one\n"], answer=None, level=1)
+    plan = Packed(tmp_path / "tokens", tmp_path / "p").output
+    given = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan}
+    tokenizer = prompts.plain_tokenizer(tiny_model, None)
+    right = {"right": RewardChoice(reward="exact_match")}
+    with pytest.raises(UserError, match=r"the reward right reads the column 'answer'; a prompt has level: 'say one"):
+        prompts.read(given, Work(tmp_path / "work", Runtime()), tokenizer, ("prompt",), right, 8)
 
 
 def test_in_training_the_model_is_not_asked_beyond_the_end_of_its_turn(tiny_model: Path, tmp_path: Path) -> None:
