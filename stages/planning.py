@@ -37,9 +37,7 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     limit = None if wrapped else config.sequence_length
     rows = read_rows(files.spans, shards, config.train_on, limit, work.tell)
     if len(rows) == 0:
-        raise UserError(
-            "there are no rows to pack: every source is empty, or every row was dropped before. See convert"
-        )
+        raise UserError(_no_rows(shards))
     if wrapped:
         _refuse_all_but_raw_text(rows, shards)
     if config.overlong == "error":
@@ -160,6 +158,19 @@ def _all_alike(kind: str, label: str, rows: int) -> str:
     other = "false" if label == "true" else "true"
     told = f"{rows} rows that train are labelled {label}: there is nothing to tell apart. Add some labelled {other}"
     return f"all steps of the {told}" if kind == "stepwise" else f"all {told}, or train on these with objective: sft"
+
+
+def _no_rows(shards: Sequence[Shard]) -> str:
+    dropped = Counter[str]()
+    for shard in shards:
+        dropped.update(shard.counts["dropped"])
+    if not dropped:
+        return "there are no rows to pack: every source is empty"
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common())
+    return (
+        f"there are no rows to pack: all {dropped.total():,} were dropped ({reasons}). `regrow show` names the first of "
+        "them, under convert"
+    )
 
 
 def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard]) -> None:
