@@ -137,7 +137,7 @@ def _told(error: Mapping[str, Any], document: Document, name: str, overridden: s
     if kind == "extra_forbidden":
         choices = sorted(_fields_at(Recipe, path[:-1]))
         near = difflib.get_close_matches(str(path[-1]), choices, 1, cutoff=0.6)
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(choices)}"
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(choices) or 'none'}"
         return f"{place}: unknown key `{dotted}`; {hint}"
     if kind == "missing":
         return f"{place}: `{dotted}` is missing"

@@ -169,7 +169,7 @@ def check_rows(config: EvaluateConfig, rows: Tree, files: Callable[[Tree], Path]
     """What the first row of each task's source tells before anything is trained: UserError for a task that cannot ask
     it. `files` gives the folder that some of `rows` stand in."""
     for name, task in config.tasks.items():
-        if not task.source or not (task.eval or task.reward_model):
+        if not task.source:
             continue
         shard, first = next(iter(_rows(name, task, rows)["rows"].folders().items()))
         for row in islice(all_rows(files(first.under(shard))), 1):
@@ -177,7 +177,7 @@ def check_rows(config: EvaluateConfig, rows: Tree, files: Callable[[Tree], Path]
                 if task.reward_model:
                     reward_models.turns_of(row, task.question)
                 else:
-                    evals.load(task.eval).examples([row], task.options)
+                    evals.load(task.eval or EXACT_MATCH).examples([row], task.options)
             except UserError as error:
                 raise UserError(f"evaluate.tasks.{name}: {error}") from error
 

@@ -161,16 +161,17 @@ def _all_alike(kind: str, label: str, rows: int) -> str:
 
 
 def _no_rows(shards: Sequence[Shard]) -> str:
-    dropped = Counter[str]()
+    dropped, first = Counter[str](), dict[str, str]()
     for shard in shards:
         dropped.update(shard.counts["dropped"])
+        first = {reason: places[0] for reason, places in shard.counts.get("places", {}).items()} | first
     if not dropped:
         return "there are no rows to pack: every source is empty"
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.most_common())
-    return (
-        f"there are no rows to pack: all {dropped.total():,} were dropped ({reasons}). `regrow show` names the first of "
-        "them, under convert"
-    )
+    told = [
+        f"{count:,} {reason}" + (f" (the first: {first[reason]})" if reason in first else "")
+        for reason, count in dropped.most_common()
+    ]
+    return f"there are no rows to pack: of {dropped.total():,}, convert dropped {', '.join(told)}"
 
 
 def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard]) -> None:

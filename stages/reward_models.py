@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from stages.errors import UserError
+from stages.evals import Options
 from stages.generation import Turn
 from stages.identity import Json
 
@@ -225,10 +226,11 @@ def text_of(tokenizer: Any, turns: Sequence[Turn], answer: str | None = None) ->
 
 
 def turns_of(row: tuple[str, Mapping[str, Json]], field: str) -> list[Turn]:
-    """The turns that a row asks: its `field`, a text or a list of messages, or else its `messages`; without the
-    assistant's answer where they end with one. Raises UserError naming the row that has neither."""
+    """The turns that a row asks: its `field`, a text or a list of messages, or, where the task names no field, its
+    `messages`; without the assistant's answer where they end with one. Raises UserError naming the row that has
+    neither."""
     place, values = row
-    asked = values.get(field, values.get("messages"))
+    asked = values.get(field, values.get("messages") if field == Options().question else None)
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
     if not isinstance(asked, list):

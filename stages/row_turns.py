@@ -74,9 +74,15 @@ def prompt_of(turns: list[Turn]) -> list[Turn]:
 
 def after_prompt(prompt: list[Turn], answer: list[Turn], place: str) -> tuple[list[Turn], list[Turn]]:
     """The prompt and what answers it, where the answer may say the prompt again at its beginning, or more of the
-    conversation than that. Raises BadRow for an answer that begins with another question: a row would ask twice."""
+    conversation than that. Raises BadRow for an answer that begins with another question, and for one to a prompt that
+    is answered already: a row would ask, or answer, twice."""
     if answer[: len(prompt)] == prompt and answer[0].role != "text":
         return prompt, answer[len(prompt) :]
+    if prompt and prompt[-1].role == answer[0].role == "assistant":
+        raise BadRow(
+            "answered already",
+            f"the prompt before {place} ends with the assistant's turn: expected a user's or a tool's there",
+        )
     if answer[0].role not in ASKING or not any(turn.role == "user" for turn in prompt):
         return prompt, answer
     if not any((turn.content or "").strip() for turn in prompt):

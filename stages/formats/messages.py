@@ -4,11 +4,12 @@
                   {"role": "assistant", "content": "No.", "train": true}], "tools": [...]}
 
 A turn may also carry `reasoning_content` (or `thinking`, `reasoning`), `tool_calls`, `tool_call_id`, `name`, and a
-training flag of its own: `train` (or `training`; true or false) or, as OpenAI's fine-tuning files say it, `weight` (1
-or 0; of others than the assistant only 0 counts). Content may be a list of parts: `text`, `reasoning` (or `thinking`)
-and `tool_call` parts are read, each with a `train` of its own if it likes; pictures and sound are not. `train_detail`
-flags ranges of characters, both ends counted: `[{"begin_offset": 0, "end_offset": 8, "train": false}, ...]`; what no
-range covers does not train, and none does in a turn whose own flag is false. A `system` column is the first turn.
+training flag of its own: `train` (or `training`, or ms-swift's `loss`; true or false) or, as OpenAI's fine-tuning files
+say it, `weight` (1 or 0; of others than the assistant only 0 counts). Content may be a list of parts: `text`,
+`reasoning` (or `thinking`) and `tool_call` parts are read, each with a `train` of its own if it likes; pictures and
+sound are not. `train_detail` flags ranges of characters, both ends counted: `[{"begin_offset": 0, "end_offset": 8,
+"train": false}, ...]`; what no range covers does not train, and none does in a turn whose own flag is false. A `system`
+column is the first turn.
 """
 
 from collections.abc import Iterable, Mapping
@@ -152,6 +153,8 @@ def _flag_of(message: Mapping[str, Any], role: str, at: Names) -> int:
     else's words learned: data sets give it to every message."""
     *flags, weight = at.flags
     found = flag(message, flags)
+    if found == TRAIN_UNSET and isinstance(message.get("loss"), bool):  # a number there is a figure, not a flag
+        return TRAIN_YES if message["loss"] else TRAIN_NO
     if found == TRAIN_UNSET:
         found = flag(message, (weight,))
         return TRAIN_UNSET if found == TRAIN_YES and role != "assistant" else found

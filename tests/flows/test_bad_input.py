@@ -117,6 +117,11 @@ def test_bad_rows_can_be_dropped_and_are_counted(pipeline: Pipeline, tmp_path: P
     assert facts["documents"] == 2
 
 
+def test_when_every_row_is_dropped_the_reasons_are_told(pipeline: Pipeline, tmp_path: Path) -> None:
+    told = refused(pipeline, "pack", tmp_path, [{"text": "x"}, {"text": "y"}], convert={"bad_rows": "drop"})
+    assert "of 2, convert dropped 2 missing field (the first: " in told and "line 1" in told
+
+
 def test_malformed_json_names_its_line(pipeline: Pipeline, tmp_path: Path) -> None:
     told = refused(pipeline, "convert", tmp_path, json.dumps(GOOD) + "\n{broken\n", "convert")
     assert "rows.jsonl, line 2: is not JSON" in told

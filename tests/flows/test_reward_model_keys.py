@@ -197,10 +197,14 @@ def test_steps_of_a_model_that_was_fetched_are_told_before_anything_is_trained(
         run.refuse_steps(section)
 
 
-@pytest.mark.parametrize(("task", "field"), [("right", "answer"), ("right", "question"), ("worth", "question")])
+@pytest.mark.parametrize(
+    ("task", "field"), [("right", "answer"), ("right", "question"), ("worth", "question"), ("plain", "answer")]
+)
 def test_a_task_that_cannot_ask_its_rows_is_told_before_anything_is_trained(
     home: Path, recipe: dict[str, Any], task: str, field: str
 ) -> None:
+    recipe = copy.deepcopy(recipe)
+    recipe["evaluate"]["tasks"]["plain"] = {"source": "asked"}  # through lm-eval
     run_of(home, recipe).check_tasks()
     recipe["evaluate"]["tasks"][task][field] = "nothing"
     told = (

@@ -37,6 +37,13 @@ def test_a_flag_of_a_users_turn_or_of_a_part_of_it_has_it_learned() -> None:
     assert turns("messages", renamed, fields={"train": "learn"})[0].train == TRAIN_YES
 
 
+def test_a_turn_whose_loss_is_false_is_not_learned() -> None:
+    """As ms-swift writes it. A number under that name is a figure that somebody kept."""
+    said = [("assistant", False), ("user", True), ("assistant", 0.7), ("assistant", None)]
+    row = {"messages": [{"role": role, "content": "x", "loss": loss} for role, loss in said]}
+    assert [turn.train for turn in turns("messages", row)] == [TRAIN_NO, TRAIN_YES, TRAIN_UNSET, TRAIN_UNSET]
+
+
 @pytest.mark.parametrize(
     ("flag", "train", "runs"),
     [

@@ -123,6 +123,7 @@ class TestPreference:
             ),
             ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.inf}, "wrong type", "margin is inf"),
             ({"prompt": "p", "chosen": [*ASKED, SAID], "rejected": "b"}, "two prompts", "chosen begins with a turn of"),
+            ({"prompt": [*ASKED, SAID], "chosen": "a", "rejected": "b"}, "answered already", "before chosen ends with"),
             ({"prompt": "q", "chosen": [*ASKED, SAID], "rejected": [*MORE, SAID]}, "two prompts", "do not begin alike"),
             ({"chosen": [*ASKED, SAID], "rejected": [*OTHER, SAID]}, "two prompts", "chosen goes on with a turn of us"),
         ],
