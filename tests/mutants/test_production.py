@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from flows.run import start
+from flows.settle import settle
 from stages.errors import UserError
 from stages.production import KEPT, production, promote, rollback
 from stages.store import Store
+from tests.flows.rehearsal import Rehearsal
 from tests.stages.test_production import memory, named, put, stands
 
 
@@ -53,3 +56,17 @@ def test_an_old_move_lets_go_of_its_run_and_of_what_it_was_compared_with(tmp_pat
     text = json.dumps(ref.document)
     assert named(3)["digest"] in text, "the oldest of those that stay was compared with it"
     assert named(2)["digest"] not in text and named(1)["digest"] not in text
+
+
+def test_a_run_that_goes_on_forgets_no_move_of_others(tmp_path: Path) -> None:
+    """Its record knows the last move alone, and a rollback would find nothing before that."""
+    rehearsal = Rehearsal(tmp_path)
+    first, _ = rehearsal.run(10)
+    second, _ = rehearsal.run(20)
+    begun = rehearsal.start(30)
+    begun.record("started")
+    resumed = rehearsal.make(start(begun.loaded, begun.runtime, begun.store, begun.store.read_run(begun.id)))
+    assert settle(resumed).production == "moved"
+    found = production(rehearsal.store, "bot")
+    assert found and [move.run for move in found.moves] == [first.id, second.id, begun.id]
+    assert [rollback(rehearsal.store, "bot").run for _ in range(2)] == [second.id, first.id]
