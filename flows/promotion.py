@@ -44,7 +44,7 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
     if seen is not None and seen.now.model["digest"] == weights.digest:
         if _deliver(store, runtime, record, card, weights, moved=False):
             return seen.now
-        raise UserError(f"{name}/production already names this model (merge {weights.key[:12]})")
+        raise UserError(f"{name}/production already names this model (merge {seen.now.model['key'][:12]})")
     before = production_of(record)
     compared = before.rival(weights.digest) if before else None
     uncompared = _uncompared(seen, compared, weights)
