@@ -1,10 +1,12 @@
 """How production moves and goes back, where a changed line went unnoticed by all other tests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from flows.promotion import promote as by_person
 from flows.run import start
 from flows.settle import settle
 from stages.errors import UserError
@@ -70,3 +72,26 @@ def test_a_run_that_goes_on_forgets_no_move_of_others(tmp_path: Path) -> None:
     found = production(rehearsal.store, "bot")
     assert found and [move.run for move in found.moves] == [first.id, second.id, begun.id]
     assert [rollback(rehearsal.store, "bot").run for _ in range(2)] == [second.id, first.id]
+
+
+def test_a_model_that_is_promoted_by_a_later_run_keeps_what_it_was_compared_with(tmp_path: Path) -> None:
+    """That run found it in production, and it is not compared with itself."""
+    rehearsal = Rehearsal(tmp_path)
+    first, _ = rehearsal.run(10)
+    rehearsal.run(20)
+    again, outcome = rehearsal.run(20)
+    assert outcome.production == "stands"
+    rollback(rehearsal.store, "bot")
+    move = by_person(rehearsal.store, again.runtime, "bot", again.id)
+    weights = first.artifacts["merge"]
+    assert move.compared == {"key": weights.key, "digest": weights.digest}
+
+
+def test_a_run_delivers_nothing_to_a_place_that_its_recipe_has_left(tmp_path: Path) -> None:
+    """Who moves to another destination and clears the old one would find it filled again."""
+    rehearsal = Rehearsal(tmp_path)
+    rehearsal.run(20)
+    shutil.rmtree(tmp_path / "out")
+    _, outcome = rehearsal.run(10, to=str(tmp_path / "elsewhere"))
+    assert outcome.production == "untouched"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "elsewhere").exists()
