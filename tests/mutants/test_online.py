@@ -15,8 +15,10 @@ from stages.objectives.ebft import EbftOptions
 from stages.objectives.grpo import SampledOptions
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.train import TrainConfig, online_trainer
+from stages.train import TrainConfig, online, online_trainer
 from stages.train.features import Matching, matching
+from tests.stages.packed import Packed
+from tests.stages.test_train_online import prompts, train
 
 LENGTH = {"reward": "length", "options": {"most": 8}}
 TWO = {"rewards": {"one": {**LENGTH, "weight": 0.3}, "two": {**LENGTH, "weight": -2.0}}}
@@ -82,6 +84,44 @@ def test_a_step_takes_as_many_prompts_as_are_asked_for_whatever_goes_in_at_once(
     assert found["gradient_accumulation_steps"] * at_once == 6
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "asked"),
+    [
+        ({"epochs": 2}, 2 * 2 * 3, 2 * 2 * 2),
+        ({"epochs": 1.5}, 3 * 3, 3 * 2),
+        ({"max_steps": 7}, 7, 3 * 2),
+    ],
+)
+def test_an_epoch_asks_every_prompt_and_trains_each_batch_as_often_as_is_asked_for(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], steps: int, asked: int
+) -> None:
+    """Three prompts, two in a step, are two steps; iterations on their completions come besides."""
+    prompts(tmp_path / "tokens", tiny_model, ["say one\n", "say two\n", "say six\n"])
+    plan = Packed(tmp_path / "tokens", tmp_path / "plan").output
+    told: list[tuple[int, ...]] = []
+    order = online.prompts.order
+
+    class Enough(Exception):
+        pass
+
+    def drawn(rows: int, total: int, seed: int) -> list[int]:
+        told.append((rows, total, seed))
+        return order(rows, total, seed)
+
+    def made(config: Any, options: Any, online: Any, total: int, *others: Any) -> Any:
+        told.append((total,))
+        raise Enough
+
+    monkeypatch.setattr(online.prompts, "order", drawn)
+    monkeypatch.setattr(online_trainer, "arguments", made)
+    options = {"rewards": {"short": LENGTH}, "prompts_per_step": 2, "iterations": 3, "max_new_tokens": 8}
+    config = {"objective": "grpo", "objective_options": options, "precision": "fp32", "seed": 5, **given}
+    inputs = {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan}
+    with pytest.raises(Enough):
+        train(tmp_path, inputs, config)
+    assert told == [(3, asked, 5), (steps,)]
+
+
 def test_the_recipe_says_how_the_trainer_draws_and_clips(tmp_path: Path) -> None:
     """TRL shuffles by itself otherwise, and clips at 1."""
     config = {"seed": 7, "max_gradient_norm": 0.25, "learning_rate": 3e-4, "precision": "fp32"}
@@ -110,7 +150,7 @@ def test_continuations_are_matched_with_the_reference_of_their_own_prompt(tiny_m
     options = EbftOptions(group_size=2, diversity=0.5, whiten=False)
     read: list[list[list[int]]] = []
     kept: list[Any] = []
-    end, prompts, rest = 1, ["ab", "ab", "xyz", "xyz"], [[10, 11], [10, 11], [12], [12]]
+    end, texts_asked, rest = 1, ["ab", "ab", "xyz", "xyz"], [[10, 11], [10, 11], [12], [12]]
     written = [[20, 21], [22, end], [23, 24], [24, 23]]
 
     def features(texts: list[list[int]]) -> Tensor:
@@ -120,10 +160,10 @@ def test_continuations_are_matched_with_the_reference_of_their_own_prompt(tiny_m
     frozen: Any = SimpleNamespace(features=features)
     match = Matching(frozen, tokenizer, options, lambda *given: kept.append(given))
     told: dict[str, float] = {}
-    found = match(prompts, ["a", "b", "c", "d"], written, rest, told.__setitem__)
+    found = match(texts_asked, ["a", "b", "c", "d"], written, rest, told.__setitem__)
     ab, xyz = tokenizer(["ab", "xyz"])["input_ids"]
     texts = [[*ab, 20, 21], [*ab, 22], [*xyz, 23, 24], [*xyz, 24, 23], [*ab, 10, 11], [*xyz, 12]]
     assert read == [texts]
     of = features(texts)
     assert found == pytest.approx(matching(of[:4].view(2, 2, 6), of[4:], 0.5, False).flatten().tolist())
-    assert kept == [(prompts, ["a", "b", "c", "d"], found)] and told["feature_loss"] > 0
+    assert kept == [(texts_asked, ["a", "b", "c", "d"], found)] and told["feature_loss"] > 0
