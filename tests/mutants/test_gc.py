@@ -37,3 +37,13 @@ def test_every_damaged_blob_is_told_once(store: Store, make_folder: Any, make_ac
     told = sorted((problem.artifact, problem.path) for problem in verify(store, deep=True).problems)
     unlisted = sorted(("", blob_path(file.sha256)) for file in made.tree.files)
     assert told == [*unlisted, (f"pack/{kept.key}", "c")]
+
+
+def test_a_digest_names_all_artifacts_with_these_bytes(store: Store, make_folder: Any, make_action: Any) -> None:  # noqa: F811
+    """One of them is what a later run finds by its key."""
+    one, other = (store.commit(make_action(n=n), make_folder({"a": b"a"}), {}, {}) for n in range(2))
+    assert one.digest == other.digest and one.key != other.key
+    store.swap_ref("pins/bytes", None, {"digest": one.digest})
+    age(store, 40 * DAY)
+    collect(store, delete=True)
+    assert [store.find("pack", each.key) for each in (one, other)] == [one, other]

@@ -15,7 +15,7 @@ from stages.objectives.ebft import EbftOptions
 from stages.objectives.grpo import SampledOptions
 from stages.runtime import Runtime
 from stages.stage import Work
-from stages.train import TrainConfig, online, online_trainer
+from stages.train import TrainConfig, online, online_trainer, teacher
 from stages.train.features import Matching, matching
 from tests.stages.packed import Packed
 from tests.stages.test_train_online import prompts, train
@@ -167,3 +167,33 @@ def test_continuations_are_matched_with_the_reference_of_their_own_prompt(tiny_m
     of = features(texts)
     assert found == pytest.approx(matching(of[:4].view(2, 2, 6), of[4:], 0.5, False).flatten().tolist())
     assert kept == [(texts_asked, ["a", "b", "c", "d"], found)] and told["feature_loss"] > 0
+
+
+def test_who_writes_a_steps_completions_is_drawn_by_the_seed_and_the_step() -> None:
+    """A run that goes on must draw what it would have drawn, and another seed something else."""
+
+    class Trl:
+        def __init__(self) -> None:
+            self.model_wrapped, self.teacher_model = "student", "teacher"
+            self.state = SimpleNamespace(global_step=0)
+            self.processing_class = SimpleNamespace(batch_decode=lambda ids, **_: [str(each) for each in ids])
+            self.wrote: list[str] = []
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+            self.wrote.append(self.model_wrapped)
+            return [[9] for _ in prompt_ids]
+
+    def writers(share: float, seed: int, steps: range = range(40)) -> list[str]:
+        kept: list[tuple[Any, ...]] = []
+        trainer = teacher.sampling(Trl, share, seed, lambda *given: kept.append(given))()
+        for step in steps:
+            trainer.state.global_step = step
+            assert trainer._generate_single_turn([[1], [2]]) == [[9], [9]] and trainer.model_wrapped == "student"
+        assert kept == [(step, ["[1]", "[2]"], ["[9]", "[9]"]) for step in steps]
+        wrote: list[str] = trainer.wrote
+        return wrote
+
+    assert writers(1.0, 1) == ["student"] * 40 and writers(0.0, 1) == ["teacher"] * 40
+    one = writers(0.7, 1)
+    assert one[25:] == writers(0.7, 1, range(25, 40)) and one != writers(0.7, 2)
+    assert 20 < one.count("student") < 36 and len(set(one)) == 2
