@@ -1,6 +1,7 @@
 """What merge proves of the model that it writes, where a changed line went unnoticed by all other tests."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,14 @@ def test_divergence_is_that_of_the_saved_model_from_the_trained_one() -> None:
     likeness = merge.compare(before, wanted, found)
     assert likeness.kl == pytest.approx(kl(wanted, found), rel=1e-2) != pytest.approx(kl(found, wanted), rel=1e-1)
     assert likeness.kl_of_training == pytest.approx(kl(wanted, before), rel=1e-2)
+
+
+def test_a_model_that_came_in_pieces_leaves_no_index_of_them(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    """Who reads by the index would look for files that are not there."""
+    model, trained = folders
+    pieces = Path(shutil.copytree(model, tmp_path / "pieces"))
+    (pieces / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(model, dtype="auto").save_pretrained(pieces, max_shard_size="20KB")
+    assert len(list(pieces.glob("*.safetensors"))) > 1 and (pieces / "model.safetensors.index.json").exists()
+    run(tmp_path / "output", pieces, trained)
+    assert {path.name for path in (tmp_path / "output").glob("*.safetensors*")} == {"model.safetensors"}
