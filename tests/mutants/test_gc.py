@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stages.gc import collect, verify
+from stages.gc import Tally, collect, verify
 from stages.objects import blob_path
 from stages.store import Store
 from tests.stages.conftest import make_action, make_folder, store  # noqa: F401
@@ -47,3 +47,10 @@ def test_a_digest_names_all_artifacts_with_these_bytes(store: Store, make_folder
     age(store, 40 * DAY)
     collect(store, delete=True)
     assert [store.find("pack", each.key) for each in (one, other)] == [one, other]
+
+
+def test_a_dry_run_tells_nothing_young_as_going(store: Store) -> None:  # noqa: F811
+    store.objects.put(blob_path("0" * 64), b"nobody lists it yet")
+    assert collect(store).freed["blobs"] == Tally(0, 0) == collect(store, delete=True).freed["blobs"]
+    age(store, 3 * DAY)
+    assert collect(store).freed["blobs"].count == 1 == collect(store, delete=True).freed["blobs"].count

@@ -15,8 +15,10 @@ from stages.objectives.ebft import EbftOptions
 from stages.objectives.grpo import SampledOptions
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.tables import read_table
 from stages.train import TrainConfig, online, online_trainer, teacher
 from stages.train.features import Matching, matching
+from stages.train.rollouts import Recorder
 from tests.stages.packed import Packed
 from tests.stages.test_train_online import prompts, train
 
@@ -197,3 +199,45 @@ def test_who_writes_a_steps_completions_is_drawn_by_the_seed_and_the_step() -> N
     one = writers(0.7, 1)
     assert one[25:] == writers(0.7, 1, range(25, 40)) and one != writers(0.7, 2)
     assert 20 < one.count("student") < 36 and len(set(one)) == 2
+
+
+def test_what_was_written_after_the_checkpoint_is_kept_once(tmp_path: Path) -> None:
+    """A run that was killed wrote on after its last checkpoint, and writes these steps again."""
+    killed = Recorder(None, tmp_path / "rollouts")
+    for step in range(3):
+        killed.keep(step, ["p"] * 2, [f"{step} a", f"{step} b"])
+        if step == 1:
+            (tmp_path / "2").mkdir()
+            killed.save(tmp_path / "2")
+    again = Recorder(None, tmp_path / "rollouts")
+    assert again.go_on(tmp_path / "2") == 4
+    again.keep(2, ["p"], ["2 a"])
+    again.keep(2, ["p"], ["2 b"])  # a batch in two parts
+    assert again.write(tmp_path / "rollouts.arrow") == 6
+    rows = read_table(tmp_path / "rollouts.arrow").to_pylist()
+    assert [(row["step"], row["completion"]) for row in rows] == [(s + 1, f"{s} {x}") for s in range(3) for x in "ab"]
+    assert Recorder(None, tmp_path / "rollouts").go_on(None) == 0
+    assert not list((tmp_path / "rollouts").iterdir())
+
+
+def test_an_environments_reward_counts_by_its_own_weight(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts(tmp_path / "tokens", tiny_model, ["say one\n"])
+    plan = Packed(tmp_path / "tokens", tmp_path / "plan").output
+    told: list[Any] = []
+
+    class Enough(Exception):
+        pass
+
+    def made(online: Any, arguments: dict[str, Any]) -> Any:
+        told.append(arguments["reward_weights"])
+        raise Enough
+
+    monkeypatch.setattr(online.feedback, "episodes_of", lambda *given: SimpleNamespace(weights=[0.25]))
+    monkeypatch.setattr(online_trainer, "settings_of", made)
+    options = {**TWO, "prompts_per_step": 1, "max_new_tokens": 8}
+    config = {"objective": "grpo", "objective_options": options, "precision": "fp32", "max_steps": 1}
+    with pytest.raises(Enough):
+        train(tmp_path, {"model": tiny_model, "tokens": tmp_path / "tokens", "plan": plan}, config)
+    assert told == [[0.3, -2.0, 0.25]]
