@@ -50,3 +50,16 @@ def test_what_is_new_and_what_is_gone_is_told_as_a_difference() -> None:
         "train.d.e 1 → 2",
         "train.c unset → 2",
     ]
+
+
+def test_the_reason_is_the_difference_from_the_last_run_not_from_an_earlier_one(rehearsal: Rehearsal) -> None:
+    for right in (10, 20):
+        rehearsal.run(right)
+    assert make_plan(rehearsal.start(30)).step("train").reason == "train.seed 20 → 30"
+
+
+def test_a_run_has_made_only_what_it_made_itself(rehearsal: Rehearsal) -> None:
+    run, _ = rehearsal.run(10)
+    again = rehearsal.start(10)
+    assert make_plan(again).to_run == []
+    assert run.has_made("publish") and not again.has_made("publish")
