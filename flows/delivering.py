@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from stages.deliver import deliver, delivered, delivery
+from stages.deliver import deliver, delivered, delivery, holds
 from stages.identity import sha256_text
 from stages.lease import lease
 from stages.production import person, production
@@ -54,7 +54,8 @@ def bring(
 
 def bring_standing(store: Store, runtime: Runtime, name: str, to: str) -> None:
     """Deliver what production names to `to`, if that is where its run was to deliver it and could not: the next runs
-    may fail their gate for weeks, and what is served would be the model before. Raises as `bring`."""
+    may fail their gate for weeks, and what is served would be the model before. Where the model is, its card is left
+    alone: a later run may have written a newer one than the move names. Raises as `bring`."""
     standing = production(store, name) if to else None
     record = store.read_run(standing.now.run) if standing else None
     if standing is None or record is None or place_of(record).to != to:
@@ -63,6 +64,8 @@ def bring_standing(store: Store, runtime: Runtime, name: str, to: str) -> None:
     weights = store.recall("merge", model["key"], model["digest"])
     published = store.recall("publish", card["key"], card["digest"])
     if weights is None or published is None:
+        return
+    if holds(to, weights.tree, published.tree, runtime.options_for(to)):
         return
     if bring(store, runtime, name, place_of(record), weights, published, moved=False) == "arrived":
         _log.warning(

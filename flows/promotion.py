@@ -41,10 +41,10 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
         raise UserError(
             f"{name}: the gate was not passed by run {run}: {reasons}. Promote it all the same with --anyway"
         )
-    if seen is not None and seen.now.model == named(weights):
+    if seen is not None and seen.now.model["digest"] == weights.digest:
         if _deliver(store, runtime, record, card, weights, moved=False):
             return seen.now
-        raise UserError(f"{name}/production already names this model (merge {weights.key[:12]})")
+        raise UserError(f"{name}/production already names this model (merge {seen.now.model['key'][:12]})")
     before = production_of(record)
     compared = before.rival(weights.digest) if before else None
     uncompared = _uncompared(seen, compared, weights)

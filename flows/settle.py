@@ -90,7 +90,7 @@ def _promoted(
 ) -> Literal["moved", "stands", "elsewhere", "stood", "waits", "refused"]:
     standing = standing_in(run.store, run.name)
     if standing is not None:
-        if standing.now.model == named(weights):
+        if standing.now.model["digest"] == weights.digest:  # whatever key it was made under: it is the same model
             return "stands"
         if standing.stood(weights.digest):
             return "stood"

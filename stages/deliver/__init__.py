@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stages.deliver.folder import deliver_to_folder, edited, local_index, refuse_foreign, sweep
-from stages.deliver.index import is_whole
-from stages.identity import Tree, join
+from stages.deliver.index import has, is_whole
+from stages.identity import Json, Tree, join
 from stages.store import Store
 
-__all__ = ["deliver", "delivered", "delivery", "refuse_taken"]
+__all__ = ["deliver", "delivered", "delivery", "holds", "refuse_taken"]
 
 PRIVATE = ("merge.json", "samples.jsonl")
 """What stays in the store: a check's figures, and answers that quote rows of the data."""
@@ -21,24 +21,40 @@ PRIVATE = ("merge.json", "samples.jsonl")
 
 def delivery(weights: Tree, card: Tree) -> Tree:
     """What is delivered: the model's files and the card's. Of two with one name the card's counts."""
+    return join([_model(weights, card), Tree(tuple(file for file in card.files if file.path not in PRIVATE))])
+
+
+def _model(weights: Tree, card: Tree) -> Tree:
     named = {file.path for file in card.files} | set(PRIVATE)
-    kept = Tree(tuple(file for file in weights.files if file.path not in named))
-    return join([kept, Tree(tuple(file for file in card.files if file.path not in PRIVATE))])
+    return Tree(tuple(file for file in weights.files if file.path not in named))
 
 
 def delivered(to: str, tree: Tree, options: Mapping[str, str] | None = None) -> bool:
     """Whether exactly this is there already, by the index and, in a folder, by sizes and times. Hashes nothing."""
+    index = _index(to, options or {})
+    return is_whole(index, tree) and not _edited(to, index)
+
+
+def holds(to: str, weights: Tree, card: Tree, options: Mapping[str, str] | None = None) -> bool:
+    """Whether this model is there already, with that card or another one of its own. Looks as `delivered`."""
+    index = _index(to, options or {})
+    return has(index, _model(weights, card)) and not _edited(to, index)
+
+
+def _index(to: str, options: Mapping[str, str]) -> Json:
     if to.startswith("hf://"):
         from stages.deliver.hub import hub_index
 
-        return is_whole(hub_index(to), tree)
+        return hub_index(to)
     if "://" in to:
         from stages.deliver.bucket import bucket_index, reach
 
-        return is_whole(bucket_index(*reach(to, options or {})), tree)
-    folder = _folder(to)
-    index = local_index(folder)
-    return is_whole(index, tree) and not edited(folder, index)
+        return bucket_index(*reach(to, options))
+    return local_index(_folder(to))
+
+
+def _edited(to: str, index: Json) -> bool:
+    return "://" not in to and bool(edited(_folder(to), index))
 
 
 def refuse_taken(to: str, name: str) -> None:

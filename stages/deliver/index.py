@@ -29,6 +29,14 @@ def is_whole(index: Json, tree: Tree) -> bool:
     return bool(index) and index["whole"] and index["digest"] == tree.digest
 
 
+def has(index: Json, tree: Tree) -> bool:
+    """Whether the index (None: there is none) says that these files were delivered, whatever else was."""
+    if not index or not index["whole"]:
+        return False
+    there = {path: file["sha256"] for path, file in index["files"].items()}
+    return all(there.get(file.path) == file.sha256 for file in tree.files)
+
+
 def some(names: list[str]) -> str:
     """The first few names of a list, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

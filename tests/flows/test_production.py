@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.promotion import promote
 from flows.run import start
 from stages.errors import UserError
 from stages.production import production, rollback
@@ -40,6 +41,19 @@ def test_what_stands_has_nothing_to_do_however_often_it_is_looked_at(rehearsal: 
     for _ in range(2):
         assert rehearsal.to_run(20) == []
         assert rehearsal.run(20)[1].production == "stands"
+
+
+def test_the_same_bytes_made_once_more_are_the_model_that_stands(rehearsal: Rehearsal) -> None:
+    """Or the next rollback would bring back the very model that it is to take away."""
+    first, _ = rehearsal.run(10)
+    second, _ = rehearsal.run(20)
+    rehearsal.base = "the same base model in other bytes"
+    again, outcome = rehearsal.run(20)
+    assert again.artifacts["merge"].digest == second.artifacts["merge"].digest
+    assert again.artifacts["merge"].key != second.artifacts["merge"].key and outcome.production == "stands"
+    with pytest.raises(UserError, match="already names this model"):
+        promote(rehearsal.store, again.runtime, "bot", again.id)
+    assert rollback(rehearsal.store, "bot").run == first.id
 
 
 def test_a_model_that_is_worse_than_production_stays_out(rehearsal: Rehearsal) -> None:

@@ -153,6 +153,16 @@ def test_what_could_not_be_delivered_is_delivered_by_the_next_run_whatever_its_g
     assert outcome.production == "untouched" and standing and standing.now.run == delivered(rehearsal)
 
 
+def test_a_run_that_fails_its_gate_puts_no_older_card_in_the_place_of_a_newer_one(rehearsal: Rehearsal) -> None:
+    """The same model may have got a licence meanwhile, or other scores."""
+    rehearsal.run(20)
+    newer, outcome = rehearsal.run(20, license="mit")
+    assert (outcome.production, outcome.arrived) == ("stands", True)
+    _, outcome = rehearsal.run(10)
+    assert outcome.production == "untouched" and delivered(rehearsal) == newer.id
+    assert "license: mit" in (rehearsal.folder / "out/README.md").read_text()
+
+
 def test_a_damaged_blob_that_is_met_while_delivering_is_one_line(
     rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from stages.cache import Hold
 from stages.filters import parse
 from stages.traced import TEMPLATE, Traced, runs_of
 from stages.train.checkpoints import newest
+from stages.train.policy import FEWEST, Watch
 from tests.stages.test_cache import BLOB, far, in_cache, made
 from tests.stages.test_train_attempts import save, steps_in
 from tests.stages.test_train_schedules import shares
@@ -33,6 +34,11 @@ def test_a_restart_warms_up_below_the_schedule(schedule: str) -> None:
 def test_a_checkpoint_of_the_very_step_is_gone_back_behind(tmp_path: Path) -> None:
     folder = save(tmp_path, 90, 100)
     assert newest(folder, below=100) == (folder / "90", []) and steps_in(folder) == [90]
+
+
+def test_as_many_steps_as_a_spike_needs_are_enough() -> None:
+    watch = Watch.after({"loss": 1.0, "grad_norm": 1.0} for _ in range(FEWEST))
+    assert watch.look({"loss": 1.0, "grad_norm": 100.0}) is not None
 
 
 def test_an_empty_leaf_keeps_its_place_among_others() -> None:

@@ -147,7 +147,8 @@ def test_an_interrupted_build_waits_for_no_part(store: Store, runtime: Runtime, 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 120
-            while calls(runtime) != ["a.txt", "b.txt"] and time.monotonic() < deadline:
+            while calls(runtime) != ["a.txt", "b.txt"]:
+                assert process.poll() is None and time.monotonic() < deadline, "both parts were to begin"
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
             assert process.wait(60) != 0

@@ -36,12 +36,13 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
         port = free.getsockname()[1]
     process = subprocess.Popen([REAL, str(Path(__file__).with_name("openenv_server.py")), kind, str(port)])
     try:
-        for _ in range(300):
+        deadline = time.monotonic() + 120
+        while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except OSError:
-                assert process.poll() is None
+                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
                 time.sleep(0.1)
         yield kind, f"http://127.0.0.1:{port}"
     finally:
