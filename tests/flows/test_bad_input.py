@@ -118,7 +118,8 @@ def test_bad_rows_can_be_dropped_and_are_counted(pipeline: Pipeline, tmp_path: P
 
 
 def test_when_every_row_is_dropped_the_reasons_are_told(pipeline: Pipeline, tmp_path: Path) -> None:
-    told = refused(pipeline, "pack", tmp_path, [{"text": "x"}, {"text": "y"}], convert={"bad_rows": "drop"})
+    skipping = {"bad_rows": "drop", "format": "messages"}
+    told = refused(pipeline, "pack", tmp_path, [{"text": "x"}, {"text": "y"}], convert=skipping)
     assert "of 2, convert dropped 2 missing field (the first: " in told and "line 1" in told
 
 

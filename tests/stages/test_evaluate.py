@@ -311,7 +311,7 @@ def test_a_task_that_makes_no_sense_is_refused(tasks: Json, message: str) -> Non
 
 def test_evals_versions_enter_the_key() -> None:
     config = EvaluateConfig.model_validate({"tasks": [{"source": "spelling"}, "gsm8k"]})
-    assert evaluate.plugins(config) == {"eval:exact_match": 1}
+    assert evaluate.plugins(config) == {"eval:exact_match": 2}
     assert evaluate.plugins(Measure()) == {} == evaluate.plugins(Measure(task=Task(lm_eval="gsm8k")))
 
 
