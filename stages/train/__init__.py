@@ -10,7 +10,7 @@ This file holds the recipe section and declares the stage; the work is in the fi
     data.py          optimizer steps as lists of micro-batches; samples.py: single batches, to try the model on
     windows.py       the shards that steps read, on the disk
     model.py         the model that is trained, and what is written at the end
-    freezing.py      which weights train, for the method full; patterns.py: their names
+    freezing.py      which weights train, for the method full; patterns.py: their names, which named.py looks for early
     adapters.py      LoRA and its kin; folding.py: adapters that start as a part of the weights
     neftune.py       noise on the embeddings
     optimizers.py    optimizers by name; schedules.py: the learning rate
@@ -20,7 +20,7 @@ This file holds the recipe section and declares the stage; the work is in the fi
     saving.py        when it saves, and when it stops
     state.py         what a checkpoint holds
     checkpoints.py   complete or invisible
-    adamw.py         AdamW over weights of 16 + 16 bits
+    adamw.py         AdamW over weights of 16 + 16 bits; over_split.py: every other optimizer over them
     lora_linear.py   a layer with its adapter as one operation; lora_mlp.py, lora_attention.py: layers that go
                      together, whose weights lora_stack.py lays together
     lora_experts.py  adapters of a mixture's experts

@@ -1,7 +1,7 @@
 """The model that is trained: loaded, made ready, and written at the end.
 
-What is trained is held in float32, split into 16 + 16 bits where the optimizer knows to update that
-(`stages.train.adamw`), and computed in the recipe's precision (else 16 bits through autocast). AdamW on bfloat16
+What is trained is held in float32, split into 16 + 16 bits where nothing needs it in one piece (`stages.train.adamw`,
+`stages.train.over_split`), and computed in the recipe's precision (else 16 bits through autocast). AdamW on bfloat16
 weights loses every update smaller than about 1/256 of a weight, which at usual learning rates is most of them. What is
 frozen is held in the recipe's precision, or in 4 or 8 bits.
 """

@@ -99,11 +99,13 @@ class OverSplit(torch.optim.Optimizer):
 def _portions(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The weights in order, at most `PORTION` numbers at once."""
     portion: list[nn.Parameter] = []
+    held = 0
     for weight in weights:
-        if portion and sum(p.numel() for p in portion) + weight.numel() > PORTION:
+        if portion and held + weight.numel() > PORTION:
             yield portion
-            portion = []
+            portion, held = [], 0
         portion.append(weight)
+        held += weight.numel()
     if portion:
         yield portion
 

@@ -52,7 +52,8 @@ def hold(model: Any, config: TrainConfig, shard: str = "none") -> dict[str, int]
                 parameter.data = parameter.data.float()
     elif split:
         adamw.split(model, adamw.held_wide(model))
-    fuses = (split and not wide) or (not sharded and config.precision == "bf16")
+    # What ranks gather in float32 does not compute in 16 bits; on one rank adapters in float32 are narrowed for a pass.
+    fuses = split and not wide if sharded else config.precision in ("bf16", "fp8")
     if config.method == "lora" and fuses:
         done["fused_adapters"] = lora_linear.quicken(model)
         if config.precision != "fp8":
