@@ -13,7 +13,7 @@ from rich.text import Text
 
 from flows.plan import make_plan
 from flows.run import Run
-from stages.data_report import by_reason, by_source, headline, places
+from stages.data_report import UNREAD, by_reason, by_source, headline, places, unread
 from stages.errors import UserError
 
 TRAINED, GIVEN = "bold green", "dim"
@@ -42,10 +42,13 @@ def inspect(run: Run, recipe: Path, console: Console, as_json: bool, flags: Sequ
         if rows:
             console.print()
             console.print(_table(header, rows))
-    if report["dropped"]:
+    unused = unread(report)
+    if report["dropped"] or unused:
         console.print()
     for reason, where in places(report).items():
         console.print(f"[dim]{escape(reason)}:[/] {escape(where[0])}{', …' * (len(where) > 1)}")
+    for source, columns in unused.items():
+        console.print(f"[dim]{UNREAD} {escape(source)}:[/] {escape(columns)}")
     show_samples(report["samples"], console)
     console.print(f"\n[dim]the whole report:[/] {escape(str(folder / 'report.html'))}", soft_wrap=True)
 

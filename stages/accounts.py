@@ -35,6 +35,7 @@ def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken, train
         dropped=dropped,
         places=joined([*(shard.counts.get("places", {}) for shard in own), _places(mine, shards, rows, taken)]),
         unwritten=added([shard.counts.get("unwritten", {}) for shard in own]),
+        unread=added([shard.counts.get("unread", {}) for shard in own]),
         absent=sorted(set.intersection(*({*shard.counts.get("absent", ())} for shard in own))),
         turns_without_end=sum(shard.counts.get("turns_without_end", 0) for shard in own),
         control_as_text=sum(shard.counts.get("control_as_text", 0) for shard in own),

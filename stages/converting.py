@@ -27,6 +27,7 @@ from stages.sequences import Sequencer, Written
 from stages.stage import Facts, UserError, Work
 from stages.tables import BATCH_ROWS, CONVERSATIONS, CONVERSATIONS_OF_IDS, SPAN, Numbers, offsets
 from stages.tokenizer_files import read_tokenizer
+from stages.unread import Columns
 
 PLACES = 10
 """Bad rows listed by place, for each reason."""
@@ -61,7 +62,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     bare = config.options.get("wording") == "text" and config.template == "tokenizer" and tokenizer.template is None
     forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated and not bare else None
     template = forms.template if forms else None
-    counts = _Counts(name, config.bad_rows)
+    counts = _Counts(name, config.bad_rows, Columns(reader.convert, reader.named))
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
         {
             "control": json.dumps(list(template.control if template else tokenizer.special), ensure_ascii=False),
@@ -135,8 +136,9 @@ def _reader(config: ConvertPart, name: str, seen: Sequence[tuple[Place, Row | Ba
 class _Counts:
     """What happened to the rows of one shard."""
 
-    def __init__(self, name: str, bad_rows: str) -> None:
+    def __init__(self, name: str, bad_rows: str, columns: Columns) -> None:
         self.name = name
+        self.columns = columns
         self.bad_rows = bad_rows
         self.rows = 0
         self.turns_without_end = 0
@@ -196,6 +198,7 @@ class _Counts:
             "unwritten": dict(self.unwritten),
             "turns_without_end": self.turns_without_end,
             **({"absent": sorted(self.absent)} if self.absent else {}),
+            **({"unread": self.columns.unread} if self.columns.unread else {}),
             **({SEPARATOR: self.separators[0]} if self.separators else {}),
         }
 
@@ -217,6 +220,7 @@ def _converted(
             if counts.absent:
                 counts.saw(row)
             made = convert(row)
+            counts.columns.saw(row)
             found = sequencer.sequences(number, made)
             if sequencer.reader.kind == "stepwise" and isinstance(made, Example):
                 for solution in made.parts:

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from stages import data_charts
-from stages.data_report import by_reason, by_source, headline, places
+from stages.data_report import UNREAD, by_reason, by_source, headline, places, unread
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --quiet: #66727f; --rule: #dfe3e8; --page: #fff;
@@ -64,6 +64,7 @@ def html(report: Mapping[str, Any]) -> str:
         ),
         f"<h2>Packing</h2><p>{_packing(report)}</p>",
         f"<h2>Sources</h2>{_table(*by_source(report))}",
+        *(f"<p>{UNREAD} {escape(source)}: {escape(columns)}</p>" for source, columns in unread(report).items()),
         f"<h2>Dropped rows</h2>{_table(*by_reason(report))}" if report["dropped"] else "",
         *(_details(reason, where) for reason, where in places(report).items()),
         _samples(report["samples"]) if report["samples"] else "",

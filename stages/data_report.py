@@ -19,6 +19,9 @@ MANY_CONTAMINATED = 0.1
 LONG_WINDED = 30
 """Times as many tokens as the assistant's from which on what users say looks like a mistake in the roles."""
 
+UNREAD = "not read of"
+"""What stands before a source and its columns of which nothing was read, with how many rows have something there."""
+
 Table = tuple[list[str], list[list[str]]]
 """A header and rows of cells; the first column holds words, the others numbers."""
 
@@ -37,6 +40,8 @@ class Source:
     """Where the first of the dropped rows are, by reason."""
     unwritten: Mapping[str, int]
     """Turns with something that the chat template leaves out, by what it is."""
+    unread: Mapping[str, int]
+    """Rows that have something in it, by each column of which their format reads nothing."""
     absent: Sequence[str]
     """Columns and fields of messages that the recipe names, and that no row has."""
     turns_without_end: int
@@ -237,12 +242,23 @@ def places(report: Mapping[str, Any]) -> dict[str, list[str]]:
     return joined([source["places"] for source in report["sources"]])
 
 
+def unread(report: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of which nothing was read, by source, those that most rows have first."""
+    told = {}
+    for source in report["sources"]:
+        columns = sorted(source["unread"].items(), key=lambda item: (-item[1], item[0]))
+        if columns:
+            told[source["name"]] = ", ".join(f"{name} ({count:,})" for name, count in columns)
+    return told
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a few Markdown tables, without its charts."""
     told = [" · ".join(f"**{value}** {name}" for name, value in headline(report))]
     told += [f"⚠ {warning}." for warning in report["warnings"]]
     told += [markdown_table(*table) for table in (by_source(report), by_reason(report)) if table[1]]
     told += [f"{reason}: {where[0]}{', …' * (len(where) > 1)}" for reason, where in places(report).items() if where]
+    told += [f"{UNREAD} {source}: {columns}" for source, columns in unread(report).items()]
     return "\n\n".join(told) + "\n"
 
 

@@ -57,6 +57,7 @@ def shard(
     kind: str = "conversation",
     count: int | None = None,
     absent: Sequence[str] = (),
+    unread: dict[str, int] | None = None,
 ) -> None:
     """`count` is how many rows the sequences in `rows` are, if not as many."""
     numbered = [{"row": 100 + i, **each} for i, each in enumerate(rows)]
@@ -68,6 +69,7 @@ def shard(
         "source": path.split("/")[0],
         "split": split,
         **({"absent": list(absent)} if absent else {}),
+        **({"unread": unread} if unread else {}),
     }
     (folder / path / "counts.json").write_text(json.dumps(counts))
 
