@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
 # Compiling every module of every package costs two minutes. Those that are imported once are compiled then.
 INSTALL := $(PIP) install --no-compile
-# Workers of the test run: one a core, as the tests pin their own threads.
+# Workers of the test run, one a core, of one thread each: more would only wait for one another.
 JOBS ?= 2
 # A file's tests stay together, as they share what its first one set up; the longest file comes first (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -q
 
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1

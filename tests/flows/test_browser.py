@@ -92,7 +92,7 @@ def test_the_form_of_a_stage_says_what_goes_where(page: Page, registered: Api) -
     rate = page.get_by_label("learning_rate (Optional)", exact=True)
     assert (rate.input_value(), rate.get_attribute("max")) == ("0.0002", "1")
     page.get_by_label("Select method").click()
-    assert page.get_by_role("option").all_inner_texts() == ["lora", "full"]
+    expect(page.get_by_role("option")).to_have_text(["lora", "full"])
 
 
 def test_what_is_filled_in_is_what_the_run_gets(page: Page, registered: Api) -> None:
