@@ -22,6 +22,7 @@ from stages.formats import BadRow, Conversation, Example, Reader, auto
 from stages.forms import Formed, Forms, Layout, laid_out
 from stages.marks import TRAIN_NO
 from stages.reward_models import SEPARATOR
+from stages.row_fields import decoded
 from stages.rows import Place, Row, read_rows
 from stages.sequences import Sequencer, Written
 from stages.stage import Facts, UserError, Work
@@ -62,7 +63,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     bare = config.options.get("wording") == "text" and config.template == "tokenizer" and tokenizer.template is None
     forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated and not bare else None
     template = forms.template if forms else None
-    counts = _Counts(name, config.bad_rows, Columns(reader.convert, reader.named))
+    counts = _Counts(name, config.bad_rows, Columns(reader.named))
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
         {
             "control": json.dumps(list(template.control if template else tokenizer.special), ensure_ascii=False),
@@ -145,6 +146,8 @@ class _Counts:
         self.dropped: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self.unwritten: Counter[str] = Counter()
+        self.looked = False
+        """Whether a row was looked at: of none that a filter left it cannot be said what they lack."""
         self.absent: set[str] = set()
         """Columns and fields of messages that the recipe names, and that no row had so far."""
         self.separators: list[str | None] = []
@@ -163,8 +166,9 @@ class _Counts:
 
     def saw(self, row: Row) -> None:
         """Strike out the names that a row has."""
+        self.looked = True
         self.absent -= row.keys()
-        for value in row.values():
+        for value in map(decoded, row.values()):
             for message in value if isinstance(value, list) else [value]:
                 if isinstance(message, dict):
                     self.absent -= message.keys()
@@ -197,7 +201,7 @@ class _Counts:
             "places": self.places,
             "unwritten": dict(self.unwritten),
             "turns_without_end": self.turns_without_end,
-            **({"absent": sorted(self.absent)} if self.absent else {}),
+            **({"absent": sorted(self.absent)} if self.absent and self.looked else {}),
             **({"unread": self.columns.unread} if self.columns.unread else {}),
             **({SEPARATOR: self.separators[0]} if self.separators else {}),
         }
@@ -219,8 +223,8 @@ def _converted(
                 raise row
             if counts.absent:
                 counts.saw(row)
-            made = convert(row)
-            counts.columns.saw(row)
+            made = convert(watched := counts.columns.watched(row))
+            counts.columns.saw(watched)
             found = sequencer.sequences(number, made)
             if sequencer.reader.kind == "stepwise" and isinstance(made, Example):
                 for solution in made.parts:

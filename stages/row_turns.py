@@ -33,7 +33,11 @@ def said(row: Row, name: str, role: str, options: Options) -> list[Turn]:
     if isinstance(value, str):
         if options.own.wording == "chat" and _LIST.match(value) and _SPEAKS.search(value) and _SAYS.search(value):
             told = f"{name} is a list of messages written as text, which would be learned as it stands"
-            raise BadRow("messages as text", f"{told}: expected the list itself, as JSON Lines and Parquet hold it")
+            raise BadRow(
+                "messages as text",
+                f"{told}: expected the list itself, as JSON Lines and Parquet hold it. Where the text is meant, "
+                "convert.format: fields takes it as it is",
+            )
         return [Turn("text" if options.own.wording == "text" else role, value)]
     if isinstance(value, dict):
         value = [value]
@@ -46,10 +50,14 @@ def said(row: Row, name: str, role: str, options: Options) -> list[Turn]:
     raise BadRow("wrong type", f"{name} is {kind_of(value)}: expected text or messages")
 
 
-def whole_question(row: Row, name: str) -> None:
-    """Raises BadRow where the prompt's column `name` is only half of an instruction and what it is about."""
+def whole_question(row: Row, options: Options) -> None:
+    """Raises BadRow where the prompt's column is only half of an instruction and what it is about. One that the recipe
+    has another use for is no half."""
+    name = options.name("prompt")
     other = {"instruction": "input", "input": "instruction"}.get(name)
-    if other and isinstance(said := row.get(other), str) and said.strip():
+    if not other or other in options.fields.values():
+        return
+    if isinstance(said := row.get(other), str) and said.strip():
         raise BadRow(
             "half a question",
             f"{other} says something besides {name}, which alone would be the prompt: expected one column. Choose "

@@ -256,7 +256,7 @@ def reader(
     if name == "auto":
         from stages.formats import auto
 
-        name, fields = auto.recognise(rows)
+        name, fields = auto.recognise(rows, options.get("wording") == "text")
     if name == "own":
         from stages.formats import own
 

@@ -33,8 +33,9 @@ MEANT = {
 Recognised = tuple[str, tuple[tuple[str, str], ...]]
 
 
-def recognise(rows: Sequence[Row]) -> tuple[str, Mapping[str, str]]:
-    """The one format of the rows, and the fields that have other names in them. Raises UserError."""
+def recognise(rows: Sequence[Row], raw: bool = False) -> tuple[str, Mapping[str, str]]:
+    """The one format of the rows, and the fields that have other names in them; `raw` text has no system prompt. Raises
+    UserError."""
     found = [seen for row in rows[:SAMPLE] if (seen := candidates(row))]
     found = [seen for seen in found if {name for name, _ in seen} != {LAST}] or found
     if not found:
@@ -43,10 +44,11 @@ def recognise(rows: Sequence[Row]) -> tuple[str, Mapping[str, str]]:
     common = set.intersection(*found)
     if len(common) == 1:
         ((name, fields),) = common
-        if _leaves_out(formats.find(name), rows[:SAMPLE]):
+        form = formats.find(name)
+        if _leaves_out(form, rows[:SAMPLE]):
             told = f"these rows look like {name}, but {HISTORY} holds earlier questions and answers, which only"
             raise UserError(f"{told} alpaca and llamafactory read. {_MEND}")
-        return name, dict(fields)
+        return name, {**({} if raw else _system(rows[:SAMPLE], form)), **dict(fields)}
     if common:
         several = " or ".join(sorted(_told(one) for one in common))
         raise UserError(f"these rows could be {several}. {_MEND}")
@@ -75,18 +77,22 @@ def _nearest(rows: Sequence[Row]) -> str:
 def candidates(row: Row) -> set[Recognised]:
     """The formats that know a row, each with the fields that have other names in it."""
     found = {
-        (name, tuple(sorted({**_system(row, form), **fields}.items())))
+        (name, tuple(sorted(fields.items())))
         for name in formats.names()
-        if (fields := (form := formats.find(name)).recognises(row)) is not None
+        if (fields := formats.find(name).recognises(row)) is not None
     }
     return {one for one in found if one[0] != LAST} or found
 
 
-def _system(row: Row, form: Format) -> dict[str, str]:
+SYSTEM = "system_prompt"
+"""What a column `system` is called otherwise."""
+
+
+def _system(rows: Sequence[Row], form: Format) -> dict[str, str]:
     """Where the system prompt is, if not in a column `system`. Rows that are prompts keep all their other columns."""
-    column = "system_prompt"
-    other = "system" not in row and column in row and isinstance(row[column], str | None)
-    return {"system": column} if other and "system" in form.fields and form.kind != "prompt" else {}
+    values = [row.get(SYSTEM) for row in rows]
+    other = not any("system" in row for row in rows) and all(isinstance(value, str | None) for value in values)
+    return {"system": SYSTEM} if other and any(values) and "system" in form.fields and form.kind != "prompt" else {}
 
 
 HISTORY = "history"

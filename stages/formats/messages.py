@@ -344,7 +344,7 @@ def with_system(row: Row, found: list[Turn], options: Options) -> list[Turn]:
             "with fields",
         )
     if found and found[0].role == "system":
-        if found[0].content == system:
+        if (found[0].content or "").strip() == system.strip():
             return found
         raise BadRow("said twice", f"{field} says something else than the first turn: expected one system prompt")
     return [Turn("system", system), *found]
@@ -355,12 +355,21 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     found = [column for column in COLUMNS if chats(decoded(row.get(column)), "role", "content")]
     if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
-    if "chosen" in row and "rejected" in row and asks(decoded(row[found[0]])):
+    if answered_twice(row) and asks(decoded(row[found[0]])):
         return None
     return {} if found == ["messages"] else {"messages": found[0]}
 
 
 COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+
+
+SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+"""The columns that public data has a better and a worse answer in."""
+
+
+def answered_twice(row: Row) -> bool:
+    """Whether a row has a better and a worse answer."""
+    return any(all(isinstance(row.get(name), str | list | dict) for name in pair) for pair in SIDES)
 
 
 def asks(value: Any, role: str = "role", content: str = "content") -> bool:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
-from stages.formats.messages import MESSAGE_FIELDS, asks, offered, with_system
+from stages.formats.messages import MESSAGE_FIELDS, SIDES, asks, offered, with_system
 from stages.row_fields import decoded, elsewhere, shown
 from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said, whole_question
 
@@ -20,7 +20,7 @@ def convert(row: Row, options: Options) -> Example:
     """One row to the chosen and the rejected conversation. Raises BadRow."""
     names = options.name("chosen"), options.name("rejected")
     prompt_field = options.name("prompt")
-    whole_question(row, prompt_field)
+    whole_question(row, options)
     prompt = said(row, prompt_field, "user", options) if row.get(prompt_field) is not None else []
     answers = [said(row, name, "assistant", options) for name in names]
     if prompt:
@@ -84,7 +84,6 @@ def _margin(row: Row, name: str) -> dict[str, float]:
 
 
 PROMPTS = ("prompt", "question", "instruction", "input", "conversations")
-SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 
 
 def recognises(row: Row) -> Mapping[str, str] | None:
@@ -97,7 +96,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     found = [name for name in PROMPTS if name in row]
     if "prompt" in found:
         found = [name for name in found if name in ("prompt", "input")]
-    elif isinstance(said := row.get("messages"), str) or asks(decoded(said)):
+    elif asks(said := decoded(row.get("messages"))) or (isinstance(said, str) and said.strip()):
         found.append("messages")
     if len(found) > 1:
         return None

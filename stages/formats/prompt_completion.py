@@ -18,7 +18,7 @@ from stages.row_turns import Wording, after_prompt, prompt_of, said, whole_quest
 def convert(row: Row, options: Options) -> Conversation:
     """One row to one conversation. Raises BadRow."""
     field = options.name("completion")
-    whole_question(row, options.name("prompt"))
+    whole_question(row, options)
     asked, completion = said(row, options.name("prompt"), "user", options), said(row, field, "assistant", options)
     prompt, completion = after_prompt(asked, completion, field)
     if not completion:

@@ -18,7 +18,7 @@ from stages.row_turns import Wording, after_prompt, prompt_of, said, split_answe
 def convert(row: Row, options: Options) -> Example:
     """One row to a conversation with its label. Raises BadRow."""
     label, field, prompt_field = options.name("label"), options.name("completion"), options.name("prompt")
-    whole_question(row, prompt_field)
+    whole_question(row, options)
     good = verdict(row.get(label))
     if good is None:
         raise BadRow("wrong type", f"{label} is {shown(row.get(label))}: expected true or false")

@@ -10,41 +10,54 @@ so only when one is not among them is the model built, without weights, and aske
 import json
 from pathlib import Path
 
+from stages.errors import UserError
 from stages.train import TrainConfig
 from stages.train.patterns import matches
 
 __all__ = ["INDEX", "names_of", "refuse_unknown"]
 
 INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
+NO_LAYERS = ("norm", "embed")
+"""Parts of the names of weights that belong to no linear layer, in most models."""
 
 
 def names_of(config: TrainConfig) -> tuple[str, ...]:
     """The names, globs and expressions that `train` brings."""
     if config.method == "full":
         return (*config.full.only, *config.full.freeze)
-    targets = () if isinstance(config.lora.targets, str) else config.lora.targets
-    return (*targets, *config.lora.modules_to_save)
+    return (*_targets(config), *config.lora.modules_to_save)
 
 
 def refuse_unknown(config: TrainConfig, folder: Path) -> None:
     """Raise UserError for a name that matches nothing in the model of `folder`, which holds its config and either the
     index of its weights or these."""
-    stored = _stored(folder)
-    if not all(any(matches(pattern, name) for name in stored) for pattern in names_of(config)):
+    weights = _stored(folder)
+    modules = [name.rpartition(".")[0] for name in weights]
+    layers = [name for name in modules if not any(part in name for part in NO_LAYERS)]
+    if config.method == "full":
+        known = all(any(matches(pattern, name) for name in weights) for pattern in names_of(config))
+    else:
+        known = all(any(matches(target, name) for name in layers) for target in _targets(config))
+        known &= all(any(f".{name}".endswith(f".{end}") for name in modules) for end in config.lora.modules_to_save)
+    if not known:
         _refuse(config, folder)
 
 
-def _stored(folder: Path) -> list[str]:
-    """The weights by name, and what they are the weights of."""
-    if (folder / INDEX).exists():
-        weights = list(json.loads((folder / INDEX).read_text())["weight_map"])
-    else:
-        from safetensors import safe_open
+def _targets(config: TrainConfig) -> tuple[str, ...]:
+    return () if isinstance(config.lora.targets, str) else config.lora.targets
 
-        with safe_open(folder / WEIGHTS, framework="np") as file:
-            weights = list(file.keys())
-    return [*weights, *(name.rpartition(".")[0] for name in weights)]
+
+def _stored(folder: Path) -> list[str]:
+    """The weights by name."""
+    if (folder / INDEX).exists():
+        return list(json.loads((folder / INDEX).read_text())["weight_map"])
+    from safetensors import safe_open
+
+    found: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            found += file.keys()
+    return found
 
 
 def _refuse(config: TrainConfig, folder: Path) -> None:
@@ -53,9 +66,12 @@ def _refuse(config: TrainConfig, folder: Path) -> None:
 
     from stages.train import adapters, freezing
 
-    described = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(described)
+    try:
+        described = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the model cannot be loaded for training: {error}") from error
     if config.method == "full":
         freezing.freeze(model, config.full.model_copy(update={"spectrum": None}))
     else:

@@ -80,6 +80,7 @@ class OverSplit(torch.optim.Optimizer):
                 self.inner.step()
                 for parameter in portion:
                     parameter.grad = None
+                    vars(parameter).pop("saved_data", None)  # GaLore's in 8 bits keeps the whole weight there
                     if parameter in halves:
                         value, parameter.data = parameter.data, halves[parameter]
                         _split(parameter, value)

@@ -34,6 +34,8 @@ def fetched(tmp_path: Path, model: Path, train: dict[str, Any]) -> Run:
     ("train", "said"),
     [
         ({"lora": {"targets": ["q_proj", "v_porj"]}}, "train.lora.targets: no layer is called 'v_porj'; there are"),
+        ({"lora": {"targets": ["norm"]}}, "train.lora.targets: no layer is called 'norm'"),
+        ({"lora": {"modules_to_save": ["*norm"]}}, "no module is called"),
         ({"lora": {"modules_to_save": ["lm_haed"]}}, "train.lora.modules_to_save: no module is called 'lm_haed'"),
         ({"method": "full", "full": {"only": ["re:.*layers\\.7\\..*"]}}, "train.full.only: no weight is called"),
         ({"method": "full", "full": {"freeze": ["embed_tokens", "nrom"]}}, "full.freeze.*did you mean 'norm'"),
@@ -69,3 +71,13 @@ def test_names_that_only_transformers_gives_are_taken(tmp_path: Path) -> None:
     named.refuse_unknown(config, model)
     with pytest.raises(UserError, match="did you mean 'gate_up_proj'"):
         named.refuse_unknown(config.model_copy(update={"full": Full(freeze=("gate_upproj",))}), model)
+
+
+def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model", "LlamaConfig")
+    described = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**described, "model_type": "nobodys"}))
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    config = TrainConfig.model_validate({"lora": {"targets": ["q_porj"]}})
+    with pytest.raises(UserError, match=r"the model cannot be loaded for training: .*nobodys"):
+        named.refuse_unknown(config, model)

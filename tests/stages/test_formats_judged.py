@@ -282,6 +282,8 @@ def test_half_of_a_question_is_no_prompt(name: str, answers: dict[str, Any], hal
     for nothing in ("", " ", None):
         read({half: "Translate.", other: nothing, **answers})
     reader(name)({"prompt": "Translate.", "input": "oak tree", **answers})  # a column that is not read
+    meant = reader(name, fields={"prompt": half, "system": other})
+    meant({half: "Translate.", other: "You are a botanist.", **answers})
 
 
 @pytest.mark.parametrize(
@@ -318,6 +320,8 @@ def test_a_system_prompt_is_found_under_its_long_name(name: str, row: dict[str, 
         part = made.parts[0] if isinstance(made, Example) else made
         assert [turn.role for turn in part.turns[:2]] == roles
     assert auto.recognise([{**row, "system": "Be kind.", "system_prompt": "kind"}]) == (name, {})
+    assert auto.recognise([row, rows[0]]) == (found, fields)  # JSON Lines need not have a key in every row
+    assert auto.recognise(rows, raw=True) == (name, {})
     assert auto.recognise([{**row, "system_prompt": {"id": 3}}]) == (name, {})
 
 

@@ -1,6 +1,7 @@
 """Columns of which a format reads nothing are counted, whatever the format; nothing that it reads is."""
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def unread(name: str, rows: list[dict[str, Any]], **options: Any) -> dict[str, int]:
-    columns = Columns(formats.reader(name, options.pop("fields", {}), {}, options).convert)
+    reader = formats.reader(name, options.pop("fields", {}), {}, options)
+    return seen(reader.convert, rows, reader.named)
+
+
+def seen(
+    convert: Callable[[dict[str, Any]], Any], rows: list[dict[str, Any]], named: Collection[str] = ()
+) -> dict[str, int]:
+    columns = Columns(named)
     for one in rows:
-        columns.saw(one)
+        convert(watched := columns.watched(one))
+        columns.saw(watched)
     return columns.unread
 
 
@@ -68,17 +77,33 @@ def test_what_is_read_in_some_rows_only_is_read() -> None:
     assert unread("fields", rows, turns=turns) == {}
 
 
+def test_a_column_that_only_some_rows_ask_for_is_read() -> None:
+    rows = [{"q": "" if number == 2 else "q", "b": "b"} for number in range(20)]
+    assert seen(lambda row: row["q"] or row["b"], rows) == {}
+
+
+def test_a_format_may_remember_rows_and_take_values_out_of_them() -> None:
+    """Each row is converted once."""
+    before: set[str] = set()
+
+    def convert(row: dict[str, Any]) -> None:
+        said = row.pop("q")
+        assert said not in before
+        before.add(said)
+
+    assert seen(convert, [{"q": str(number), "a": "x"} for number in range(20)]) == {"a": 20}
+
+
+def test_what_says_nothing_does_not_count() -> None:
+    assert seen(lambda row: None, [{"a": "", "b": [], "c": {}, "d": None, "e": 0, "f": False}]) == {"e": 1, "f": 1}
+
+
 def test_rows_whose_every_key_is_another_one_take_no_memory() -> None:
-    columns = Columns(lambda row: row["a"])
-    for number in range(5000):
-        columns.saw({"a": 1, f"k{number}": 1})
-    assert len(columns.unread) <= 100
+    assert len(seen(lambda row: row["a"], [{"a": 1, f"k{number}": 1} for number in range(5000)])) <= 100
 
 
 def test_copying_a_row_reads_it() -> None:
-    columns = Columns(lambda row: {**row})
-    columns.saw({"a": 1, "b": 2})
-    assert columns.unread == {}
+    assert seen(lambda row: {**row}, [{"a": 1, "b": 2}]) == {}
 
 
 def test_the_report_says_what_was_not_read(tmp_path: Path) -> None:
