@@ -17,7 +17,7 @@ from flows import continuing
 from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded, Recipe
-from stages import evaluate, objectives, own_code, reward_models
+from stages import evaluate, objectives, own_code, reward_models, weight_files
 from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
@@ -161,7 +161,7 @@ class Run:
         """Raise UserError where `train` names layers or weights that the fetched model does not have."""
         config = self.loaded.recipe.train
         model = self.artifacts["fetch"].tree.folder("model")
-        weights = model.select(named.INDEX).files or model.select("*.safetensors").files
+        weights = model.select(weight_files.INDEX).files or model.select("*.safetensors").files
         if named.names_of(config):
             with suppress(BadBlob), self.store.hold() as hold:  # as above
                 read = model.select("config.json", *(file.path for file in weights))

@@ -16,19 +16,18 @@ import numpy as np
 import pyarrow as pa
 
 from stages import chat_template, filters, formats, own_code
+from stages.columns import Columns
 from stages.convert import ConvertPart
 from stages.filters import LeftOut
 from stages.formats import BadRow, Conversation, Example, Reader, auto
 from stages.forms import Formed, Forms, Layout, laid_out
 from stages.marks import TRAIN_NO
 from stages.reward_models import SEPARATOR
-from stages.row_fields import decoded
 from stages.rows import Place, Row, read_rows
 from stages.sequences import Sequencer, Written
 from stages.stage import Facts, UserError, Work
 from stages.tables import BATCH_ROWS, CONVERSATIONS, CONVERSATIONS_OF_IDS, SPAN, Numbers, offsets
 from stages.tokenizer_files import read_tokenizer
-from stages.unread import Columns
 
 PLACES = 10
 """Bad rows listed by place, for each reason."""
@@ -146,10 +145,6 @@ class _Counts:
         self.dropped: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self.unwritten: Counter[str] = Counter()
-        self.looked = False
-        """Whether a row was looked at: of none that a filter left it cannot be said what they lack."""
-        self.absent: set[str] = set()
-        """Columns and fields of messages that the recipe names, and that no row had so far."""
         self.separators: list[str | None] = []
         """What closes the steps of stepwise rows: one, once there was such a row."""
         self.chats = False
@@ -163,15 +158,6 @@ class _Counts:
         places = self.places.setdefault(error.reason, [])
         if len(places) < PLACES:
             places.append(f"{self.name}, {place}")
-
-    def saw(self, row: Row) -> None:
-        """Strike out the names that a row has."""
-        self.looked = True
-        self.absent -= row.keys()
-        for value in map(decoded, row.values()):
-            for message in value if isinstance(value, list) else [value]:
-                if isinstance(message, dict):
-                    self.absent -= message.keys()
 
     def solved(self, solution: Conversation) -> None:
         """Remember what closes a row's steps. Raises BadRow where other rows' are closed otherwise, and where its steps
@@ -201,7 +187,7 @@ class _Counts:
             "places": self.places,
             "unwritten": dict(self.unwritten),
             "turns_without_end": self.turns_without_end,
-            **({"absent": sorted(self.absent)} if self.absent and self.looked else {}),
+            **({"absent": self.columns.absent} if self.columns.absent else {}),
             **({"unread": self.columns.unread} if self.columns.unread else {}),
             **({SEPARATOR: self.separators[0]} if self.separators else {}),
         }
@@ -212,7 +198,6 @@ def _converted(
 ) -> Iterator[list[Written]]:
     """The sequences of each row that can be converted."""
     convert, form = sequencer.reader.convert, sequencer.reader.format
-    counts.absent |= sequencer.reader.named
     for number, (place, row) in enumerate(rows):
         counts.rows += 1
         if isinstance(row, LeftOut):
@@ -221,8 +206,6 @@ def _converted(
         try:
             if isinstance(row, BadRow):
                 raise row
-            if counts.absent:
-                counts.saw(row)
             made = convert(watched := counts.columns.watched(row))
             counts.columns.saw(watched)
             found = sequencer.sequences(number, made)

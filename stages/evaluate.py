@@ -175,7 +175,7 @@ def check_rows(config: EvaluateConfig, rows: Tree, files: Callable[[Tree], Path]
         for row in islice(all_rows(files(first.under(shard))), 1):
             try:
                 if task.reward_model:
-                    reward_models.turns_of(row, task.question)
+                    reward_models.turns_of(row, task.options)
                 else:
                     evals.load(task.eval or EXACT_MATCH).examples([row], task.options)
             except UserError as error:

@@ -89,7 +89,7 @@ def _judged(
         reward_models.refuse_steps(folder, f"evaluate.tasks: the steps of {name}")
     by_steps = reward_models.judges_steps(folder)
     metric = f"{task.steps or 'min'} over steps by {name}" if by_steps else f"reward by {name}"
-    asked = [(row[0], reward_models.turns_of(row, task.question)) for row in _read(inputs["rows"], task)]
+    asked = [(row[0], reward_models.turns_of(row, task.options)) for row in _read(inputs["rows"], task)]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     judges = reward_models.prepared(folder, tokenizer, task.steps)
     for place, turns in asked:

@@ -225,12 +225,13 @@ def text_of(tokenizer: Any, turns: Sequence[Turn], answer: str | None = None) ->
         raise ValueError(f"the reward model's chat template does not take the turns {roles}: {error}") from error
 
 
-def turns_of(row: tuple[str, Mapping[str, Json]], field: str) -> list[Turn]:
-    """The turns that a row asks: its `field`, a text or a list of messages, or, where the task names no field, its
+def turns_of(row: tuple[str, Mapping[str, Json]], options: Options) -> list[Turn]:
+    """The turns that a row asks: its question, a text or a list of messages, or, where the task names no field, its
     `messages`; without the assistant's answer where they end with one. Raises UserError naming the row that has
     neither."""
     place, values = row
-    asked = values.get(field, values.get("messages") if field == Options().question else None)
+    field = options.question
+    asked = values.get(field, None if options.names_fields else values.get("messages"))
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
     if not isinstance(asked, list):

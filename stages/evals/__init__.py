@@ -29,6 +29,11 @@ class Options:
     ignore_case: bool = False
     ignore_punctuation: bool = False
 
+    @property
+    def names_fields(self) -> bool:
+        """Whether the task says which fields are meant. Nothing else may then be asked, or scored against, instead."""
+        return (self.question, self.answer) != (Options.question, Options.answer)
+
 
 @dataclass(frozen=True)
 class Example:

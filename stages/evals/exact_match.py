@@ -33,9 +33,7 @@ def examples(rows: Iterable[Row], options: Options) -> Sequence[Example]:
 
 def _example(row: Row, options: Options) -> Example:
     messages = row[1].get("messages")
-    named = Options().question, Options().answer
-    # Fields that the task names are meant: another question or target in their place would be scored without a word.
-    if (options.question, options.answer) == named and named[0] not in row[1] and isinstance(messages, list):
+    if not options.names_fields and options.question not in row[1] and isinstance(messages, list):
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
         if roles != ["user", "assistant"]:
             raise UserError(

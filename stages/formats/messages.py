@@ -355,7 +355,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     found = [column for column in COLUMNS if chats(decoded(row.get(column)), "role", "content")]
     if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
-    if answered_twice(row) and asks(decoded(row[found[0]])):
+    if sides_of(row) and asks(decoded(row[found[0]])):
         return None
     return {} if found == ["messages"] else {"messages": found[0]}
 
@@ -367,9 +367,10 @@ SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """The columns that public data has a better and a worse answer in."""
 
 
-def answered_twice(row: Row) -> bool:
-    """Whether a row has a better and a worse answer."""
-    return any(all(isinstance(row.get(name), str | list | dict) for name in pair) for pair in SIDES)
+def sides_of(row: Row) -> tuple[str, str] | None:
+    """Where a row has a better and a worse answer, if it does."""
+    there = (pair for pair in SIDES if all(isinstance(row.get(name), str | list | dict) for name in pair))
+    return next(there, None)
 
 
 def asks(value: Any, role: str = "role", content: str = "content") -> bool:

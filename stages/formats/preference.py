@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
-from stages.formats.messages import MESSAGE_FIELDS, SIDES, asks, offered, with_system
+from stages.formats.messages import MESSAGE_FIELDS, asks, offered, sides_of, with_system
 from stages.row_fields import decoded, elsewhere, shown
 from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said, whole_question
 
@@ -90,8 +90,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     """Rows with `chosen` and `rejected` (or `..._response`), and a `prompt` or at most one other column that public
     data has it in, also `messages`, if these are a text or end where the assistant is to answer. An `input` beside
     another of them is half of the question."""
-    sides = [pair for pair in SIDES if all(isinstance(row.get(name), str | list | dict) for name in pair)]
-    if not sides:
+    if (sides := sides_of(row)) is None:
         return None
     found = [name for name in PROMPTS if name in row]
     if "prompt" in found:
@@ -100,7 +99,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
         found.append("messages")
     if len(found) > 1:
         return None
-    called = {"prompt": (*found, "prompt")[0], "chosen": sides[0][0], "rejected": sides[0][1]}
+    called = {"prompt": (*found, "prompt")[0], "chosen": sides[0], "rejected": sides[1]}
     return {standard: name for standard, name in called.items() if standard != name}
 
 

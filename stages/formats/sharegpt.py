@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
-from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, answered_twice, asks, chats, offered, turn, with_system
+from stages.formats.messages import COLUMNS, MESSAGE_FIELDS, asks, chats, offered, sides_of, turn, with_system
 from stages.formats.messages import names as message_names
 from stages.row_fields import decoded, list_at, verdict
 
@@ -40,7 +40,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
     found = [column for column in COLUMNS if chats(decoded(row.get(column)), "from", "value")]
     if len(found) != 1 or verdict(row.get("kto_tag")) is not None:
         return None
-    if answered_twice(row) and asks(decoded(row[found[0]]), "from", "value"):
+    if sides_of(row) and asks(decoded(row[found[0]]), "from", "value"):
         return None
     return {} if found == ["conversations"] else {"conversations": found[0]}
 

@@ -12,12 +12,13 @@ from stages.identity import Json
 from stages.sources import Found, credentials, remote, urls
 from stages.sources.digests import digests
 from stages.stage import Facts, Work
+from stages.weight_files import INDEX
 
 ALLOWED = (
     "config.json",
     "generation_config.json",
     "*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -59,7 +60,7 @@ def listing(folder: Path, place: str) -> list[Path]:
             raise UserError(f"{place}: {path.name} is a link that leaves the folder: copy the file there")
     names = [path.name for path in paths]
     check(names, [path.name for path in folder.iterdir()], place)
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         if missing := sorted(shards - set(names)):

@@ -20,7 +20,8 @@ This file holds the recipe section and declares the stage; the work is in the fi
     saving.py        when it saves, and when it stops
     state.py         what a checkpoint holds
     checkpoints.py   complete or invisible
-    adamw.py         AdamW over weights of 16 + 16 bits; over_split.py: every other optimizer over them
+    adamw.py         AdamW over weights of 16 + 16 bits; over_split.py: every other optimizer over
+                     them; together.py: several as one
     lora_linear.py   a layer with its adapter as one operation; lora_mlp.py, lora_attention.py: layers that go
                      together, whose weights lora_stack.py lays together
     lora_experts.py  adapters of a mixture's experts

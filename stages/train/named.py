@@ -7,16 +7,15 @@ The names that a model's files give cost nothing to read. They are not always th
 so only when one is not among them is the model built, without weights, and asked.
 """
 
-import json
 from pathlib import Path
 
+from stages import weight_files
 from stages.errors import UserError
 from stages.train import TrainConfig
 from stages.train.patterns import matches
 
-__all__ = ["INDEX", "names_of", "refuse_unknown"]
+__all__ = ["names_of", "refuse_unknown"]
 
-INDEX = "model.safetensors.index.json"
 NO_LAYERS = ("norm", "embed")
 """Parts of the names of weights that belong to no linear layer, in most models."""
 
@@ -31,7 +30,7 @@ def names_of(config: TrainConfig) -> tuple[str, ...]:
 def refuse_unknown(config: TrainConfig, folder: Path) -> None:
     """Raise UserError for a name that matches nothing in the model of `folder`, which holds its config and either the
     index of its weights or these."""
-    weights = _stored(folder)
+    weights = weight_files.names(folder)
     modules = [name.rpartition(".")[0] for name in weights]
     layers = [name for name in modules if not any(part in name for part in NO_LAYERS)]
     if config.method == "full":
@@ -45,19 +44,6 @@ def refuse_unknown(config: TrainConfig, folder: Path) -> None:
 
 def _targets(config: TrainConfig) -> tuple[str, ...]:
     return () if isinstance(config.lora.targets, str) else config.lora.targets
-
-
-def _stored(folder: Path) -> list[str]:
-    """The weights by name."""
-    if (folder / INDEX).exists():
-        return list(json.loads((folder / INDEX).read_text())["weight_map"])
-    from safetensors import safe_open
-
-    found: list[str] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            found += file.keys()
-    return found
 
 
 def _refuse(config: TrainConfig, folder: Path) -> None:

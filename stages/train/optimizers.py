@@ -231,7 +231,9 @@ def _over(groups: list[dict[str, Any]], kind: Kind, config: "TrainConfig") -> "t
         parts = [made(matrices, **given, **options)]
         if others:
             parts.append(torch.optim.AdamW(others, lr=config.learning_rate, betas=config.betas or (0.9, 0.999)))
-        return together(parts)
+        from stages.train.together import Together
+
+        return Together(parts)
     if kind.low_rank:
         _let_load(made)
         plain = [{**_plain(group), **(options if group["matrix"] else {})} for group in groups]
@@ -378,38 +380,3 @@ def _let_load(made: Any) -> None:
         each for name, each in vars(package).items() if name.endswith("Projector") and inspect.isclass(each)
     ]
     torch.serialization.add_safe_globals(known)
-
-
-def together(optimizers: "list[torch.optim.Optimizer]") -> "torch.optim.Optimizer":
-    """Several optimizers over different weights as one."""
-    import torch
-
-    class Together(torch.optim.Optimizer):
-        def __init__(self) -> None:
-            self.parts = optimizers
-            self.defaults: dict[str, Any] = {}
-            self.param_groups = [group for part in optimizers for group in part.param_groups]
-            self._optimizer_step_pre_hooks: dict[Any, Any] = {}
-            self._optimizer_step_post_hooks: dict[Any, Any] = {}
-
-        @property
-        def state(self) -> dict[Any, Any]:  # type: ignore[override]
-            return {key: value for part in self.parts for key, value in part.state.items()}
-
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            for part in self.parts:
-                part.zero_grad(set_to_none)
-
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            for part in self.parts:
-                part.step()
-
-        def state_dict(self) -> dict[str, Any]:
-            return {"parts": [part.state_dict() for part in self.parts]}
-
-        def load_state_dict(self, state_dict: Any) -> None:
-            for part, state in zip(self.parts, state_dict["parts"], strict=True):
-                part.load_state_dict(state)
-            self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    return Together()

@@ -20,8 +20,8 @@ from stages.train import adamw
 __all__ = ["OverSplit", "as_float32"]
 
 PORTION = 2**28
-"""Numbers that are whole at once, or one weight's if it has more: 2 GiB with their gradients, less than the activations
-that are gone by then."""
+"""Numbers that are whole at once, or one weight's if it has more: 2 GiB with their gradients. The memory plan does not
+count them, as the activations of a pass are gone by then."""
 
 
 class OverSplit(torch.optim.Optimizer):

@@ -1,10 +1,11 @@
-"""Columns of a source's rows that its format reads nothing of, so that nobody finds out after the training that half of
-a question stood in one of them.
+"""The columns of a source's rows beside those that its format reads, so that nobody finds out after the training that
+half of a question stood in another one.
 
-    columns = Columns()
+    columns = Columns(named)
     made = convert(watched := columns.watched(row))     # for each row
     columns.saw(watched)                                # where it could be converted
-    columns.unread                                      # how many rows say something there, by column
+    columns.unread                                      # columns of which nothing is read: how many rows fill them
+    columns.absent                                      # what the recipe names, and no row has
 
 What a format reads is seen, not declared, so it holds for formats of one's own too: some rows are converted as dicts
 that note what is asked of them.
@@ -13,6 +14,8 @@ that note what is asked of them.
 from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
+
+from stages.row_fields import decoded
 
 __all__ = ["Columns"]
 
@@ -24,36 +27,55 @@ Row = dict[str, Any]
 
 
 class Columns:
-    """What is read of the rows of one shard. `named` are columns that the recipe names, which are read whether or not
-    these rows show it."""
+    """What there is in the rows of one shard, and what is read of it. `named` are columns, and fields of messages, that
+    the recipe names: they are read whether or not these rows show it."""
 
     def __init__(self, named: Collection[str] = ()) -> None:
         self._seen: Counter[tuple[str, ...]] = Counter()
         self._read = set(named)
         self._held: Counter[str] = Counter()
+        self._open: set[str] = set()
+        """Columns of which nothing was read so far, in fewer than `MOST` rows."""
+        self._absent = set(named)
 
     def watched(self, row: Row) -> Row:
         """The row, as one that notes what is asked of it if it may have news: the 1st, 2nd, 4th, … of its columns, and
         the first that say something in a column of which nothing was read."""
         names = tuple(row)
+        if self._absent:
+            self._strike_out(row)
         if names in self._seen or len(self._seen) < MOST:
             self._seen[names] += 1
             if self._seen[names].bit_count() == 1:
                 return _Noting(row)
-        unread = (name for name in names if name not in self._read and row[name] not in NOTHING)
-        return _Noting(row) if any(self._held[name] < MOST for name in unread if name in self._held) else row
+        return _Noting(row) if any(name in self._open and _says(row[name]) for name in names) else row
 
     def saw(self, watched: Row) -> None:
         """Count a row that was converted."""
         said = watched
         if isinstance(watched, _Noting):
             self._read |= watched.read
+            self._open -= watched.read
             said = watched.before
         for name, value in said.items():
-            if name in self._read or value in NOTHING:
-                continue
-            if name in self._held or len(self._held) < MOST:
+            if name not in self._read and _says(value) and (name in self._held or len(self._held) < MOST):
                 self._held[name] += 1
+                if self._held[name] < MOST:
+                    self._open.add(name)
+                else:
+                    self._open.discard(name)
+
+    def _strike_out(self, row: Row) -> None:
+        self._absent -= row.keys()
+        for value in map(decoded, row.values()):
+            for message in value if isinstance(value, list) else [value]:
+                if isinstance(message, dict):
+                    self._absent -= message.keys()
+
+    @property
+    def absent(self) -> list[str]:
+        """Columns, and fields of messages, that the recipe names and no row has; of no rows that cannot be said."""
+        return sorted(self._absent) if self._seen else []
 
     @property
     def unread(self) -> dict[str, int]:
@@ -61,8 +83,9 @@ class Columns:
         return {name: self._held[name] for name in sorted(self._held.keys() - self._read)}
 
 
-NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""What says nothing; CSV has no other way to leave a cell out."""
+def _says(value: Any) -> bool:
+    """Whether there is something in a column; CSV has no other way to leave a cell out than to leave it blank."""
+    return bool(value) or value not in (None, "", [], {})
 
 
 class _Noting(dict[str, Any]):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from stages import formats
+from stages.columns import Columns
 from stages.data_page import html
 from stages.data_report import markdown
-from stages.unread import Columns
 from tests.stages.packed import Packed, row, shard
 
 TURNS = [{"role": "user", "text": "{q}"}, {"role": "assistant", "text": "{a}"}]
