@@ -3,9 +3,10 @@
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = [
@@ -47,6 +48,18 @@ def open_form(page: Page, dashboard: str, deployment: str) -> None:
 def stored_recipe(page: Page) -> Locator:
     """Where a form takes a recipe's file or name."""
     return page.get_by_role("tabpanel", name="A stored recipe").get_by_role("textbox")
+
+
+def choices(page: Page, label: str) -> Locator:
+    """Open a list to choose from; return its entries. Where the form was drawn anew under a click, nothing opens, and
+    one clicks again."""
+    entries = page.get_by_role("option")
+    for patience in (2_000, 4_000, 8_000, SECONDS):
+        page.get_by_label(label).click()
+        with suppress(PlaywrightTimeout):
+            entries.first.wait_for(timeout=patience)
+            break
+    return entries
 
 
 def submit(page: Page) -> None:

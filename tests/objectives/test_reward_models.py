@@ -274,7 +274,7 @@ def _objective(inputs: dict[str, Path]) -> str:
     return "process_reward" if kind == "stepwise" else "reward"
 
 
-@pytest.mark.parametrize("inputs", ["reward", "process_reward"], indirect=True)
+@pytest.mark.parametrize("inputs", [pytest.param("reward", marks=pytest.mark.full), "process_reward"], indirect=True)
 def test_a_run_that_was_stopped_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:
     objective = _objective(inputs)
     whole = train(inputs, tmp_path / "whole", objective=objective, max_steps=6)

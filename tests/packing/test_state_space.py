@@ -94,6 +94,7 @@ def check(models: dict[str, dict[str, Any]], kernels: bool) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.full
 def test_packed_documents_are_documents_alone_where_kernels_take_the_boundaries() -> None:
     known = {name: changes for name, changes in PACKED.items() if hasattr(transformers, f"{name}Config")}
     found = check({**known, **REFUSED}, kernels=True)

@@ -242,6 +242,7 @@ def processes() -> int:
     return sum(b"stages.judge" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 
 
+@pytest.mark.full
 def test_a_reward_model_is_in_memory_once_however_many_workers_there_are(reward_model: Path, own: RewardChoice) -> None:
     worth = RewardChoice(reward="reward_model", options={"model": "kind"})
     models = {"kind": reward_model}

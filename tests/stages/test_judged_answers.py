@@ -144,6 +144,7 @@ def test_it_prefers_the_answers_that_it_was_trained_to_prefer(judge: Path) -> No
         assert chosen > rejected
 
 
+@pytest.mark.full
 def test_models_with_other_tokens_and_templates_are_judged_by_the_text_they_wrote(
     tmp_path: Path, judge: Path, tiny_model: Path
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_completion_cannot_write_control_tokens(judge: Path) -> None:
     assert end in asked and end not in ids[len(asked) :] and ends == [len(ids) - 1]
 
 
+@pytest.mark.full
 def test_the_judge_of_rewards_asks_it_and_has_it_once(judge: Path) -> None:
     model = opened(judge)
     prompt, answer = prompt_of({"prompt": "solve it"}, model), "abab;0101;cdcd"

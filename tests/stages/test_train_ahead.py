@@ -86,7 +86,7 @@ def asked(folder: Path, asynchronous: bool, **more: Any) -> dict[str, Any]:
     return recipe(folder, vllm={"mode": "server", "asynchronous": asynchronous}, **more)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.full), "lora"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_it_learns_from_what_the_weights_of_the_moment_wrote_or_those_of_a_step_ago(
     tmp_path: Path, inputs: dict[str, Path], method: str, asynchronous: bool
@@ -104,7 +104,7 @@ def test_it_learns_from_what_the_weights_of_the_moment_wrote_or_those_of_a_step_
     assert facts["completions"] == 12 * 2 * 8
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_asynchronous_a_suspended_run_goes_on_at_the_prompts_it_had_come_to(
     tmp_path: Path, inputs: dict[str, Path], iterations: int
 ) -> None:

@@ -72,7 +72,7 @@ def test_skipped_steps_are_counted_and_a_stopped_training_goes_on_at_its_scale(
     assert tree_of(tmp_path / "parts/output") == tree_of(tmp_path / "whole/output")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_16bit"])
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", pytest.param("adamw_16bit", marks=pytest.mark.full)])
 def test_a_step_is_left_out_and_the_others_are_clipped_by_their_own_gradients(
     tmp_path: Path, poisoned: dict[str, Path], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:

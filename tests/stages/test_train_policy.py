@@ -45,7 +45,7 @@ def train(folder: Path, inputs: dict[str, Path], config: dict[str, Any], **runti
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], facts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def test_rolling_back_gives_the_training_that_never_took_the_step(
     tmp_path: Path, poisoned: dict[str, Path], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

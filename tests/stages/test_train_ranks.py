@@ -31,6 +31,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 on_two_gpus = [pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])]
 devices = pytest.mark.parametrize("device", ["cpu", *on_two_gpus])
+long_on_a_cpu = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), *on_two_gpus])
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ def test_two_ranks_of_four_are_one_of_eight_and_one_goes_on_where_two_were_stopp
     assert found == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_warning_before_the_ranks_listen_suspends_them(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +114,7 @@ def test_a_warning_before_the_ranks_listen_suspends_them(
     assert stopped.value.code == 75
 
 
-@devices
+@long_on_a_cpu
 def test_ranks_stop_together_before_a_step_is_left_out(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], device: str
 ) -> None:
@@ -148,7 +150,7 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_found(tmp_path: 
     assert (tmp_path / "checkpoints" / "4").exists(), "the first rank removes it"
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), *on_two_gpus])
+@long_on_a_cpu
 def test_a_start_that_is_drawn_is_the_same_where_a_sharded_model_is_written(
     tmp_path: Path, inputs: dict[str, Path], device: str
 ) -> None:
@@ -278,8 +280,8 @@ def test_what_is_not_for_deepspeed(config: dict[str, Any], said: str) -> None:
         checks.refuse_sharded(TrainConfig.model_validate(config), "zero2")
 
 
-@devices
-@pytest.mark.parametrize("method", ["bf16", pytest.param("16bit", marks=pytest.mark.full)])
+@long_on_a_cpu
+@pytest.mark.parametrize("method", ["bf16", "16bit"])
 def test_sharded_ranks_find_the_held_out_loss_that_one_finds(tmp_path: Path, device: str, method: str) -> None:
     """Of three sequences, so that a rank has one less; in the middle and at the end. What is written right after a look
     is whole, and not what the look had gathered in 16 bits."""

@@ -155,7 +155,9 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights_by_any_optimize
     assert tree_of(tmp_path / "parts/output") == tree_of(tmp_path / "whole/output")
 
 
-@pytest.mark.parametrize("has", [True, False], ids=["split first", "float32 first"])
+@pytest.mark.parametrize(
+    "has", [pytest.param(True, id="split first"), pytest.param(False, id="float32 first", marks=pytest.mark.full)]
+)
 def test_what_began_in_bfloat16_goes_on_where_there_is_none_and_back(
     tmp_path: Path, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
