@@ -6,7 +6,7 @@ destination in milliseconds.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from flows.delivering import bring, bring_standing
@@ -67,6 +67,19 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
     return outcome
 
 
+def settle_found(run: Run) -> Outcome:
+    """`settle` for a run that found every stage made: it comes on record only where production moves to its model."""
+    try:
+        outcome = settle(run)
+    except BaseException as error:
+        if run.store.read_run(run.id) is not None:
+            run.record_end(error)
+        raise
+    if outcome.production == "moved":
+        run.record("finished", asdict(outcome))
+    return outcome
+
+
 def _settled(run: Run, answer: Answer | None) -> Outcome:
     card, weights = run.artifacts["publish"], run.artifacts["merge"]
     config = run.config("publish")
@@ -99,6 +112,8 @@ def _promoted(
     if approval and not (answer and answer.promote):
         return "refused" if answer else "waits"
     rival = run.rival()
+    # Every move names a run on record, with all that it used: what goes back to its model, or on from it, reads that.
+    run.record("running")
     moved = promote(
         run.store,
         run.name,

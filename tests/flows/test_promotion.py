@@ -10,12 +10,14 @@ from threading import Event
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows import cli, delivering, promotion
 from flows import settle as settling
 from flows.cli import app
 from flows.history import events_of
+from flows.local import Selection, finish
 from flows.pages import history_page
 from flows.promotion import promote, rollback
 from flows.run import Run
@@ -206,6 +208,39 @@ def test_a_no_leaves_production_alone_and_is_in_the_history_with_who_said_it_and
     assert "| declined by ada |" in page and f"names `{good.artifacts['merge'].key[:8]}` of run [{good.id}](" in page
     assert "declined" in regrow(rehearsal, "history", "bot")
     assert promote(rehearsal.store, runtime(rehearsal), "bot", run.id).run == run.id, "it is not lost"
+
+
+def found_made(rehearsal: Rehearsal, right: int) -> Run:
+    """`regrow run` where every stage is in the store."""
+    run = rehearsal.start(right)
+    finish(run, Selection(), "", Console(quiet=True), False)
+    return run
+
+
+def test_a_run_that_promotes_what_it_found_made_can_be_gone_back_to(rehearsal: Rehearsal) -> None:
+    _, outcome = rehearsal.run(20, approval=True)
+    assert outcome.production == "waits"
+    run = found_made(rehearsal, 20)
+    record = rehearsal.store.read_run(run.id)
+    assert record and (record["status"], record["outcome"]["production"]) == ("finished", "moved")
+    told = events_of(rehearsal.store, "bot")
+    assert sorted((event.what, event.scores["spelling"]["value"]) for event in told) == [
+        ("promoted", 0.5),
+        ("waits for a yes", 0.5),
+    ]
+    rehearsal.run(30)
+    assert rollback(rehearsal.store, runtime(rehearsal), "bot").run == run.id
+    assert found_made(rehearsal, 20).id not in dict(rehearsal.store.runs()), "what moved nothing has no record"
+
+
+def test_a_run_that_could_not_deliver_what_it_found_made_says_so_in_its_record(rehearsal: Rehearsal) -> None:
+    rehearsal.run(20, approval=True)
+    (rehearsal.folder / "out").write_text("in the way")
+    with pytest.raises(UserError, match="is no folder"):
+        found_made(rehearsal, 20)
+    standing = production(rehearsal.store, "bot")
+    record = rehearsal.store.read_run(standing.now.run) if standing else None
+    assert record and record["status"] == "failed" and "is no folder" in record["reason"]
 
 
 def test_a_yes_to_what_was_compared_with_a_model_that_is_gone_moves_nothing(rehearsal: Rehearsal) -> None:
