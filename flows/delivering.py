@@ -76,4 +76,5 @@ def bring_standing(store: Store, runtime: Runtime, name: str, to: str) -> None:
 def place_of(record: Mapping[str, Any]) -> PublishConfig:
     """Where a run's recipe publishes, as it was then, whatever a newer version would say of it."""
     publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    return PublishConfig.model_construct(to=publish.get("to") or "", private=publish.get("private", True))
+    private = PublishConfig(private=publish.get("private")).private  # a null means the default, and "false" no
+    return PublishConfig.model_construct(to=publish.get("to") or "", private=private)

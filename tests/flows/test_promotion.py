@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from flows import cli, delivering, promotion
 from flows import settle as settling
 from flows.cli import app
+from flows.delivering import place_of
 from flows.history import events_of
 from flows.local import Selection, finish
 from flows.pages import history_page
@@ -280,6 +281,13 @@ def test_a_rollback_reaches_the_place_of_the_model_that_it_replaces(rehearsal: R
     rehearsal.run(20, to=str(elsewhere))
     rollback(rehearsal.store, runtime(rehearsal), "bot")
     assert json.loads((elsewhere / "lineage.json").read_text())["run"] == first.id == delivered(rehearsal)
+
+
+@pytest.mark.parametrize("private", [None, "false", "true", False])
+def test_a_repository_is_as_private_for_a_person_as_for_a_run(private: object, rehearsal: Rehearsal) -> None:
+    run, _ = rehearsal.run(10, to="hf://org/mine", private=private, approval=True)
+    record = rehearsal.store.read_run(run.id)
+    assert record and place_of(record).private is run.loaded.recipe.publish.private
 
 
 def test_digits_of_several_models_name_none(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
