@@ -190,7 +190,7 @@ def drive(
     if "evaluate" in plan.to_run:
         evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
     if {"train", "publish"} <= {*plan.to_run}:
-        refuse_taken(run.loaded.recipe.publish.to, run.name)
+        refuse_taken(run.to, run.name)
     dashboard.show_plan(plan)
     run.record("running")
     states: dict[str, State[Reference]] = {}

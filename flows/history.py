@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.promotion import records_of
+from flows.run import records_of
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
 from stages.identity import Json

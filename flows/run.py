@@ -20,6 +20,7 @@ from flows.recipe import Loaded, Recipe
 from stages import evaluate, objectives, own_code, reward_models, weight_files
 from stages.child import Suspended
 from stages.compare import UNBOUNDED
+from stages.deliver import absolute
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
@@ -44,6 +45,8 @@ class Run:
     """The stages this run made, rather than found."""
     production: Production | None = None
     """What the production ref said when the run started: it moves only if it still says so."""
+    to: str = ""
+    """Where its model goes, as seen from where the run began: `publish.to`, a folder by its absolute path."""
     _began: tuple[str, Start, Tree] | None = None
     """The answer of `began`, and for which fetch."""
 
@@ -200,6 +203,7 @@ class Run:
                 "status": status,
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "production": _production_json(self.production),
+                "to": self.to,
                 "parts": [_part_json(p) for p in self.parts],
                 "stages": self._stages(),
                 **({"start": self._began[1].document} if self._began else {}),
@@ -249,7 +253,8 @@ def start(
         raise own_code.not_allowed(named[0])
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
-        return Run(record["run"], loaded, runtime, store, parts, production=production_of(record))
+        to = record.get("to") or absolute(loaded.recipe.publish.to)  # a version that did not keep it, or sent elsewhere
+        return Run(record["run"], loaded, runtime, store, parts, production=production_of(record), to=to)
     fetch = stage_named("fetch")
     assert fetch.parts is not None
     run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
@@ -259,7 +264,13 @@ def start(
         for place, model in _steps_of(loaded.recipe, section):
             if (path := loaded.recipe.fetch.reward_models[model].path) is not None:
                 reward_models.refuse_steps(Path(path).expanduser(), place)
-    return Run(run_id, loaded, runtime, store, parts, production=standing)
+    to = absolute(loaded.recipe.publish.to)
+    return Run(run_id, loaded, runtime, store, parts, production=standing, to=to)
+
+
+def records_of(store: Store, name: str) -> Iterator[dict[str, Any]]:
+    """The records of a recipe's runs, the one written last first."""
+    return (record for _, record in store.runs() if record.get("recipe") == name)
 
 
 def _steps_of(recipe: Recipe, section: str) -> Iterator[tuple[str, str]]:

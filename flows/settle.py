@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from flows.delivering import bring, bring_standing
+from flows.delivering import Place, bring, bring_standing
 from flows.run import Run
 from stages.production import Name, promote
 from stages.production import production as standing_in
@@ -63,7 +63,7 @@ def settle(run: Run, answer: Answer | None = None) -> Outcome:
     written."""
     outcome = _settled(run, answer)
     if outcome.production not in ("moved", "stands"):
-        bring_standing(run.store, run.runtime, run.name, run.loaded.recipe.publish.to)
+        bring_standing(run.store, run.runtime, run.name, run.to)
     return outcome
 
 
@@ -92,10 +92,11 @@ def _settled(run: Run, answer: Answer | None) -> Outcome:
     if production not in ("moved", "stands"):
         said = [answer.why] if answer and answer.why and production == "refused" else []
         return Outcome(True, [*reasons, *said], "", False, production, by)
-    brought = bring(run.store, run.runtime, run.name, config, weights, card, moved=production == "moved")
+    place = Place(run.to, config.private)
+    brought = bring(run.store, run.runtime, run.name, place, weights, card, moved=production == "moved")
     if brought == "elsewhere":
         return Outcome(True, reasons, "", False, "elsewhere", by)
-    return Outcome(True, reasons, config.to, brought == "arrived", production, by)
+    return Outcome(True, reasons, run.to, brought == "arrived", production, by)
 
 
 def _promoted(

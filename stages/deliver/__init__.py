@@ -5,6 +5,7 @@ what regrow wrote is ever replaced. In a folder the new version appears at once,
 a bucket the index is written last and says whether the rest is whole; on the Hub one commit holds everything.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,19 @@ from stages.deliver.index import has, is_whole
 from stages.identity import Json, Tree, join
 from stages.store import Store
 
-__all__ = ["deliver", "delivered", "delivery", "holds", "refuse_taken"]
+__all__ = ["absolute", "deliver", "delivered", "delivery", "holds", "refuse_taken"]
 
 PRIVATE = ("merge.json", "samples.jsonl")
 """What stays in the store: a check's figures, and answers that quote rows of the data."""
+
+
+def absolute(to: str) -> str:
+    """A place in the one spelling that means it wherever a command runs: a folder by its absolute path, nothing at the
+    end. Empty stays empty: nowhere."""
+    scheme, mark, path = to.rpartition("://")
+    if scheme in ("", "file", "local"):
+        return f"{scheme}{mark}{os.path.normpath(Path(path).expanduser().absolute())}" if path else ""
+    return to.rstrip("/")
 
 
 def delivery(weights: Tree, card: Tree) -> Tree:
@@ -91,4 +101,4 @@ def deliver(
 
 
 def _folder(to: str) -> Path:
-    return Path(to).expanduser().absolute()
+    return Path(absolute(to))

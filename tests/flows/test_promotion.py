@@ -1,6 +1,7 @@
 """`regrow promote`, `rollback` and `history`: a person moves production, with the same command line as everybody's."""
 
 import json
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,8 @@ def runtime(rehearsal: Rehearsal) -> Runtime:
     return Runtime(store=rehearsal.store.url, cache=rehearsal.folder / "cache")
 
 
-def delivered(rehearsal: Rehearsal) -> str:
-    return str(json.loads((rehearsal.folder / "out/lineage.json").read_text())["run"])
+def delivered(rehearsal: Rehearsal, to: str = "out") -> str:
+    return str(json.loads((rehearsal.folder / to / "lineage.json").read_text())["run"])
 
 
 def weights_of(run: Run) -> str:
@@ -277,10 +278,69 @@ def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehear
 
 def test_a_rollback_reaches_the_place_of_the_model_that_it_replaces(rehearsal: Rehearsal) -> None:
     first, _ = rehearsal.run(10)
-    elsewhere = rehearsal.folder / "elsewhere"
-    rehearsal.run(20, to=str(elsewhere))
+    rehearsal.run(20, to=str(rehearsal.folder / "elsewhere"))
     rollback(rehearsal.store, runtime(rehearsal), "bot")
-    assert json.loads((elsewhere / "lineage.json").read_text())["run"] == first.id == delivered(rehearsal)
+    assert delivered(rehearsal, "elsewhere") == first.id == delivered(rehearsal)
+
+
+@pytest.mark.parametrize("blocked", ["out", "elsewhere"])
+@pytest.mark.parametrize("mended_by", ["the command", "the next run"])
+def test_a_rollback_reaches_one_place_where_the_other_cannot_be_written(
+    blocked: str, mended_by: str, rehearsal: Rehearsal
+) -> None:
+    first, _ = rehearsal.run(10)
+    rehearsal.run(20, to=str(rehearsal.folder / "elsewhere"))
+    (rehearsal.folder / blocked / "README.md").write_text("written by somebody")
+    with pytest.raises(UserError, match=r"README\.md came in") as refused:
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal, "elsewhere" if blocked == "out" else "out") == first.id
+    shutil.rmtree(rehearsal.folder / blocked)
+    if mended_by == "the command":
+        [note] = refused.value.__notes__
+        said = regrow(rehearsal, *note.rpartition("regrow ")[2].split())
+        assert all(f"model      {rehearsal.folder / place}" in said for place in ("out", "elsewhere"))
+    else:
+        assert rehearsal.run(5, to=str(rehearsal.folder / blocked))[1].production == "untouched"
+    assert delivered(rehearsal, blocked) == first.id
+
+
+def test_two_rollbacks_reach_every_place_of_the_models_that_they_take_away(rehearsal: Rehearsal) -> None:
+    first, *_ = [rehearsal.run(right, to=str(rehearsal.folder / str(right)))[0] for right in (10, 20, 30)]
+    for _ in range(2):
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert [delivered(rehearsal, to) for to in ("10", "20", "30")] == [first.id] * 3
+
+
+def test_a_rollback_from_another_folder_reaches_the_folder_of_the_run(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("project", "home"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    first, outcome = rehearsal.run(10, to="out/bot")
+    assert outcome.to == str(tmp_path / "project/out/bot")
+    waiting, _ = rehearsal.run(20, to="out/bot/", approval=True)
+    monkeypatch.chdir(tmp_path / "home")
+    said = regrow(rehearsal, "promote", "bot")
+    assert f"model      {tmp_path / 'project/out/bot'}" in said.splitlines()
+    assert delivered(rehearsal, "project/out/bot") == waiting.id
+    rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal, "project/out/bot") == first.id
+    assert not any((tmp_path / "home").iterdir())
+    assert len([*(tmp_path / "store/locks/deliver").iterdir()]) == 1, "one place, one turn at a time"
+
+
+def test_a_record_that_does_not_say_where_its_recipes_folder_lay_goes_on_as_before(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, _ = rehearsal.run(10, to="served")
+    rehearsal.run(20, to="served")
+    for name, record in list(rehearsal.store.runs()):
+        del record["to"]
+        rehearsal.store.write_run(name, record)
+    rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal, "served") == first.id
 
 
 @pytest.mark.parametrize("private", [None, "false", "true", False])
