@@ -14,6 +14,7 @@ import yaml
 
 from flows.run import records_of
 from stages.deliver import absolute, deliver, delivered, delivery, holds
+from stages.errors import UserError
 from stages.identity import sha256_text
 from stages.lease import lease
 from stages.production import Move, Production, person, production
@@ -46,7 +47,8 @@ def bring(
 ) -> Literal["nowhere", "there", "arrived", "elsewhere"]:
     """Deliver the model of the recipe called `name`; `moved` says that the ref was moved to it just now, so that others
     may be delivering what stood before. `nowhere`: none is asked for; `there`: it was there already; `elsewhere`:
-    production names another model by now. Raises UserError when the place cannot be written, and BadBlob."""
+    production names another model by now. Raises UserError when the place cannot be written or its lease is lost, and
+    BadBlob."""
     to, tree = place.to, delivery(weights.tree, card.tree)
     options = runtime.options_for(to)
     if not to:
@@ -54,13 +56,21 @@ def bring(
     if not moved and delivered(to, tree, options):
         return "there"
     owner = f"{person()}, who delivers {name}"
-    with lease(store, "deliver", sha256_text(to), runtime.lease_seconds, owner, _log.warning):
+    with lease(store, "deliver", sha256_text(to), runtime.lease_seconds, owner, _log.warning) as held:
+
+        def go_on() -> None:
+            if held.lost.is_set():
+                raise UserError(
+                    f"publish.to: {to}: stopped before all was delivered, for another may be delivering there by now: "
+                    f"the lease on that place was lost, {held.why}. The next run delivers what production names"
+                )
+
         standing = production(store, name)
         if standing is None or standing.now.model["digest"] != weights.digest:
             return "elsewhere"
         if delivered(to, tree, options):
             return "there"
-        deliver(to, tree, store, name, private=place.private, options=options)
+        deliver(to, tree, store, name, private=place.private, options=options, go_on=go_on)
     return "arrived"
 
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -41,8 +41,11 @@ def edited(folder: Path, index: Json) -> list[str]:
     return changed
 
 
-def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
-    """Copy a view's files there. Raises UserError when that would lose what regrow did not write, or cannot be done."""
+def deliver_to_folder(
+    folder: Path, tree: Tree, view: Path, name: str, go_on: Callable[[], None] = lambda: None
+) -> None:
+    """Copy a view's files there; `go_on` is asked before the folder is put in place. Raises UserError when that would
+    lose what regrow did not write, or cannot be done."""
     refuse_foreign(folder, name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,7 @@ def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
             (aside / INDEX).write_text(json.dumps(index, indent=1))
             _sync(aside / INDEX)
             _sync(aside)
+            go_on()
             _put_in_place(aside, folder)
             _sync(folder.parent)
     except OSError as error:

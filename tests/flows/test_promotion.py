@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -396,6 +397,41 @@ def test_a_run_whose_model_was_taken_back_before_it_delivers_leaves_the_place_al
     _, outcome = rehearsal.run(20)
     assert (outcome.production, outcome.to, outcome.arrived) == ("elsewhere", "", False)
     assert delivered(rehearsal) == first.id
+
+
+def test_a_run_that_lost_its_turn_while_it_delivered_leaves_the_place_to_the_rollback(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store was away for longer than a lease lives, and the destination was not."""
+    to = f"file://{rehearsal.folder / 'bucket'}"
+    first, _ = rehearsal.run(10, to=to)
+    second = rehearsal.make(rehearsal.start(20, to=to))
+
+    def slowly(to: str, tree: Tree, *given: Any, go_on: Callable[[], None], **options: Any) -> None:
+        [path] = [entry.path for entry in rehearsal.store.objects.list("locks/deliver/")]
+        taken = {"owner": "another", "seconds": 1.0, "token": "another's", "released": True, "process": []}
+        rehearsal.store.objects.put(path, json.dumps(taken).encode())
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(back).result(60).run == first.id
+        deliver(to, tree, *given, go_on=lambda: eventually_lost(go_on), **options)
+
+    def back() -> Move:
+        with monkeypatch.context() as patch:
+            patch.setattr(delivering, "deliver", deliver)
+            return rollback(rehearsal.store, runtime(rehearsal), "bot")
+
+    monkeypatch.setattr(delivering, "deliver", slowly)
+    second.runtime = Runtime(**{**second.runtime.model_dump(), "lease_seconds": 0.5})
+    with pytest.raises(UserError, match=r"stopped before all was delivered.*another run took it over"):
+        settle(second)
+    assert delivered(rehearsal, "bucket") == first.id
+
+
+def eventually_lost(go_on: Callable[[], None]) -> None:
+    for _ in range(600):
+        go_on()
+        time.sleep(0.1)
+    raise AssertionError("the lease was not lost")
 
 
 def eventually_names(rehearsal: Rehearsal, run: Run) -> None:

@@ -199,6 +199,28 @@ def test_readers_never_find_the_folder_missing(store: Store, tree: Tree, newer: 
     assert set(found) <= {tree.digest, newer.digest} and found
 
 
+class LostAfter:
+    """A lease that is lost after so many looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def __call__(self) -> None:
+        self.looks -= 1
+        if self.looks < 0:
+            raise UserError("lost")
+
+
+def test_a_delivery_that_lost_its_turn_leaves_the_folder_as_it_is(
+    store: Store, tree: Tree, newer: Tree, tmp_path: Path
+) -> None:
+    to = tmp_path / "mine"
+    deliver(str(to), tree, store, "bot")
+    with pytest.raises(UserError, match="lost"):
+        deliver(str(to), newer, store, "bot", go_on=LostAfter(0))
+    assert contents(to) == MODEL and hidden(to) == []
+
+
 # ---- a bucket, and fsspec's other file systems --------------------------------------------------------------------
 
 
@@ -299,6 +321,18 @@ def test_an_interrupted_delivery_remembers_the_version_before(
     assert remote(fs, to) == NEWER
 
 
+@pytest.mark.parametrize("looks", range(4))
+def test_a_delivery_that_lost_its_turn_writes_no_more_into_the_bucket(looks: int, store: Store, tree: Tree) -> None:
+    import fsspec
+
+    to, fs = f"memory://{uuid4().hex}/mine", fsspec.filesystem("memory")
+    with pytest.raises(UserError, match="lost"):
+        deliver(to, tree, store, "bot", go_on=LostAfter(looks))
+    assert len(remote(fs, to)) == max(0, looks - 1) and not delivered(to, tree)
+    deliver(to, tree, store, "bot")
+    assert remote(fs, to) == MODEL
+
+
 def test_a_place_that_does_not_answer_is_named(store: Store, tree: Tree) -> None:
     with pytest.raises(UserError, match=r"publish\.to: http://127\.0\.0\.1:9/mine cannot be read: "):
         deliver("http://127.0.0.1:9/mine", tree, store, "bot")
@@ -350,6 +384,9 @@ class Repository:
         (self.folder / "download").write_bytes(self.files[path])
         return str(self.folder / "download")
 
+    def preupload_lfs_files(self, name: str, additions: list[Any]) -> None:
+        """All its files are small."""
+
     def create_commit(self, name: str, operations: list[Any], *, commit_message: str) -> None:
         for operation in operations:
             if hasattr(operation, "path_or_fileobj"):
@@ -368,6 +405,13 @@ def test_the_hub_gets_one_commit_and_loses_what_is_old(store: Store, tree: Tree,
     assert api.private is True
     assert {k: v for k, v in api.files.items() if k != INDEX} == {".gitattributes": b"", **NEWER}
     assert json.loads(api.files[INDEX])["digest"] == newer.digest
+
+
+def test_a_delivery_that_lost_its_turn_commits_nothing(store: Store, tree: Tree, tmp_path: Path) -> None:
+    api = Repository(tmp_path, {})
+    with pytest.raises(UserError, match="lost"):
+        deliver_to_hub("hf://org/mine", tree, store.view(tree), "bot", private=True, go_on=LostAfter(0), api=api)
+    assert api.files == {}
 
 
 def test_a_foreign_repository_is_refused(store: Store, tree: Tree, tmp_path: Path) -> None:
