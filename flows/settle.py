@@ -6,15 +6,19 @@ destination in milliseconds.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from flows.delivering import Place, bring, bring_standing
 from flows.run import Run
+from stages.errors import UserError
 from stages.production import Name, promote
 from stages.production import production as standing_in
 from stages.publish import PublishConfig
-from stages.store import Artifact
+from stages.store import Artifact, BadBlob
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,14 @@ class Answer:
 
 def settle(run: Run, answer: Answer | None = None) -> Outcome:
     """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`;
-    else the one that production names, if an earlier run could not. Raises UserError when the destination cannot be
-    written."""
+    else the one that production names, if an earlier run could not. Raises UserError when the run's own model cannot be
+    delivered."""
     outcome = _settled(run, answer)
     if outcome.production not in ("moved", "stands"):
-        bring_standing(run.store, run.runtime, run.name, run.to)
+        try:
+            bring_standing(run.store, run.runtime, run.name, run.to)
+        except (UserError, BadBlob, OSError) as error:  # this run has ended as it has, whatever becomes of another's
+            _log.warning("the model that %s/production names could not be delivered: %s", run.name, error)
     return outcome
 
 

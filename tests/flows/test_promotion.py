@@ -158,6 +158,18 @@ def test_what_could_not_be_delivered_is_delivered_by_the_next_run_whatever_its_g
     assert outcome.production == "untouched" and standing and standing.now.run == delivered(rehearsal)
 
 
+def test_a_failed_gate_is_told_also_where_productions_place_is_in_trouble(
+    rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture
+) -> None:
+    rehearsal.run(30)
+    (rehearsal.folder / "out/README.md").write_text("edited")
+    run, outcome = rehearsal.run(10)
+    assert not outcome.passed and outcome.production == "untouched"
+    [told] = [record.getMessage() for record in caplog.records if record.name == "flows.settle"]
+    assert "bot/production names could not be delivered" in told and "README.md came in or changed" in told
+    assert [event.what for event in events_of(rehearsal.store, "bot") if event.run == run.id] == ["gate failed"]
+
+
 def test_a_run_that_fails_its_gate_puts_no_older_card_in_the_place_of_a_newer_one(rehearsal: Rehearsal) -> None:
     """The same model may have got a licence meanwhile, or other scores."""
     rehearsal.run(20)
