@@ -74,6 +74,11 @@ def refuse_foreign(folder: Path, name: str) -> None:
         return
     if not folder.is_dir() or folder.is_symlink():
         raise UserError(f"publish.to: {folder} is no folder; choose another destination or move it away")
+    if folder.is_mount():
+        raise UserError(
+            f"publish.to: {folder} is a mount point, and a new version takes the place of the whole folder: name a "
+            "folder inside it"
+        )
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     if not there:
         return

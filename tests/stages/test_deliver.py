@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from stages.deliver import deliver, delivered, delivery
+from stages.deliver import deliver, delivered, delivery, refuse_taken
 from stages.deliver.hub import deliver_to_hub
 from stages.deliver.index import INDEX, index_document
 from stages.errors import UserError
@@ -112,6 +112,12 @@ def test_what_regrow_did_not_write_is_never_replaced(
     with pytest.raises(UserError, match=named):
         deliver(str(to), newer, store, "bot")
     assert contents(to) == before
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="it is a mount point on Linux")
+def test_a_mount_point_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(UserError, match=r"/proc is a mount point.*name a folder inside it"):
+        refuse_taken("/proc", "bot")
 
 
 def test_an_empty_folder_is_taken(store: Store, tree: Tree, tmp_path: Path) -> None:
