@@ -16,6 +16,9 @@ from stages.errors import UserError
 from stages.identity import Json, Tree
 from stages.objects.folder import copy_file
 
+LOCK = ".lock"
+"""Ends the name of a folder's lock."""
+
 
 def local_index(folder: Path) -> Json:
     """The folder's index, or None. Raises UserError for one that cannot be read."""
@@ -100,30 +103,35 @@ def refuse_foreign(folder: Path, name: str) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed deliveries left beside the folder: half a new version, or the whole of an old one."""
-    for left in folder.parent.glob(f".{folder.name}.delivery-*"):
+    for name in {path.name.removesuffix(LOCK) for path in folder.parent.glob(f".{folder.name}.delivery-*")}:
+        left = folder.with_name(name)
         with suppress(OSError), _locked(left):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
     """A hidden folder beside the destination, removed when done."""
     aside = folder.parent / f".{folder.name}.delivery-{uuid4().hex}"
-    aside.mkdir()
-    try:
-        with _locked(aside):
+    with _locked(aside):
+        aside.mkdir()
+        try:
             yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds a folder's lock, which its holder's death releases. Raises BlockingIOError when another has it."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    beside = folder.with_name(f"{folder.name}{LOCK}")
+    handle = os.open(beside, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing: no folder
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 
 from stages.deliver import deliver, delivered, delivery, refuse_taken
+from stages.deliver.folder import sweep
 from stages.deliver.hub import deliver_to_hub
 from stages.deliver.index import INDEX, index_document
 from stages.errors import UserError
@@ -225,6 +226,20 @@ def test_a_delivery_that_lost_its_turn_leaves_the_folder_as_it_is(
     with pytest.raises(UserError, match="lost"):
         deliver(str(to), newer, store, "bot", go_on=LostAfter(0))
     assert contents(to) == MODEL and hidden(to) == []
+
+
+def test_a_delivery_in_progress_is_not_swept_and_locks_a_file(store: Store, tree: Tree, tmp_path: Path) -> None:
+    """NFS locks no folder."""
+    to = tmp_path / "mine"
+    held: list[Path] = []
+
+    def look() -> None:
+        sweep(to)
+        held.extend(path for path in tmp_path.glob(".mine.*") if path.is_file())
+
+    deliver(str(to), tree, store, "bot", go_on=look)
+    assert contents(to) == MODEL and hidden(to) == []
+    assert len(held) == 1 and str(held[0]).endswith(".lock")
 
 
 # ---- a bucket, and fsspec's other file systems --------------------------------------------------------------------
