@@ -140,8 +140,18 @@ class Store:
         found = self.find(stage, key)
         if found is not None and found.digest == digest:
             return found
-        old = self.objects.read(f"superseded/{stage}/{key}/{digest}.json")
+        old = self.objects.read(_superseded(stage, key, digest))
         return None if old is None else decode(stage, key, old.data)
+
+    def renew(self, stage: str, key: str, digest: str) -> list[str]:
+        """Make what `recall` finds look written just now, manifest and blobs, for whoever is about to name it: a gc
+        under way, which knows only the names that stood when it began, leaves it alone. What of it is gone already, as
+        `missing`."""
+        for path in (action_path(stage, key), _superseded(stage, key, digest)):
+            if there := self.objects.stat(path):
+                self.objects.touch(there)
+        found = self.recall(stage, key, digest)
+        return [f"{stage} {key[:12]}"] if found is None else self.missing(found.tree, younger_than=STALE)
 
     def commit(
         self,
@@ -200,9 +210,10 @@ class Store:
         artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), whole_parts(parts))
         return self._publish(artifact, encode(artifact), replace)[0]
 
-    def missing(self, tree: Tree) -> list[str]:
-        """What of a tree could not be read: one line a file whose blob is gone or has another size."""
-        bad = self._lacking(tree)
+    def missing(self, tree: Tree, younger_than: float = math.inf) -> list[str]:
+        """What of a tree could not be read: one line a file whose blob is gone or has another size. Blobs older than
+        `younger_than` seconds are made young on the way."""
+        bad = self._lacking(tree, younger_than)
         return [
             f"{file.path}: blob {file.sha256[:12]}… {bad[file.sha256]}" for file in tree.files if file.sha256 in bad
         ]
@@ -284,7 +295,7 @@ class Store:
                 return standing, False
             else:
                 old = encode(standing)
-                self.objects.create(f"superseded/{stage}/{key}/{standing.digest}.json", old)
+                self.objects.create(_superseded(stage, key, standing.digest), old)
                 if self.objects.swap(path, data, version) is not None:
                     return artifact, True
 
@@ -313,8 +324,7 @@ class Store:
         raise UserError(f"{self.url}: files vanish as fast as they are written; is something else deleting there?")
 
     def _lacking(self, tree: Tree, younger_than: float = math.inf) -> dict[str, str]:
-        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256. Blobs older than
-        `younger_than` seconds are made young on the way."""
+        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256; else as `missing`."""
         files = {file.sha256: file for file in tree.files}
         oldest = self._now() - younger_than if younger_than < math.inf else -math.inf
 
@@ -349,6 +359,11 @@ def _named(kind: str, name: str) -> str:
     if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", step) for step in name.split("/")):
         raise UserError(f"{kind[:-1]} name {name!r}: use letters, digits, '.', '_' and '-', in steps divided by '/'")
     return f"{kind}/{name}.json"
+
+
+def _superseded(stage: str, key: str, digest: str) -> str:
+    """Where a manifest lies that another one has replaced."""
+    return f"superseded/{stage}/{key}/{digest}.json"
 
 
 def _dump(document: Mapping[str, Json]) -> bytes:
