@@ -89,7 +89,7 @@ def open_store(
     if marker is None:
         _check_conditions(objects)
         objects.create("format.json", json.dumps({"format": FORMAT}).encode())
-    elif json.loads(marker.data).get("format") != FORMAT:
+    elif _parsed(objects, "format.json", marker.data).get("format") != FORMAT:
         raise UserError(
             f"{objects.url}: this store was made by another version of regrow (format.json); upgrade regrow"
         )
@@ -236,8 +236,9 @@ class Store:
 
     def read_ref(self, name: str) -> Ref | None:
         """What a movable name (`support-bot/production`) points to, or None."""
-        found = self.objects.read(_named("refs", name))
-        return None if found is None else Ref(json.loads(found.data), found.version)
+        path = _named("refs", name)
+        found = self.objects.read(path)
+        return None if found is None else Ref(_parsed(self.objects, path, found.data), found.version)
 
     def swap_ref(self, name: str, expected: str | None, new: Mapping[str, Json]) -> bool:
         """Point a name elsewhere, only if it still has the version `expected` (None: only if it does not exist).
@@ -259,8 +260,9 @@ class Store:
 
     def read_run(self, run_id: str) -> dict[str, Json] | None:
         """A run's record, or None."""
-        found = self.objects.read(_named("runs", run_id))
-        return None if found is None else _parsed(found.data)
+        path = _named("runs", run_id)
+        found = self.objects.read(path)
+        return None if found is None else _parsed(self.objects, path, found.data)
 
     def runs(self) -> Iterator[tuple[str, dict[str, Json]]]:
         """(id, record) of every run, the one written last first. Records are read some at a time, as asked for."""
@@ -268,7 +270,10 @@ class Store:
         for some in (entries[start : start + 32] for start in range(0, len(entries), 32)):
             for entry, found in zip(some, self._spread(lambda e: self.objects.read(e.path), some, 16), strict=True):
                 if found is not None:
-                    yield entry.path.removeprefix("runs/").removesuffix(".json"), _parsed(found.data)
+                    yield (
+                        entry.path.removeprefix("runs/").removesuffix(".json"),
+                        _parsed(self.objects, entry.path, found.data),
+                    )
 
     def _found(self, stage: str, key: str) -> tuple[Artifact | None, str]:
         path = action_path(stage, key)
@@ -370,6 +375,15 @@ def _dump(document: Mapping[str, Json]) -> bytes:
     return json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
 
 
-def _parsed(data: bytes) -> dict[str, Json]:
-    document: dict[str, Json] = json.loads(data)
+def _parsed(objects: Objects, path: str, data: bytes) -> dict[str, Json]:
+    """A document that the store wrote. Raises UserError for one that was damaged since."""
+    try:
+        document = json.loads(data)
+    except ValueError:  # no UTF-8, too
+        document = None
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{objects.url}: {path} is damaged: {len(data)} bytes that are no JSON document. Put a copy of it in its "
+            "place, or delete it: what only it said is lost then"
+        )
     return document
