@@ -152,8 +152,9 @@ def work(
         require_held(held)
         outcome = settle(run, answer)
         run.record("finished", asdict(outcome))
+    state = finished(run, outcome)
     dashboard.show_history(run)
-    return finished(run, outcome)
+    return state
 
 
 def label(client: SyncPrefectClient, run: Run) -> None:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
 
-from flows.finetune import finished
+from flows.finetune import finetune, finished
 from flows.retrain import retrain
 from flows.server import Api, reporting_to
 from flows.upkeep import promote, rollback
@@ -95,3 +95,14 @@ def test_a_retraining_that_finds_every_stage_made_announces_what_it_promotes(tmp
     [event] = events(prefect_api, "found", 1)
     assert event["event"] == "regrow.model.published" and event["payload"]["model"] == rehearsal.stands
     assert event["payload"]["run"] in str(page.data)
+
+
+def test_a_page_that_the_store_cannot_give_ends_no_run(tmp_path: Path, prefect_api: Api) -> None:
+    rehearsal = Rehearsal(tmp_path, name="pageless")
+    told = rehearsal.ready(20)
+    rehearsal.store.objects.put("runs/long-ago.json", b"{")  # the history's page reads the record of every run
+    with reporting_to(prefect_api):
+        state = finetune(told["recipe"], runtime=Runtime(**told["runtime"]), return_state=True)
+    assert state.is_completed(), state
+    [event] = events(prefect_api, "pageless", 1)
+    assert event["event"] == "regrow.model.published"
