@@ -123,11 +123,20 @@ class Run:
             return None
         found = self.store.recall("merge", named["key"], named["digest"])
         if found is None:
-            raise UserError(
-                f"{self.name}/production names a model that {self.store.url} no longer holds (merge "
-                f"{named['key'][:12]}): let it name another one with `regrow promote {self.name} RUN`"
-            )
+            raise self._lost(f"merge {named['key'][:12]}")
         return found
+
+    def refuse_lost_rival(self) -> None:
+        """Raise UserError when files of that are gone. It does not grow back: it is not this run's to make."""
+        rival = self.rival()
+        if rival is not None and (gone := self.store.missing(rival.tree)):
+            raise self._lost(f"merge {rival.key[:12]}, {gone[0]}")
+
+    def _lost(self, what: str) -> UserError:
+        return UserError(
+            f"{self.name}/production names a model that {self.store.url} no longer holds ({what}): let it name another "
+            f"one with `regrow promote {self.name} RUN`, or go back with `regrow rollback {self.name}`"
+        )
 
     def action(self, stage: str) -> Action | None:
         """The stage's action, or None while an artifact above it is unknown."""
