@@ -47,6 +47,8 @@ class Run:
     """What the production ref said when the run started: it moves only if it still says so."""
     to: str = ""
     """Where its model goes, as seen from where the run began: `publish.to`, a folder by its absolute path."""
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+    """The run's record as it was when this goes on with it; empty for a new run."""
     _began: tuple[str, Start, Tree] | None = None
     """The answer of `began`, and for which fetch."""
 
@@ -200,7 +202,11 @@ class Run:
 
     def record(self, status: str, outcome: Mapping[str, Json] | None = None, reason: str = "") -> None:
         """Write the run's record; with the outcome of its publishing once that is known, or with the `reason` why it
-        ended before that."""
+        ended before that. Of a run that goes on, the model that it had stays its model, with that one's outcome, until
+        there is another with a card."""
+        had, has = self.earlier.get("stages", {}), self._stages()
+        still = "publish" in had and "publish" not in has
+        kept = {name: self.earlier[name] for name in ("start", "outcome", "scores") if name in self.earlier}
         self.store.write_run(
             self.id,
             {
@@ -214,7 +220,9 @@ class Run:
                 "production": _production_json(self.production),
                 "to": self.to,
                 "parts": [_part_json(p) for p in self.parts],
-                "stages": self._stages(),
+                "stages": {**has, **had} if still else {**had, **has},
+                **({"under_way": has} if still else {}),  # gc keeps what stands anywhere in here
+                **kept,
                 **({"start": self._began[1].document} if self._began else {}),
                 **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
                 **({"reason": reason} if reason else {}),
@@ -263,7 +271,8 @@ def start(
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
         to = record.get("to") or absolute(loaded.recipe.publish.to)  # a version that did not keep it, or sent elsewhere
-        return Run(record["run"], loaded, runtime, store, parts, production=production_of(record), to=to)
+        found = production_of(record)
+        return Run(record["run"], loaded, runtime, store, parts, production=found, to=to, earlier=record)
     fetch = stage_named("fetch")
     assert fetch.parts is not None
     run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
