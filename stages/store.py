@@ -93,7 +93,7 @@ def open_store(
         raise UserError(
             f"{objects.url}: this store was made by another version of regrow (format.json); upgrade regrow"
         )
-    return Store(objects, cache.expanduser().absolute(), cache_limit)
+    return Store(objects, cache.absolute(), cache_limit)
 
 
 def _check_conditions(objects: Objects) -> None:

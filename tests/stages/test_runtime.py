@@ -58,3 +58,16 @@ def test_a_store_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("REGROW_STORE", str(tmp_path))
     with pytest.raises(UserError, match="names no place"):
         store_of(runtime_of("", None))
+
+
+def test_a_cache_in_the_home_folder_is_there_wherever_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runtime.yaml").write_text("cache: ~/named\n")
+    assert runtime_of(None, tmp_path / "runtime.yaml").cache == tmp_path / "named"
+    monkeypatch.setenv("REGROW_CACHE", "~/named")
+    assert runtime_of(None, None).cache == tmp_path / "named"
+    monkeypatch.setenv("REGROW_CACHE", "~nobody-at-all/cache")
+    with pytest.raises(UserError, match=r"~nobody-at-all/cache: there is no such home folder.*REGROW_CACHE"):
+        runtime_of(None, None)
