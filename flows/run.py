@@ -17,7 +17,7 @@ from flows import continuing
 from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded, Recipe
-from stages import evaluate, objectives, own_code, reward_models, weight_files
+from stages import evaluate, fetch, objectives, own_code, reward_models, weight_files
 from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.deliver import absolute
@@ -273,11 +273,9 @@ def start(
         to = record.get("to") or absolute(loaded.recipe.publish.to)  # a version that did not keep it, or sent elsewhere
         found = production_of(record)
         return Run(record["run"], loaded, runtime, store, parts, production=found, to=to, earlier=record)
-    fetch = stage_named("fetch")
-    assert fetch.parts is not None
     run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     standing = production(store, loaded.recipe.name)
-    parts = list(fetch.parts(loaded.recipe.fetch, {}))
+    parts = list(fetch.resolve(loaded.recipe.fetch, runtime.cache))
     for section in ("train", "evaluate"):
         for place, model in _steps_of(loaded.recipe, section):
             if (path := loaded.recipe.fetch.reward_models[model].path) is not None:

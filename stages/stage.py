@@ -121,12 +121,13 @@ class Stage(Generic[C]):
     """`run(config, inputs, output, work)`; for a mapped stage it is called once a part, with `part.config` parsed
     as `part`."""
     parts: Callable[[C, Mapping[str, Tree]], Sequence[Part]] | None = None
-    """For a mapped stage: the parts, from config and inputs alone. For fetch, the step that looks at the world."""
+    """For a mapped stage: the parts, from config and inputs alone."""
     part: type[StageConfig] | None = None
     """The config type of one part."""
-    resolves: bool = False
-    """True for fetch: its whole is keyed by what `parts` found (`{name: config}`), not by the recipe section, because
-    locations never enter a key."""
+    resolve: Callable[[C, Path], Sequence[Part]] | None = None
+    """For fetch, in place of `parts`: looks at the world, and remembers in a cache folder what would take long to look
+    at again. Its whole is keyed by what was found (`{name: config}`), not by the recipe section, because locations
+    never enter a key."""
     plugins: Callable[[Any], Mapping[str, int]] | None = None
     """The plug-ins a config uses, as `{"format:alpaca": 1}`: their versions enter the key."""
     module: str = ""
@@ -192,7 +193,7 @@ def action_of(
 ) -> Action:
     """The action of a whole stage. `parts` are needed only where the stage resolves: they are its identity; `where`
     only for the names in `Stage.named`."""
-    document = {p.name: dict(p.config) for p in parts} if stage.resolves else stage.identity(config)
+    document = {p.name: dict(p.config) for p in parts} if stage.resolve else stage.identity(config)
     document |= {name: (where or {}).get(name) for name in sorted(stage.named)}
     return Action(stage.name, version_of(stage, config), document, {n: t.digest for n, t in inputs.items()})
 

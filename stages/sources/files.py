@@ -42,8 +42,11 @@ SMALL = 256 << 10
 """Bytes that are hashed sooner than handed to a thread."""
 
 
-def resolve(locations: Sequence[str], options: Mapping[str, Json], sha256: str | None, place: str) -> list[Found]:
-    """The files at the locations, in the order given and by name. `place` is the recipe's field, for messages.
+def resolve(
+    locations: Sequence[str], options: Mapping[str, Json], sha256: str | None, place: str, cache: Path
+) -> list[Found]:
+    """The files at the locations, in the order given and by name. `place` is the recipe's field, for messages; `cache`
+    that of `digests`.
 
     A file that several locations name counts once. `sha256` is what the one file there must have. Raises UserError for
     what is missing, empty or of no known kind.
@@ -65,7 +68,7 @@ def resolve(locations: Sequence[str], options: Mapping[str, Json], sha256: str |
         here = Path(one.where["path"]) if "path" in one.where else None
         check(str(one.where["name"]), here.stat().st_size if here else one.identity["size"], place)
     local = [Path(one.where["path"]) for one in found.values() if "path" in one.where]
-    hashed = dict(zip(map(str, local), digests(local), strict=True))
+    hashed = dict(zip(map(str, local), digests(local, cache), strict=True))
     resolved = [_identified(one, hashed) for one in found.values()]
     return _pinned(resolved, sha256, place) if sha256 else resolved
 
@@ -191,7 +194,7 @@ def _cut_file(path: Path, found: Mapping[str, Json], pieces: Pieces, work: Work)
     except OSError as error:
         raise UserError(f"{pieces.name} can no longer be read: {error}") from error
     if "sha256" in found:
-        same = same and (digest or digests([path])[0]) == found["sha256"]
+        same = same and (digest or digests([path], work.runtime.cache)[0]) == found["sha256"]
     if not same:
         if path.is_relative_to(work.folder):
             path.unlink()  # the next attempt begins anew

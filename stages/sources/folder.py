@@ -39,13 +39,13 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 CHUNK = 16 << 20
 
 
-def resolve(location: str, place: str) -> Found:
+def resolve(location: str, place: str, cache: Path) -> Found:
     """The model's files by digest. Raises UserError when the folder does not hold a whole model."""
     folder = Path(location).expanduser()
     if not folder.is_dir():
         raise UserError(f"{place}: there is no folder {location} (looked from {Path.cwd()})")
     paths = listing(folder, place)
-    found = {path.name: digest for path, digest in zip(paths, digests(paths), strict=True)}
+    found = {path.name: digest for path, digest in zip(paths, digests(paths, cache), strict=True)}
     return Found({"files": found}, {"path": str(folder.resolve())})
 
 

