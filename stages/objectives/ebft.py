@@ -44,4 +44,4 @@ def settings(options: EbftOptions) -> Mapping[str, Any]:
     return {**sampling_settings(options), "num_generations": options.group_size, "beta": 0.0}
 
 
-OBJECTIVE = Objective(version=2, options=EbftOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))
+OBJECTIVE = Objective(version=3, options=EbftOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))

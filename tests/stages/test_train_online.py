@@ -125,6 +125,30 @@ def test_the_reward_goes_up_and_every_completion_is_kept(
     assert (output / "weights" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"min_p": 0.999}, {"num_beams": 3, "do_sample": False}, {"suppress_tokens": [*range(67), *range(68, 258)]}, None],
+    ids=["min_p", "beams", "suppressed", "no file"],
+)
+def test_what_a_folder_says_of_generating_shapes_no_completion_and_is_written_again(
+    tmp_path: Path, inputs: dict[str, Path], own: dict[str, Any] | None
+) -> None:
+    def written(folder: Path, settings: dict[str, Any] | None) -> tuple[list[dict[str, Any]], Path]:
+        shutil.copytree(inputs["model"], folder / "model")
+        path = folder / "model/generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **(settings or {})}))
+        if settings is None:
+            path.unlink()
+        output, _ = train(folder, {**inputs, "model": folder / "model"}, recipe(tmp_path, steps=1), allow_code=True)
+        return read_table(output / "rollouts.arrow").to_pylist(), output / "weights/generation_config.json"
+
+    plain, _ = written(tmp_path / "plain", {})
+    rows, path = written(tmp_path / "own", own)
+    assert rows == plain and len({row["completion"] for row in rows}) == 2 * 8
+    before = tmp_path / "own/model/generation_config.json"
+    assert path.exists() == before.exists() and (own is None or path.read_bytes() == before.read_bytes())
+
+
 def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
