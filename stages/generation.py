@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from stages import arithmetic
 from stages.errors import UserError
-from stages.turn_end import turn_end, with_end
+from stages.generation_settings import keep_tokens
+from stages.turn_end import turn_end
 
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -71,7 +72,7 @@ _kept: dict[tuple[Path, Precision, Device, bool], Model] = {}
 
 
 def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> Model:
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     network = load_network(folder, precision, device, packed)
     try:
@@ -81,14 +82,9 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.can_generate():
-        # Nothing of the folder's but its tokens: a repetition penalty is no greedy decoding, and how long an answer
-        # may be is for the task to say. An answer ends by the same rule before training, whose folder may not say so.
-        own = network.generation_config
-        network.generation_config = GenerationConfig(
-            bos_token_id=own.bos_token_id,
-            eos_token_id=with_end(own.eos_token_id, turn_end(folder)) or None,
-            pad_token_id=own.pad_token_id,
-        )
+        # How long an answer may be is for the task to say. It ends by the same rule before training, whose folder may
+        # not say so.
+        keep_tokens(network, turn_end(folder))
     return Model(network, tokenizer)
 
 
