@@ -339,6 +339,21 @@ def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
         ({"loss": "luspo"}, "set importance: sequence"),
         ({"loss": "cispo"}, "set it above 1, e.g. 5"),
         ({"loss": "cispo", "epsilon_high": 0.28}, "set it above 1, e.g. 5"),
+        ({"loss": "cispo", "epsilon_high": 5.0, "epsilon": 0.1}, "epsilon does nothing for loss cispo: take it out"),
+        ({"loss": "sapo", "epsilon": 0.1}, "epsilon does nothing for loss sapo"),
+        ({"loss": "sapo", "epsilon_high": 0.28}, "epsilon_high does nothing for loss sapo"),
+        ({"loss": "vespo", "epsilon": 0.1}, "epsilon does nothing for loss vespo"),
+        ({"loss": "vespo", "epsilon_high": 0.28}, "epsilon_high does nothing for loss vespo"),
+        ({"loss": "vespo", "importance": "sequence"}, "importance does nothing for loss vespo"),
+        ({"loss": "bnpo"}, "over a whole step that is dapo: set loss: dapo"),
+        (
+            {
+                "rewards": {},
+                "environment": {"name": "openenv", "options": {"url": "http://127.0.0.1"}},
+                "reward_seconds": 5.0,
+            },
+            "reward_seconds: there are no rewards: an environment's limit is environment.seconds",
+        ),
         ({"objective": "gdpo"}, "several rewards"),
         ({"group_size": 1}, "group_size"),
     ],
@@ -346,6 +361,27 @@ def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
 def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         TrainConfig.model_validate(recipe(tmp_path, **change))
+
+
+@pytest.mark.parametrize("loss", [{}, {"loss": "grpo", "importance": "sequence"}], ids=["dapo", "gspo"])
+def test_a_step_is_the_same_whatever_goes_in_at_once(
+    tmp_path: Path, inputs: dict[str, Path], loss: dict[str, Any]
+) -> None:
+    """Some completions end early: a mean over what is computed at once would weigh their tokens otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    ending = Path(shutil.copytree(inputs["model"], tmp_path / "ending"))
+    network = AutoModelForCausalLM.from_pretrained(ending)
+    network.lm_head.weight.data[network.config.eos_token_id] *= 30
+    network.save_pretrained(ending)
+    config = recipe(tmp_path, steps=1, prompts_per_step=4, group_size=4, **loss)
+    given = {**inputs, "model": ending}
+    (one,), (four,) = (
+        figures(train(tmp_path / str(at_once), given, config, allow_code=True, micro_batch=at_once)[0])
+        for at_once in (1, 4)
+    )
+    assert one["completion_length"] == four["completion_length"] < 12
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
