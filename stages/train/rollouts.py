@@ -57,8 +57,9 @@ class Recorder:
                         row["rendered_prompt"] = prompt
                     self._scores = judge.score(list(zip(completions, rows, strict=True)))
                     if episodes and episodes.weights:
+                        (weight,) = episodes.weights
                         self._scores[ENVIRONMENT] = [
-                            judge.hear(ENVIRONMENT, partial(episodes.reward, place), (completion, row))
+                            judge.hear(ENVIRONMENT, weight, partial(episodes.reward, place), (completion, row))
                             for place, completion, row in zip(given["environments"], completions, rows, strict=True)
                         ]
                     self.keep(step(), prompts, shown)
