@@ -18,7 +18,7 @@ from stages.stage import Facts, Work
 from stages.tables import read_table
 from stages.train import STAGE, TrainConfig, online_trainer
 from tests.stages.packed import Packed, turns
-from tests.stages.tiny import write_tokens
+from tests.stages.tiny import save, write_tokens
 
 OWN = """
 from stages.rewards import Reward
@@ -147,6 +147,20 @@ def test_what_a_folder_says_of_generating_shapes_no_completion_and_is_written_ag
     assert rows == plain and len({row["completion"] for row in rows}) == 2 * 8
     before = tmp_path / "own/model/generation_config.json"
     assert path.exists() == before.exists() and (own is None or path.read_bytes() == before.read_bytes())
+
+
+def test_what_writes_is_what_learns_without_dropout(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    def trained(share: float) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+        folder = tmp_path / f"dropout {share}"
+        sizes = {"vocab_size": 258, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        save(folder / "model", "PhiConfig", embd_pdrop=share, resid_pdrop=share, **sizes)
+        for path in (*inputs["model"].glob("*token*"), *inputs["model"].glob("chat_template*")):
+            shutil.copy(path, folder / "model")
+        config = recipe(tmp_path, steps=2, beta=0.1)
+        output, _ = train(folder, {**inputs, "model": folder / "model"}, config, allow_code=True)
+        return read_table(output / "rollouts.arrow").to_pylist(), figures(output)
+
+    assert trained(0.5) == trained(0.0)
 
 
 def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
@@ -393,6 +407,7 @@ def test_a_step_is_the_same_whatever_goes_in_at_once(
         {"neftune_alpha": 5.0},
         {"on_spike": "stop"},
         {"full": {"only": ["mlp"]}},
+        {"method": "lora", "lora": {"dropout": 0.1}},
         {"method": "lora", "lora": {"restart_every": 5}},
         {"method": "lora", "lora": {"init": "eva"}},
     ],
