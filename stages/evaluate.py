@@ -273,7 +273,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=7,
+    version=8,
     config=EvaluateConfig,
     run=run,
     parts=parts,

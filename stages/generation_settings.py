@@ -1,12 +1,13 @@
 """What a model's folder says of generating, which transformers fills in wherever a caller leaves something open."""
 
+from functools import reduce
 from typing import Any
 
 from stages.turn_end import with_end
 
 
-def keep_tokens(network: Any, end: int | None = None) -> None:
-    """Leave of a network's own settings its begin, end and pad token, with `end` among the ends.
+def keep_tokens(network: Any, *ends: int | None) -> None:
+    """Leave of a network's own settings its begin, end and pad tokens, with `ends` among the ends.
 
     The rest is for who talks with the model: a repetition penalty is no greedy decoding, and what `min_p` or beams let
     through is no sample of what the model says.
@@ -16,6 +17,6 @@ def keep_tokens(network: Any, end: int | None = None) -> None:
     own = network.generation_config
     network.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id,
-        eos_token_id=with_end(own.eos_token_id, end) or None,
+        eos_token_id=reduce(with_end, ends, with_end(own.eos_token_id, None)) or None,
         pad_token_id=own.pad_token_id,
     )

@@ -1,14 +1,43 @@
-"""Where an answer ends: the token that ends the assistant's turn in a model's chat template.
+"""Where an answer begins and ends: what closes the assistant's reasoning in a model's chat template, and the token that
+ends its turn.
 
 A model that is trained through ChatML ends what it says with `<|im_end|>`, also where its tokenizer's end of a text is
 `<|endoftext|>`. What generates stops at the ids of generation_config.json, so the turn's end has to be among them.
+One that is trained through Qwen 3's template begins with `<think>`, also where it has nothing to think about, and what
+it answers comes after `</think>`.
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from stages.errors import UserError
+
+
+def thought_end(folder: Path, template: str = "tokenizer") -> str:
+    """What closes the assistant's reasoning in the chat template of a model's folder, or in another one's text. Empty
+    where there is no template, and where it knows no reasoning."""
+    from stages import chat_template
+    from stages.tokenizer_files import read_tokenizer
+
+    with suppress(UserError):
+        return chat_template.load(read_tokenizer(folder), template).thought_end
+    return ""
+
+
+def after_thought(tokenizer: Any, ids: Sequence[int], mark: str) -> str:
+    """The text of what a model wrote, without its special tokens and without what stands before the last `mark`, which
+    closes its reasoning. All of it where there is none: reasoning that is never closed is the answer."""
+    if mark:
+        # Decoded with special tokens, of which the mark may be made; these are then taken out as decoding does it.
+        _, found, said = tokenizer.decode(ids).rpartition(mark)
+        if found:
+            for token in tokenizer.added_tokens_decoder.values():
+                said = said.replace(token.content, "") if token.special else said
+            return str(said.lstrip())
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
