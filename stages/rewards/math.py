@@ -1,4 +1,5 @@
 """1 where the completion's last expression equals the answer as mathematics, else 0: `1/2`, `0.5` and `\\frac12` alike.
+The model's own reasoning is not looked at.
 
 Parsing and comparing are the math-verify library's. It looks for LaTeX between the signs that open and close it, as a
 completion has them (`$…$`, `\\boxed{…}`), and an answer's column mostly does not: of a bare `2\\sqrt{3}` it finds 2. So
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
-from stages.rewards import Reward, Row
+from stages.rewards import Reward, Row, answer_of
 from stages.stage import StageConfig
 
 
@@ -92,7 +93,7 @@ def score(completion: str, row: Row, options: Options) -> float:
     """1.0 or 0.0."""
     from math_verify import parse, verify
 
-    answer, completion = _plain(str(row[options.field])), _plain(completion)
+    answer, completion = _plain(str(row[options.field])), _plain(answer_of(completion, row))
     text = _said(answer)
     if NUMBERS.search(text) and "\\" not in text:
         return float(_ends_with(completion, text))
