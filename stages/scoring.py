@@ -139,7 +139,7 @@ def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
     from stages import lm_head, quantization
     from stages.generation import load_network
 
-    wanted = (folder, config.quantize)
+    wanted = (folder, config.precision, work.runtime.device, config.quantize)
     if wanted not in _kept:
         _kept.clear()
         network = load_network(folder, config.precision, work.runtime.device, packed=True, quantize=config.quantize)
@@ -152,7 +152,7 @@ def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
     return _kept[wanted]
 
 
-_kept: dict[tuple[Path, str | None], Any] = {}
+_kept: dict[tuple[Path, str, str, str | None], Any] = {}
 
 
 def _batch(ids: NDArray[Any], lengths: NDArray[np.int64], device: Any) -> dict[str, Any]:
