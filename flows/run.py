@@ -167,9 +167,11 @@ class Run:
 
     def check_tasks(self) -> None:
         """Raise UserError where a task of `evaluate` cannot ask what was fetched for it."""
-        rows = self.artifacts["fetch"].tree.folder("data")
+        fetched, config = self.artifacts["fetch"].tree, self.loaded.recipe.evaluate
         with suppress(BadBlob), self.store.hold() as hold:  # as above
-            evaluate.check_rows(self.loaded.recipe.evaluate, rows, lambda tree: self.store.view(tree, hold))
+            evaluate.check_rows(
+                config, fetched.folder("data"), fetched.folder("model"), lambda tree: self.store.view(tree, hold)
+            )
 
     def check_names(self) -> None:
         """Raise UserError where `train` names layers or weights that the fetched model does not have."""

@@ -46,7 +46,11 @@ class Model:
         if not self.chats and len(turns) == 1:
             return turns[0]["content"]
         if not self.chats:
-            raise UserError("the model has no chat template, so it can be asked a question, and no conversation")
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(
+                f"the model has no chat template, so it can be asked a question, and no conversation of {roles}: take "
+                "a `fetch.model` with a template, or name a field with single questions with `question:` in the task"
+            )
         from jinja2 import TemplateError
 
         try:
