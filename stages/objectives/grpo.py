@@ -137,6 +137,11 @@ class GrpoOptions(GroupOptions):
     """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
 
 
+BALANCE = {"router_aux_loss_coef": 0.0}
+"""TRL's arguments for a mixture of experts: its balance is no part of these losses, and would be that of whatever is
+computed at once."""
+
+
 def sampling_settings(options: SampledOptions) -> dict[str, Any]:
     """TRL's arguments that all online trainers share."""
     return {
@@ -150,6 +155,7 @@ def reward_settings(options: RewardedOptions) -> dict[str, Any]:
     """TRL's arguments that trainers with rewards share."""
     return {
         **sampling_settings(options),
+        **BALANCE,
         "num_generations": options.group_size,
         "num_iterations": options.iterations,
         "epsilon": options.epsilon,

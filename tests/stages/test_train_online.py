@@ -152,10 +152,7 @@ def test_what_a_folder_says_of_generating_shapes_no_completion_and_is_written_ag
 def test_what_writes_is_what_learns_without_dropout(tmp_path: Path, inputs: dict[str, Path]) -> None:
     def trained(share: float) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
         folder = tmp_path / f"dropout {share}"
-        sizes = {"vocab_size": 258, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-        save(folder / "model", "PhiConfig", embd_pdrop=share, resid_pdrop=share, **sizes)
-        for path in (*inputs["model"].glob("*token*"), *inputs["model"].glob("chat_template*")):
-            shutil.copy(path, folder / "model")
+        like_tiny(folder / "model", inputs["model"], "PhiConfig", embd_pdrop=share, resid_pdrop=share)
         config = recipe(tmp_path, steps=2, beta=0.1)
         output, _ = train(folder, {**inputs, "model": folder / "model"}, config, allow_code=True)
         return read_table(output / "rollouts.arrow").to_pylist(), figures(output)
@@ -377,24 +374,35 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         TrainConfig.model_validate(recipe(tmp_path, **change))
 
 
-@pytest.mark.parametrize("loss", [{}, {"loss": "grpo", "importance": "sequence"}], ids=["dapo", "gspo"])
+def like_tiny(folder: Path, tiny_model: Path, config_name: str, **changes: Any) -> Path:
+    """A model of another architecture with the tiny model's tokenizer."""
+    sizes = {"vocab_size": 258, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    save(folder, config_name, **sizes, **changes)
+    for path in (*tiny_model.glob("*token*"), *tiny_model.glob("chat_template*")):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["LlamaConfig", "MixtralConfig"])
 def test_a_step_is_the_same_whatever_goes_in_at_once(
-    tmp_path: Path, inputs: dict[str, Path], loss: dict[str, Any]
+    tmp_path: Path, inputs: dict[str, Path], objective: str, kind: str
 ) -> None:
-    """Some completions end early: a mean over what is computed at once would weigh their tokens otherwise."""
+    """Some completions end early, and a mixture's tokens go to some experts more than to others."""
     from transformers import AutoModelForCausalLM
 
-    ending = Path(shutil.copytree(inputs["model"], tmp_path / "ending"))
-    network = AutoModelForCausalLM.from_pretrained(ending)
-    network.lm_head.weight.data[network.config.eos_token_id] *= 30
-    network.save_pretrained(ending)
-    config = recipe(tmp_path, steps=1, prompts_per_step=4, group_size=4, **loss)
-    given = {**inputs, "model": ending}
+    folder = like_tiny(tmp_path / "model", inputs["model"], kind)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.lm_head.weight.data[network.config.eos_token_id] *= 5
+    network.save_pretrained(folder)
+    config = recipe(tmp_path, objective, steps=1, prompts_per_step=4, group_size=4)
+    given = {**inputs, "model": folder}
     (one,), (four,) = (
         figures(train(tmp_path / str(at_once), given, config, allow_code=True, micro_batch=at_once)[0])
         for at_once in (1, 4)
     )
     assert one["completion_length"] == four["completion_length"] < 12
+    assert one["loss"] == pytest.approx(four["loss"], abs=1e-6)
     assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
 
 
