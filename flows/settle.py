@@ -7,6 +7,7 @@ destination in milliseconds.
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -79,8 +80,9 @@ def settle_found(run: Run) -> Outcome:
     try:
         outcome = settle(run)
     except BaseException as error:
-        if run.store.read_run(run.id) is not None:
-            run.record_end(error)
+        with suppress(UserError, OSError):  # where the store is what failed, that is told
+            if run.store.hasty().read_run(run.id) is not None:
+                run.record_end(error)
         raise
     if outcome.production == "moved":
         run.record("finished", asdict(outcome))
