@@ -9,22 +9,34 @@ it answers comes after `</think>`.
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
 
 
-def thought_end(folder: Path, template: str = "tokenizer") -> str:
-    """What closes the assistant's reasoning in the chat template of a model's folder, or in another one's text. Empty
-    where there is no template, and where it knows no reasoning."""
+def marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | None]:
+    """What closes the assistant's reasoning in the chat template of a model's folder, or in another one's text, and the
+    id of the token that ends its turn. Empty where there is no template, and where it knows no reasoning; None where
+    a turn ends otherwise: in nothing, or in words, which an answer may hold as well."""
     from stages import chat_template
     from stages.tokenizer_files import read_tokenizer
 
-    with suppress(UserError):
-        return chat_template.load(read_tokenizer(folder), template).thought_end
-    return ""
+    try:
+        tokenizer = read_tokenizer(folder)
+        known = chat_template.load(tokenizer, template)
+    except UserError:  # a tokenizer or a template that cannot be asked marks nothing that we know of
+        return "", None
+    end = known.answer_end.strip()
+    if end not in tokenizer.added:
+        return known.thought_end, None
+    added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    return known.thought_end, int(next(token["id"] for token in added if token["content"] == end))
+
+
+def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
+    """The id of the token that ends the assistant's turn: see `marks`."""
+    return marks(folder, template)[1]
 
 
 def after_thought(tokenizer: Any, ids: Sequence[int], mark: str) -> str:
@@ -38,22 +50,6 @@ def after_thought(tokenizer: Any, ids: Sequence[int], mark: str) -> str:
                 said = said.replace(token.content, "") if token.special else said
             return str(said.lstrip())
     return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
-    """The id of the token that ends the assistant's turn in the chat template of a model's folder, or in another one's
-    text. None where there is no template, and where a turn ends otherwise: in nothing, or in words, which an answer may
-    hold as well."""
-    from stages import chat_template
-    from stages.tokenizer_files import read_tokenizer
-
-    with suppress(UserError):  # a tokenizer or a template that cannot be asked ends no turn that we know of
-        tokenizer = read_tokenizer(folder)
-        end = chat_template.load(tokenizer, template).answer_end.strip()
-        if end in tokenizer.added:
-            added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-            return int(next(token["id"] for token in added if token["content"] == end))
-    return None
 
 
 def with_end(ids: int | list[int] | None, end: int | None) -> list[int]:
