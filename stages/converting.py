@@ -197,7 +197,7 @@ def _converted(
     rows: Iterable[tuple[Place, Row | BadRow | LeftOut]], sequencer: Sequencer, counts: _Counts
 ) -> Iterator[list[Written]]:
     """The sequences of each row that can be converted."""
-    convert, form = sequencer.reader.convert, sequencer.reader.format
+    convert, check, form = sequencer.reader.convert, sequencer.reader.check, sequencer.reader.format
     for number, (place, row) in enumerate(rows):
         counts.rows += 1
         if isinstance(row, LeftOut):
@@ -207,6 +207,7 @@ def _converted(
             if isinstance(row, BadRow):
                 raise row
             made = convert(watched := counts.columns.watched(row))
+            check(row)
             counts.columns.saw(watched)
             found = sequencer.sequences(number, made)
             if sequencer.reader.kind == "stepwise" and isinstance(made, Example):

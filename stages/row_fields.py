@@ -65,11 +65,16 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
+def says(value: Any) -> bool:
+    """Whether there is something in a column; CSV has no other way to leave a cell out than to leave it blank."""
+    return bool(value) or value not in (None, "", [], {})
+
+
 def verdict(value: Any) -> bool | None:
-    """True or false, 1 or 0, or these as text, as a CSV has them; None for what is neither."""
-    value = int(value) if isinstance(value, float) and value in (0.0, 1.0) else value  # pandas, beside missing ones
-    said = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
-    return {"true": True, "1": True, "false": False, "0": False}.get(said)
+    """True or false, 1 or 0, or these as text, as a CSV has them; None for what is neither. Beside missing ones, pandas
+    has 1.0 and 0.0."""
+    said = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(said)
 
 
 def listed(row: Row) -> str:

@@ -186,6 +186,8 @@ class Reader:
     """Columns, and fields of messages, that the recipe names: a row may lack one, but if all do, it is a slip."""
     convert: Callable[[Row], Conversation | Example]
     """One row to what it means. Raises BadRow."""
+    check: Callable[[Row], None]
+    """Raises BadRow for a row that says something which is not read, where `auto` did not know of it."""
 
 
 @cache
@@ -253,10 +255,12 @@ def reader(
 
     Raises UserError when the rows are of no format or could be of several, and when the code is no format.
     """
+    named, check = fields, _fits
     if name == "auto":
         from stages.formats import auto
 
         name, fields = auto.recognise(rows, options.get("wording") == "text")
+        check = auto.alike(rows, name, fields)
     if name == "own":
         from stages.formats import own
 
@@ -272,9 +276,14 @@ def reader(
         form.verbatim,
         form.ids,
         dict(fields),
-        frozenset({*fields.values(), *form.columns(parsed)} - {""}),
+        frozenset({*named.values(), *form.columns(parsed)} - {""}),
         lambda row: convert(row, said),
+        check,
     )
+
+
+def _fits(row: Row) -> None:
+    return None
 
 
 def _kind(form: Format, options: StageConfig) -> Kind:

@@ -213,6 +213,8 @@ def test_a_completion_that_repeats_its_prompt_asks_once(name: str) -> None:
         (0, False),
         (1.0, True),
         (0.0, False),
+        ("1.0", True),
+        ("0.0", False),
         ("True", True),
         ("false", False),
         ("0", False),
