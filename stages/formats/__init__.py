@@ -77,6 +77,7 @@ class Turn:
     """system, user, assistant or tool; `text` for raw text that no template touches."""
     content: str | None
     train: int = TRAIN_UNSET
+    """TRAIN_*; a format of one's own may also say True or False."""
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     """As OpenAI writes them, with `function.arguments` decoded to an object."""
@@ -255,7 +256,8 @@ def reader(
 
     Raises UserError when the rows are of no format or could be of several, and when the code is no format.
     """
-    named, check = fields, _fits
+    named = fields
+    check: Callable[[Row], None] = _fits
     if name == "auto":
         from stages.formats import auto
 
