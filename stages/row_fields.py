@@ -1,8 +1,10 @@
 """Reading the fields of a row: the value of the kind a format needs, or a `BadRow` that says what stands there."""
 
+import datetime
 import json
 from collections.abc import Collection
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 from stages.formats import BadRow, Row
@@ -86,6 +88,13 @@ def elsewhere(row: Row, known: Collection[str]) -> str:
     """Where the prompt of a row may be that has none in its place, for messages: a column that is none of `known`."""
     others = [name for name in row if name not in known]
     return f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
+
+
+def as_text(value: Any) -> str | None:
+    """What columns hold beside JSON's values, as text: times and decimals; None for what is neither."""
+    if isinstance(value, Decimal):
+        return f"{value:f}"  # `str` may give an exponent
+    return str(value) if isinstance(value, datetime.date | datetime.time | datetime.timedelta) else None
 
 
 def shown(value: Any) -> str:
