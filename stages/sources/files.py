@@ -7,15 +7,16 @@ as far as they reach.
 """
 
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.sources import Found, hub, remote, urls
+from stages.sources import Found, beside, hub, remote, urls
 from stages.sources.batches import batches, cut_batches
 from stages.sources.digests import digests
 from stages.sources.pieces import Pieces, cut
@@ -28,12 +29,13 @@ from stages.sources.unpack import (
     clear_errors,
     has_rows,
     hidden,
+    left_alone,
     members,
     refuse_splits,
     suffix_of,
     unpacked,
 )
-from stages.stage import Facts, Work
+from stages.stage import Facts, Work, merge_facts
 
 NEED_SEEKING = (".parquet", ".arrow", ".zip")
 """Files that cannot be read from their beginning to their end."""
@@ -59,9 +61,8 @@ def resolve(
             for one in urls.listing(location, options, place):
                 found.setdefault(str(one.where["url"]), one)
         else:
-            for path in _local(location.removeprefix("file://"), place):
-                # Its digest is looked up with those of all others, below.
-                found.setdefault(str(path.resolve()), Found({}, {"name": path.name, "path": str(path)}))
+            for one in _local(location.removeprefix("file://"), place):
+                found.setdefault(str(Path(one.where["path"]).resolve()), one)
     if not found:
         raise UserError(f"{place} is empty: expected a path, a glob, a folder or a URL")
     for one in found.values():
@@ -88,18 +89,21 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
     return [Found({"suffix": suffix, "size": size, "sha256": sha256}, found[0].where)]
 
 
-def _local(location: str, place: str) -> list[Path]:
+def _local(location: str, place: str) -> list[Found]:
+    """The files at a path. Their digests are looked up later, together."""
     path = Path(location).expanduser()
+    others = 0
     if path.is_dir():
-        below = [p for p in path.rglob("*") if p.is_file()]
+        below = [p for folder in _folders(path) for p in folder.iterdir() if p.is_file()]
         refuse_splits([p.as_posix() for p in below], place)
         paths = sorted(p for p in below if has_rows(str(p.relative_to(path))))
+        others = left_alone(str(p.relative_to(path)) for p in below)
         if not paths:
             raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
     elif path.exists():
         paths = [path]
     elif any(mark in location for mark in "*?["):
-        matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        matching = _matching(Path(path.anchor), path.relative_to(path.anchor).parts)
         paths = sorted(p for p in matching if p.is_file() and not hidden(str(p), str(path)))
         if not paths:
             raise UserError(
@@ -107,7 +111,31 @@ def _local(location: str, place: str) -> list[Path]:
             )
     else:
         raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
-    return [path.absolute() for path in paths]
+    found = [Found({}, {"name": path.name, "path": str(path.absolute())}) for path in paths]
+    return beside(found, others)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and those below it, also those that links lead to; each once, so that a link to one above ends."""
+    been: set[str] = set()
+    for folder, below, _ in os.walk(top, followlinks=True):
+        below.sort()
+        if (real := os.path.realpath(folder)) in been:
+            below.clear()
+            continue
+        been.add(real)
+        yield Path(folder)
+
+
+def _matching(top: Path, pattern: Sequence[str]) -> Iterator[Path]:
+    """What a glob finds; Python's own does not follow links where it says `**`."""
+    if "**" not in pattern:
+        yield from top.glob("/".join(pattern)) if pattern else [top]
+        return
+    at = pattern.index("**")
+    for folder in _matching(top, pattern[:at]):
+        for below in _folders(folder):
+            yield from _matching(below, pattern[at + 1 :])
 
 
 def _web(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> Found:
@@ -136,7 +164,8 @@ def bring(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, 
     """Write a file's rows as pieces. Raises UserError when it is no longer what was resolved, or is damaged."""
     pieces.name = str(where["name"])
     path = _here(found, where, work, work.folder / "download")
-    return {"bytes": found["size"] or path.stat().st_size, **_cut_file(path, found, pieces, work)}
+    facts = _cut_file(path, found, pieces, work)
+    return merge_facts([{"bytes": found["size"] or path.stat().st_size}, facts, _others(where)])
 
 
 def bring_first(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, work: Work) -> Facts:
@@ -154,7 +183,11 @@ def bring_first(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pi
         work.tell(wanted - pieces.left, wanted, "rows")
         if pieces.full:
             break
-    return {"rows": wanted - pieces.left, "first": wanted}
+    return merge_facts([{"rows": wanted - pieces.left, "first": wanted}, *map(_others, where["files"])])
+
+
+def _others(where: Mapping[str, Json]) -> Facts:
+    return {"other_files": where["other_files"]} if "other_files" in where else {}
 
 
 def _here(found: Mapping[str, Json], where: Mapping[str, Json], work: Work, target: Path) -> Path:
@@ -212,7 +245,9 @@ def _cut(file: BinaryIO, suffix: str, size: int, pieces: Pieces, work: Work) -> 
     if suffix not in ARCHIVES:
         return _cut_rows(file, suffix, budget, pieces, work)
     facts: dict[str, Json] = {"members": 0, "other_files": 0}
+    names: list[str] = []
     for name, member in members(file, suffix, budget):
+        names.append(name)
         if member is None:
             facts["other_files"] += 1
             continue
@@ -222,6 +257,7 @@ def _cut(file: BinaryIO, suffix: str, size: int, pieces: Pieces, work: Work) -> 
         if pieces.full:
             break
     pieces.member = ""
+    refuse_splits(names, pieces.name, packed=True)
     if not facts["members"]:
         raise UserError(f"{pieces.name} holds no file of rows: expected {', '.join(ROWS)} in it")
     return facts

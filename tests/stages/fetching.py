@@ -9,7 +9,7 @@ import pytest
 from stages import fetch
 from stages.identity import canonical_json, sha256_text
 from stages.runtime import Runtime
-from stages.stage import Part, Work
+from stages.stage import Facts, Part, Work
 
 CSV = b"text\nhi\n"
 ROW = b'{"text": "hi"}\n'
@@ -57,10 +57,15 @@ def work_of(part: Part, output: Path) -> Path:
 
 def bring(part: Part, output: Path) -> Path:
     """Run one part."""
+    facts_of(part, output)
+    return output
+
+
+def facts_of(part: Part, output: Path) -> Facts:
+    """Run one part, for what it tells."""
     output.mkdir(parents=True)
     config = fetch.FetchPart.model_validate(part.config)
-    fetch.run(config, {}, output, Work(work_of(part, output), Runtime(cache=CACHE), part.where))
-    return output
+    return fetch.run(config, {}, output, Work(work_of(part, output), Runtime(cache=CACHE), part.where))
 
 
 def shards(data: Any) -> list[Part]:

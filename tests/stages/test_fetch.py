@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ from tests.stages.fetching import (
     REASONING,
     ROW,
     bring,
+    facts_of,
     home,
     model_folder,
     names,
@@ -119,6 +121,27 @@ class TestFiles:
         for name in ("d/b.json", "d/deep/a.parquet", "d/README.md", "d/.hidden.json", "d/.ipynb_checkpoints/c.json"):
             (home / name).write_bytes(ROW)
         assert names(shards({"files": "d"})) == ["b.json", "a.parquet"]
+
+    def test_links_to_folders_are_followed_and_rings_of_them_end(self, home: Path) -> None:
+        for name in ("d/a.jsonl", "elsewhere/b.jsonl", "elsewhere/deep/c.jsonl"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_bytes(ROW)
+        (home / "d/more").symlink_to(home / "elsewhere")
+        (home / "elsewhere/up").symlink_to(home / "d")
+        (home / "elsewhere/self").symlink_to(home / "elsewhere")
+        for files in ("d", "d/**/*.jsonl", "**/*.jsonl", "[d]/**/**/*.jsonl"):
+            assert names(shards({"files": files})) == ["a.jsonl", "b.jsonl", "c.jsonl"], files
+        assert names(shards({"files": "d/**/deep/*"})) == ["c.jsonl"]
+
+    def test_what_is_not_taken_of_a_folder_is_counted(self, home: Path, tmp_path: Path) -> None:
+        for name in ("a.jsonl", "b.ndjson", "c.jsonl.bz2", "e.jsonl", ".git/config"):
+            (home / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / "d" / name).write_bytes(ROW)
+        for number, files in enumerate(("d", f"local://{home}/d")):
+            for more in ({}, {"first": 5}):
+                parts = shards({"files": files, **more})
+                facts = [facts_of(part, tmp_path / f"{number}{len(more)}{part.name[-1]}") for part in parts]
+                assert sum(each.get("other_files", 0) for each in facts) == 2
 
     def test_a_glob_takes_hidden_files_only_where_it_has_their_dot(self, home: Path) -> None:
         for name in ("a", ".ipynb_checkpoints/b", "._a", "deep/c", "deep/.old", ".cache/.in/d"):
@@ -348,6 +371,14 @@ class TestUrls:
         fs.rm(f"{s3.bucket}/model/model.safetensors")
         with pytest.raises(UserError, match=r"has no \*.safetensors"):
             resolve({"mine": REASONING}, url)
+
+    def test_a_folder_may_be_called_as_a_file_and_a_question_mark_is_one_letter(self, tmp_path: Path) -> None:
+        """Spark writes folders like `rows.parquet/part-0.parquet`."""
+        memory = fsspec.filesystem("memory")
+        for name in ("rows.jsonl/part-0.jsonl", "rows.jsonl/part-1.jsonl", "rows.jsonl/_SUCCESS"):
+            memory.pipe(f"{tmp_path}/{name}", ROW)
+        for files in ("rows.jsonl", "rows.jsonl/", "rows.jsonl/part-?.jsonl"):
+            assert names(shards({"files": f"memory:/{tmp_path}/{files}"})) == ["part-0.jsonl", "part-1.jsonl"]
 
     def test_the_file_protocol_is_a_path(self, home: Path) -> None:
         (home / "a.jsonl").write_bytes(ROW)
