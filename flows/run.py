@@ -160,10 +160,12 @@ class Run:
         tokenized."""
         shards = self.artifacts["convert"].tree.select("*/counts.json").folders()
         with suppress(BadBlob), self.store.hold() as hold:  # as above
-            shard, tree = next(iter(shards.items()))  # all are of one kind, or pack says so
-            counts = json.loads((self.store.view(tree, hold) / "counts.json").read_text())
-            source = f"the source `{shard.partition('/')[0]}`"
-            objectives.refuse_other_kinds(self.loaded.recipe.train.objective, counts["kind"], source)
+            for shard, tree in shards.items():
+                counts = json.loads((self.store.view(tree, hold) / "counts.json").read_text())
+                if "kind" in counts:  # some row is left; all are of one kind, or pack says so
+                    source = f"the source `{shard.partition('/')[0]}`"
+                    objectives.refuse_other_kinds(self.loaded.recipe.train.objective, counts["kind"], source)
+                    break
 
     def check_tasks(self) -> None:
         """Raise UserError where a task of `evaluate` cannot ask what was fetched for it."""

@@ -87,8 +87,8 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     document = {
         "source": source["source"],
         "split": source["split"],
-        "kind": reader.kind,
-        "format": reader.format,
+        # Of no rows nobody can say what they are: another shard's may be of any kind and format.
+        **({"kind": reader.kind, "format": reader.format} if counts.left else {}),
         "fields": dict(reader.fields),
         "own_ends": reader.verbatim or reader.ids,
         "first": first - 1,
@@ -104,16 +104,16 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
-    return {**facts, "formats": {reader.format: 1}}
+    return {**facts, **({"formats": {reader.format: 1}} if counts.left else {})}
 
 
 def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[Place, Row | BadRow | LeftOut]]:
     """The first rows, until there are enough to recognise a format by that no filter leaves out: those that it does may
-    be of another one. Of these only the first are kept in memory."""
+    be of another one."""
     seen: list[tuple[Place, Row | BadRow | LeftOut]] = []
     kept = 0
     for place, row in rows:
-        seen.append((place, LeftOut({}) if isinstance(row, LeftOut) and len(seen) >= auto.SAMPLE else row))
+        seen.append((place, row))
         kept += not isinstance(row, LeftOut)
         if kept == auto.SAMPLE:
             break
@@ -123,10 +123,6 @@ def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[
 def _reader(config: ConvertPart, name: str, seen: Sequence[tuple[Place, Row | BadRow | LeftOut]]) -> Reader:
     """The format that reads a shard. Raises UserError when it is not recognised in the rows `seen`."""
     rows = [row for _, row in seen if isinstance(row, dict)]
-    rows = rows or [row.row for _, row in seen[: auto.SAMPLE] if isinstance(row, LeftOut)]
-    for place, row in seen:
-        if not rows and isinstance(row, BadRow):
-            raise UserError(f"{name}, {place}: {row}")
     try:
         return formats.reader(config.format, config.fields, config.roles, config.options, code=config.code, rows=rows)
     except UserError as error:
@@ -149,6 +145,11 @@ class _Counts:
         """What closes the steps of stepwise rows: one, once there was such a row."""
         self.chats = False
         """Whether one of those went through the chat template."""
+
+    @property
+    def left(self) -> int:
+        """Rows that were not dropped."""
+        return self.rows - self.dropped.total()
 
     def bad(self, place: str, error: BadRow, hint: str) -> None:
         """Count a bad row, or stop there."""

@@ -30,8 +30,8 @@ LIKELY = 2**26
 def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Score one shard. Raises UserError for rows that nothing compares, when the model does not load, or does not keep
     packed rows apart, and when a teacher has other tokens."""
-    kind = json.loads((inputs["tokens"] / "counts.json").read_text())["kind"]
-    if config.top_k is None and kind not in ("preference", "unpaired_preference"):
+    kind = json.loads((inputs["tokens"] / "counts.json").read_text()).get("kind")  # none where no row is left
+    if config.top_k is None and kind not in (None, "preference", "unpaired_preference"):
         raise UserError(
             f"score: the rows are of kind {kind}, and only judged answers are compared with the model before training: "
             "read them with convert.format preference or unpaired_preference, or choose another train.objective"

@@ -252,7 +252,8 @@ def reader(
     code: str = "",
     rows: Sequence[Row] = (),
 ) -> Reader:
-    """The format `name` as a recipe sets it. `auto` looks at `rows`, the first of the shard; `own` runs `code`.
+    """The format `name` as a recipe sets it. `auto` looks at `rows`, the first of the shard, and of none makes a reader
+    that is never asked; `own` runs `code`.
 
     Raises UserError when the rows are of no format or could be of several, and when the code is no format.
     """
@@ -261,8 +262,9 @@ def reader(
     if name == "auto":
         from stages.formats import auto
 
-        name, fields = auto.recognise(rows, options.get("wording") == "text")
-        check = auto.alike(rows, name, fields)
+        if rows:
+            name, fields = auto.recognise(rows, options.get("wording") == "text")
+            check = auto.alike(rows, name, fields)
     if name == "own":
         from stages.formats import own
 

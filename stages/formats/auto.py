@@ -154,8 +154,8 @@ def _told(one: Recognised) -> str:
 
 
 def convert(row: Row, options: Options) -> Conversation:
-    """Never called: `formats.reader` puts the recognised format in its place."""
+    """Never called: `formats.reader` puts the recognised format in its place, if there are rows."""
     raise AssertionError("the rows' format is not known yet")
 
 
-FORMAT = Format(convert, version=2)
+FORMAT = Format(convert, version=2, templated=False)  # no rows, no turns
