@@ -68,8 +68,13 @@ def _no_number(name: str) -> Any:
 
 
 def says(value: Any) -> bool:
-    """Whether there is something in a column; CSV has no other way to leave a cell out than to leave it blank."""
+    """Whether there is something in a column."""
     return bool(value) or value not in (None, "", [], {})
+
+
+def blank(value: Any) -> bool:
+    """Whether a value is null, or a text that says nothing: CSV has no other way to leave a cell out."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def verdict(value: Any) -> bool | None:

@@ -14,7 +14,7 @@ from typing import Literal
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import refuse_media
 from stages.marks import TRAIN_NO, TRAIN_YES
-from stages.row_fields import kind_of, text_at
+from stages.row_fields import blank, kind_of, text_at
 from stages.stage import StageConfig
 
 
@@ -58,7 +58,7 @@ def convert(row: Row, options: Options) -> Conversation:
 def history(row: Row, name: str) -> list[Turn]:
     """Earlier questions and answers. Raises BadRow."""
     pairs = row.get(name)
-    if pairs is None:
+    if blank(pairs):
         return []
     if not isinstance(pairs, list):
         raise BadRow("wrong type", f"{name} is {kind_of(pairs)}: expected a list of pairs of texts")

@@ -198,7 +198,7 @@ class TestAlpaca:
         row = {"instruction": "Add.", "input": "1 2", "output": "3"}
         assert [(t.role, t.content) for t in turns("alpaca", row)] == [("user", "Add.\n1 2"), ("assistant", "3")]
 
-    @pytest.mark.parametrize("nothing", [{}, {"input": ""}, {"input": None}])
+    @pytest.mark.parametrize("nothing", [{}, {"input": ""}, {"input": None}, {"input": "", "history": ""}])
     def test_without_input(self, nothing: dict[str, Any]) -> None:
         assert turns("alpaca", {"instruction": "Hi.", "output": "", **nothing})[0].content == "Hi."
 
