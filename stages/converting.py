@@ -101,7 +101,9 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         # cannot judge what is asked through a chat template.
         if separator is not None and counts.chats:
             (output / f"{SEPARATOR}.json").write_text(json.dumps(separator), "utf-8")
-    (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    told = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    # A column may be named with half a character, and a file in another encoding.
+    (output / "counts.json").write_bytes(told.encode("utf-8", "replace"))
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
     return {**facts, **({"formats": {reader.format: 1}} if counts.left else {})}

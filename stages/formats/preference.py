@@ -79,7 +79,7 @@ def _common(answers: list[list[Turn]]) -> int:
 
 def _margin(row: Row, name: str) -> dict[str, float]:
     value = row.get(name)
-    if blank(value) or value != value:  # NaN, as tables of pandas have it where there is none
+    if value is None or value != value or blank(value):  # NaN, as tables of pandas have it where there is none
         return {}
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # also a text, as a CSV has it

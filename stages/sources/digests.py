@@ -1,10 +1,11 @@
-"""sha256 of local files, remembered by path, size, modification time and inode."""
+"""sha256 of local files, remembered by path, size, modification time and inode; and what only stands for a file."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from stages.errors import UserError
 from stages.identity import sha256_file
 from stages.sources.memory import recall, remember
 
@@ -33,3 +34,19 @@ def digests(paths: Sequence[Path], cache: Path) -> list[str]:
 def _state(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small file begins that Git has in the place of a large one."""
+POINTER_BYTES = 1024
+"""Bytes that such a file has at most."""
+
+
+def refuse_pointers(paths: Iterable[Path], place: str) -> None:
+    """Raise UserError for a file that only stands for one, as a clone of a repository without Git LFS has them."""
+    for path in paths:
+        if path.stat().st_size < POINTER_BYTES and path.read_bytes().startswith(POINTER):
+            raise UserError(
+                f"{place}: {path.name} is a Git LFS pointer, which only stands for the file: run `git lfs pull` in the "
+                "repository that it was cloned from"
+            )

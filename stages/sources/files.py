@@ -18,7 +18,7 @@ from stages.errors import UserError
 from stages.identity import Json
 from stages.sources import Found, beside, hub, remote, urls
 from stages.sources.batches import batches, cut_batches
-from stages.sources.digests import digests
+from stages.sources.digests import digests, refuse_pointers
 from stages.sources.pieces import Pieces, cut
 from stages.sources.unpack import (
     ARCHIVES,
@@ -69,6 +69,7 @@ def resolve(
         here = Path(one.where["path"]) if "path" in one.where else None
         check(str(one.where["name"]), here.stat().st_size if here else one.identity["size"], place)
     local = [Path(one.where["path"]) for one in found.values() if "path" in one.where]
+    refuse_pointers(local, place)
     hashed = dict(zip(map(str, local), digests(local, cache), strict=True))
     resolved = [_identified(one, hashed) for one in found.values()]
     return _pinned(resolved, sha256, place) if sha256 else resolved

@@ -13,6 +13,8 @@ from stages.stage import Facts, Part, Work
 
 CSV = b"text\nhi\n"
 ROW = b'{"text": "hi"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+"""What Git has in the place of a large file."""
 INDEX = b'{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
 CACHE = Path("../cache")
 """Beside `home`, where the tests work."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -329,6 +330,21 @@ def test_completion_needs_no_template_and_ends_with_the_tokenizers_end(tmp_path:
         expected = ["<s>Où?</s>"] * 3 + ["<s></s>"] if trusted else [f"<s>{text}</s>" for text in texts]
         assert [row["text"] for row in rows_of(output)] == expected
         assert all(pieces(row)[-1] == ("E", 0, "text", TRAIN_UNSET, "</s>") for row in rows_of(output))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizers_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    shutil.copytree(smollm2(), tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(b'{"added_tokens": [')
+    with pytest.raises(UserError, match=rf"^the model's {name} is not JSON, or cut short: .*save the tokenizer again"):
+        run_convert(tmp_path, source(tmp_path / "rows", [CHAT]), tmp_path / "model")
+
+
+def test_a_column_and_a_file_may_have_names_that_utf_8_cannot_say(tmp_path: Path) -> None:
+    rows = source(tmp_path / "rows", b'{"text": "a", "\\ud800": "x"}\n{"text": 5}\n', name="caf\udce9")
+    shard, _ = run_convert(tmp_path, rows, smollm2(), {"format": "completion", "bad_rows": "drop"})
+    counts = json.loads((shard / "counts.json").read_text("utf-8"))
+    assert counts["unread"] == {"?": 1} and counts["places"] == {"wrong type": ["caf?.jsonl, line 2"]}
 
 
 def test_a_prompt_keeps_times_and_decimals_as_text_and_tells_what_has_none(tmp_path: Path) -> None:

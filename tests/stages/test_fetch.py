@@ -28,6 +28,7 @@ from stages.sources.pieces import Pieces
 from tests.stages.fetching import (
     CACHE,
     CSV,
+    POINTER,
     REASONING,
     ROW,
     bring,
@@ -186,6 +187,7 @@ class TestFiles:
             ("empty.jsonl", "empty.jsonl is empty"),
             ("a.txt", r"a.txt is none of .jsonl, .json, .csv"),
             ("d", "no file in the folder d is one of"),
+            ("lfs.parquet", "fetch.data.mine.files: lfs.parquet is a Git LFS pointer, .*: run `git lfs pull`"),
             ([], "expected a path"),
             ("nosuch://bucket/a.jsonl", "cannot read nosuch://bucket/a.jsonl: .*[Pp]rotocol"),
             ("file:///nowhere/a.jsonl", "there is no file"),
@@ -195,6 +197,7 @@ class TestFiles:
     def test_what_is_not_there_is_told_at_once(self, home: Path, files: Any, says: str) -> None:
         (home / "empty.jsonl").touch()
         (home / "a.txt").write_bytes(ROW)
+        (home / "lfs.parquet").write_bytes(POINTER)
         (home / "d").mkdir()
         with pytest.raises(UserError, match=says):
             shards({"files": files})
