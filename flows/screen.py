@@ -148,7 +148,7 @@ def _fetched(facts: Facts) -> Iterator[str]:
 
 
 def _converted(facts: Facts) -> Iterator[str]:
-    yield f"{facts['rows']:,} rows as {', '.join(sorted(facts['formats']))}"
+    yield f"{facts['rows']:,} rows as {', '.join(sorted(facts['formats'])) or 'nothing'}"
     if dropped := sum(facts["dropped"].values()):
         yield f"{dropped:,} dropped"
 

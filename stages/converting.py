@@ -106,7 +106,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     (output / "counts.json").write_bytes(told.encode("utf-8", "replace"))
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
-    return {**facts, **({"formats": {reader.format: 1}} if counts.left else {})}
+    return {**facts, "formats": {reader.format: 1} if counts.left else {}}
 
 
 def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[Place, Row | BadRow | LeftOut]]:

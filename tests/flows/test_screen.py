@@ -53,6 +53,10 @@ def test_a_pipe_gets_lines_only() -> None:
     artifact = Artifact({}, "0123456789abcdef", Tree(()), facts, {}, {})
     follower.finished(RUN, "convert", Built(artifact, True, 0.0))
     assert written.getvalue() == "● convert    cached  01234567  4,000 rows as alpaca, messages, 3 dropped\n"
+    written.seek(0)
+    dropped = Artifact({}, "0123456789abcdef", Tree(()), {"rows": 3, "dropped": {"filtered": 3}, "formats": {}}, {}, {})
+    follower.finished(RUN, "convert", Built(dropped, True, 0.0))
+    assert "3 rows as nothing, 3 dropped" in written.getvalue()
 
 
 def test_warnings_stand_below_the_line_of_their_stage() -> None:

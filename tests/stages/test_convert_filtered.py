@@ -53,7 +53,8 @@ def test_a_shard_of_which_nothing_stays_is_of_no_kind_and_goes_with_the_others(
     """Whatever its rows would have been: they come first here, by name."""
     judged = [{**JUDGED, "kind": "kept", "prompt": f"{n}?", "label": n % 2 == 0} for n in range(4)]
     for name, rows in (("a", [gone]), ("b", judged)):
-        converted(tmp_path / name, rows, filter='kind == "kept"')
+        facts, _ = converted(tmp_path / name, rows, filter='kind == "kept"')
+        assert facts["formats"] == ({} if name == "a" else {"unpaired_preference": 1})
         run_tokenize(tmp_path / "all" / name, tmp_path / name / "output", TOKENIZER)
     counts = json.loads((tmp_path / "a/output/counts.json").read_text())
     assert not {"kind", "format"} & counts.keys()
