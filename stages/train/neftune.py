@@ -12,17 +12,18 @@ from torch import Tensor
 def add_noise(model: Any, alpha: float) -> None:
     """Let a model's embeddings come out with noise while it trains. Drawn from torch's seed on the model's device."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    scales: list[Tensor] = []
+    boundaries: Tensor | None = None
 
     def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal boundaries
         boundaries = kwargs.get("cu_seq_lens_q")
-        scales[:] = [] if boundaries is None else [document_lengths(boundaries, kwargs["input_ids"].shape[1])]
 
     def shake(module: Any, args: Any, embedded: Tensor) -> Tensor:
         if not causal.training:
             return embedded
-        width = embedded.shape[-1]
-        lengths = scales[0].to(embedded.device) if scales else torch.tensor([embedded.shape[1]], device=embedded.device)
+        _, tokens, width = embedded.shape
+        whole = torch.tensor([tokens], device=embedded.device)
+        lengths = whole if boundaries is None else document_lengths(boundaries.to(embedded.device), tokens)
         noise = torch.empty_like(embedded).uniform_(-1, 1)
         return embedded + noise * noise_size(alpha, lengths, width)[..., None].to(embedded.dtype)
 

@@ -75,6 +75,25 @@ def test_lisa_draws_anew_and_forgets_what_rests(folder: Path) -> None:
         freezing.LayerSampling(network, Lisa(layers=5), 0, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("config_name", "sizes"),
+    [
+        ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+        ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+        ("GPTNeoXConfig", {}),
+        ("GPTNeoConfig", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}),
+    ],
+)
+def test_noise_comes_where_a_model_hands_its_token_ids_on_by_position(
+    tmp_path: Path, config_name: str, sizes: dict[str, Any]
+) -> None:
+    network: Any = AutoModelForCausalLM.from_pretrained(tiny.save(tmp_path, config_name, **sizes))
+    neftune.add_noise(network, 5.0)
+    ids, boundaries = torch.arange(5, 29)[None], torch.tensor([0, 4, 24], dtype=torch.int32)
+    one, other = (network.train()(input_ids=ids, cu_seq_lens_q=boundaries).logits for _ in range(2))
+    assert not torch.equal(one, other)
+
+
 def test_noise_has_the_papers_size_for_every_document(folder: Path) -> None:
     network: Any = AutoModelForCausalLM.from_pretrained(folder)
     clean = network.get_input_embeddings().weight.detach().clone()
