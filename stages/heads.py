@@ -37,12 +37,13 @@ TEXTS = (
 
 
 def attach(model: Any, outputs: int) -> None:
-    """Give a language model a new head, which trains, drawn from torch's seed. Its own, unless it shares its weights
-    with the embeddings, rests."""
+    """Give a language model a new head, which trains, drawn from torch's seed. Its own rests, but for what
+    it shares with the embeddings."""
     causal = _bare(model)
-    words, width = causal.get_output_embeddings(), causal.config.get_text_config().hidden_size
-    if words.weight is not causal.get_input_embeddings().weight:
-        words.weight.requires_grad_(False)
+    width = causal.config.get_text_config().hidden_size
+    embedded = {id(parameter) for parameter in causal.get_input_embeddings().parameters()}
+    for parameter in causal.get_output_embeddings().parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in embedded)
     head = nn.Linear(width, outputs, bias=outputs > 1)
     nn.init.normal_(head.weight, std=(width + 1) ** -0.5)  # arXiv:2009.01325, appendix
     if head.bias is not None:

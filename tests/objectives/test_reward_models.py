@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,6 +32,7 @@ from stages.stage import Work
 from stages.train import STAGE as TRAIN
 from stages.train import TrainConfig
 from tests.stages.packed import Packed, spans, turns
+from tests.stages.test_merge import make_model
 from tests.stages.tiny import write_tokens
 
 VOCABULARY = 258
@@ -268,6 +270,20 @@ def test_it_learns_and_is_transformers_own_classifier(tmp_path: Path, inputs: di
     theirs = logits if objective == "reward" else logits[int(batch["ends"][0])]
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
     assert [path.name for path in weights.glob("*.bin")] == []
+
+
+@pytest.mark.parametrize("inputs", ["reward"], indirect=True)
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_train_their_rows_of_the_embeddings(tmp_path: Path, inputs: dict[str, Path], tied: bool) -> None:
+    given = {**inputs, "model": make_model(tmp_path / "model", tie_word_embeddings=tied)}
+    lora = {"rank": 4, "new_tokens": ["a", "b"]}
+    output = train(given, tmp_path, objective="reward", max_steps=3, lora=lora)
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (given["model"], merged(given, output, tmp_path / "out"))
+    )
+    name = "model.embed_tokens.weight"
+    moved = (before[name] != after[name]).any(dim=1).nonzero()[:, 0].tolist()
+    assert moved == AutoTokenizer.from_pretrained(given["model"])("ab")["input_ids"]
 
 
 def _objective(inputs: dict[str, Path]) -> str:
