@@ -28,6 +28,8 @@ from stages.train.patterns import matches, nearest
 
 STARTS = {"kaiming": True, "loftq": True}
 """Our names for what PEFT calls otherwise; loftq starts like any other and is then replaced."""
+MOST_PASSES = 1000
+"""Batches within which EVA's directions must have settled; some dozens suffice."""
 
 
 def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
@@ -112,8 +114,9 @@ def lift_inputs(model: PeftModel) -> None:
 def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) -> None:
     """Let every A start from the directions in which its layer's inputs vary most over some batches (EVA,
     arXiv:2410.07170). `batches` are as the model takes them. Raises UserError when each is shorter than the
-    rank: PEFT would wait for a longer one for ever."""
+    rank, or a layer's directions do not settle: PEFT would go on for ever."""
     from peft import initialize_lora_eva_weights
+    from peft.tuners.lora.eva import HashHook, SVDHook
 
     most = max(batch["input_ids"].numel() for batch in batches)
     config = model.peft_config["default"]
@@ -122,6 +125,25 @@ def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) 
             f"train.lora.init: eva takes {rank} directions (lora.rank) from one sequence's tokens, and the longest "
             f"of the first {len(batches)} has {most}: lower lora.rank, raise pack.sequence_length, or use another init"
         )
+    # A head reads one row alone, unless it is adapted itself.
+    kept = {} if hasattr(model.get_base_model().get_output_embeddings(), "lora_A") else {"logits_to_keep": 1}
+    passes = 0
+
+    def see(model: Any, batch: dict[str, Any]) -> None:
+        nonlocal passes
+        passes += 1
+        model(**batch, use_cache=False, **kept)
+        hooks = {name: hook for name, layer in model.named_modules() for hook in layer._forward_hooks.values()}
+        unseen = {name for name, hook in hooks.items() if isinstance(hook, HashHook) and not hook.hashed_inputs}
+        if passes == MOST_PASSES:
+            unseen |= {name for name, hook in hooks.items() if isinstance(hook, SVDHook)}
+        if unseen:
+            raise UserError(
+                f"train.lora.init: eva found no directions for {_some(unseen)} that stay the same in {passes} passes "
+                "(a layer that no token, or few tokens, go through): leave it out of train.lora.targets, or use "
+                "another init"
+            )
+
     training = model.training
     model.eval()
     with warnings.catch_warnings():
@@ -129,7 +151,7 @@ def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) 
         initialize_lora_eva_weights(
             model,
             batches,
-            forward_fn=lambda model, batch: model(**batch, use_cache=False, logits_to_keep=1),
+            forward_fn=see,
             prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
             gather_distributed_inputs=False,

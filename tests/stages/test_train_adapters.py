@@ -19,6 +19,7 @@ from tests.stages.test_merge import make_model, run
 
 IDS = torch.arange(5, 29)[None]
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 MLP = ("gate_proj", "up_proj", "down_proj")
 DENSE = {f"0.mlp.{name}" for name in MLP}
 SHARED = {f"1.mlp.shared_experts.{name}" for name in MLP}
@@ -34,6 +35,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("gpt2"), "GPT2Config", **GPT2)
 
 
 def section(**lora: Any) -> TrainConfig:
@@ -154,6 +160,23 @@ def test_eva_of_more_ranks_than_a_sequence_has_tokens_is_refused(folder: Path) -
         adapted(folder, section(init="eva", rank=28, targets=["q_proj"]))
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_eva_starts_an_adapter_of_the_head_as_well(folder: Path, targets: list[str]) -> None:
+    trained = adapted(folder, section(init="eva", targets=targets))
+    torch.testing.assert_close(logits(trained), plain(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_eva_says_which_layer_has_no_directions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = section(init="eva", targets=["q_proj", "spare"]).lora
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(UserError, match=r"no directions for .*spare that .* in 1 passes .* leave it out of"):
+        adapters.start_from_activations(adapters.adapt(network, lora, folder), batches())
+    monkeypatch.setattr(adapters, "MOST_PASSES", 2)
+    with pytest.raises(UserError, match=r"no directions for .*q_proj and 1 more that .* in 2 passes"):
+        adapted(folder, section(init="eva", targets=["q_proj"]))
+
+
 def test_eva_starts_from_the_directions_in_which_inputs_vary(folder: Path) -> None:
     trained = adapted(folder, section(init="eva", targets=["q_proj"]))
     decoder = AutoModelForCausalLM.from_pretrained(folder).model
@@ -166,6 +189,14 @@ def test_eva_starts_from_the_directions_in_which_inputs_vary(folder: Path) -> No
     share = ((inputs - inputs.mean(0)) @ torch.linalg.qr(a.T).Q).square().sum()
     assert share > 0.95 * ((inputs - inputs.mean(0)) @ best.T).square().sum()
     assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal", "eva"])
+def test_layers_that_hold_their_weights_turned_take_other_starts_than_olora(gpt2: Path, init: str) -> None:
+    assert adapted(gpt2, section(init=init))
+    for targets in (["c_attn"], ["attn.c_proj"]):  # the second is square, and fails at nothing
+        with pytest.raises(UserError, match=r"olora does not take layers like .*attn.* of gpt2, .*: use init: pissa"):
+            adapted(gpt2, section(init="olora", targets=targets))
 
 
 def test_rslora_scales_by_the_root_of_the_rank(folder: Path) -> None:
