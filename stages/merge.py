@@ -228,7 +228,11 @@ def _round(wide: Any, narrow: Any) -> float | None:
     import torch
 
     theirs = dict(wide.named_parameters())
-    assert theirs.keys() == dict(narrow.named_parameters()).keys()
+    if others := theirs.keys() ^ dict(narrow.named_parameters()).keys():
+        raise UserError(
+            f"merge: {min(others)} belongs to one of the merged model and the model before training alone, so this "
+            "adapter cannot be folded into this model: train without modules_to_save of weights that are shared"
+        )
     with torch.no_grad():
         left = whole = 0.0
         for name, ours in narrow.named_parameters():

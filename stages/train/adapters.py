@@ -17,6 +17,7 @@ from typing import Any
 
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -43,6 +44,11 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     targets, (saved, spelled) = chosen(model, lora)
     experts = _experts(model) if lora.experts else set()
     _refuse_untrainable(model, lora, saved, targets & _head(model, layers))
+    if lora.init == "olora" and (turned := [name for name in targets if isinstance(layers[name], Conv1D)]):
+        raise UserError(
+            f"train.lora.init: PEFT's olora does not take layers like {_some(turned)} of {model.config.model_type}, "
+            "which hold their weights as [in, out]: use init: pissa"
+        )
     renamed = _renamed(model, targets)
     if renamed and lora.dora:
         named = _some(name for name in targets if _last(name) in renamed)
@@ -76,6 +82,7 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     except ValueError as error:
         raise UserError(f"train.lora: {model.config.model_type} does not take this adapter: {error}") from error
     _refuse_others(adapted, modules, {name for name in targets if not _within(name, saved)} | experts)
+    _refuse_torn(model)
     for name, module in _adapters(adapted):
         narrowest = min(module.in_features, module.out_features)
         if lora.rank > narrowest:
@@ -171,6 +178,9 @@ def save(model: PeftModel, folder: Path) -> None:
     config["base_model_name_or_path"] = None  # a path of this machine
     config["eva_config"] = config["loftq_config"] = None
     config |= _survives(model, config)
+    tied = getattr(model.peft_config["default"], "modules_to_tie", None)
+    if tied and not {_last(name) for name in config["modules_to_save"]} & set(EMBEDDING_LAYER_NAMES):
+        config["modules_to_save"] += sorted(tied)  # PEFT, which took it out, ties what it loads by these names alone
     for name in ("target_modules", "target_parameters"):
         if isinstance(config[name], list):
             config[name].sort()  # PEFT keeps a set
@@ -255,9 +265,25 @@ def _refuse_others(adapted: PeftModel, modules: dict[int, str], meant: set[str])
         )
 
 
+def _refuse_torn(model: PreTrainedModel) -> None:
+    """Raise UserError where the embeddings of a model that is adapted no longer train as one with a head that shares
+    their weights."""
+    if not _tied(model):
+        return
+    inputs, head = (
+        {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if inputs != head:
+        raise UserError(
+            f"train.lora.modules_to_save: in {model.config.model_type} the head shares the weights of the embeddings, "
+            "and PEFT would train one without the other: take out what names them, or a module that holds one of them"
+        )
+
+
 def _refuse_untrainable(model: PreTrainedModel, lora: Lora, saved: Iterable[str], head: Iterable[str]) -> None:
     """Raise UserError for modules that should train in full and are held in few bits, and for a head that should be
-    adapted and have some rows trained."""
+    adapted, or embeddings that should train whole, and have some rows trained."""
     small = [name for name in saved if not all(p.is_floating_point() for p in model.get_submodule(name).parameters())]
     if small:
         raise UserError(
@@ -268,6 +294,11 @@ def _refuse_untrainable(model: PreTrainedModel, lora: Lora, saved: Iterable[str]
         raise UserError(
             f"train.lora.new_tokens trains some rows of {adapted[0]}, which train.lora.targets would adapt: leave it "
             "out of the targets, or name the embeddings in train.lora.modules_to_save instead of the tokens"
+        )
+    if lora.new_tokens and (whole := sorted(set(saved) & set(_ends(model)))):
+        raise UserError(
+            f"train.lora.new_tokens trains some rows of {whole[0]}, which train.lora.modules_to_save trains whole: "
+            "keep one of the two"
         )
 
 
@@ -345,7 +376,20 @@ def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> tuple[set[str], l
             )
         found |= meant
         spelled += names
+    for name in sorted(found):
+        if whole := [other for other in found if name.startswith(f"{other}.")]:
+            raise UserError(
+                f"train.lora.modules_to_save: {name} is a part of {min(whole)}, which trains whole: name one of the two"
+            )
+    if _tied(model) and found & set(_ends(model)):
+        spelled += _ends(model)[-1:]  # the head, by whose name PEFT knows that it is tied
     return found, list(dict.fromkeys(spelled))
+
+
+def _ends(model: PreTrainedModel) -> list[str]:
+    """The names of the embeddings and of the head."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(module)] for module in (model.get_input_embeddings(), model.get_output_embeddings())]
 
 
 def _ending(names: Iterable[str], ends: Sequence[str]) -> set[str]:
@@ -365,8 +409,7 @@ def _rows(model: PreTrainedModel, tokens: tuple[str, ...], folder: Path) -> dict
                 "fetch.model.new_tokens"
             )
     rows = sorted(known[token] for token in tokens)
-    outer = {id(model.get_input_embeddings())} | (set() if _tied(model) else {id(model.get_output_embeddings())})
-    return {name: rows for name, module in model.named_modules() if id(module) in outer}
+    return dict.fromkeys(_ends(model)[:1] if _tied(model) else _ends(model), rows)
 
 
 def _experts(model: PreTrainedModel) -> set[str]:

@@ -316,3 +316,10 @@ def test_a_template_that_ends_in_no_other_token_changes_no_stop(
     run(tmp_path / "output", model, trained, rendered_with(tmp_path / "templates", template))
     name = "generation_config.json"
     assert (tmp_path / "output" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_an_adapter_that_parts_embeddings_from_the_head_that_shares_their_weights_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "GPT2Config", n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    trained = make_adapter(tmp_path / "trained", model, modules_to_save=["wte"])
+    with pytest.raises(UserError, match=r"merge: lm_head\.weight belongs to one of the merged model"):
+        run(tmp_path / "merged", model, trained)

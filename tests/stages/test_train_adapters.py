@@ -332,6 +332,23 @@ def test_a_module_to_save_that_peft_cannot_tell_from_another_is_refused(folder: 
         adapters.adapt(network, section(modules_to_save=["lm_head"]).lora, folder)
 
 
+def test_modules_to_save_of_which_one_is_in_the_other_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj is a part of model\.layers\.0\.mlp, .*: name one"):
+        adapted(folder, section(modules_to_save=["mlp", "up_proj"], targets=["q_proj"]))
+
+
+def test_embeddings_that_would_train_apart_from_the_head_that_shares_their_weights_are_refused(gpt2: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(gpt2)
+    network.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(UserError, match="in gpt2 the head shares the weights of the embeddings, and PEFT would train"):
+        adapters.adapt(network, section(modules_to_save=["transformer"], targets=["spare"]).lora, gpt2)
+
+
+def test_embeddings_do_not_train_whole_and_by_rows(gpt2: Path) -> None:
+    with pytest.raises(UserError, match=r"new_tokens trains some rows of transformer\.wte, which .* trains whole"):
+        adapted(gpt2, section(modules_to_save=["wte"], new_tokens=["a"]))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_module_to_save_that_is_held_in_few_bits_is_refused(folder: Path, kind: str) -> None:
     pytest.importorskip("bitsandbytes")

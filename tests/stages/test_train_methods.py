@@ -87,13 +87,29 @@ def test_it_learns_and_merges(tmp_path: Path, inputs: dict[str, Path], kind: str
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
-def test_saved_modules_of_a_tied_model_stay_tied(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    tied = {**inputs, "model": make_model(tmp_path / "tied", tie_word_embeddings=True)}
-    train(tmp_path, tied, {**SMALL, "lora": {"rank": 4, "modules_to_save": ["embed_tokens"]}})
+TIED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}, "embed_tokens"),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, "wte"),
+    "gpt2, by its head": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, "lm_head"),
+    "gpt_neox": ("GPTNeoXConfig", {"tie_word_embeddings": True}, "embed_in"),
+}
+
+
+@pytest.mark.parametrize("restart_every", [None, 2])
+@pytest.mark.parametrize("kind", TIED)
+def test_saved_modules_of_a_tied_model_stay_tied(
+    tmp_path: Path, inputs: dict[str, Path], kind: str, restart_every: int | None
+) -> None:
+    config_name, sizes, name = TIED[kind]
+    tied = {**inputs, "model": make_model(tmp_path / "tied", config_name, **sizes)}
+    lora = {"rank": 4, "modules_to_save": [name], "restart_every": restart_every}
+    train(tmp_path, tied, {**SMALL, "lora": lora})
     output, _ = merged(tmp_path, tied)
-    loaded = AutoModelForCausalLM.from_pretrained(output)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert not torch.equal(weights(tied["model"])["model.embed_tokens.weight"], loaded.lm_head.weight)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tied["model"], output))
+    words = after.get_input_embeddings().weight
+    assert after.get_output_embeddings().weight is words
+    assert not torch.equal(before.get_input_embeddings().weight, words)
+    assert weights(output).keys() == weights(tied["model"]).keys()
 
 
 @pytest.mark.parametrize("tied", [True, False])
