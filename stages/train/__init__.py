@@ -267,7 +267,7 @@ def _plugins(config: TrainConfig) -> Mapping[str, int]:
 STAGE = Stage(
     name="train",
     artifact="adapter",
-    version=15,
+    version=16,
     config=TrainConfig,
     run=run,
     streamed=frozenset({"tokens"}),

@@ -141,6 +141,12 @@ def _of_lora(config: "TrainConfig") -> Iterator[str]:
         yield "`lora.init: loftq` makes up for quantization: set `quantize: nf4`, or choose another init"
     if config.quantize and lora.init in ("pissa", "pissa_niter_16", "olora", "eva", "orthogonal"):
         yield f"`lora.init: {lora.init}` needs weights in full precision: take `quantize` out, or use `init: loftq`"
+    whole = lora.new_tokens or lora.modules_to_save or objectives.find(config.objective).head
+    if config.embedding_learning_rate is not None and not whole:
+        yield (
+            "`embedding_learning_rate`: no embedding trains: name them in `lora.modules_to_save` or `lora.new_tokens`, "
+            "or take it out"
+        )
     if lora.new_tokens and {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
         yield "`lora.new_tokens` trains some rows of the embeddings, `lora.modules_to_save` all: keep one of the two"
 

@@ -331,7 +331,7 @@ def _groups(model: Any, config: "TrainConfig") -> Iterator[dict[str, Any]]:
             continue
         embedding = id(parameter) in embedded
         rate = config.learning_rate
-        if embedding and config.embedding_learning_rate is not None:
+        if embedding and ".lora_" not in name and config.embedding_learning_rate is not None:
             rate = config.embedding_learning_rate
         elif config.lora.plus_ratio is not None and ".lora_B." in name:
             rate *= config.lora.plus_ratio

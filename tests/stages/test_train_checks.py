@@ -42,6 +42,10 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     (full(lisa={}) | {"ema": 0.9}, "`ema` would average layers that rest with layers that train"),
     (full(lisa={}) | FREE, "`full.lisa` would lose a schedule-free optimizer's average of a layer that rests"),
     # adapters
+    (
+        lora(targets=["lm_head"]) | {"embedding_learning_rate": 1e-5},
+        "`embedding_learning_rate`: no embedding trains: name",
+    ),
     (lora(experts=True, dropout=0.1), "`lora.dropout` does not work on fused experts: take it out"),
     (lora(experts=True, dora=True), "`lora.dora` does not work on fused experts: take it out"),
     (lora(experts=True, restart_every=5), "`lora.restart_every` does not work on fused experts: take it out"),

@@ -107,6 +107,18 @@ def test_matrices_decay_and_embeddings_have_a_rate_of_their_own(folder: Path) ->
     assert len(found) == len(list(trained.parameters()))
 
 
+def test_an_adapter_of_the_head_has_the_learning_rates_of_adapters(folder: Path) -> None:
+    lora = {"targets": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"], "plus_ratio": 4.0}
+    config = section("adamw_torch", method="lora", lora=lora, embedding_learning_rate=1e-4, precision="fp32")
+    trained = model_of.ready(model_of.load(folder, config, "cpu"), config, folder, "cpu", list)
+    found = {
+        name.removeprefix("base_model.model."): rate
+        for name, (rate, _) in rates(optimizers.make(trained, config), trained).items()
+    }
+    assert found["lm_head.lora_A.default.weight"] == 5e-3 and found["lm_head.lora_B.default.weight"] == 2e-2
+    assert found["model.embed_tokens.modules_to_save.default.weight"] == 1e-4
+
+
 DECAYS = [n for n in optimizers.OPTIMIZERS if n not in (*ON_GPU, "schedule_free_radam")]
 """That one does not decay in its first steps, in which it only looks."""
 DECAY = {"weight_decay": 0.1, "learning_rate": 1e-2}
