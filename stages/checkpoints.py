@@ -70,8 +70,8 @@ def latest_checkpoint(store: Store, key: str) -> Checkpoint | None:
 
 
 def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy a checkpoint to a new local folder, which appears only when every file's sha256 was verified. One that broke
-    off is gone on with; beside the folder nobody else may be at the same.
+    """Copy a checkpoint to a local folder, which appears, or takes the place of another one, only when every file's
+    sha256 was verified. One that broke off is gone on with; beside the folder nobody else may be at the same.
 
     Raises BadBlob after retiring a checkpoint that is torn or damaged: ask `latest_checkpoint` again.
     """
@@ -97,6 +97,7 @@ def fetch_checkpoint(store: Store, checkpoint: Checkpoint, folder: Path) -> None
             shutil.rmtree(aside)
             store.objects.move(f"{checkpoint.path}/complete.json", f"quarantine/{checkpoint.path}/complete.json")
             raise BadBlob(bad)
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
 
 

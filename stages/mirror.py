@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stages.checkpoints import drop_checkpoints, drop_fetching, fetch_checkpoint, latest_checkpoint, save_checkpoint
+from stages.identity import tree_of
 from stages.store import BadBlob, Store
 
 
@@ -24,11 +25,14 @@ class Mirror:
         self.newest = -1
 
     def restore(self) -> None:
-        """Fetch the store's newest complete checkpoint unless this machine has one at least as new."""
+        """Fetch the store's newest complete checkpoint unless this machine has a newer one, or the same bytes."""
         local = max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=-1)
-        while (newest := latest_checkpoint(self.store, self.key)) is not None and newest.step > local:
+        while (newest := latest_checkpoint(self.store, self.key)) is not None and newest.step >= local:
+            target = self.folder / str(newest.step)
+            if newest.step == local and tree_of(target) == newest.files:
+                break
             with suppress(BadBlob):  # it has been retired by then, and the next one is asked for
-                fetch_checkpoint(self.store, newest, self.folder / str(newest.step))
+                fetch_checkpoint(self.store, newest, target)
                 return
         drop_fetching(self.folder)
 

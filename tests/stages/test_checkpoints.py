@@ -1,5 +1,6 @@
 """Checkpoints in the store: complete or invisible, the highest step of any attempt, verified when fetched."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def test_an_attempt_cannot_save_a_step_twice(any_store: Store, make_folder: Make
     save_checkpoint(any_store, KEY, "one", 10, make_folder(step_files(10)))
     with pytest.raises(UserError, match="already saved"):
         save_checkpoint(any_store, KEY, "one", 10, make_folder(step_files(11)))
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_checkpoint_of_this_machine_that_is_damaged_is_fetched_anew(
+    any_store: Store, make_folder: MakeFolder, tmp_path: Path, torn: bool
+) -> None:
+    local = tmp_path / "work" / "checkpoints" / "10"
+    save_checkpoint(any_store, KEY, "one", 10, make_folder(step_files(10)))
+    shutil.copytree(make_folder(step_files(10)), local)
+    before = local.stat().st_ino
+    if torn:
+        next(path for path in local.rglob("*") if path.is_file()).unlink()
+    Mirror(any_store, KEY, tmp_path / "work", print).restore()
+    assert contents(local) == step_files(10)
+    assert (local.stat().st_ino == before) is not torn
 
 
 @pytest.mark.parametrize("local", [5, 20])
