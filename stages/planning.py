@@ -114,17 +114,21 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
     if config.near_duplicates is not None:
         kept = reasons == KEPT
         others = np.flatnonzero(kept & ~heldout)
-        order = np.append(np.flatnonzero(kept & heldout), others[np.argsort(turns[others], kind="stable")])
+        # Held-out rows that are dropped come after those that measure, of which they take none away.
+        first = [np.flatnonzero(kept & heldout), np.flatnonzero(~kept & heldout)]
+        order = np.concatenate([*first, others[np.argsort(turns[others], kind="stable")]])
         # What is held out must not be asked at all, whatever its label.
         verdicts = np.where(heldout, 0, read_verdicts(files, shards, rows))
-        like = near_duplicates(files, shards, rows, order, config.near_duplicates, verdicts)
+        found = near_duplicates(files, shards, rows, order, config.near_duplicates, verdicts)
+        like = {row: other for row, other in found.items() if kept[row]}
         reasons[list(like)] = NEAR_DUPLICATE
     too_short = 0
     kept = reasons == KEPT
-    if config.decontaminate and (kept & heldout).any():
-        found = find_contamination(files, shards, rows, kept & heldout, kept & ~heldout, config.decontaminate)
-        like, too_short = {**like, **found.rows}, found.too_short
-        reasons[list(found.rows)] = CONTAMINATED
+    if config.decontaminate and heldout.any():
+        # Of all that is held out: evaluate's tasks also ask what is too long for a sequence, or has no answer.
+        held = find_contamination(files, shards, rows, heldout, kept & ~heldout, config.decontaminate)
+        like, too_short = {**like, **held.rows}, int(kept[held.too_short].sum())
+        reasons[list(held.rows)] = CONTAMINATED
     training = (reasons == KEPT) & ~heldout
     sources = [shard.source for shard in shards]
     reasons[selection.beyond_limit(rows, training, sources, limits, config.seed)] = LIMITED
