@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,71 @@ class TestBatches:
         for piece in output.glob("*/rows.arrow"):
             with pa.memory_map(str(piece)) as source:
                 assert "dictionary" not in str(pa.ipc.open_file(source).schema)
+
+    def one_batch(self, path: Path, **columns: Any) -> Path:
+        """An Arrow file of a single batch, as `pyarrow` writes a table and `datasets` a shard."""
+        table = pa.table(columns)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return path
+
+    def test_a_batch_as_large_as_its_file_is_never_in_memory(self, home: Path, tmp_path: Path) -> None:
+        same = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array(["y" * (1 << 20)]))
+        self.one_batch(home / "a.arrow", text=["x" * 200_000] * 256, system=same)  # 49 MiB, and 256 more written out
+        [part] = shards({"files": "a.arrow"})
+        whole, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        try:
+            output = bring(part, tmp_path / "out")
+            peak = pool.max_memory() + tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(whole)
+        assert peak < 45 << 20
+        assert [len(row["system"]) for _, row in rows_of(output)] == [1 << 20] * 256
+
+    def test_a_dictionary_that_is_more_than_arrow_can_count_once_written_out(self, tmp_path: Path) -> None:
+        values = pa.array([b"z" * (40 << 20)])
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink:
+            coded = pa.DictionaryArray.from_arrays(pa.array([0] * 60, pa.int8()), values)
+            with pa.ipc.new_file(sink, pa.schema({"a": coded.type})) as writer:
+                writer.write_batch(pa.record_batch({"a": coded}))
+        (tmp_path / "out").mkdir()
+        with (tmp_path / "a.arrow").open("rb") as file:
+            pieces = Pieces(tmp_path / "out", {}, "a", left=3)
+            assert cut_batches(batches(file, ".arrow", pieces), pieces) == 3
+
+    @pytest.mark.parametrize("values", [["a", "b" * 50], [b"a", b"b" * 50]])
+    def test_a_dictionary_of_views(self, home: Path, tmp_path: Path, values: Any) -> None:
+        kind = pa.string_view() if isinstance(values[0], str) else pa.binary_view()
+        coded = pa.DictionaryArray.from_arrays(pa.array([1, None, 0], pa.uint32()), pa.array(values, kind))
+        self.one_batch(home / "a.arrow", text=coded)
+        [part] = shards({"files": "a.arrow"})
+        found = rows_of(bring(part, tmp_path / "out"))
+        assert [row["text"] for _, row in found] == [values[1], None, values[0]]
+
+    def test_lists_in_one_large_batch_are_written_out_a_slice_at_a_time(self, tmp_path: Path) -> None:
+        """Of a slice of lists, Arrow casts what the whole batch holds: 200 slices took 200 times as long."""
+        roles = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 100_000, pa.int8()), pa.array(["user", "assistant"]))
+        lists = pa.ListArray.from_arrays(pa.array(range(0, 200_001, 2), pa.int32()), roles)
+        (tmp_path / "out").mkdir()
+        pool, whole = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        try:
+            cut_batches([pa.record_batch({"roles": lists})], Pieces(tmp_path / "out", {}, "a"))
+        finally:
+            pa.set_memory_pool(whole)
+        assert pool.max_memory() < lists.nbytes
+
+    def test_what_arrow_cannot_write_out_is_told(self, tmp_path: Path) -> None:
+        def batch(*words: str) -> pa.RecordBatch:
+            coded = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array([[word] for word in words]))
+            return pa.record_batch({"a": pa.StructArray.from_arrays([coded], names=["b"])})
+
+        (tmp_path / "out").mkdir()
+        with pytest.raises(UserError, match=r"^a\.arrow, row 3 or a later one: Arrow cannot write it out: "):
+            cut_batches([batch("a", "b"), batch("c", "d")], Pieces(tmp_path / "out", {}, "a.arrow"))
 
     def test_a_new_schema_begins_a_new_piece(self, tmp_path: Path) -> None:
         tables = [pa.table({"a": [1, 2]}), pa.table({"a": ["x"]}), pa.table({"b": [1.5]})]
