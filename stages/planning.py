@@ -168,7 +168,7 @@ def _no_rows(shards: Sequence[Shard]) -> str:
     dropped, first = Counter[str](), dict[str, str]()
     for shard in shards:
         dropped.update(shard.counts["dropped"])
-        first = {reason: places[0] for reason, places in shard.counts.get("places", {}).items()} | first
+        first = {reason: places[0] for reason, places in shard.places.items()} | first
     if not dropped:
         return "there are no rows to pack: every source is empty"
     told = [
@@ -261,7 +261,7 @@ def _describe(
                 "source": shard.source,
                 "split": shard.split,
                 "window": window,
-                "first": int(shard.counts.get("first", 0)),  # rows of the source before it
+                "first": int(shard.counts.get("first", 0)),  # rows of the file before it
                 "highest_token": shard.counts["highest_token"],
             }
             for shard, window in zip(shards, windows, strict=True)

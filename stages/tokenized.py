@@ -51,9 +51,15 @@ class Shard:
         return int(self.counts["rows"] - sum(self.counts["dropped"].values()))
 
     def place(self, number: int) -> str:
-        """A row by its number in the shard, for people, who count from 1."""
+        """A row by its number in the shard, for people: its number in the file, counted from 1."""
         first = int(self.counts.get("first", 0))
         return f"{self.path}, row {first + number + 1}"
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """Where the first rows are that convert dropped, by reason, for people."""
+        found = self.counts.get("places", {})
+        return {reason: [f"{self.path}, {place}" for place in places] for reason, places in found.items()}
 
 
 def _all_there(now: Collection[str], then: Collection[str]) -> None:

@@ -43,11 +43,16 @@ def cut_into(folder: Path, data: bytes, suffix: str, first: int | None = None) -
 
 def rows_of(output: Path) -> list[tuple[str, Any]]:
     """All rows as convert reads them: (place in the file, row)."""
-    found = []
+    found: list[Any] = []
+    before: dict[Any, int] = {}
     for piece in sorted(output.iterdir()):
         (path,) = piece.glob("rows.*")
         source = json.loads((piece / "source.json").read_text())
-        found += list(read_rows(path, path.name, source["first"]))
+        file = source.get("file"), source.get("member")
+        assert source.get("rows_before", source["first"] - 1) == before.get(file, 0)
+        rows = list(read_rows(path, path.name, source["first"]))
+        before[file] = before.get(file, 0) + len(rows)
+        found += rows
     return [(place, str(row) if isinstance(row, BadRow) else row) for place, row in found]
 
 
@@ -142,6 +147,12 @@ def test_only_the_first_records_of_csv(tmp_path: Path) -> None:
     assert [row["a"] for _, row in rows_of(cut_into(tmp_path / "out", data, ".csv", 7))] == [str(n) for n in range(7)]
 
 
+def test_csv_that_begins_with_blank_lines(tmp_path: Path) -> None:
+    output = cut_into(tmp_path / "out", b"\r\n\na,b\r\n" + b"".join(b"%d,x\r\n" % n for n in range(30)), ".csv")
+    assert [place for place, _ in rows_of(output)] == [f"line {n}" for n in range(4, 34)]
+    assert [row for _, row in rows_of(output)] == [{"a": str(n), "b": "x"} for n in range(30)]
+
+
 @pytest.mark.parametrize("end", ["", " ", "\n", "\n\n"])
 @pytest.mark.parametrize("archive", [False, True])
 @pytest.mark.parametrize("first", [4, 5, 6, 10, 11, 99])
@@ -169,6 +180,7 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     [
         (b"[1, 2", "row 2|after row"),
         (b"[{}, nope, {}" + b" " * 99 + b"]", "a.json, row 2: is not JSON"),
+        (b'[{}, {"a": ' + b"9" * 5000 + b"}]", r"a.json, row 2: is not JSON: Exceeds the limit .* has 5000 digits$"),
         (b"[{} {}]", "a.json, after row 1: is not JSON: expected a comma"),
         (b"[{}] x", "there is more after the end of the list"),
         (b'[{"a": "\xff"}]', "a.json, near row 1: is not UTF-8"),
