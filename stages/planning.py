@@ -25,7 +25,7 @@ from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPL
 from stages.stage import Facts, UserError, Work
 from stages.steps import judged
 from stages.tables import Numbers, read_table
-from stages.tokenized import Files, Rows, Shard, find_shards, read_rows
+from stages.tokenized import Files, Rows, Shard, by_shard, find_shards, read_rows
 from stages.tokenizer_files import backend
 
 
@@ -142,9 +142,11 @@ def _labels(files: Files, shards: Sequence[Shard], rows: Rows, chosen: Numbers) 
     """How often each label trains, where answers or their steps have labels."""
     found: Counter[str] = Counter()
     labelled = shards[0].kind in ("unpaired_preference", "stepwise")
-    for number, shard in enumerate(files.in_turn(shards if labelled else ())):
+    shards = shards if labelled else ()
+    places = by_shard(rows.shard[chosen], len(shards))
+    for shard, some in zip(files.in_turn(shards), places, strict=True):
         table = read_table(files.tokens / shard.path / "tokens.arrow")
-        own = chosen[rows.shard[chosen] == number]
+        own = chosen[some]
         cut = (rows.used[own] < rows.length[own]).any(axis=1) & (shard.kind == "stepwise")
         for each in pc.value_counts(table["extra"].take(rows.place[own[~cut]])).to_pylist():
             extra = json.loads(each["values"])

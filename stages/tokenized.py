@@ -7,7 +7,7 @@ kept, dropped and packed together. Spans are read a shard at a time; the files w
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,12 @@ def read_rows(
     return Rows(
         identity=pa.concat_arrays(identities), **joined, **{name: np.array(each) for name, each in told.items()}
     )
+
+
+def by_shard(shard: NDArray[np.integer[Any]], shards: int) -> list[slice]:
+    """[shards] Where the rows of each shard are among some in the order of their shards. `shard` [rows] is whose each
+    is."""
+    return [slice(*bounds) for bounds in pairwise(np.searchsorted(shard, np.arange(shards + 1)).tolist())]
 
 
 def read_spans(table: Any) -> Spans:
