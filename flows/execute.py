@@ -128,6 +128,8 @@ def _attempts(
                 note(f"{take.stage} grows back: {missing[0]}")
                 _execute(run, take.stage, force=False, regrow=True)
                 inputs = run.inputs(stage)
+        if stage == "evaluate":
+            run.refuse_lost_rival()
         try:
             built = build(
                 declared,

@@ -21,7 +21,7 @@ WORDS = {
     "first": "rows asked for",
     "repeated": "rows left out, as they were there before",
     "members": "files of rows in archives",
-    "other_files": "other files in archives, left alone",
+    "other_files": "other files in archives and folders, left alone",
     "new_tokens": "new token",
     "dropped": "dropped",
     "unwritten": "not written",

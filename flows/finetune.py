@@ -152,8 +152,9 @@ def work(
         require_held(held)
         outcome = settle(run, answer)
         run.record("finished", asdict(outcome))
+    state = finished(run, outcome)
     dashboard.show_history(run)
-    return finished(run, outcome)
+    return state
 
 
 def label(client: SyncPrefectClient, run: Run) -> None:
@@ -187,14 +188,14 @@ def drive(
     The stages in `again` are made although they are in the store, and where it is `strict` those that the plan could
     not know yet and that other code made; where the run is `resumed`, unless it made them.
     """
-    if "evaluate" in plan.to_run:
-        evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
-    if {"train", "publish"} <= {*plan.to_run}:
-        refuse_taken(run.loaded.recipe.publish.to, run.name)
-    dashboard.show_plan(plan)
-    run.record("running")
     states: dict[str, State[Reference]] = {}
     try:
+        if "evaluate" in plan.to_run:
+            evaluate.check(run.loaded.recipe.evaluate)  # an unknown task is told before anything is trained
+        if {"train", "publish"} <= {*plan.to_run}:
+            refuse_taken(run.to, run.name)
+        dashboard.show_plan(plan)
+        run.record("running")
         with following(dashboard.follower()):
             for step in plan.steps:
                 if step.state != "skipped":

@@ -180,7 +180,15 @@ def select(selectors: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
 
 
 def _union(selectors: Sequence[str]) -> set[str]:
-    return {s for text in selectors for one in re.split(r"[,\s]+", text.strip()) if one for s in _one(one)}
+    return {s for text in selectors for one in _each(text) for s in _one(one)}
+
+
+def _each(text: str) -> list[str]:
+    """The selectors of a list with commas or spaces between. One without any would select nothing, and be a success."""
+    found = [one for one in re.split(r"[,\s]+", text) if one]
+    if not found:
+        raise UserError(f"selector `{text}`: names no stage; leave it out for all of them (is a variable empty?)")
+    return found
 
 
 def _one(selector: str) -> set[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.promotion import records_of
+from flows.run import records_of
 from stages.compare import UNBOUNDED
 from stages.errors import UserError
 from stages.identity import Json
@@ -95,7 +95,7 @@ def _moved(move: Move, record: Mapping[str, Any] | None) -> Event:
 
 
 def _ran(record: Mapping[str, Any]) -> Event:
-    outcome = record.get("outcome")
+    outcome = record.get("outcome") if record["status"] == "finished" else None  # of one that goes on, it is an old one
     what = record["status"] if outcome is None else _OUTCOMES[outcome["production"]]
     model = record["stages"].get("merge", {}).get("key", "")
     why = "; ".join(outcome["reasons"]) if outcome else record.get("reason", "")

@@ -22,6 +22,7 @@ from typing import Any
 
 from flows.processes import MARK, Process, end, marked, process
 from flows.server import server_settings
+from stages.errors import UserError
 
 LOOK_SECONDS = 1.0
 """Between two looks at the parts."""
@@ -75,11 +76,16 @@ class State:
 
 
 def read(home: Path) -> State | None:
-    """The state of a home, or None when nothing was ever brought up there."""
+    """The state of a home, or None when nothing was ever brought up there. Raises UserError when it is damaged."""
     try:
         told: dict[str, Any] = json.loads((home / "up.json").read_text())
     except FileNotFoundError:
         return None
+    except ValueError:
+        raise UserError(
+            f"{home / 'up.json'} is damaged: it is no JSON document. Delete it; then `regrow down` ends what runs "
+            "there, and `regrow up` starts anew"
+        ) from None
     keeper = Process(*told["keeper"]) if told["keeper"] else None
     if isinstance(counted := told["settings"]["devices"], int):  # by a version that did not name them
         told["settings"]["devices"] = [str(n) for n in range(counted)]

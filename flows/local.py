@@ -18,7 +18,7 @@ from flows.graph import select
 from flows.plan import Plan, make_plan
 from flows.run import Run
 from flows.screen import Screen
-from flows.settle import Outcome, settle
+from flows.settle import Outcome, settle, settle_found
 from stages.compare import OVER_PRODUCTION, PRODUCTION, UNBOUNDED
 from stages.identity import Json
 
@@ -82,7 +82,8 @@ def finish(run: Run, selection: Selection, dashboard: str, console: Console, as_
     """Look at the destination and refs, print the summary, return the exit code."""
     plan = make_plan(run, selection.selectors, selection.exclude)
     publishes = plan.step("publish").state == "cached"
-    outcome = settle(run) if publishes and not run.runtime.read_only else None
+    look = settle if dashboard else settle_found  # a flow has recorded how the run ended
+    outcome = look(run) if publishes and not run.runtime.read_only else None
     if as_json:
         console.print_json(json.dumps(_summary(run, plan, outcome, dashboard)))
     else:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
-from stages.production import Move
+from stages.production import Move, production
 from stages.runtime import store_of
+from stages.store import Store
 
 Name = Annotated[str, typer.Argument(help="The recipe's name.")]
 
@@ -34,7 +36,8 @@ def promote(
     from flows.promotion import promote as moved
 
     settings = runtime_of(store, runtime)
-    _show(name, moved(store_of(settings), settings, name, what, anyway), as_json)
+    where = store_of(settings)
+    _show(where, name, moved(where, settings, name, what, anyway), as_json)
 
 
 @app.command()
@@ -43,7 +46,8 @@ def rollback(name: Name, store: StoreUrl = None, runtime: RuntimeFile = None, as
     from flows.promotion import rollback as moved
 
     settings = runtime_of(store, runtime)
-    _show(name, moved(store_of(settings), settings, name), as_json)
+    where = store_of(settings)
+    _show(where, name, moved(where, settings, name), as_json)
 
 
 @app.command()
@@ -54,11 +58,16 @@ def history(name: Name, store: StoreUrl = None, runtime: RuntimeFile = None, as_
     show_history(store_of(runtime_of(store, runtime)), name, console, as_json)
 
 
-def _show(name: str, move: Move, as_json: bool) -> None:
+def _show(store: Store, name: str, move: Move, as_json: bool) -> None:
+    from flows.delivering import places_of
+
     if as_json:
         console.print_json(json.dumps(asdict(move)))
-    else:
-        console.print(f"{name}/production now names {move.model['key'][:8]} of run {move.run} ({move.what})")
+        return
+    console.print(f"{name}/production now names {move.model['key'][:8]} of run {move.run} ({move.what})")
+    standing = production(store, name)
+    for to in dict.fromkeys(place.to for place in places_of(store, name, standing) if place.to) if standing else ():
+        console.print(f"model      {escape(to)}", soft_wrap=True)
 
 
 Home = Annotated[Path | None, typer.Option("--home", help="The folder with the server's database, logs and settings.")]

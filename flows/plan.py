@@ -215,13 +215,13 @@ def differences(stage: str, before: Mapping[str, Any], after: Mapping[str, Any])
     for name in sorted({*before["inputs"], *after["inputs"]}):
         if before["inputs"].get(name) != after["inputs"].get(name):
             yield f"{name} changed"
-    changed = [*_changes(stage, before["config"], after["config"])] if not stage_named(stage).resolves else []
+    changed = [*_changes(stage, before["config"], after["config"])] if not stage_named(stage).resolve else []
     # Of a plug-in that is named now, or no more, the config says so.
     for name in sorted({*before["version"], *after["version"]}):
         old, new = before["version"].get(name), after["version"].get(name)
         if old != new and not (changed and None in (old, new)):
             yield f"version of {name} {_shown(old)} → {_shown(new)}"
-    if stage_named(stage).resolves:
+    if stage_named(stage).resolve:
         yield from _part_differences(before["config"], after["config"])
         return
     yield from changed or _unsaid(stage, before["config"], after["config"])

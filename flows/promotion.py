@@ -6,11 +6,11 @@ and the command says so. Both look first whether the store holds what is to be d
 the same, the ref has moved, and `promote` for the model that it names delivers it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flows.delivering import bring, place_of
-from flows.run import production_of
+from flows.delivering import Place, bring, place_of, places_of
+from flows.run import production_of, records_of
 from flows.settle import named
 from stages.errors import UserError
 from stages.production import Move, Name, Production, person, production
@@ -42,7 +42,8 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: the gate was not passed by run {run}: {reasons}. Promote it all the same with --anyway"
         )
     if seen is not None and seen.now.model["digest"] == weights.digest:
-        if _deliver(store, runtime, record, card, weights, moved=False):
+        places = [place_of(record), *places_of(store, name, seen)]
+        if _deliver(store, runtime, record, places, card, weights, moved=False):
             return seen.now
         raise UserError(f"{name}/production already names this model (merge {seen.now.model['key'][:12]})")
     before = production_of(record)
@@ -70,7 +71,7 @@ def promote(store: Store, runtime: Runtime, name: str, what: str | None = None, 
             f"{name}: production moved at this moment and was left as it is now; look at `regrow history {name}` and "
             "repeat the command if you still want it"
         )
-    _deliver(store, runtime, record, card, weights, moved=True)
+    _deliver(store, runtime, record, [place_of(record)], card, weights, moved=True)
     return move
 
 
@@ -85,16 +86,14 @@ def _uncompared(seen: Production | None, compared: Name | None, weights: Artifac
 
 def rollback(store: Store, runtime: Runtime, name: str) -> Move:
     """Let `name`'s production ref name the model that stood before, and deliver it: where its recipe says, and where
-    the recipe of the replaced one does, for that place is looked at now. Raises UserError as
+    the recipe of the replaced one does. Raises UserError as
     `stages.production.rollback`, and before the move when the model's files or its run's record are gone; after it as
     `promote`."""
-    seen = production(store, name)
     move = moved_back(store, name, check=lambda move: _of_move(store, name, move))
     record, card, weights = _of_move(store, name, move)
-    replaced = store.read_run(seen.now.run) if seen and seen.now.number == move.number - 1 else None
-    _deliver(store, runtime, record, card, weights, moved=True)
-    if replaced and place_of(replaced).to != place_of(record).to:
-        _deliver(store, runtime, {**record, "text": replaced["text"]}, card, weights, moved=True)
+    standing = production(store, name)
+    assert standing is not None
+    _deliver(store, runtime, record, places_of(store, name, standing), card, weights, moved=True)
     return move
 
 
@@ -141,11 +140,6 @@ def _record(store: Store, name: str, what: str | None) -> Mapping[str, Any]:
     return next(iter(matching.values()))
 
 
-def records_of(store: Store, name: str) -> Iterator[dict[str, Any]]:
-    """The records of a recipe's runs, the one written last first."""
-    return (record for _, record in store.runs() if record.get("recipe") == name)
-
-
 def _artifact(store: Store, name: str, run: str, stage: str, entry: Name) -> Artifact:
     found = store.recall(stage, entry["key"], entry["digest"])
     missing = store.missing(found.tree) if found else [f"{stage} {entry['key'][:12]}"]
@@ -155,13 +149,28 @@ def _artifact(store: Store, name: str, run: str, stage: str, entry: Name) -> Art
 
 
 def _deliver(
-    store: Store, runtime: Runtime, record: Mapping[str, Any], card: Artifact, weights: Artifact, *, moved: bool
+    store: Store,
+    runtime: Runtime,
+    record: Mapping[str, Any],
+    places: Iterable[Place],
+    card: Artifact,
+    weights: Artifact,
+    *,
+    moved: bool,
 ) -> bool:
-    """Bring the model to where the run's recipe publishes; False when it is there already, or nowhere is asked for.
-    Raises UserError when that place cannot be written, and BadBlob."""
-    try:
-        return bring(store, runtime, record["recipe"], place_of(record), weights, card, moved=moved) == "arrived"
-    except (UserError, BadBlob) as error:
-        name, anyway = record["recipe"], "" if card.facts["passed"] else " --anyway"
-        error.add_note(f"{name}/production names it; deliver it with: regrow promote {name} {record['run']}{anyway}")
-        raise
+    """Bring the model of a run to each of the places, whatever became of the others; whether it came to one just now.
+    Raises UserError when a place cannot be written, and BadBlob."""
+    arrived, errors = False, list[UserError | BadBlob]()
+    for place in dict.fromkeys(places):
+        try:
+            arrived |= bring(store, runtime, record["recipe"], place, weights, card, moved=moved) == "arrived"
+        except (UserError, BadBlob) as error:
+            errors.append(error)
+    if errors:
+        for other in errors[1:]:
+            errors[0].add_note(str(other))
+        name = record["recipe"]
+        again = f"regrow promote {name} {record['run']}" + ("" if card.facts["passed"] else " --anyway")
+        errors[0].add_note(f"{name}/production names it; deliver it with: {again}")
+        raise errors[0]
+    return arrived

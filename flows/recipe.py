@@ -79,9 +79,9 @@ def load(path: Path, settings: Sequence[str] = ()) -> Loaded:
 def loads(text: str, path: str, settings: Sequence[str] = ()) -> Loaded:
     """A recipe from its YAML text; `path` is what messages call it. Raises UserError, all mistakes in one message."""
     document = parse(text, path)
-    if not isinstance(document.value, dict):
+    value = {} if document.value is None else document.value
+    if not isinstance(value, dict):
         raise UserError(f"{path}:1: a recipe is a mapping of sections (name, fetch, …)")
-    value = document.value
     for setting in settings:
         value = _with_setting(value, setting)
     overridden = {s.partition("=")[0] for s in settings}
@@ -112,10 +112,9 @@ def _with_setting(value: dict[str, Any], setting: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise UserError(f"--set {setting}: expected KEY=VALUE with a dotted key, e.g. train.learning_rate=2e-4")
     try:
-        leaf = yaml.safe_load(text)
-        str(leaf).encode()
-    except (yaml.YAMLError, ValueError):  # a date that is none, and half of a character
-        raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+        leaf = parse(text, "").value
+    except UserError as error:  # which begins with the line
+        raise UserError(f"--set {setting}: {str(error).partition(': ')[2]}") from None
     copy: dict[str, Any] = dict(value)
     inner = copy
     for key in keys[:-1]:

@@ -6,6 +6,7 @@ cores: of the runtime they are told what was set, and their own environment says
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,14 +39,15 @@ def run_there(run: Run, selection: Selection, console: Console) -> int:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    told = order(run, selection, here=url == ours or urlsplit(url).hostname in LOOPBACK)
+    here = url == ours or urlsplit(url).hostname in LOOPBACK
+    told = order(run, selection, here=here)
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name("finetune/recipe")
         except ObjectNotFound:
             raise UserError(f"{url} has no deployment finetune/recipe; register it with `regrow up`") from None
         if told["parameters"]["run"]:
-            run.record("started")
+            (run if here else replace(run, to="")).record("started")  # elsewhere a path means another folder
         sent = client.create_flow_run_from_deployment(deployment.id, **told)
         page = Api(url, None).page(sent.id)
         console.print(f"[dim]sent to {escape(page)}[/]", soft_wrap=True)

@@ -19,11 +19,12 @@ from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 
+from flows.dashboard import Dashboard
 from flows.execute import StageFailed
-from flows.finetune import failed, opened, own_id, require_held, run_name, work
+from flows.finetune import failed, finished, label, opened, own_id, require_held, run_name, work
 from flows.parameters import OwnRuntime, filled
 from flows.plan import make_plan
-from flows.settle import settle
+from flows.settle import settle_found
 from flows.stored import AnyRecipe, recipe_of
 from stages.child import Suspended
 from stages.errors import UserError
@@ -69,7 +70,11 @@ def new(
     if goes_on or make_plan(run).to_run:
         return work(client, run, held=held)
     require_held(held)
-    outcome = settle(run)
+    outcome = settle_found(run)
+    if outcome.production == "moved":  # the run that made the model ended before it could
+        label(client, run)
+        Dashboard(client).show_history(run)
+        return finished(run, outcome)
     told = outcome.told(run.name) or f"not published: {'; '.join(outcome.reasons)}"
     message = f"nothing new: every stage of {run.name} is in the store; {told}"
     get_run_logger().info(message)

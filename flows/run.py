@@ -17,9 +17,10 @@ from flows import continuing
 from flows.continuing import Start
 from flows.graph import ORDER, WIRING, Take, stage_named
 from flows.recipe import Loaded, Recipe
-from stages import evaluate, objectives, own_code, reward_models, weight_files
+from stages import evaluate, fetch, objectives, own_code, reward_models, weight_files
 from stages.child import Suspended
 from stages.compare import UNBOUNDED
+from stages.deliver import absolute
 from stages.errors import UserError
 from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
@@ -44,6 +45,10 @@ class Run:
     """The stages this run made, rather than found."""
     production: Production | None = None
     """What the production ref said when the run started: it moves only if it still says so."""
+    to: str = ""
+    """Where its model goes, as seen from where the run began: `publish.to`, a folder by its absolute path."""
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+    """The run's record as it was when this goes on with it; empty for a new run."""
     _began: tuple[str, Start, Tree] | None = None
     """The answer of `began`, and for which fetch."""
 
@@ -120,11 +125,20 @@ class Run:
             return None
         found = self.store.recall("merge", named["key"], named["digest"])
         if found is None:
-            raise UserError(
-                f"{self.name}/production names a model that {self.store.url} no longer holds (merge "
-                f"{named['key'][:12]}): let it name another one with `regrow promote {self.name} RUN`"
-            )
+            raise self._lost(f"merge {named['key'][:12]}")
         return found
+
+    def refuse_lost_rival(self) -> None:
+        """Raise UserError when files of that are gone. It does not grow back: it is not this run's to make."""
+        rival = self.rival()
+        if rival is not None and (gone := self.store.missing(rival.tree)):
+            raise self._lost(f"merge {rival.key[:12]}, {gone[0]}")
+
+    def _lost(self, what: str) -> UserError:
+        return UserError(
+            f"{self.name}/production names a model that {self.store.url} no longer holds ({what}): let it name another "
+            f"one with `regrow promote {self.name} RUN`, or go back with `regrow rollback {self.name}`"
+        )
 
     def action(self, stage: str) -> Action | None:
         """The stage's action, or None while an artifact above it is unknown."""
@@ -146,16 +160,20 @@ class Run:
         tokenized."""
         shards = self.artifacts["convert"].tree.select("*/counts.json").folders()
         with suppress(BadBlob), self.store.hold() as hold:  # as above
-            shard, tree = next(iter(shards.items()))  # all are of one kind, or pack says so
-            counts = json.loads((self.store.view(tree, hold) / "counts.json").read_text())
-            source = f"the source `{shard.partition('/')[0]}`"
-            objectives.refuse_other_kinds(self.loaded.recipe.train.objective, counts["kind"], source)
+            for shard, tree in shards.items():
+                counts = json.loads((self.store.view(tree, hold) / "counts.json").read_text())
+                if "kind" in counts:  # some row is left; all are of one kind, or pack says so
+                    source = f"the source `{shard.partition('/')[0]}`"
+                    objectives.refuse_other_kinds(self.loaded.recipe.train.objective, counts["kind"], source)
+                    break
 
     def check_tasks(self) -> None:
         """Raise UserError where a task of `evaluate` cannot ask what was fetched for it."""
-        rows = self.artifacts["fetch"].tree.folder("data")
+        fetched, config = self.artifacts["fetch"].tree, self.loaded.recipe.evaluate
         with suppress(BadBlob), self.store.hold() as hold:  # as above
-            evaluate.check_rows(self.loaded.recipe.evaluate, rows, lambda tree: self.store.view(tree, hold))
+            evaluate.check_rows(
+                config, fetched.folder("data"), fetched.folder("model"), lambda tree: self.store.view(tree, hold)
+            )
 
     def check_names(self) -> None:
         """Raise UserError where `train` names layers or weights that the fetched model does not have."""
@@ -188,7 +206,11 @@ class Run:
 
     def record(self, status: str, outcome: Mapping[str, Json] | None = None, reason: str = "") -> None:
         """Write the run's record; with the outcome of its publishing once that is known, or with the `reason` why it
-        ended before that."""
+        ended before that. Of a run that goes on, the model that it had stays its model, with that one's outcome, until
+        there is another with a card."""
+        had, has = self.earlier.get("stages", {}), self._stages()
+        still = "publish" in had and "publish" not in has
+        kept = {name: self.earlier[name] for name in ("start", "outcome", "scores") if name in self.earlier}
         self.store.write_run(
             self.id,
             {
@@ -200,8 +222,11 @@ class Run:
                 "status": status,
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "production": _production_json(self.production),
+                "to": self.to,
                 "parts": [_part_json(p) for p in self.parts],
-                "stages": self._stages(),
+                "stages": {**has, **had} if still else {**had, **has},
+                **({"under_way": has} if still else {}),  # gc keeps what stands anywhere in here
+                **kept,
                 **({"start": self._began[1].document} if self._began else {}),
                 **({"outcome": dict(outcome), "scores": self.headline_scores()} if outcome else {}),
                 **({"reason": reason} if reason else {}),
@@ -249,17 +274,23 @@ def start(
         raise own_code.not_allowed(named[0])
     if record is not None:
         parts = [_part(p) for p in record["parts"]]
-        return Run(record["run"], loaded, runtime, store, parts, production=production_of(record))
-    fetch = stage_named("fetch")
-    assert fetch.parts is not None
+        to = record.get("to") or absolute(loaded.recipe.publish.to)  # a version that did not keep it, or sent elsewhere
+        found = production_of(record)
+        return Run(record["run"], loaded, runtime, store, parts, production=found, to=to, earlier=record)
     run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     standing = production(store, loaded.recipe.name)
-    parts = list(fetch.parts(loaded.recipe.fetch, {}))
+    parts = list(fetch.resolve(loaded.recipe.fetch, runtime.cache))
     for section in ("train", "evaluate"):
         for place, model in _steps_of(loaded.recipe, section):
             if (path := loaded.recipe.fetch.reward_models[model].path) is not None:
                 reward_models.refuse_steps(Path(path).expanduser(), place)
-    return Run(run_id, loaded, runtime, store, parts, production=standing)
+    to = absolute(loaded.recipe.publish.to)
+    return Run(run_id, loaded, runtime, store, parts, production=standing, to=to)
+
+
+def records_of(store: Store, name: str) -> Iterator[dict[str, Any]]:
+    """The records of a recipe's runs, the one written last first."""
+    return (record for _, record in store.runs() if record.get("recipe") == name)
 
 
 def _steps_of(recipe: Recipe, section: str) -> Iterator[tuple[str, str]]:

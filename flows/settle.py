@@ -6,15 +6,20 @@ destination in milliseconds.
 """
 
 import json
-from dataclasses import dataclass
+import logging
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-from flows.delivering import bring, bring_standing
+from flows.delivering import Place, bring, bring_standing
 from flows.run import Run
+from stages.errors import UserError
 from stages.production import Name, promote
 from stages.production import production as standing_in
 from stages.publish import PublishConfig
-from stages.store import Artifact
+from stages.store import Artifact, BadBlob
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,28 @@ class Answer:
 
 def settle(run: Run, answer: Answer | None = None) -> Outcome:
     """Promote and deliver the run's published model, where its recipe asks for approval only with a person's `answer`;
-    else the one that production names, if an earlier run could not. Raises UserError when the destination cannot be
-    written."""
+    else the one that production names, if an earlier run could not. Raises UserError when the run's own model cannot be
+    delivered."""
     outcome = _settled(run, answer)
     if outcome.production not in ("moved", "stands"):
-        bring_standing(run.store, run.runtime, run.name, run.loaded.recipe.publish.to)
+        try:
+            bring_standing(run.store, run.runtime, run.name, run.to)
+        except (UserError, BadBlob, OSError) as error:  # this run has ended as it has, whatever becomes of another's
+            _log.warning("the model that %s/production names could not be delivered: %s", run.name, error)
+    return outcome
+
+
+def settle_found(run: Run) -> Outcome:
+    """`settle` for a run that found every stage made: it comes on record only where production moves to its model."""
+    try:
+        outcome = settle(run)
+    except BaseException as error:
+        with suppress(UserError, OSError):  # where the store is what failed, that is told
+            if run.store.hasty().read_run(run.id) is not None:
+                run.record_end(error)
+        raise
+    if outcome.production == "moved":
+        run.record("finished", asdict(outcome))
     return outcome
 
 
@@ -79,10 +101,11 @@ def _settled(run: Run, answer: Answer | None) -> Outcome:
     if production not in ("moved", "stands"):
         said = [answer.why] if answer and answer.why and production == "refused" else []
         return Outcome(True, [*reasons, *said], "", False, production, by)
-    brought = bring(run.store, run.runtime, run.name, config, weights, card, moved=production == "moved")
+    place = Place(run.to, config.private)
+    brought = bring(run.store, run.runtime, run.name, place, weights, card, moved=production == "moved")
     if brought == "elsewhere":
         return Outcome(True, reasons, "", False, "elsewhere", by)
-    return Outcome(True, reasons, config.to, brought == "arrived", production, by)
+    return Outcome(True, reasons, run.to, brought == "arrived", production, by)
 
 
 def _promoted(
@@ -99,6 +122,8 @@ def _promoted(
     if approval and not (answer and answer.promote):
         return "refused" if answer else "waits"
     rival = run.rival()
+    # Every move names a run on record, with all that it used: what goes back to its model, or on from it, reads that.
+    run.record("running")
     moved = promote(
         run.store,
         run.name,

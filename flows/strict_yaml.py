@@ -4,6 +4,7 @@ Anchors and `<<` merges work. A document that would unfold to more than `MAX_NOD
 or that contains itself is refused before anything is built from it.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def parse(text: str, name: str) -> Document:
         try:
             root = loader.get_single_node()
             if root is None:
-                return Document({}, {})
+                return Document(None, {})
             _refuse_bomb(root, name)
             lines: dict[Path, int] = {}
             _note_lines(root, (), lines, name)
@@ -85,9 +86,10 @@ def _refuse_bomb(root: yaml.Node, name: str) -> None:
 
 
 def _refuse_no_value(node: yaml.ScalarNode, name: str) -> None:
-    """What looks like a date and is none, such as 2026-02-30, and half of a character, which no file can hold."""
+    """What looks like a date and is none, such as 2026-02-30, half of a character, which no file can hold, and a number
+    that is another one than people read: YAML 1.1 takes 010 for an octal 8, and 1:30 for ninety."""
     try:
-        yaml.constructor.SafeConstructor().construct_object(node)
+        value = yaml.constructor.SafeConstructor().construct_object(node)
         node.value.encode()
     except UnicodeEncodeError:
         raise UserError(
@@ -96,6 +98,11 @@ def _refuse_no_value(node: yaml.ScalarNode, name: str) -> None:
     except ValueError as error:
         told = f"{name}:{node.start_mark.line + 1}: {node.value} is no value: {error}"
         raise UserError(f"{told}; write text between quotes") from None
+    numeral = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    if numeral and (":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value)):
+        reads = "colons in base 60" if ":" in node.value else "a leading 0 as octal"
+        means = f"{node.value} is {value} in YAML, which reads {reads}"
+        raise UserError(f"{name}:{node.start_mark.line + 1}: {means}: write the number in full, or text between quotes")
 
 
 def _note_lines(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> None:

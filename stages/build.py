@@ -54,9 +54,8 @@ def build(
     """
     started = time.monotonic()
     hooks = hooks or Hooks()
-    if stage.resolves and parts is None:
-        assert stage.parts is not None
-        parts = stage.parts(config, inputs)
+    if stage.resolve and parts is None:
+        parts = stage.resolve(config, runtime.cache)
     action = action_of(stage, config, inputs, parts or (), where)
     replace = force or regrow
     if not replace and (found := store.find(stage.name, action.key)):
@@ -66,10 +65,10 @@ def build(
         if found and not (regrow and store.missing(found.tree)):  # made, or grown back, by whoever held the lease
             return Built(found, True, time.monotonic() - started)
         maker = Maker(stage, store, runtime, where or {}, run, hooks, lambda: _stopped(held))
-        if stage.parts is None:
+        listed = stage.parts(config, inputs) if parts is None and stage.parts else parts
+        if listed is None:
             [artifact] = maker.make([Job(WHOLE, action, config.model_dump(mode="json"), inputs, replace)])
         else:
-            listed = parts if parts is not None else stage.parts(config, inputs)
             made = maker.make_parts(listed, force=force)
             facts = merge_facts([a.facts for a in made.values()])
             artifact = store.commit_whole(

@@ -146,7 +146,7 @@ def broke_off(cache: Path, name: str) -> bool:
 def sweep_begun(cache: Path, before: float, delete: bool) -> list[int]:
     """The sizes of the downloads that nobody is at or wrote to since `before`; `delete` removes them."""
     with _alone(cache):
-        found = [each for each in _files(cache / "begun") if each[1].st_mtime < before and not _under_way(each[0])]
+        found = [each for each in files_below(cache / "begun") if each[1].st_mtime < before and not _under_way(each[0])]
         for path, _ in found if delete else ():
             path.unlink(missing_ok=True)
     return [stat.st_size for _, stat in found]
@@ -160,7 +160,12 @@ def size_of(cache: Path) -> int:
 def idle_views(cache: Path, before: float) -> list[Path]:
     """The views that nobody holds or asked for since `before`."""
     names = _held(cache)
-    return [v for v in (cache / "views").glob("*") if v.name not in names and v.stat().st_mtime < before]
+    found = []
+    for view in (cache / "views").glob("*"):
+        with suppress(FileNotFoundError):  # just dropped
+            if view.name not in names and view.stat().st_mtime < before:
+                found.append(view)
+    return found
 
 
 def drop_views(cache: Path, before: float) -> None:
@@ -175,6 +180,14 @@ def remove_folder(folder: Path) -> None:
     for place, _, _ in os.walk(folder):
         Path(place).chmod(0o755)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files below a folder in which others come and go."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield Path(place, name), Path(place, name).stat()
 
 
 @contextmanager
@@ -253,13 +266,13 @@ def _look(cache: Path, names: dict[str, int]) -> _Contents:
     sizes: dict[int, int] = {}
     links: dict[int, int] = {}
     last: dict[int, float] = {}
-    broken_off = (each for each in _files(cache / "begun") if not _under_way(each[0]))
-    for path, stat in chain(_files(cache / "blobs"), broken_off):
+    broken_off = (each for each in files_below(cache / "begun") if not _under_way(each[0]))
+    for path, stat in chain(files_below(cache / "blobs"), broken_off):
         found.blobs[stat.st_ino].append(path)
         sizes[stat.st_ino], links[stat.st_ino], last[stat.st_ino] = stat.st_size, stat.st_nlink, stat.st_atime
     for folder in (cache / "views").glob("*"):
         files: dict[int, int] = {}
-        for _, stat in _files(folder):
+        for _, stat in files_below(folder):
             found.shown[stat.st_ino] += 1
             files[stat.st_ino] = sizes[stat.st_ino] = stat.st_size
             links[stat.st_ino] = stat.st_nlink
@@ -271,14 +284,6 @@ def _look(cache: Path, names: dict[str, int]) -> _Contents:
         unit.files = {inode: size if inode in ours else 0 for inode, size in unit.files.items()}
     found.size += sum(size for inode, size in sizes.items() if inode in ours)
     return found
-
-
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files below a folder in which others come and go."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                yield Path(place, name), Path(place, name).stat()
 
 
 def _locked(path: Path) -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import jinja2
 
 from stages import sandbox, templates
-from stages.chunks import Calls, render_chunks
+from stages.chunks import CONTENT, REASONING, Calls, render_chunks
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Turn
 from stages.tokenizer_files import Tokenizer
@@ -38,6 +38,8 @@ class Template:
     """Texts that end a turn."""
     answer_end: str = ""
     """The one that ends a plain answer of the assistant's."""
+    thought_end: str = ""
+    """What stands between the assistant's reasoning and its answer, such as `</think>`; empty where it knows none."""
     calls: Calls | None = None
     """How it takes tool calls; None where it knows none."""
 
@@ -49,6 +51,7 @@ _CALL = Turn(
     None,
     tool_calls=[{"id": "000000000", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}],
 )
+_THOUGHT = Turn("assistant", "!", reasoning="~")
 _RESULT = Turn("tool", "=", name="f", tool_call_id="000000000")
 
 
@@ -76,7 +79,7 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
     bare = Template(source, compiled, tokenizer.variables)
     try:
         _, after_question = _around(bare, [_QUESTION])
-        _, after_answer = _around(bare, [_QUESTION, _ANSWER])
+        before_answer, after_answer = _around(bare, [_QUESTION, _ANSWER])
         _, prompted = _around(bare, [_QUESTION], add_generation_prompt=True)
     except BadRow as error:
         raise UserError(f"the chat template fails on a plain question and answer: {error}") from error
@@ -99,6 +102,7 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         header=_ending(prompt, control) or prompt,
         endings=tuple(sorted(endings)),
         answer_end=_ending(after_answer, control),
+        thought_end=_thought_end(bare, before_answer.removeprefix(prompted)),
         calls=calls,
     )
 
@@ -132,6 +136,21 @@ def _ending(after: str, control: tuple[str, ...]) -> str:
     """The text that ends a turn, from what stands after the last one: up to its first control token, if any."""
     ends = [after.index(token) + len(token) for token in control if token in after]
     return after[: min(ends)] if ends else after.rstrip()
+
+
+def _thought_end(bare: Template, opening: str) -> str:
+    """What closes the assistant's reasoning: what the template writes between that and an answer, or only the part of
+    it that a plain answer opens with too (`opening`, beyond what the assistant is given). A template may also take
+    reasoning out of answers without ever writing any."""
+    between = ""
+    with suppress(BadRow, UserError):
+        chunks = render_chunks(bare.compiled, bare.variables, None, Conversation([_QUESTION, _THOUGHT]))
+        kinds = [leaf.kind if leaf and leaf.turn == 1 else "" for _, leaf, _ in chunks]
+        if REASONING in kinds and CONTENT in kinds:
+            between = "".join(text for text, _, _ in chunks[kinds.index(REASONING) + 1 : kinds.index(CONTENT)])
+    shared = next((between[at:] for at in range(len(between)) if opening.endswith(between[at:])), "")
+    known = (mark for mark in ("</think>", "[/THINK]") if mark in bare.source)
+    return shared.strip() or between.strip() or next(known, "")
 
 
 def _calls(bare: Template) -> tuple[Calls | None, str]:

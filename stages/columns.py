@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from stages.row_fields import decoded
+from stages.row_fields import decoded, says
 
 __all__ = ["Columns"]
 
@@ -48,7 +48,7 @@ class Columns:
             self._seen[names] += 1
             if self._seen[names].bit_count() == 1:
                 return _Noting(row)
-        return _Noting(row) if any(name in self._open and _says(row[name]) for name in names) else row
+        return _Noting(row) if any(name in self._open and says(row[name]) for name in names) else row
 
     def saw(self, watched: Row) -> None:
         """Count a row that was converted."""
@@ -58,7 +58,7 @@ class Columns:
             self._open -= watched.read
             said = watched.before
         for name, value in said.items():
-            if name not in self._read and _says(value) and (name in self._held or len(self._held) < MOST):
+            if name not in self._read and says(value) and (name in self._held or len(self._held) < MOST):
                 self._held[name] += 1
                 if self._held[name] < MOST:
                     self._open.add(name)
@@ -81,11 +81,6 @@ class Columns:
     def unread(self) -> dict[str, int]:
         """Rows that say something there, by each column of which nothing was read."""
         return {name: self._held[name] for name in sorted(self._held.keys() - self._read)}
-
-
-def _says(value: Any) -> bool:
-    """Whether there is something in a column; CSV has no other way to leave a cell out than to leave it blank."""
-    return bool(value) or value not in (None, "", [], {})
 
 
 class _Noting(dict[str, Any]):

@@ -8,7 +8,8 @@
 A task whose scores are no shares of 1, as those of a reward model, has `"unbounded": true`: its values are means of
 numbers of any size and sign.
 Differences are tuned minus base, on the same items. "better" names a model only where the difference's 95 % interval
-excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences. What has
+excludes 0. Loss is in nats a trained token, less is better, and its intervals resample packed sequences; those of
+held-out judged answers resample what varies together (`stages.heldout.Heldout.groups`). What has
 `"too_few": true` comes of too few items for an interval, and is unclear.
 What is no number, of the base or the tuned model, has no entry (nor, of production, a comparison with it): it stands,
 with the models whose figures are none, in `"not_numbers": {"spelling": ["tuned"], ...}`.
@@ -30,7 +31,7 @@ from typing import NamedTuple
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.intervals import Interval, bootstrap, mean, paired_difference, share
+from stages.intervals import Interval, ahead, bootstrap, mean, paired_difference, share
 
 BASE, PRODUCTION, TUNED = "base", "production", "tuned"
 """The models, as they are called in parts, scores and reports."""
@@ -95,8 +96,8 @@ def compare(scores: Path) -> dict[str, Json]:
         items = list(_items(scores, name))
         told = [json.loads((scores / model / name / "scores.json").read_text()) for model in _models(scores, name)]
         unbounded = any(part.get(UNBOUNDED, False) for part in told)
-        found = _field(scores, "margins") if name == HELDOUT_LOSS else {}
-        margins = found if all(found.values()) else {}
+        fields = [_field(scores, field) if name == HELDOUT_LOSS else {} for field in ("margins", "groups", "behind")]
+        margins, groups, behind = (found if all(found.values()) else {} for found in fields)
         for leaf in dict.fromkeys(item.task for item in items):
             answered = [item for item in items if item.task == leaf]
             figures = _figures(answered)
@@ -106,9 +107,10 @@ def compare(scores: Path) -> dict[str, Json]:
                 figures = {model: each for model, each in figures.items() if model not in broken[leaf]}
                 # Some of lm-eval's metrics, such as BLEU from 0 to 100, are no shares of 1 either.
                 shares = all(0 <= score <= 1 for scores in figures.values() for score in scores)
-                tasks[leaf] = _compared(answered[0].metric, figures, unbounded or not shares)
+                together = groups.get(BASE, [])
+                tasks[leaf] = _compared(answered[0].metric, figures, unbounded or not shares, together, behind)
                 if margins:
-                    tasks[leaf]["margin"] = _margin({model: margins[model] for model in figures})
+                    tasks[leaf]["margin"] = _margin({model: margins[model] for model in figures}, together)
         for part in told:
             for check in checks:
                 checks[check] += part.get(check, 0)
@@ -203,31 +205,49 @@ def _is_number(figures: list[float]) -> bool:
     return math.isfinite(sum(figures))  # one that is not carries over
 
 
-def _margin(found: dict[str, list[float]]) -> Json:
+def _margin(found: dict[str, list[float]], groups: list[int]) -> Json:
     """Each model's mean margin over the held-out pairs, and what the tuned model changes about the base model's."""
-    of_model = {model: share(margins).document for model, margins in found.items()}
-    return {**of_model, **_difference(paired_difference(found[BASE], found[TUNED]), BASE, more_is_better=True)}
+    of_model = {model: mean(margins, groups).document for model, margins in found.items()}
+    return {**of_model, **_difference(mean(_changes(found, BASE), groups), BASE, more_is_better=True)}
 
 
-def _compared(metric: str, figures: dict[str, list[float]], unbounded: bool) -> dict[str, Json]:
-    value = mean if unbounded else share  # no number is a share there, not even 0 or 1
+def _changes(found: dict[str, list[float]], model: str) -> list[float]:
+    """The tuned model's figures minus another one's, item by item."""
+    return [tuned - other for other, tuned in zip(found[model], found[TUNED], strict=True)]
 
-    def against(scores: list[float], model: str) -> dict[str, Json]:
-        found = mean([b - a for a, b in zip(scores, tuned, strict=True)]) if unbounded else None
-        return _difference(found or paired_difference(scores, tuned), model, more_is_better=True)
 
-    base, tuned = figures[BASE], figures[TUNED]
+def _compared(
+    metric: str, figures: dict[str, list[float]], unbounded: bool, groups: list[int], behind: dict[str, list[float]]
+) -> dict[str, Json]:
+    """The models' scores of a task and how they differ, as `stages.intervals` has it; with `groups` of items that vary
+    together, and, where the items are good answers, with the shares of the bad ones that they leave `behind`."""
+
+    def value(model: str) -> Interval:
+        if behind:
+            return ahead(figures[model], behind[model])
+        # No number is a share where they are unbounded, not even 0 or 1.
+        return (mean if unbounded else share)(figures[model], groups)
+
+    def against(model: str) -> dict[str, Json]:
+        if behind:
+            found = ahead(_changes(figures, model), _changes(behind, model))
+        elif unbounded:
+            found = mean(_changes(figures, model), groups)
+        else:
+            found = paired_difference(figures[model], figures[TUNED], groups)
+        return _difference(found, model, more_is_better=True)
+
     compared: dict[str, Json] = {
         "metric": metric,
         **({UNBOUNDED: True} if unbounded else {}),
-        "n": len(base),
-        BASE: value(base).document,
-        TUNED: value(tuned).document,
-        **against(base, BASE),
+        "n": len(figures[BASE]),
+        BASE: value(BASE).document,
+        TUNED: value(TUNED).document,
+        **against(BASE),
     }
-    if production := figures.get(PRODUCTION):
-        compared[PRODUCTION] = value(production).document
-        compared[OVER_PRODUCTION] = against(production, PRODUCTION)
+    if PRODUCTION in figures:
+        compared[PRODUCTION] = value(PRODUCTION).document
+        compared[OVER_PRODUCTION] = against(PRODUCTION)
     return compared
 
 

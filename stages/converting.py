@@ -87,8 +87,8 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     document = {
         "source": source["source"],
         "split": source["split"],
-        "kind": reader.kind,
-        "format": reader.format,
+        # Of no rows nobody can say what they are: another shard's may be of any kind and format.
+        **({"kind": reader.kind, "format": reader.format} if counts.left else {}),
         "fields": dict(reader.fields),
         "own_ends": reader.verbatim or reader.ids,
         "first": source.get("rows_before", first - 1),
@@ -101,10 +101,12 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         # cannot judge what is asked through a chat template.
         if separator is not None and counts.chats:
             (output / f"{SEPARATOR}.json").write_text(json.dumps(separator), "utf-8")
-    (output / "counts.json").write_text(json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    told = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    # A column may be named with half a character.
+    (output / "counts.json").write_bytes(told.encode("utf-8", "replace"))
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
-    return {**facts, "formats": {reader.format: 1}}
+    return {**facts, **({"formats": {reader.format: 1}} if counts.left else {})}
 
 
 def _name(source: Mapping[str, Any], where: Mapping[str, Any]) -> str:
@@ -123,11 +125,11 @@ def _inside(source: Mapping[str, Any]) -> str:
 
 def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[Place, Row | BadRow | LeftOut]]:
     """The first rows, until there are enough to recognise a format by that no filter leaves out: those that it does may
-    be of another one. Of these only the first are kept in memory."""
+    be of another one."""
     seen: list[tuple[Place, Row | BadRow | LeftOut]] = []
     kept = 0
     for place, row in rows:
-        seen.append((place, LeftOut({}) if isinstance(row, LeftOut) and len(seen) >= auto.SAMPLE else row))
+        seen.append((place, row))
         kept += not isinstance(row, LeftOut)
         if kept == auto.SAMPLE:
             break
@@ -137,10 +139,6 @@ def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[
 def _reader(config: ConvertPart, name: str, seen: Sequence[tuple[Place, Row | BadRow | LeftOut]]) -> Reader:
     """The format that reads a shard. Raises UserError when it is not recognised in the rows `seen`."""
     rows = [row for _, row in seen if isinstance(row, dict)]
-    rows = rows or [row.row for _, row in seen[: auto.SAMPLE] if isinstance(row, LeftOut)]
-    for place, row in seen:
-        if not rows and isinstance(row, BadRow):
-            raise UserError(f"{name}, {place}: {row}")
     try:
         return formats.reader(config.format, config.fields, config.roles, config.options, code=config.code, rows=rows)
     except UserError as error:
@@ -164,6 +162,11 @@ class _Counts:
         """What closes the steps of stepwise rows: one, once there was such a row."""
         self.chats = False
         """Whether one of those went through the chat template."""
+
+    @property
+    def left(self) -> int:
+        """Rows that were not dropped."""
+        return self.rows - self.dropped.total()
 
     def bad(self, place: str, error: BadRow, hint: str) -> None:
         """Count a bad row, or stop there."""
@@ -212,7 +215,7 @@ def _converted(
     rows: Iterable[tuple[Place, Row | BadRow | LeftOut]], sequencer: Sequencer, counts: _Counts
 ) -> Iterator[list[Written]]:
     """The sequences of each row that can be converted."""
-    convert, form = sequencer.reader.convert, sequencer.reader.format
+    convert, check, form = sequencer.reader.convert, sequencer.reader.check, sequencer.reader.format
     for number, (place, row) in enumerate(rows):
         counts.rows += 1
         if isinstance(row, LeftOut):
@@ -222,6 +225,7 @@ def _converted(
             if isinstance(row, BadRow):
                 raise row
             made = convert(watched := counts.columns.watched(row))
+            check(row)
             counts.columns.saw(watched)
             found = sequencer.sequences(number, made)
             if sequencer.reader.kind == "stepwise" and isinstance(made, Example):

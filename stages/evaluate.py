@@ -21,7 +21,7 @@ from stages import evals, harness, reward_models
 from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
 from stages.evals import Options
 from stages.formats import BadRow
-from stages.generation import Precision
+from stages.generation import Precision, Turn
 from stages.identity import Tree
 from stages.reward_models import Steps
 from stages.rows import read_rows
@@ -31,6 +31,9 @@ HELDOUT_FILES = ("plan.json", "heldout_*.arrow")
 
 VOCABULARY = ("tokenizer.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 """What of a model's files says which token an id is."""
+
+TOKENIZER_FILES = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "config.json")
+"""What transformers reads a tokenizer from, without its chat template."""
 
 EXACT_MATCH = "exact_match"
 
@@ -165,9 +168,9 @@ def check(config: EvaluateConfig) -> None:
     harness.check_names([task.lm_eval for task in config.tasks.values() if task.lm_eval])
 
 
-def check_rows(config: EvaluateConfig, rows: Tree, files: Callable[[Tree], Path]) -> None:
+def check_rows(config: EvaluateConfig, rows: Tree, base: Tree, files: Callable[[Tree], Path]) -> None:
     """What the first row of each task's source tells before anything is trained: UserError for a task that cannot ask
-    it. `files` gives the folder that some of `rows` stand in."""
+    it, or not the model `base`. `files` gives the folder that some files of a tree stand in."""
     for name, task in config.tasks.items():
         if not task.source:
             continue
@@ -175,11 +178,25 @@ def check_rows(config: EvaluateConfig, rows: Tree, files: Callable[[Tree], Path]
         for row in islice(all_rows(files(first.under(shard))), 1):
             try:
                 if task.reward_model:
-                    reward_models.turns_of(row, task.options)
+                    turns = reward_models.turns_of(row, task.options)
+                    if len(turns) > 1:
+                        _try_asking(row[0], turns, files(base.select(*TOKENIZER_FILES, "chat_template*")))
                 else:
                     evals.load(task.eval or EXACT_MATCH).examples([row], task.options)
             except UserError as error:
                 raise UserError(f"evaluate.tasks.{name}: {error}") from error
+
+
+def _try_asking(place: str, turns: list[Turn], folder: Path) -> None:
+    """Raise UserError, naming the row, for a conversation that the model of a tokenizer's folder cannot be asked."""
+    from transformers import AutoTokenizer
+
+    from stages.generation import FROM_FOLDER, Model
+
+    try:
+        Model(None, AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)).ask(turns)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
@@ -216,7 +233,7 @@ def _tokenizer(weights: Tree, inputs: Mapping[str, Tree]) -> dict[str, Tree]:
     tuned = inputs["weights"]
     if weights.select(*VOCABULARY).digest == tuned.select(*VOCABULARY).digest:
         return {}
-    return {"tokenizer": tuned.select(*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "config.json")}
+    return {"tokenizer": tuned.select(*TOKENIZER_FILES)}
 
 
 def _read_by(name: str, task: Task, inputs: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -273,7 +290,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=7,
+    version=8,
     config=EvaluateConfig,
     run=run,
     parts=parts,

@@ -57,7 +57,8 @@ def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, wor
         work.runtime,
         lambda done, total: work.tell(done, total, "sequences"),
     )
-    document = {"sums": found.sums, "tokens": found.tokens, **({"margins": found.margins} if found.margins else {})}
+    more = {"margins": found.margins, "groups": found.groups, "behind": found.behind}
+    document = {"sums": found.sums, "tokens": found.tokens, **{name: each for name, each in more.items() if each}}
     if found.samples:
         _write(output, found.samples, document)
     else:

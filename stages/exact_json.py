@@ -5,6 +5,7 @@ of whole numbers that have more than 64 bits, and goes deeper into lists than Py
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -16,13 +17,13 @@ _DEEPEST = 900
 """Lists and objects within one another that both read for certain."""
 
 
-def loads(data: bytes | str) -> Any:
-    """What `json.loads` gives. Raises what that raises."""
+def loads(data: bytes | str, constant: Callable[[str], Any] = float) -> Any:
+    """What `json.loads` gives, with `constant` of "NaN", "Infinity" and "-Infinity". Raises what that raises."""
     try:
         found = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return json.loads(data)
-    return json.loads(data) if _is_doubtful(found) else found
+        return json.loads(data, parse_constant=constant)
+    return json.loads(data, parse_constant=constant) if _is_doubtful(found) else found
 
 
 def dumps(value: Any) -> str:

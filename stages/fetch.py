@@ -1,7 +1,7 @@
 """fetch: look what the sources hold now, and bring it in, one part a file.
 
-`parts` resolves: it is the one step that always looks, and it looks without importing anything heavy. What it finds
-(digests, etags, commits, versions) is the identity; where it found it never enters a key.
+`resolve` is the one step that always looks, and it looks without importing anything heavy. What it finds (digests,
+etags, commits, versions) is the identity; where it found it never enters a key.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from stages import reward_models
-from stages.identity import Tree
 from stages.sources import Found, credentials, files, folder, hub, new_tokens, package, reasoning
 from stages.sources.pieces import Pieces
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
@@ -159,17 +158,18 @@ class FetchPart(StageConfig):
     """The source's split; empty for the model."""
 
 
-def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
-    """Resolve every source. Raises UserError for the first that cannot be."""
-    resolved = [_model_part("model", config.model)]
+def resolve(config: FetchConfig, cache: Path) -> Sequence[Part]:
+    """Look at every source; `cache` remembers what would take long to look at again. Raises UserError for the first
+    that cannot be found."""
+    resolved = [_model_part("model", config.model, cache)]
     if config.teacher is not None:
-        resolved.append(_model_part("teacher", config.teacher))
+        resolved.append(_model_part("teacher", config.teacher, cache))
     for name, model in config.reward_models.items():
-        resolved.append(_model_part(f"reward_models/{name}", model, {"judges": True}))
+        resolved.append(_model_part(f"reward_models/{name}", model, cache, {"judges": True}))
         if model.path is not None:  # told before anything is fetched
             reward_models.check(Path(model.path).expanduser(), f"fetch.reward_models.{name}")
     for name, source in config.data.items():
-        kind, shards = _resolve_data(source, f"fetch.data.{name}")
+        kind, shards = _resolve_data(source, f"fetch.data.{name}", cache)
         for number, found in enumerate(shards):
             resolved.append(
                 Part(
@@ -181,25 +181,25 @@ def parts(config: FetchConfig, inputs: Mapping[str, Tree]) -> Sequence[Part]:
     return resolved
 
 
-def _model_part(name: str, model: ModelSource, marks: Mapping[str, Any] | None = None) -> Part:
-    kind, found = _resolve_model(model, f"fetch.{name.replace('/', '.')}")
+def _model_part(name: str, model: ModelSource, cache: Path, marks: Mapping[str, Any] | None = None) -> Part:
+    kind, found = _resolve_model(model, f"fetch.{name.replace('/', '.')}", cache)
     added = {"new_tokens": list(model.new_tokens)} if model.new_tokens else {}
     identity = {**found.identity, **added, **(marks or {})}
     return Part(name, {"kind": kind, "found": identity, "source": "", "split": ""}, where=found.where)
 
 
-def _resolve_model(model: ModelSource, place: str) -> tuple[str, Found]:
+def _resolve_model(model: ModelSource, place: str, cache: Path) -> tuple[str, Found]:
     if model.package is not None:
-        return "package", package.resolve(model.package, model.dtype or "bfloat16", f"{place}.package")
+        return "package", package.resolve(model.package, model.dtype or "bfloat16", f"{place}.package", cache)
     if model.path is not None:
-        return "folder", folder.resolve(model.path, f"{place}.path")
+        return "folder", folder.resolve(model.path, f"{place}.path", cache)
     if model.hub is not None:
         return "hub_model", hub.resolve_model(model.hub, model.revision or "main", f"{place}.hub")
     assert model.url is not None
     return "url", folder.resolve_url(model.url, model.storage_options or {}, f"{place}.url")
 
 
-def _resolve_data(source: DataSource, place: str) -> tuple[str, list[Found]]:
+def _resolve_data(source: DataSource, place: str, cache: Path) -> tuple[str, list[Found]]:
     if source.reasoning_gym is not None:
         assert source.size is not None
         made = reasoning.resolve(
@@ -208,9 +208,9 @@ def _resolve_data(source: DataSource, place: str) -> tuple[str, list[Found]]:
         return "reasoning_gym", [made]
     if source.hub is not None:
         split = source.data_split or "train"
-        found = hub.resolve_data(source.hub, source.revision or "main", source.subset, split, f"{place}.hub")
+        found = hub.resolve_data(source.hub, source.revision or "main", source.subset, split, f"{place}.hub", cache)
     else:
-        found = files.resolve(source.locations, source.storage_options or {}, source.sha256, f"{place}.files")
+        found = files.resolve(source.locations, source.storage_options or {}, source.sha256, f"{place}.files", cache)
     if source.first is None:
         return "file", found
     # One part, for how many rows of a file are wanted depends on the files before it.
@@ -248,8 +248,7 @@ STAGE = Stage(
     version=6,
     config=FetchConfig,
     run=run,
-    parts=parts,
+    resolve=resolve,
     part=FetchPart,
-    resolves=True,
     libraries=("transformers", "huggingface-hub", "pyarrow", "reasoning-gym"),
 )

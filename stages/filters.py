@@ -38,9 +38,7 @@ class WrongType(ValueError):
 
 
 class LeftOut(NamedTuple):
-    """A row that a filter does not keep."""
-
-    row: dict[str, Any]
+    """Stands for a row that a filter does not keep."""
 
 
 def filtered(rows: Iterator[tuple[str, Any]], text: str) -> Iterator[tuple[str, Any]]:
@@ -54,8 +52,8 @@ def filtered(rows: Iterator[tuple[str, Any]], text: str) -> Iterator[tuple[str, 
         if not isinstance(row, dict):
             return row
         try:
-            return row if keep(row) else LeftOut(row)
-        except WrongType as error:
+            return row if keep(row) else LeftOut()
+        except (WrongType, RecursionError) as error:  # the latter from lists and objects deep within one another
             return BadRow("filter does not apply", f"the filter does not apply: {error}")
 
     return ((place, kept(row)) for place, row in rows)

@@ -113,9 +113,12 @@ def _failures(gate: Gate, scores: Json) -> Iterator[str]:
     if scores.get("agreeing") != scores.get("scored_twice"):
         yield f"lm-eval and our own scorer agree on only {scores['agreeing']} of {scores['scored_twice']} answers"
     loss = scores["heldout_loss"]
-    if not evaluated and (gate.min_gain is not None or (gate.require == "better" and not loss and not broken)):
-        yield "the gate asks for a gain, and no task was evaluated"
     for other in _others(gate):
+        # Whether a model stands in production is told by what was measured; where nothing was, nobody knows.
+        there = _against(other, loss) is not None if loss else not broken
+        gain = other.thresholds.min_gain is not None or (other.thresholds.require == "better" and not loss)
+        if not evaluated and there and gain:
+            yield f"the gate asks for a gain over {other.words}, and no task was evaluated"
         compared = [task for task in counted.values() if _against(other, task) is not None]
         if other.thresholds.min_gain is not None and compared and all(UNBOUNDED in task for task in compared):
             yield (
@@ -177,10 +180,10 @@ def _uncompared_failures(wanted: Thresholds, tasks: bool) -> Iterator[str]:
     task compares the two."""
     if wanted.max_heldout_loss_increase is not None:
         yield f"{UNCOMPARED}, and the gate bounds that: take `max_heldout_loss_increase` of production out"
-    elif not tasks and wanted.require != "nothing":
+    elif not tasks and (wanted.require != "nothing" or wanted.min_gain is not None):
         yield (
             f"{UNCOMPARED}, and no task compares the two: add one to `evaluate.tasks`, or set "
-            "`publish.gate.production: {require: nothing}` for this run"
+            "`publish.gate.production: {require: nothing}` alone for this run"
         )
 
 

@@ -3,12 +3,14 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from stages import arithmetic
 from stages.errors import UserError
-from stages.turn_end import turn_end, with_end
+from stages.generation_settings import keep_tokens
+from stages.turn_end import after_thought, marks, with_end
 
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -26,6 +28,8 @@ class Model:
     network: Any
     """A transformers causal language model."""
     tokenizer: Any
+    thought_end: str = ""
+    """What closes the reasoning that it writes before an answer; empty where its chat template knows none."""
 
     @property
     def chats(self) -> bool:
@@ -42,7 +46,11 @@ class Model:
         if not self.chats and len(turns) == 1:
             return turns[0]["content"]
         if not self.chats:
-            raise UserError("the model has no chat template, so it can be asked a question, and no conversation")
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(
+                f"the model has no chat template, so it can be asked a question, and no conversation of {roles}: take "
+                "a `fetch.model` with a template, or name a field with single questions with `question:` in the task"
+            )
         from jinja2 import TemplateError
 
         try:
@@ -50,6 +58,22 @@ class Model:
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(f"the model's chat template does not take the turns {roles}: {error}") from error
+
+    def encode(self, prompt: str) -> list[int]:
+        """A prompt as training has it: what a chat template wrote is all there is; a plain text gets the begin token
+        that the tokenizer puts before one, if it does."""
+        begins = self.chats or prompt.startswith(self.tokenizer.bos_token or "\0")
+        return list(self.tokenizer(prompt, add_special_tokens=not begins)["input_ids"])
+
+    def ends(self, stop: Sequence[str]) -> list[int]:
+        """The tokens that end an answer: its own, and those of `stop` that are one token, which no text holds."""
+        added = self.tokenizer.added_tokens_encoder
+        own = with_end(self.network.generation_config.eos_token_id, None)
+        return list(dict.fromkeys([*own, *(added[term] for term in stop if term in added)]))
+
+    def answer(self, ids: Sequence[int], ends: Sequence[int]) -> str:
+        """The text of an answer's tokens: up to the first of `ends`, and after the model's own reasoning."""
+        return after_thought(self.tokenizer, list(takewhile(lambda token: token not in ends, ids)), self.thought_end)
 
 
 def load(folder: Path, precision: Precision, device: Device, packed: bool = False) -> Model:
@@ -71,7 +95,7 @@ _kept: dict[tuple[Path, Precision, Device, bool], Model] = {}
 
 
 def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> Model:
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     network = load_network(folder, precision, device, packed)
     try:
@@ -80,16 +104,12 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
         raise UserError(f"the model's tokenizer does not load: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    thought, end = marks(folder)
     if network.can_generate():
-        # Nothing of the folder's but its tokens: a repetition penalty is no greedy decoding, and how long an answer
-        # may be is for the task to say. An answer ends by the same rule before training, whose folder may not say so.
-        own = network.generation_config
-        network.generation_config = GenerationConfig(
-            bos_token_id=own.bos_token_id,
-            eos_token_id=with_end(own.eos_token_id, turn_end(folder)) or None,
-            pad_token_id=own.pad_token_id,
-        )
-    return Model(network, tokenizer)
+        # How long an answer may be is for the task to say. It ends by the same rule before training, whose folder may
+        # not say so.
+        keep_tokens(network, end, tokenizer.eos_token_id)
+    return Model(network, tokenizer, thought)
 
 
 def load_network(
@@ -137,7 +157,8 @@ def generate(
     batch: int,
     answered: Callable[[int], None],
 ) -> list[str]:
-    """Greedy answers in the order of `prompts`, each cut at its first stop string; `answered` hears how many are done.
+    """Greedy answers in the order of `prompts`, without the reasoning before each, and cut at their first stop strings;
+    `answered` hears how many are done.
 
     Longest prompts first, so that a batch holds prompts of like length and memory peaks at once; prompts longer than
     the model's context lose their beginning (`cut` counts them). Raises UserError for answers that leave no room.
@@ -147,9 +168,10 @@ def generate(
 
     tokenizer, network = model.tokenizer, model.network
     room = _room(model, max_new_tokens)
-    ids = _encoded(model, prompts)
+    ids, ends = [model.encode(prompt) for prompt in prompts], model.ends(stop)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), prompts[i]))
-    stops = StopStringCriteria(tokenizer, list(stop)) if stop else None
+    # What stops an answer may well stand in the reasoning before it.
+    stops = StopStringCriteria(tokenizer, list(stop)) if stop and not model.thought_end else None
     answers = [""] * len(ids)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -162,13 +184,13 @@ def generate(
                 **{name: tensor.to(network.device) for name, tensor in padded.items()},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                eos_token_id=ends or None,
                 pad_token_id=tokenizer.pad_token_id,
                 # In the answer alone: what the prompt ends with may begin a stop string.
                 stopping_criteria=[lambda ids, scores, at=begin, **_: stops(ids[:, at:], scores)] if stops else [],
             )
-        texts = tokenizer.batch_decode(made[:, begin:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = _cut(text, stop)
+        for i, answer in zip(chosen, made[:, begin:].tolist(), strict=True):
+            answers[i] = _cut(model.answer(answer, ends), stop)
         answered(start + len(chosen))
     return answers
 
@@ -176,7 +198,7 @@ def generate(
 def cut(model: Model, prompts: Sequence[str], max_new_tokens: int) -> int:
     """How many of the prompts lose their beginning, because the answer would not fit into the model's context."""
     room = _room(model, max_new_tokens)
-    return 0 if room is None else sum(len(ids) > room for ids in _encoded(model, prompts))
+    return 0 if room is None else sum(len(model.encode(prompt)) > room for prompt in prompts)
 
 
 def _room(model: Model, max_new_tokens: int) -> int | None:
@@ -188,14 +210,6 @@ def _room(model: Model, max_new_tokens: int) -> int | None:
             f"context is {context}"
         )
     return None if context is None else int(context) - max_new_tokens
-
-
-def _encoded(model: Model, prompts: Sequence[str]) -> list[list[int]]:
-    """The prompts as training has them: what a chat template wrote is all there is; a plain text gets the begin token
-    that the tokenizer puts before one, if it does."""
-    bos = model.tokenizer.bos_token
-    plain = not model.chats and not (bos is not None and prompts and prompts[0].startswith(bos))
-    return [list(model.tokenizer(text, add_special_tokens=plain)["input_ids"]) for text in prompts]
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

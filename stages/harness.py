@@ -233,12 +233,16 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
         def __init__(self, **given: Any) -> None:
             self.cut: set[Any] = set()
             """Questions that are longer than the model's context."""
+            self.ends: list[int] = []
+            """Tokens that end the answers that are being made."""
             super().__init__(**given)
 
         def tok_batch_encode(
             self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **kwargs: Any
         ) -> Any:
-            ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+            encoded = {"input_ids": [model.encode(text) for text in strings]}
+            padded = model.tokenizer.pad(encoded, padding_side="left", return_tensors="pt")
+            ids, mask = padded["input_ids"], padded["attention_mask"]
             if left_truncate_len is None:
                 return ids, mask
             lengths = mask.sum(1).tolist()
@@ -257,8 +261,14 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
             self._count(self.total - self.done)  # requests with one context share a forward pass
             return found
 
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            made = super()._model_generate(context, *args, **kwargs)
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+            return model.answer(tokens, self.ends) if skip_special_tokens else super().tok_decode(tokens, False)
+
+        def _model_generate(self, context: Any, *args: Any, stop: list[str], **kwargs: Any) -> Any:
+            self.ends = model.ends(stop)
+            # What stops an answer may well stand in the reasoning before it.
+            stop = [] if model.thought_end else stop
+            made = super()._model_generate(context, *args, stop=stop, eos_token_id=self.ends or None, **kwargs)
             self._count(len(context))
             return made
 

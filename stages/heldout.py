@@ -7,8 +7,9 @@ reward model tells right steps from wrong ones, for which the language model bef
 more common of the two.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class Heldout:
     samples: list[Sample] = field(default_factory=list)
     """Items: pairs, with 1 where the chosen answer has more log-probability a token; or good answers, with the share of
     the bad ones (of any prompt) that have less."""
+    groups: list[int] = field(default_factory=list)
+    """[items] Which prompt a pair, or which solution a step, belongs to: what is said to one, or in one, varies
+    together."""
+    behind: list[float] = field(default_factory=list)
+    """[bad answers] The share of the good ones (of any prompt) that have more, where the items are good ones."""
 
 
 def measure(
@@ -88,6 +94,7 @@ def _pairs(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
 
     found = Heldout([], [])
     scored = heads.has(model.network)
+    prompts: dict[bytes, int] = {}
     for packed, head, batch in _batches(model, bins, reward.prepare if scored else pairs.pick, measured):
         if scored:
             values = heads.of(model.network, batch, batch["ends"])[:, 0]
@@ -98,9 +105,11 @@ def _pairs(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
             found.sums.append(-float(answers.chosen.sum()))
             found.tokens.append(int(answers.chosen_tokens.sum()))
         told = list(_told(model, packed))
-        for margin, (question, chosen), (_, rejected) in zip(margins, told[::2], told[1::2], strict=True):
+        for margin, (question, chosen, prompt), (_, rejected, _) in zip(margins, told[::2], told[1::2], strict=True):
             right = margin > 0
             answer = chosen if right else rejected
+            # Without a prompt, a pair is known by its answer.
+            found.groups.append(prompts.setdefault(prompt or chosen.encode(), len(prompts)))
             found.samples.append(_sample(found, question, chosen, answer, "preference_accuracy", float(right)))
             if not scored:  # of which margins have another unit
                 found.margins.append(margin)
@@ -115,13 +124,20 @@ def _steps(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
     found = Heldout([], [])
     scored = heads.has(model.network)
     told: list[tuple[str, bool, bool]] = []
+    documents = 0
     for packed, _, batch in _batches(model, bins, process_reward.prepare, measured):
         said = heads.of(model.network, batch, batch["ends"]).argmax(1).tolist() if scored else []
         right = batch["right"].tolist()
-        documents = zip(_told(model, packed), packed.extra, packed.lengths.tolist(), strict=True)
-        texts = [text for text, extra, length in documents for _ in steps.judged(extra, length)]
-        for (question, answer), label, choice in zip(texts, right, said or right, strict=True):
-            told.append((f"{question}\n{answer}", bool(label), bool(choice)))
+        texts = []
+        for (question, answer, _), extra, length in zip(
+            _told(model, packed), packed.extra, packed.lengths.tolist(), strict=True
+        ):
+            count = len(steps.judged(extra, length))
+            texts += [f"{question}\n{answer}"] * count
+            found.groups.extend([documents] * count)
+            documents += 1
+        for text, label, choice in zip(texts, right, said or right, strict=True):
+            told.append((text, bool(label), bool(choice)))
     common = 2 * sum(label for _, label, _ in told) >= len(told)
     words = {True: "right", False: "wrong"}
     for text, label, choice in told:
@@ -132,31 +148,36 @@ def _steps(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldo
 
 def _singles(model: Any, bins: Any, measured: Callable[[int, int], None]) -> Heldout:
     """Good and bad answers: how often a good one is ahead of a bad one, which is the area under the ROC curve."""
-    from bisect import bisect_left, bisect_right
-
     from stages import pairs
 
     found = Heldout([], [])
-    good: list[tuple[float, str, str]] = []
+    answers: list[tuple[float, str, str]] = []
     bad: list[float] = []
     for packed, head, batch in _batches(model, bins, pairs.pick, measured):
         log_probs, counts = pairs.sums(-head.token_losses(batch), batch), batch["answer_tokens"]
         found.sums.append(0.0)
         found.tokens.append(0)
         rows = zip(log_probs.tolist(), counts.tolist(), _told(model, packed), packed.extra, strict=True)
-        for log_prob, count, (question, answer), extra in rows:
+        for log_prob, count, (question, answer, _), extra in rows:
             if not extra["label"]:
                 bad.append(log_prob / count)
                 continue
-            good.append((log_prob / count, question, answer))
+            answers.append((log_prob / count, question, answer))
             found.sums[-1] -= log_prob
             found.tokens[-1] += count
+    good = sorted(mean for mean, _, _ in answers)
+    found.behind.extend(1 - _share_behind(each, good) for each in bad if good)
     bad.sort()
-    for mean, question, answer in good if bad else ():
-        ahead = (bisect_left(bad, mean) + bisect_right(bad, mean)) / 2 / len(bad)
+    for mean, question, answer in answers if bad else ():
+        ahead = _share_behind(mean, bad)
         found.samples.append(_sample(found, question, answer, answer, "good_over_bad", ahead))
     some = [place for place, count in enumerate(found.tokens) if count]
-    return Heldout([found.sums[i] for i in some], [found.tokens[i] for i in some], [], found.samples)
+    return replace(found, sums=[found.sums[i] for i in some], tokens=[found.tokens[i] for i in some])
+
+
+def _share_behind(value: float, others: list[float]) -> float:
+    """Of `others`, in order, the share below a value; those that equal it count half."""
+    return (bisect_left(others, value) + bisect_right(others, value)) / 2 / len(others)
 
 
 def _sample(found: Heldout, question: str, target: str, answer: str, metric: str, score: float) -> Sample:
@@ -184,8 +205,8 @@ def _batches(
             measured(number + 1, len(bins))
 
 
-def _told(model: Any, packed: Any) -> Iterator[tuple[str, str]]:
-    """Of each document: the text before what trains, and what trains."""
+def _told(model: Any, packed: Any) -> Iterator[tuple[str, str, bytes]]:
+    """Of each document: the text before what trains, and what trains; and the tokens before it."""
     begin = 0
     for length in packed.lengths.tolist():
         ids, labels = packed.ids[begin : begin + length], packed.labels[begin : begin + length]
@@ -193,4 +214,4 @@ def _told(model: Any, packed: Any) -> Iterator[tuple[str, str]]:
         first = int((labels >= 0).argmax())
         texts = (ids[:first].tolist(), ids[labels >= 0].tolist())
         question, answer = (model.tokenizer.decode(each, skip_special_tokens=True).strip() for each in texts)
-        yield question, answer
+        yield question, answer, ids[:first].tobytes()

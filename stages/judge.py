@@ -155,15 +155,15 @@ class Judge:
                 job, worker.job = worker.job, None
                 if worker.gone:
                     self._replace(worker)
-                scores[job.name][job.place] = self._judged(job, answer)
+                scores[job.name][job.place] = self._judged(job, answer, self.choices[job.name].weight)
 
-    def hear(self, name: str, ask: Callable[[], Any], item: Item) -> float:
+    def hear(self, name: str, weight: float, ask: Callable[[], Any], item: Item) -> float:
         """A score that something else gives, held to the same rules. Raises UserError as the policy says."""
         try:
             answer: float | str = _number(ask())
         except Exception as error:  # whatever a user's code raises
             answer = f"{type(error).__name__}: {error}"
-        return self._judged(_Job(name, 0, item), answer)
+        return self._judged(_Job(name, 0, item), answer, weight)
 
     def _replace(self, worker: _Worker) -> None:
         worker.end()
@@ -171,9 +171,7 @@ class Judge:
         self._workers[self._workers.index(worker)] = fresh
         fresh.ready()
 
-    def _judged(self, job: _Job, answer: float | str) -> float:
-        choice = self.choices.get(job.name)  # an environment's own reward is none of them, and weighs 1
-        weight = choice.weight if choice else 1.0
+    def _judged(self, job: _Job, answer: float | str, weight: float) -> float:
         if isinstance(answer, float) and abs(answer) <= MOST and abs(answer * weight) <= MOST:  # which NaN is not
             return answer
         if self.otherwise is not None:

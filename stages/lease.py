@@ -3,7 +3,10 @@
 `locks/<stage>/<key>.json` is created by its holder and renewed by compare-and-swap. Clocks of machines are never
 compared: a waiter takes a lease over when it has watched it stay unchanged for its whole life on its own monotonic
 clock, or when the holder was a process of this machine that is dead. A holder counts from the *start* of its last
-renewal that succeeded, so it knows that it lost before anybody may take over.
+renewal that succeeded, so it knows that it lost before anybody may take over. That clock stands still while a machine
+sleeps, unlike the store's: who slept renews on waking, and has lost only if somebody took over by then. By a clock that
+goes on, every run of a laptop would be lost as its lid opens, and a waiter there would take over from a holder that was
+given no moment to renew.
 """
 
 import json

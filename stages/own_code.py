@@ -37,7 +37,7 @@ def load(code: str, what: str, declared: str, kind: type[T], expected: str) -> T
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
     try:
         exec(compile(code, name, "exec"), module.__dict__)
-    except Exception as error:  # whatever a user's code raises
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
         raise UserError(f"your {what} fails when it is loaded: {told(error, what)}") from error
     found = module.__dict__.get(declared)
     if not isinstance(found, kind):
@@ -50,7 +50,7 @@ def file_name(what: str) -> str:
     return f"<your {what}>"
 
 
-def told(error: Exception, what: str) -> str:
+def told(error: BaseException, what: str) -> str:
     """An error with its line in the user's file."""
     place, trace = "", error.__traceback__
     while trace:

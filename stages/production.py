@@ -93,7 +93,8 @@ def promote(
     why: str,
     by: str = "gate",
 ) -> Move | None:
-    """Let the ref name this model. None when it has moved since it was `seen`: then nothing changes."""
+    """Let the ref name this model. None when it has moved since it was `seen`: then nothing changes. Raises UserError
+    when the store has lost some of the model or its card."""
     number = seen.now.number + 1 if seen else 1
     return _moved(store, name, seen, Move(number, _now(), "promoted", model, card, run, compared, by, why))
 
@@ -102,7 +103,8 @@ def rollback(
     store: Store, name: str, why: str = "", by: str = "", check: Callable[[Move], object] = lambda move: None
 ) -> Move:
     """Let the ref name the model that stood before the one that stands. `check` may refuse a move before it is made.
-    Raises UserError when there is none, and when somebody moved the ref at the same moment (nothing changes then)."""
+    Raises UserError when there is none, when the store has lost some of it, and when somebody moved the ref at the same
+    moment (nothing changes then)."""
     seen = production(store, name)
     if seen is None:
         raise UserError(f"{name}: nothing was promoted yet, so there is nothing to go back to; see `regrow history`")
@@ -165,6 +167,12 @@ def _moved(store: Store, name: str, seen: Production | None, move: Move) -> Move
     kept = set(_chain(moves))
     log: list[Json] = [asdict(m) if m.number in kept else _shortened(asdict(m)) for m in moves]
     document = {"model": dict(move.model), "card": dict(move.card), "run": move.run, "log": log}
+    for stage, artifact in (("merge", move.model), ("publish", move.card)):
+        if gone := store.renew(stage, artifact["key"], artifact["digest"]):
+            raise UserError(
+                f"{name}: production was left as it is, because the model is no longer whole in {store.url} "
+                f"({gone[0]}); run its recipe again"
+            )
     swapped = store.swap_ref(f"{name}/production", seen.version if seen else None, document)
     return move if swapped else None
 

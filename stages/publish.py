@@ -78,7 +78,7 @@ def run(config: PublishConfig, inputs: Mapping[str, Path], output: Path, work: W
 STAGE = Stage(
     name="publish",
     artifact="card",
-    version=6,
+    version=7,
     config=PublishConfig,
     run=run,
     locations=frozenset({"to", "private", "approval"}),

@@ -1,8 +1,10 @@
 """Reading the fields of a row: the value of the kind a format needs, or a `BadRow` that says what stands there."""
 
+import datetime
 import json
 from collections.abc import Collection
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 from stages.formats import BadRow, Row
@@ -65,11 +67,21 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
+def says(value: Any) -> bool:
+    """Whether there is something in a column."""
+    return bool(value) or value not in (None, "", [], {})
+
+
+def blank(value: Any) -> bool:
+    """Whether a value is null, or a text that says nothing: CSV has no other way to leave a cell out."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def verdict(value: Any) -> bool | None:
-    """True or false, 1 or 0, or these as text, as a CSV has them; None for what is neither."""
-    value = int(value) if isinstance(value, float) and value in (0.0, 1.0) else value  # pandas, beside missing ones
-    said = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
-    return {"true": True, "1": True, "false": False, "0": False}.get(said)
+    """True or false, 1 or 0, or these as text, as a CSV has them; None for what is neither. Beside missing ones, pandas
+    has 1.0 and 0.0."""
+    said = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(said)
 
 
 def listed(row: Row) -> str:
@@ -81,6 +93,13 @@ def elsewhere(row: Row, known: Collection[str]) -> str:
     """Where the prompt of a row may be that has none in its place, for messages: a column that is none of `known`."""
     others = [name for name in row if name not in known]
     return f". The row also has {', '.join(others)}: is it there? convert.fields: {{prompt: NAME}}" if others else ""
+
+
+def as_text(value: Any) -> str | None:
+    """What columns hold beside JSON's values, as text: times and decimals; None for what is neither."""
+    if isinstance(value, Decimal):
+        return f"{value:f}"  # `str` may give an exponent
+    return str(value) if isinstance(value, datetime.date | datetime.time | datetime.timedelta) else None
 
 
 def shown(value: Any) -> str:

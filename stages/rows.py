@@ -1,11 +1,13 @@
 """Reading the rows of one shard, whatever file they came in: JSON Lines, JSON, CSV, Parquet or Arrow.
 
 Everything but `.json` streams. A row that cannot be read comes out as a `BadRow` in its place, so that the reader
-decides whether to stop there.
+decides whether to stop there. NaN, by which pandas says that a cell is empty, is read as null.
 """
 
 import csv
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,7 +69,7 @@ def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _parsed(line: bytes) -> Row | BadRow:
     try:
-        row = exact_json.loads(line)
+        row = exact_json.loads(line, _constant)
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"is not UTF-8 text: {error}")
     except json.JSONDecodeError as error:
@@ -75,9 +77,13 @@ def _parsed(line: bytes) -> Row | BadRow:
             told = "is not JSON by itself: expected a whole {...} in each line, or one [{...}, ...]"
             return BadRow("not JSON", told)
         return BadRow("not JSON", f"is not JSON: {error.msg} (column {error.colno})")
-    except RecursionError as error:
+    except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
         return BadRow("not JSON", f"is not JSON: {error}")
     return row if isinstance(row, dict) else BadRow("not an object", "is not an object: expected {...}")
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
 
 
 def _json(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
@@ -86,8 +92,8 @@ def _json(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
         yield from _jsonl(path, first)
         return
     try:
-        rows = exact_json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = exact_json.loads(data, _constant)
+    except (RecursionError, ValueError) as error:
         raise _Unreadable(f" is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise _Unreadable(" holds no list of rows: expected [{...}, ...] or one {...} a line")
@@ -158,8 +164,11 @@ def _numbered(batches: Iterator[Any], first: int) -> Iterator[tuple[Place, Row |
     for batch in batches:
         _must_differ(batch.schema.names)
         objects = [field.name for field in batch.schema if _has_objects(field.type)]
+        numbers = [field.name for field in batch.schema if _has_numbers(field.type)]
         for row in _rows_of(batch):
             if isinstance(row, dict):
+                for name in numbers:
+                    row[name] = _without_nan(row[name])
                 for name in objects:
                     row[name] = _without_nulls(row[name])
             yield f"row {number}", row
@@ -180,12 +189,24 @@ _CANNOT = (ValueError, ArithmeticError, LookupError, NotImplementedError)
 
 
 def _rows_of(batch: Any) -> list[Row | BadRow]:
-    try:
-        rows: list[Row | BadRow] = batch.to_pylist()
-        return rows
-    except _CANNOT:  # seldom, and then slowly: column by column
-        columns = {name: _values(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    if not any(map(_has_maps, batch.schema.types)):
+        try:
+            rows: list[Row | BadRow] = batch.to_pylist()
+            return rows
+        except _CANNOT:  # seldom, and then slowly: column by column
+            pass
+    columns = {name: _values(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     return [_row(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _has_maps(kind: Any) -> bool:
+    return str(kind).find("map<") >= 0
+
+
+def _pylist(column: Any) -> list[Any]:
+    """A column's values as Python has them, a map as an object: by itself Arrow makes a list of pairs of it."""
+    values: list[Any] = column.to_pylist(maps_as_pydicts="strict") if _has_maps(column.type) else column.to_pylist()
+    return values
 
 
 def _row(values: Row) -> Row | BadRow:
@@ -195,13 +216,11 @@ def _row(values: Row) -> Row | BadRow:
 def _values(name: str, column: Any) -> list[Any]:
     """A column's values: with its times as text if Python's cannot hold one, a `BadRow` in the place of any other."""
     try:
-        values: list[Any] = column.to_pylist()
-        return values
+        return _pylist(column)
     except _CANNOT as error:
         told = error
     try:
-        values = _times_as_text(column).to_pylist()
-        return values
+        return _pylist(_times_as_text(column))
     except _CANNOT:
         if len(column) > 1:
             return [value for row in range(len(column)) for value in _values(name, column.slice(row, 1))]
@@ -231,11 +250,26 @@ def _has_objects(kind: Any) -> bool:
     return str(kind).find("struct<") >= 0
 
 
+def _has_numbers(kind: Any) -> bool:
+    """Whether a column holds numbers that may be NaN, as they are or in objects; not those of a vector."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind)) or (_has_objects(kind) and re.search("float|double", str(kind)) is not None)
+
+
 def _without_nulls(value: Any) -> Any:
     """A value without the nulls that columns put into objects which lack a key that others have."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Path, int], Iterator[tuple[Place, Row | BadRow]]]] = {

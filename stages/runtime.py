@@ -99,6 +99,15 @@ class Runtime(Described):
     allow_code: bool = False
     """Whether a recipe may bring Python of its own, such as a dataset format: it runs with your rights."""
 
+    @field_validator("cache")
+    @classmethod
+    def _in_the_home(cls, value: Path) -> Path:
+        """`~` is a shell's word, and no shell reads a file's or a quoted variable's."""
+        try:
+            return value.expanduser()
+        except RuntimeError:  # nobody is called so
+            raise ValueError(f"{value}: there is no such home folder; write the path out") from None
+
     @field_validator("storage_options")
     @classmethod
     def _by_reference(cls, value: dict[str, str]) -> dict[str, str]:

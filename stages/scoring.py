@@ -30,8 +30,8 @@ LIKELY = 2**26
 def score(config: ScoreConfig, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
     """Score one shard. Raises UserError for rows that nothing compares, when the model does not load, or does not keep
     packed rows apart, and when a teacher has other tokens."""
-    kind = json.loads((inputs["tokens"] / "counts.json").read_text())["kind"]
-    if config.top_k is None and kind not in ("preference", "unpaired_preference"):
+    kind = json.loads((inputs["tokens"] / "counts.json").read_text()).get("kind")  # none where no row is left
+    if config.top_k is None and kind not in (None, "preference", "unpaired_preference"):
         raise UserError(
             f"score: the rows are of kind {kind}, and only judged answers are compared with the model before training: "
             "read them with convert.format preference or unpaired_preference, or choose another train.objective"
@@ -139,7 +139,7 @@ def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
     from stages import lm_head, quantization
     from stages.generation import load_network
 
-    wanted = (folder, config.quantize)
+    wanted = (folder, config.precision, work.runtime.device, config.quantize)
     if wanted not in _kept:
         _kept.clear()
         network = load_network(folder, config.precision, work.runtime.device, packed=True, quantize=config.quantize)
@@ -152,7 +152,7 @@ def _load(folder: Path, config: ScoreConfig, work: Work) -> Any:
     return _kept[wanted]
 
 
-_kept: dict[tuple[Path, str | None], Any] = {}
+_kept: dict[tuple[Path, str, str, str | None], Any] = {}
 
 
 def _batch(ids: NDArray[Any], lengths: NDArray[np.int64], device: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from stages.formats import BadRow, Conversation, Example, Reader, Reasoning, Tur
 from stages.forms import Formed, Forms, plain, without_end
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 from stages.rendering import Piece, Rendered, Span
+from stages.row_fields import as_text, kind_of
 from stages.tokenized import SEQUENCES
 from stages.tokenizer_files import Tokenizer
 
@@ -46,7 +47,7 @@ class Sequencer(NamedTuple):
             for part in parts:
                 _forget(part.turns, self.reasoning)
         contents = [plain(part) for part in parts]
-        digest, extra = _identity(made, contents), _extra(made)
+        extra, digest = _extra(made), _identity(made, contents)
         if len(parts) != (wanted := SEQUENCES.get(self.reader.kind, 1)):
             told = f"is {len(parts)} conversations: expected {wanted} of a row of kind {self.reader.kind}"
             raise BadRow("wrong length", told)
@@ -198,7 +199,7 @@ def _in_one(conversation: Conversation) -> Conversation:
 
 def _digest(said: Any) -> bytes:
     try:
-        normal = json.dumps(said, ensure_ascii=False, sort_keys=True).encode()
+        normal = json.dumps(said, ensure_ascii=False, sort_keys=True, default=_as_text).encode()
     except UnicodeEncodeError as error:
         raise BadRow("not Unicode", f"holds half a surrogate pair: {error}") from error
     except (TypeError, RecursionError) as error:
@@ -223,10 +224,30 @@ def _normal(conversation: Conversation) -> list[Any]:
 
 
 def _extra(made: Conversation | Example) -> str:
-    """What an objective needs besides, as JSON. Raises BadRow for what JSON has no value for."""
+    """What an objective needs besides, as JSON, in which times and decimals are text. Raises BadRow for what JSON
+    cannot say."""
     if isinstance(made, Conversation) or not made.extra:
         return ""
     try:
-        return json.dumps(made.extra, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadRow("wrong type", f"holds what JSON cannot say: {error}") from error
+        return _json(made.extra)
+    except _UNSAYABLE:
+        for name, value in made.extra.items():
+            try:
+                _json(value)
+            except _UNSAYABLE as error:
+                told = f"{name} holds what JSON cannot say ({error}): leave it out"
+                raise BadRow("wrong type", told) from error
+        raise BadRow("wrong type", "holds columns whose names are not all text") from None
+
+
+_UNSAYABLE = (TypeError, ValueError, RecursionError)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+    if (text := as_text(value)) is None:
+        raise TypeError(kind_of(value))
+    return text

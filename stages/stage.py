@@ -9,12 +9,13 @@ and reports (counts, scores, seconds). Whatever a *later stage* needs must be a 
 are not part of an artifact's digest.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Generic, Protocol, TypeVar, Union, get_args, get_origin
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, ValidationInfo, field_validator, model_validator
 
 from stages.described import Described
 from stages.errors import UserError
@@ -39,6 +40,17 @@ __all__ = [
 Facts = dict[str, Json]
 
 
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What a field may be, one by one."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        for kind in get_args(annotation):
+            yield from _kinds(kind)
+    else:
+        yield annotation
+
+
 class StageConfig(Described):
     """A recipe section (or a part of one): frozen, strict about names, and null means "the default"."""
 
@@ -50,6 +62,16 @@ class StageConfig(Described):
         if isinstance(values, Mapping):
             return {k: v for k, v in values.items() if v is not None}
         return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take it for 0 or 1."""
+        if isinstance(value, bool):
+            kinds = {*_kinds(cls.model_fields[str(info.field_name)].annotation)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("expected a number, not true or false, which in YAML are also yes, no, on and off")
+        return value
 
 
 class Tell(Protocol):
@@ -121,12 +143,13 @@ class Stage(Generic[C]):
     """`run(config, inputs, output, work)`; for a mapped stage it is called once a part, with `part.config` parsed
     as `part`."""
     parts: Callable[[C, Mapping[str, Tree]], Sequence[Part]] | None = None
-    """For a mapped stage: the parts, from config and inputs alone. For fetch, the step that looks at the world."""
+    """For a mapped stage: the parts, from config and inputs alone."""
     part: type[StageConfig] | None = None
     """The config type of one part."""
-    resolves: bool = False
-    """True for fetch: its whole is keyed by what `parts` found (`{name: config}`), not by the recipe section, because
-    locations never enter a key."""
+    resolve: Callable[[C, Path], Sequence[Part]] | None = None
+    """For fetch, in place of `parts`: looks at the world, and remembers in a cache folder what would take long to look
+    at again. Its whole is keyed by what was found (`{name: config}`), not by the recipe section, because locations
+    never enter a key."""
     plugins: Callable[[Any], Mapping[str, int]] | None = None
     """The plug-ins a config uses, as `{"format:alpaca": 1}`: their versions enter the key."""
     module: str = ""
@@ -192,7 +215,7 @@ def action_of(
 ) -> Action:
     """The action of a whole stage. `parts` are needed only where the stage resolves: they are its identity; `where`
     only for the names in `Stage.named`."""
-    document = {p.name: dict(p.config) for p in parts} if stage.resolves else stage.identity(config)
+    document = {p.name: dict(p.config) for p in parts} if stage.resolve else stage.identity(config)
     document |= {name: (where or {}).get(name) for name in sorted(stage.named)}
     return Action(stage.name, version_of(stage, config), document, {n: t.digest for n, t in inputs.items()})
 

@@ -89,11 +89,11 @@ def open_store(
     if marker is None:
         _check_conditions(objects)
         objects.create("format.json", json.dumps({"format": FORMAT}).encode())
-    elif json.loads(marker.data).get("format") != FORMAT:
+    elif _parsed(objects, "format.json", marker.data).get("format") != FORMAT:
         raise UserError(
             f"{objects.url}: this store was made by another version of regrow (format.json); upgrade regrow"
         )
-    return Store(objects, cache.expanduser().absolute(), cache_limit)
+    return Store(objects, cache.absolute(), cache_limit)
 
 
 def _check_conditions(objects: Objects) -> None:
@@ -140,8 +140,18 @@ class Store:
         found = self.find(stage, key)
         if found is not None and found.digest == digest:
             return found
-        old = self.objects.read(f"superseded/{stage}/{key}/{digest}.json")
+        old = self.objects.read(_superseded(stage, key, digest))
         return None if old is None else decode(stage, key, old.data)
+
+    def renew(self, stage: str, key: str, digest: str) -> list[str]:
+        """Make what `recall` finds look written just now, manifest and blobs, for whoever is about to name it: a gc
+        under way, which knows only the names that stood when it began, leaves it alone. What of it is gone already, as
+        `missing`."""
+        for path in (action_path(stage, key), _superseded(stage, key, digest)):
+            if there := self.objects.stat(path):
+                self.objects.touch(there)
+        found = self.recall(stage, key, digest)
+        return [f"{stage} {key[:12]}"] if found is None else self.missing(found.tree, younger_than=STALE)
 
     def commit(
         self,
@@ -200,9 +210,10 @@ class Store:
         artifact = Artifact(action.document, action.key, tree, dict(facts), dict(provenance), whole_parts(parts))
         return self._publish(artifact, encode(artifact), replace)[0]
 
-    def missing(self, tree: Tree) -> list[str]:
-        """What of a tree could not be read: one line a file whose blob is gone or has another size."""
-        bad = self._lacking(tree)
+    def missing(self, tree: Tree, younger_than: float = math.inf) -> list[str]:
+        """What of a tree could not be read: one line a file whose blob is gone or has another size. Blobs older than
+        `younger_than` seconds are made young on the way."""
+        bad = self._lacking(tree, younger_than)
         return [
             f"{file.path}: blob {file.sha256[:12]}… {bad[file.sha256]}" for file in tree.files if file.sha256 in bad
         ]
@@ -225,8 +236,9 @@ class Store:
 
     def read_ref(self, name: str) -> Ref | None:
         """What a movable name (`support-bot/production`) points to, or None."""
-        found = self.objects.read(_named("refs", name))
-        return None if found is None else Ref(json.loads(found.data), found.version)
+        path = _named("refs", name)
+        found = self.objects.read(path)
+        return None if found is None else Ref(_parsed(self.objects, path, found.data), found.version)
 
     def swap_ref(self, name: str, expected: str | None, new: Mapping[str, Json]) -> bool:
         """Point a name elsewhere, only if it still has the version `expected` (None: only if it does not exist).
@@ -248,8 +260,9 @@ class Store:
 
     def read_run(self, run_id: str) -> dict[str, Json] | None:
         """A run's record, or None."""
-        found = self.objects.read(_named("runs", run_id))
-        return None if found is None else _parsed(found.data)
+        path = _named("runs", run_id)
+        found = self.objects.read(path)
+        return None if found is None else _parsed(self.objects, path, found.data)
 
     def runs(self) -> Iterator[tuple[str, dict[str, Json]]]:
         """(id, record) of every run, the one written last first. Records are read some at a time, as asked for."""
@@ -257,7 +270,10 @@ class Store:
         for some in (entries[start : start + 32] for start in range(0, len(entries), 32)):
             for entry, found in zip(some, self._spread(lambda e: self.objects.read(e.path), some, 16), strict=True):
                 if found is not None:
-                    yield entry.path.removeprefix("runs/").removesuffix(".json"), _parsed(found.data)
+                    yield (
+                        entry.path.removeprefix("runs/").removesuffix(".json"),
+                        _parsed(self.objects, entry.path, found.data),
+                    )
 
     def _found(self, stage: str, key: str) -> tuple[Artifact | None, str]:
         path = action_path(stage, key)
@@ -284,7 +300,7 @@ class Store:
                 return standing, False
             else:
                 old = encode(standing)
-                self.objects.create(f"superseded/{stage}/{key}/{standing.digest}.json", old)
+                self.objects.create(_superseded(stage, key, standing.digest), old)
                 if self.objects.swap(path, data, version) is not None:
                     return artifact, True
 
@@ -313,8 +329,7 @@ class Store:
         raise UserError(f"{self.url}: files vanish as fast as they are written; is something else deleting there?")
 
     def _lacking(self, tree: Tree, younger_than: float = math.inf) -> dict[str, str]:
-        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256. Blobs older than
-        `younger_than` seconds are made young on the way."""
+        """What is wrong with the tree's blobs, as far as presence and sizes tell, by sha256; else as `missing`."""
         files = {file.sha256: file for file in tree.files}
         oldest = self._now() - younger_than if younger_than < math.inf else -math.inf
 
@@ -351,10 +366,24 @@ def _named(kind: str, name: str) -> str:
     return f"{kind}/{name}.json"
 
 
+def _superseded(stage: str, key: str, digest: str) -> str:
+    """Where a manifest lies that another one has replaced."""
+    return f"superseded/{stage}/{key}/{digest}.json"
+
+
 def _dump(document: Mapping[str, Json]) -> bytes:
     return json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
 
 
-def _parsed(data: bytes) -> dict[str, Json]:
-    document: dict[str, Json] = json.loads(data)
+def _parsed(objects: Objects, path: str, data: bytes) -> dict[str, Json]:
+    """A document that the store wrote. Raises UserError for one that was damaged since."""
+    try:
+        document = json.loads(data)
+    except ValueError:  # no UTF-8, too
+        document = None
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{objects.url}: {path} is damaged: {len(data)} bytes that are no JSON document. Put a copy of it in its "
+            "place, or delete it: what only it said is lost then"
+        )
     return document

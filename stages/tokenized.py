@@ -6,7 +6,7 @@ kept, dropped and packed together. Spans are read a shard at a time; the files w
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,9 @@ def find_shards(spans: Path) -> list[Shard]:
     for path in sorted(file.parent for file in spans.rglob("spans.arrow")):
         counts = json.loads((path / "counts.json").read_text("utf-8"))
         shards.append(Shard(path.relative_to(spans).as_posix(), counts["source"], counts["split"], counts))
+    # A shard of which no row is left is of no kind and format: it goes with the others.
+    kind = next((shard.counts["kind"] for shard in shards if "kind" in shard.counts), "conversation")
+    shards = [replace(shard, counts={"kind": kind, **shard.counts}) for shard in shards]
     first_of: dict[str, Shard] = {}
     closed: Shard | None = None
     for shard in shards:
@@ -178,7 +181,7 @@ def find_shards(spans: Path) -> list[Shard]:
                 f"{shards[0].source} holds rows of kind {shards[0].kind}, {shard.source} of kind {shard.kind}: one "
                 "model trains on one kind. Take one of the sources out, or give it another convert.sources.NAME.format"
             )
-        first = first_of.setdefault(shard.source, shard)
+        first = first_of.setdefault(shard.source, shard) if "format" in shard.counts else shard
         if first.counts.get("format") != shard.counts.get("format"):
             raise UserError(
                 f"{first.path} was read as {first.counts['format']}, {shard.path} as {shard.counts['format']}: set "

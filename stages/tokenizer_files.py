@@ -28,7 +28,7 @@ class Tokenizer:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Read a tokenizer's files. Raises UserError when `tokenizer.json` is not there."""
+    """Read a tokenizer's files. Raises UserError when `tokenizer.json` is not there, or one is not JSON."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             "the model has no tokenizer.json: save one with transformers' AutoTokenizer.from_pretrained(...)"
@@ -73,7 +73,11 @@ def words_of(folder: Path) -> dict[str, int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = exact_json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        found = exact_json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        told = f"the model's {path.name} is not JSON, or cut short: {error}"
+        raise UserError(f"{told}. Copy it once more, or save the tokenizer again") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -58,7 +58,7 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
     if tokenized is _tokenized:
         encoder = _agreed(encoder, source)
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
-    schema = tokens_schema(len(encoder.control), extra=counts.get("kind", "conversation") != "conversation")
+    schema = tokens_schema(len(encoder.control), extra=counts.get("kind") != "conversation")
     rows = tokens = exact = forged = highest = 0
     total = counts["rows"] - sum(counts["dropped"].values())
     with _arrow(output / "tokens.arrow", schema) as ids_file, _arrow(output / "spans.arrow", SPANS) as spans_file:

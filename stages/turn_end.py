@@ -1,30 +1,55 @@
-"""Where an answer ends: the token that ends the assistant's turn in a model's chat template.
+"""Where an answer begins and ends: what closes the assistant's reasoning in a model's chat template, and the token that
+ends its turn.
 
 A model that is trained through ChatML ends what it says with `<|im_end|>`, also where its tokenizer's end of a text is
 `<|endoftext|>`. What generates stops at the ids of generation_config.json, so the turn's end has to be among them.
+One that is trained through Qwen 3's template begins with `<think>`, also where it has nothing to think about, and what
+it answers comes after `</think>`.
 """
 
 import json
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from stages.errors import UserError
 
 
-def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
-    """The id of the token that ends the assistant's turn in the chat template of a model's folder, or in another one's
-    text. None where there is no template, and where a turn ends otherwise: in nothing, or in words, which an answer may
-    hold as well."""
+def marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | None]:
+    """What closes the assistant's reasoning in the chat template of a model's folder, or in another one's text, and the
+    id of the token that ends its turn. Empty where there is no template, and where it knows no reasoning; None where
+    a turn ends otherwise: in nothing, or in words, which an answer may hold as well."""
     from stages import chat_template
     from stages.tokenizer_files import read_tokenizer
 
-    with suppress(UserError):  # a tokenizer or a template that cannot be asked ends no turn that we know of
+    try:
         tokenizer = read_tokenizer(folder)
-        end = chat_template.load(tokenizer, template).answer_end.strip()
-        if end in tokenizer.added:
-            added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-            return int(next(token["id"] for token in added if token["content"] == end))
-    return None
+        known = chat_template.load(tokenizer, template)
+    except UserError:  # a tokenizer or a template that cannot be asked marks nothing that we know of
+        return "", None
+    end = known.answer_end.strip()
+    if end not in tokenizer.added:
+        return known.thought_end, None
+    added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    return known.thought_end, int(next(token["id"] for token in added if token["content"] == end))
+
+
+def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
+    """The id of the token that ends the assistant's turn: see `marks`."""
+    return marks(folder, template)[1]
+
+
+def after_thought(tokenizer: Any, ids: Sequence[int], mark: str) -> str:
+    """The text of what a model wrote, without its special tokens and without what stands before the last `mark`, which
+    closes its reasoning. All of it where there is none: reasoning that is never closed is the answer."""
+    if mark:
+        # Decoded with special tokens, of which the mark may be made; these are then taken out as decoding does it.
+        _, found, said = tokenizer.decode(ids).rpartition(mark)
+        if found:
+            for token in tokenizer.added_tokens_decoder.values():
+                said = said.replace(token.content, "") if token.special else said
+            return str(said.lstrip())
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def with_end(ids: int | list[int] | None, end: int | None) -> list[int]:

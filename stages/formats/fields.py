@@ -16,12 +16,10 @@ another is a bad row. Null, NaN, and empty texts, lists and objects are nothing.
 without a chat template. A `tools` column is offered as tools.
 """
 
-import datetime
 import json
 import math
 import re
 import string
-from decimal import Decimal
 from functools import cache
 from typing import Any, Literal
 
@@ -30,7 +28,7 @@ from pydantic import Field, field_validator, model_validator
 from stages.formats import BadRow, Conversation, Format, Options, Row, Turn
 from stages.formats.messages import offered
 from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
-from stages.row_fields import kind_of, listed
+from stages.row_fields import as_text, kind_of, listed
 from stages.stage import StageConfig
 
 Path = tuple[str | int, ...]
@@ -141,10 +139,8 @@ def _said(value: Any, path: Path) -> str:
     """What a column holds, as text. Raises BadRow."""
 
     def other(value: Any) -> str:
-        if isinstance(value, Decimal):
-            return f"{value:f}"  # `str` may give an exponent
-        if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
-            return str(value)
+        if (text := as_text(value)) is not None:
+            return text
         name = str(path[0]) + "".join(f"[{key}]" for key in path[1:])
         expected = "expected text, a number, true or false, a time, or lists and objects of these"
         raise BadRow("wrong type", f"{name} holds {kind_of(value)}: {expected}; name no such column in options.turns")

@@ -155,4 +155,4 @@ def _columns(options: LlamaFactoryOptions) -> set[str]:
     return {column for name, column in options.columns.model_dump().items() if column and column != usual[name]}
 
 
-FORMAT = Format(convert, version=2, options=LlamaFactoryOptions, kind=kind, columns=_columns)
+FORMAT = Format(convert, version=3, options=LlamaFactoryOptions, kind=kind, columns=_columns)

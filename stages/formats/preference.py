@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from stages.formats import BadRow, Conversation, Example, Format, Options, Row, Turn
 from stages.formats.messages import MESSAGE_FIELDS, asks, offered, sides_of, with_system
-from stages.row_fields import decoded, elsewhere, shown
+from stages.row_fields import blank, decoded, elsewhere, shown
 from stages.row_turns import ASKING, Wording, after_prompt, dialogue, prompt_of, said, whole_question
 
 
@@ -21,7 +21,9 @@ def convert(row: Row, options: Options) -> Example:
     names = options.name("chosen"), options.name("rejected")
     prompt_field = options.name("prompt")
     whole_question(row, options)
-    prompt = said(row, prompt_field, "user", options) if row.get(prompt_field) is not None else []
+    asked = row.get(prompt_field)
+    none = asked is None or (blank(asked) and options.own.wording == "chat" and _ask_themselves(row, names))
+    prompt = [] if none else said(row, prompt_field, "user", options)
     answers = [said(row, name, "assistant", options) for name in names]
     if prompt:
         (prompt, answers[0]), (other, answers[1]) = map(after_prompt, [prompt] * 2, answers, names)
@@ -44,6 +46,11 @@ def convert(row: Row, options: Options) -> Example:
     begun = prompt_of(with_system(row, prompt, options))
     parts = [Conversation(begun + answer, tools) for answer in answers]
     return Example(parts, _margin(row, options.name("margin")))
+
+
+def _ask_themselves(row: Row, names: tuple[str, str]) -> bool:
+    """Whether both sides are texts that hold their prompt, beside which a CSV has a blank cell."""
+    return all(isinstance(side := row.get(name), str) and dialogue(side) is not None for name in names)
 
 
 def _opened(answers: list[list[Turn]], names: tuple[str, str], prompt: str, row: Row) -> list[list[Turn]]:
@@ -72,7 +79,7 @@ def _common(answers: list[list[Turn]]) -> int:
 
 def _margin(row: Row, name: str) -> dict[str, float]:
     value = row.get(name)
-    if value is None or value != value:  # NaN, as tables of pandas have it where there is none
+    if value is None or value != value or blank(value):  # NaN, as tables of pandas have it where there is none
         return {}
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # also a text, as a CSV has it
@@ -105,7 +112,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
-    version=3,
+    version=4,
     fields=MESSAGE_FIELDS | {"prompt", "chosen", "rejected", "margin", "system", "tools", "from", "value"},
     options=Wording,
     kind="preference",

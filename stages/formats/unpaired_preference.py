@@ -54,7 +54,7 @@ def recognises(row: Row) -> Mapping[str, str] | None:
 
 FORMAT = Format(
     convert,
-    version=3,
+    version=4,
     fields=MESSAGE_FIELDS | {"prompt", "completion", "label", "system", "tools", "from", "value"},
     options=Wording,
     kind="unpaired_preference",

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from stages.objectives import Objective, Online
-from stages.objectives.grpo import SampledOptions, sampling_settings
+from stages.objectives.grpo import BALANCE, SampledOptions, sampling_settings
 
 
 class EbftOptions(SampledOptions):
@@ -41,7 +41,7 @@ class EbftOptions(SampledOptions):
 
 def settings(options: EbftOptions) -> Mapping[str, Any]:
     """TRL's arguments."""
-    return {**sampling_settings(options), "num_generations": options.group_size, "beta": 0.0}
+    return {**sampling_settings(options), **BALANCE, "num_generations": options.group_size, "beta": 0.0}
 
 
-OBJECTIVE = Objective(version=2, options=EbftOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))
+OBJECTIVE = Objective(version=3, options=EbftOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))

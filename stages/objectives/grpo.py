@@ -8,7 +8,7 @@ Losses are named as TRL names them: `dapo` (arXiv:2503.14476), `dr_grpo` (arXiv:
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.environments import EnvironmentChoice
 from stages.objectives import Objective, Online
@@ -17,6 +17,14 @@ from stages.stage import StageConfig
 
 ENVIRONMENT = "environment"
 """What the reward is called that an environment gives."""
+
+
+UNREAD = {
+    "cispo": ("epsilon",),
+    "sapo": ("epsilon", "epsilon_high"),
+    "vespo": ("epsilon", "epsilon_high", "importance"),
+}
+"""What a loss has no use for."""
 
 
 class VllmChoice(StageConfig):
@@ -83,6 +91,8 @@ class RewardedOptions(SampledOptions):
     def _some_reward(self) -> Self:
         if not self.rewards and not self.environment:
             raise ValueError("rewards: name at least one")
+        if not self.rewards and self.reward_seconds != type(self).model_fields["reward_seconds"].default:
+            raise ValueError("reward_seconds: there are no rewards: an environment's limit is environment.seconds")
         if self.environment and ENVIRONMENT in self.rewards:
             raise ValueError(f"rewards: the environment's own is called {ENVIRONMENT}: choose another name")
         if self.environment and self.vllm and self.vllm.asynchronous:
@@ -95,13 +105,23 @@ class GroupOptions(RewardedOptions):
 
     beta: float = Field(default=0.0, ge=0)
     """Weight of the divergence from the model before training; 0 needs no second model in memory."""
-    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """How a step's tokens are weighed."""
     importance: Literal["token", "sequence"] = "token"
     """Whether probability ratios are a token's or the whole completion's (GSPO)."""
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _over_a_step(cls, name: Any) -> Any:
+        if name == "bnpo":  # by TRL of what is computed at once, which is for speed alone to decide
+            raise ValueError("loss bnpo divides by a batch's tokens; over a whole step that is dapo: set loss: dapo")
+        return name
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        for name in UNREAD.get(self.loss, ()):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} does nothing for loss {self.loss}: take it out")
         if self.loss == "luspo" and self.importance != "sequence":
             raise ValueError("loss luspo works on whole completions: set importance: sequence")
         if self.loss == "cispo" and (self.epsilon_high is None or self.epsilon_high <= 1):
@@ -117,6 +137,11 @@ class GrpoOptions(GroupOptions):
     """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
 
 
+BALANCE = {"router_aux_loss_coef": 0.0}
+"""TRL's arguments for a mixture of experts: its balance is no part of these losses, and would be that of whatever is
+computed at once."""
+
+
 def sampling_settings(options: SampledOptions) -> dict[str, Any]:
     """TRL's arguments that all online trainers share."""
     return {
@@ -130,6 +155,7 @@ def reward_settings(options: RewardedOptions) -> dict[str, Any]:
     """TRL's arguments that trainers with rewards share."""
     return {
         **sampling_settings(options),
+        **BALANCE,
         "num_generations": options.group_size,
         "num_iterations": options.iterations,
         "epsilon": options.epsilon,
@@ -155,4 +181,4 @@ def settings(options: GrpoOptions) -> Mapping[str, Any]:
     return {**group_settings(options), "scale_rewards": options.scale_rewards}
 
 
-OBJECTIVE = Objective(version=3, options=GrpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))
+OBJECTIVE = Objective(version=4, options=GrpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))

@@ -37,7 +37,7 @@ def settings(options: OnPolicyOptions) -> Mapping[str, Any]:
 
 
 OBJECTIVE = Objective(
-    version=2,
+    version=3,
     options=OnPolicyOptions,
     kinds=("prompt",),
     online=Online("DistillationTrainer", settings, teacher=True),

@@ -34,4 +34,4 @@ def settings(options: RlooOptions) -> Mapping[str, Any]:
     return {**reward_settings(options), **own}
 
 
-OBJECTIVE = Objective(version=3, options=RlooOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))
+OBJECTIVE = Objective(version=4, options=RlooOptions, kinds=("prompt",), online=Online("RLOOTrainer", settings))

@@ -25,9 +25,12 @@ from stages.choices import OWN
 from stages.identity import Json
 from stages.stage import StageConfig
 
-__all__ = ["NoOptions", "Reward", "RewardChoice", "find", "load", "model_of", "names"]
+__all__ = ["ANSWER", "NoOptions", "Reward", "RewardChoice", "answer_of", "find", "load", "model_of", "names"]
 
 Row = Mapping[str, Json]
+
+ANSWER = "without_reasoning"
+"""Under which a row holds what the completion says after the model's own reasoning."""
 
 
 class NoOptions(StageConfig):
@@ -42,7 +45,8 @@ class Reward:
     """Bumped when a completion would be worth something else."""
     score: Callable[[str, Row, Any], float]
     """`score(completion, row, options)`: any number up to 1e15, either side of zero. `row` holds the prompt's other
-    columns, and under `rendered_prompt` the prompt as the model reads it."""
+    columns, under `rendered_prompt` the prompt as the model reads it, and under `without_reasoning` the completion
+    without what stands before the last mark that closes the model's reasoning, such as `</think>`."""
     options: type[StageConfig] = NoOptions
     needs: Callable[[Any], tuple[str, ...]] = lambda options: ()
     """The columns that a prompt's row must have."""
@@ -95,6 +99,11 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> Reward:
     """The reward of that name. Raises UserError listing the choices."""
     return choices.find(__name__, name, "reward", Reward)
+
+
+def answer_of(completion: str, row: Row) -> str:
+    """What a completion says after the model's own reasoning: all of it, where nobody has looked for that."""
+    return str(row.get(ANSWER, completion))
 
 
 def model_of(choice: RewardChoice) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
-from stages.rewards import Reward, Row
+from stages.rewards import Reward, Row, answer_of
 from stages.stage import StageConfig
 
 
@@ -40,8 +40,8 @@ def score(completion: str, row: Row, options: Options) -> float:
     metadata = row["metadata"]
     assert isinstance(metadata, dict)
     entry = {"question": row.get("question", ""), "answer": row["answer"], "metadata": metadata}
-    found = float(_scorer(str(metadata["source_dataset"]))(completion.strip(), entry))
+    found = float(_scorer(str(metadata["source_dataset"]))(answer_of(completion, row).strip(), entry))
     return float(found >= 1.0) if options.strict else found
 
 
-REWARD = Reward(1, score, Options, needs=lambda options: ("answer", "metadata"), ready=ready)
+REWARD = Reward(2, score, Options, needs=lambda options: ("answer", "metadata"), ready=ready)

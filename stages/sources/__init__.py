@@ -19,3 +19,10 @@ class Found:
     """What it is: digests, sizes, commits, versions, never a place. Enters the key."""
     where: Mapping[str, Json] = field(default_factory=dict)
     """Where it is, and under `name` what messages call it. Never enters the key."""
+
+
+def beside(found: list[Found], others: int) -> list[Found]:
+    """Files of a folder, of which the first says how many others there are that are not taken."""
+    if not others or not found:
+        return found
+    return [Found(found[0].identity, {**found[0].where, "other_files": others}), *found[1:]]

@@ -1,25 +1,22 @@
-"""sha256 of local files, remembered by path, size, modification time and inode."""
+"""sha256 of local files, remembered by path, size, modification time and inode; and what only stands for a file."""
 
-import json
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from stages.errors import UserError
 from stages.identity import sha256_file
-from stages.runtime import from_environment
+from stages.sources.memory import recall, remember
 
 RACY_SECONDS = 2.0
 """A file changed this recently may change again within the same time stamp: its digest is not remembered."""
 
 
-def digests(paths: Sequence[Path]) -> list[str]:
-    """The sha256 of each file. Unchanged files are not read again."""
-    memory = from_environment().cache / "digests.json"
-    known = _read(memory)
+def digests(paths: Sequence[Path], cache: Path) -> list[str]:
+    """The sha256 of each file. Unchanged files are not read again: `cache` is the folder where that is remembered."""
+    memory = cache / "digests.json"
+    known = recall(memory)
     states = {path: _state(path) for path in paths}
     missing = [path for path in states if known.get(str(path.resolve()), [None])[1:] != states[path]]
     if missing:
@@ -29,7 +26,7 @@ def digests(paths: Sequence[Path]) -> list[str]:
         settled = {p: d for p, d in found.items() if time.time() - p.stat().st_mtime > RACY_SECONDS}
         known |= {str(path.resolve()): [digest, *states[path]] for path, digest in settled.items()}
         if settled:
-            _write(memory, known)
+            remember(memory, known)
         return [found.get(path) or known[str(path.resolve())][0] for path in paths]
     return [known[str(path.resolve())][0] for path in paths]
 
@@ -39,17 +36,17 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _read(memory: Path) -> dict[str, list[Any]]:
-    try:
-        found = json.loads(memory.read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}  # only a memory: it fills again
-    return found if isinstance(found, dict) else {}
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small file begins that Git has in the place of a large one."""
+POINTER_BYTES = 1024
+"""Bytes that such a file has at most."""
 
 
-def _write(memory: Path, known: dict[str, list[Any]]) -> None:
-    aside = memory.with_name(f"{memory.name}.{os.getpid()}")
-    with suppress(OSError):  # a full disk costs the memory only
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(known), "utf-8")
-        aside.replace(memory)
+def refuse_pointers(paths: Iterable[Path], place: str) -> None:
+    """Raise UserError for a file that only stands for one, as a clone of a repository without Git LFS has them."""
+    for path in paths:
+        if path.stat().st_size < POINTER_BYTES and path.read_bytes().startswith(POINTER):
+            raise UserError(
+                f"{place}: {path.name} is a Git LFS pointer, which only stands for the file: run `git lfs pull` in the "
+                "repository that it was cloned from"
+            )

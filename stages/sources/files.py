@@ -7,17 +7,18 @@ as far as they reach.
 """
 
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from stages.errors import UserError
 from stages.identity import Json
-from stages.sources import Found, hub, remote, urls
+from stages.sources import Found, beside, hub, remote, urls
 from stages.sources.batches import batches, cut_batches
-from stages.sources.digests import digests
+from stages.sources.digests import digests, refuse_pointers
 from stages.sources.pieces import Pieces, cut
 from stages.sources.unpack import (
     ARCHIVES,
@@ -28,12 +29,13 @@ from stages.sources.unpack import (
     clear_errors,
     has_rows,
     hidden,
+    left_alone,
     members,
     refuse_splits,
     suffix_of,
     unpacked,
 )
-from stages.stage import Facts, Work
+from stages.stage import Facts, Work, merge_facts
 
 NEED_SEEKING = (".parquet", ".arrow", ".zip")
 """Files that cannot be read from their beginning to their end."""
@@ -42,8 +44,11 @@ SMALL = 256 << 10
 """Bytes that are hashed sooner than handed to a thread."""
 
 
-def resolve(locations: Sequence[str], options: Mapping[str, Json], sha256: str | None, place: str) -> list[Found]:
-    """The files at the locations, in the order given and by name. `place` is the recipe's field, for messages.
+def resolve(
+    locations: Sequence[str], options: Mapping[str, Json], sha256: str | None, place: str, cache: Path
+) -> list[Found]:
+    """The files at the locations, in the order given and by name. `place` is the recipe's field, for messages; `cache`
+    that of `digests`.
 
     A file that several locations name counts once. `sha256` is what the one file there must have. Raises UserError for
     what is missing, empty or of no known kind.
@@ -56,16 +61,16 @@ def resolve(locations: Sequence[str], options: Mapping[str, Json], sha256: str |
             for one in urls.listing(location, options, place):
                 found.setdefault(str(one.where["url"]), one)
         else:
-            for path in _local(location.removeprefix("file://"), place):
-                # Its digest is looked up with those of all others, below.
-                found.setdefault(str(path.resolve()), Found({}, {"name": path.name, "path": str(path)}))
+            for one in _local(location.removeprefix("file://"), place):
+                found.setdefault(str(Path(one.where["path"]).resolve()), one)
     if not found:
         raise UserError(f"{place} is empty: expected a path, a glob, a folder or a URL")
     for one in found.values():
         here = Path(one.where["path"]) if "path" in one.where else None
         check(str(one.where["name"]), here.stat().st_size if here else one.identity["size"], place)
     local = [Path(one.where["path"]) for one in found.values() if "path" in one.where]
-    hashed = dict(zip(map(str, local), digests(local), strict=True))
+    refuse_pointers(local, place)
+    hashed = dict(zip(map(str, local), digests(local, cache), strict=True))
     resolved = [_identified(one, hashed) for one in found.values()]
     return _pinned(resolved, sha256, place) if sha256 else resolved
 
@@ -85,18 +90,21 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
     return [Found({"suffix": suffix, "size": size, "sha256": sha256}, found[0].where)]
 
 
-def _local(location: str, place: str) -> list[Path]:
+def _local(location: str, place: str) -> list[Found]:
+    """The files at a path. Their digests are looked up later, together."""
     path = Path(location).expanduser()
+    others = 0
     if path.is_dir():
-        below = [p for p in path.rglob("*") if p.is_file()]
+        below = [p for folder in _folders(path) for p in folder.iterdir() if p.is_file()]
         refuse_splits([p.as_posix() for p in below], place)
         paths = sorted(p for p in below if has_rows(str(p.relative_to(path))))
+        others = left_alone(str(p.relative_to(path)) for p in below)
         if not paths:
             raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
     elif path.exists():
         paths = [path]
     elif any(mark in location for mark in "*?["):
-        matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        matching = _matching(Path(path.anchor), path.relative_to(path.anchor).parts)
         paths = sorted(p for p in matching if p.is_file() and not hidden(str(p), str(path)))
         if not paths:
             raise UserError(
@@ -104,7 +112,31 @@ def _local(location: str, place: str) -> list[Path]:
             )
     else:
         raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
-    return [path.absolute() for path in paths]
+    found = [Found({}, {"name": path.name, "path": str(path.absolute())}) for path in paths]
+    return beside(found, others)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and those below it, also those that links lead to; each once, so that a link to one above ends."""
+    been: set[str] = set()
+    for folder, below, _ in os.walk(top, followlinks=True):
+        below.sort()
+        if (real := os.path.realpath(folder)) in been:
+            below.clear()
+            continue
+        been.add(real)
+        yield Path(folder)
+
+
+def _matching(top: Path, pattern: Sequence[str]) -> Iterator[Path]:
+    """What a glob finds; Python's own does not follow links where it says `**`."""
+    if "**" not in pattern:
+        yield from top.glob("/".join(pattern)) if pattern else [top]
+        return
+    at = pattern.index("**")
+    for folder in _matching(top, pattern[:at]):
+        for below in _folders(folder):
+            yield from _matching(below, pattern[at + 1 :])
 
 
 def _web(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> Found:
@@ -133,7 +165,8 @@ def bring(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, 
     """Write a file's rows as pieces. Raises UserError when it is no longer what was resolved, or is damaged."""
     pieces.name = str(where["name"])
     path = _here(found, where, work, work.folder / "download")
-    return {"bytes": found["size"] or path.stat().st_size, **_cut_file(path, found, pieces, work)}
+    facts = _cut_file(path, found, pieces, work)
+    return merge_facts([{"bytes": found["size"] or path.stat().st_size}, facts, _others(where)])
 
 
 def bring_first(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pieces, work: Work) -> Facts:
@@ -150,7 +183,11 @@ def bring_first(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pi
         work.tell(wanted - pieces.left, wanted, "rows")
         if pieces.full:
             break
-    return {"rows": wanted - pieces.left, "first": wanted}
+    return merge_facts([{"rows": wanted - pieces.left, "first": wanted}, *map(_others, where["files"])])
+
+
+def _others(where: Mapping[str, Json]) -> Facts:
+    return {"other_files": where["other_files"]} if "other_files" in where else {}
 
 
 def _here(found: Mapping[str, Json], where: Mapping[str, Json], work: Work, target: Path) -> Path:
@@ -190,7 +227,7 @@ def _cut_file(path: Path, found: Mapping[str, Json], pieces: Pieces, work: Work)
     except OSError as error:
         raise UserError(f"{pieces.name} can no longer be read: {error}") from error
     if "sha256" in found:
-        same = same and (digest or digests([path])[0]) == found["sha256"]
+        same = same and (digest or digests([path], work.runtime.cache)[0]) == found["sha256"]
     if not same:
         if path.is_relative_to(work.folder):
             path.unlink()  # the next attempt begins anew
@@ -208,7 +245,9 @@ def _cut(file: BinaryIO, suffix: str, size: Callable[[], int], pieces: Pieces, w
     if suffix not in ARCHIVES:
         return _cut_rows(file, suffix, budget, pieces, work)
     facts: dict[str, Json] = {"members": 0, "other_files": 0}
+    names: list[str] = []
     for name, member in members(file, suffix, budget):
+        names.append(name)
         if member is None:
             facts["other_files"] += 1
             continue
@@ -218,6 +257,7 @@ def _cut(file: BinaryIO, suffix: str, size: Callable[[], int], pieces: Pieces, w
         if pieces.full:
             break
     pieces.member = ""
+    refuse_splits(names, pieces.name, packed=True)
     if not facts["members"]:
         raise UserError(f"{pieces.name} holds no file of rows: expected {', '.join(ROWS)} in it")
     return facts

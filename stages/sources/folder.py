@@ -10,7 +10,7 @@ from pathlib import Path
 from stages.errors import UserError
 from stages.identity import Json
 from stages.sources import Found, credentials, remote, urls
-from stages.sources.digests import digests
+from stages.sources.digests import digests, refuse_pointers
 from stages.stage import Facts, Work
 from stages.weight_files import INDEX
 
@@ -39,13 +39,13 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 CHUNK = 16 << 20
 
 
-def resolve(location: str, place: str) -> Found:
+def resolve(location: str, place: str, cache: Path) -> Found:
     """The model's files by digest. Raises UserError when the folder does not hold a whole model."""
     folder = Path(location).expanduser()
     if not folder.is_dir():
         raise UserError(f"{place}: there is no folder {location} (looked from {Path.cwd()})")
     paths = listing(folder, place)
-    found = {path.name: digest for path, digest in zip(paths, digests(paths), strict=True)}
+    found = {path.name: digest for path, digest in zip(paths, digests(paths, cache), strict=True)}
     return Found({"files": found}, {"path": str(folder.resolve())})
 
 
@@ -60,12 +60,21 @@ def listing(folder: Path, place: str) -> list[Path]:
             raise UserError(f"{place}: {path.name} is a link that leaves the folder: copy the file there")
     names = [path.name for path in paths]
     check(names, [path.name for path in folder.iterdir()], place)
-    index = folder / INDEX
-    if index.is_file():
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    refuse_pointers(paths, place)
+    if (folder / INDEX).is_file():
+        shards = _named(folder / INDEX, place)
         if missing := sorted(shards - set(names)):
             raise UserError(f"{place}: {missing[0]} is missing ({len(missing)} of {len(shards)} weight files are)")
     return paths
+
+
+def _named(index: Path, place: str) -> set[str]:
+    """The weight files that an index names. Raises UserError for what is none."""
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        told = f'{index.name} is no index, or cut short: expected {{"weight_map": {{TENSOR: FILE}}}}'
+        raise UserError(f"{place}: {told}. Copy it once more, or save the model again") from error
 
 
 def check(names: Sequence[str], all_names: Sequence[str], place: str) -> None:
@@ -121,6 +130,7 @@ def bring_url(found: Mapping[str, Json], where: Mapping[str, Json], output: Path
         open_at = urls.opener(f"{where['url']}/{name}", where.get("options", {}), file, name)
         remote.download(name, open_at, file["size"], aside / name, told)
         done += file["size"]
+    refuse_pointers(aside.iterdir(), str(where["url"]))
     for name in found["files"]:
         shutil.move(aside / name, output / name)
     return {"bytes": total}

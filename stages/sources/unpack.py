@@ -67,10 +67,17 @@ def has_rows(name: str, known: tuple[str, ...] = SUFFIXES) -> bool:
     return bool(suffix_of(name, known)) and own not in NOT_ROWS and not CACHED.fullmatch(own) and not hidden(name)
 
 
-def refuse_splits(names: Iterable[str], place: str) -> None:
+def left_alone(names: Iterable[str]) -> int:
+    """How many of the files in a folder are not taken; of hidden ones nobody thinks that they would be."""
+    return sum(not has_rows(name) and not hidden(name) for name in names)
+
+
+def refuse_splits(names: Iterable[str], place: str, packed: bool = False) -> None:
     """Raise UserError where the datasets library saved several splits, or files or folders are named after splits, as
-    in the Hub's data sets: a test split would train. `names` are the paths of all files below a folder that was named.
+    in the Hub's data sets: a test split would train. `names` are the paths of all files below a folder that was named,
+    or in an archive (`packed`).
     """
+    first = "unpack it, and " if packed else ""
     paths = [PurePosixPath(name) for name in names]
     splits = {path.parent for path in paths if path.name == "state.json"}
     for folder in sorted(path.parent for path in paths if path.name == "dataset_dict.json"):
@@ -78,7 +85,7 @@ def refuse_splits(names: Iterable[str], place: str) -> None:
         if len(found) > 1:
             told = f"{folder} holds the splits {', '.join(split.name for split in found)}, as datasets saved them"
             one = next((split for split in found if split.name == "train"), found[0])
-            raise UserError(f"{place}: {told}: name the folder of one, e.g. {one}")
+            raise UserError(f"{place}: {told}: {first}name the folder of one, e.g. {one}")
     named: dict[PurePosixPath, dict[str, PurePosixPath]] = {}
     for path in filter(lambda path: suffix_of(path.name) and path.name not in NOT_ROWS, paths):
         for one in (path, path.parent):
@@ -88,7 +95,7 @@ def refuse_splits(names: Iterable[str], place: str) -> None:
         if "train" in of and len(of) > 1:
             mend = str(of["train"]) if not suffix_of(of["train"].name) else f"{folder}/train*"
             told = f"{folder} holds {', '.join(of[split].name for split in sorted(of))}, named after splits"
-            raise UserError(f"{place}: {told}: name those of one, e.g. {mend}")
+            raise UserError(f"{place}: {told}: {first}name those of one, e.g. {mend}")
 
 
 class _Limited:

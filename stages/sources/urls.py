@@ -6,9 +6,9 @@ from typing import Any
 
 from stages.errors import UserError
 from stages.identity import Json, canonical_json, sha256_text
-from stages.sources import Found, credentials
+from stages.sources import Found, beside, credentials
 from stages.sources.remote import OpenAt, Passing
-from stages.sources.unpack import has_rows, hidden, refuse_splits, suffix_of
+from stages.sources.unpack import has_rows, hidden, left_alone, refuse_splits
 
 BLOCK = 8 << 20
 """Bytes asked for at once: what a connection that breaks costs at most."""
@@ -51,22 +51,22 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
     fs, path = filesystem(location, options, place)
     below: Mapping[str, Any] = {}
     try:
-        if "*" in path or "[" in path:
+        if any(mark in path for mark in "*?["):
             infos = {name: info for name, info in fs.glob(path, detail=True).items() if not hidden(name, path)}
-        elif not suffix_of(path) and fs.isdir(path):
-            below = fs.find(path, detail=True)
-            infos = {name: info for name, info in below.items() if has_rows(name.removeprefix(path))}
+        elif (info := fs.info(path))["type"] == "directory":  # whatever its name: Spark's are called `rows.parquet`
+            below = {name.removeprefix(path): info for name, info in fs.find(path, detail=True).items()}
+            infos = {name: info for name, info in below.items() if has_rows(name)}
         else:
-            infos = {path: fs.info(path)}
+            infos = {path: info}
     except Exception as error:  # each of fsspec's file systems has errors of its own
         told = credentials.without_secrets(str(error), options) or type(error).__name__
         raise UserError(f"{place}: cannot read {location}: {told}") from error
-    refuse_splits(below, place)
+    refuse_splits((info["name"] for info in below.values()), place)
     found = [info for _, info in sorted(infos.items()) if info["type"] == "file"]
     if not found:
         raise UserError(f"{place}: nothing matches {location} (hidden files do not count)")
     chain = location.partition("::")
-    return [
+    resolved = [
         Found(
             {"size": info.get("size"), **version(fs, info)},
             {
@@ -77,6 +77,7 @@ def listing(location: str, options: Mapping[str, Json], place: str) -> list[Foun
         )
         for info in found
     ]
+    return beside(resolved, left_alone(below))
 
 
 def version(fs: Any, info: Mapping[str, Any]) -> dict[str, Json]:

@@ -50,6 +50,7 @@ def _of_objective(config: "TrainConfig") -> Iterator[str]:
         f"on_spike: {config.on_spike}": config.on_spike != "note",
         "precision: fp8": config.precision == "fp8",
         "full": config.full != type(config.full)(),
+        "lora.dropout": config.lora.dropout > 0,
         "lora.restart_every": config.lora.restart_every is not None,
         f"lora.init: {config.lora.init}": config.lora.init in ("eva", "loftq"),
     }

@@ -34,7 +34,7 @@ class Episodes:
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns of environments, whose interface may still change
         self.tokenizer = tokenizer
         self.kind = _limited(choice, tuple(tokenizer.added_tokens_encoder))
-        self.weights = [choice.weight] if self.kind.rewarded else []
+        self.weights = [choice.weight] if self.kind._rewarded else []
         _set_response_template(tokenizer)
 
     def reward(self, place: "_Limited") -> float:
@@ -72,18 +72,18 @@ def _limited(choice: EnvironmentChoice, controls: Sequence[str]) -> type["_Limit
             get_json_schema(method)
         except Exception as error:  # its several own
             raise UserError(f"environment: its tool {name} cannot be described to the model: {error}") from error
-    given = {"inner": kind, "seconds": choice.seconds, "controls": controls, "rewarded": "get_reward" in public}
+    given = {"_kind": kind, "_seconds": choice.seconds, "_controls": controls, "_rewarded": "get_reward" in public}
     return type(kind.__name__, (_Limited,), {**given, **{name: _tool(name, method) for name, method in tools.items()}})
 
 
 class _Limited:
-    """An environment whose calls end after `seconds`, which is told its prompt and row, and whose reward the
+    """An environment whose calls end after `_seconds`, which is told its prompt and row, and whose reward the
     recorder asks, beside the others, instead of TRL."""
 
-    inner: type
-    seconds: float
-    controls: Sequence[str]
-    rewarded: bool
+    _kind: type
+    _seconds: float
+    _controls: Sequence[str]
+    _rewarded: bool
 
     def __init__(self) -> None:
         self._inner: Any = None
@@ -95,7 +95,8 @@ class _Limited:
             self._inner, self._stuck = None, False
         row = json.loads(columns)
         try:
-            self._inner = self._inner or self._call(self.inner)
+            if self._inner is None:
+                self._inner = self._call(self._kind)
             told = self._call(self._inner.reset, prompt=prompt, **row)
             if told is not None:
                 self._refuse_control(told)
@@ -107,11 +108,11 @@ class _Limited:
         return None if told is None else str(told)
 
     def _refuse_control(self, told: Any) -> None:
-        found = next((token for token in self.controls if token in str(told)), None)
+        found = next((token for token in self._controls if token in str(told)), None)
         if found:
             raise ValueError(f"its text holds the control token {found}, which would be taken for one")
 
-    def _call(self, function: Callable[..., Any], **given: Any) -> Any:
+    def _call(self, function: Callable[..., Any], /, **given: Any) -> Any:
         """Its result within the time limit. Raises what it raises, or TimeoutError."""
         if self._stuck:
             raise TimeoutError("an earlier call has not come back")
@@ -126,12 +127,12 @@ class _Limited:
 
         thread = threading.Thread(target=run, daemon=True)  # which nothing can stop, and which must not keep us alive
         thread.start()
-        thread.join(self.seconds)
+        thread.join(self._seconds)
         if failed:
             raise failed[0]
         if not done:
             self._stuck = True
-            raise TimeoutError(f"no answer within {self.seconds:g} s")
+            raise TimeoutError(f"no answer within {self._seconds:g} s")
         return done[0]
 
 
@@ -139,7 +140,7 @@ def _tool(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """A tool with the name, signature and docstring of the environment's own."""
 
     @functools.wraps(method)
-    def call(self: _Limited, **given: Any) -> Any:
+    def call(self: _Limited, /, **given: Any) -> Any:
         told = self._call(getattr(self._inner, name), **given)
         self._refuse_control(told)
         return told

@@ -15,6 +15,7 @@ from stages.stage import Facts, Work
 from stages.train import TrainConfig, features, prompts, teacher
 from stages.train.episodes import Episodes, template_in
 from stages.train.rollouts import Recorder
+from stages.turn_end import after_thought, marks
 
 
 def episodes_of(rewarded: RewardedOptions | None, inputs: Mapping[str, Path], tokenizer: Any) -> Episodes | None:
@@ -84,7 +85,10 @@ def given(
         return {"reward_funcs": features.Matching(frozen, tokenizer, options, keep)}
     if isinstance(options, RewardedOptions):
         environment = {"environment_factory": episodes.kind} if episodes else {}
-        return {"reward_funcs": recorder.functions(step, episodes), **environment}
+        template = prompts.template_of(inputs.get("templates"))
+        mark = marks(inputs["model"], template)[0] if template else ""
+        said = partial(after_thought, tokenizer, mark=mark)
+        return {"reward_funcs": recorder.functions(step, said, episodes), **environment}
     return {"teacher_model": teacher.load(config, inputs, device, trained)}
 
 

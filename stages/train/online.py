@@ -23,6 +23,7 @@ from transformers import PrinterCallback, set_seed
 from stages import arithmetic, objectives, own_code
 from stages.child import SUSPENDED
 from stages.errors import UserError
+from stages.generation_settings import keep_tokens
 from stages.objectives.grpo import RewardedOptions, SampledOptions
 from stages.stage import Facts, Work
 from stages.train import (
@@ -169,6 +170,7 @@ def _load(config: TrainConfig, folder: Path, device: str) -> Any:
 
     frozen = config.method == "lora" and config.precision == "bf16"
     network = load_network(folder, "bf16" if frozen else "fp32", "cuda" if device == "cuda" else "cpu", packed=False)
+    keep_tokens(network)
     network.train()
     if config.method == "full":
         return network
@@ -200,6 +202,8 @@ def _write(config: TrainConfig, trained: Any, history: Sequence[Mapping[str, Any
         adapters.save(trained, output / "adapter")
     else:
         model.save_weights(trained, source, output / "weights")
+        if not (source / "generation_config.json").exists():
+            (output / "weights/generation_config.json").unlink()  # ours, see `keep_tokens`
     named = ("step", "loss", "learning_rate", "grad_norm", *online_trainer.MEASURES.values())
     lines = [json.dumps({name: entry[name] for name in named if entry.get(name) is not None}) for entry in history]
     (output / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))

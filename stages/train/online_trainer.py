@@ -90,6 +90,7 @@ def arguments(
         "fp16": config.precision == "fp16",
         "seed": config.seed,
         "use_cpu": device == "cpu",
+        "disable_dropout": True,  # else what writes is drawn anew at every token, and is no model that learns
         "gradient_checkpointing": recompute not in ("auto", "none"),
         "save_strategy": "no",
         "logging_steps": 1,

@@ -26,15 +26,24 @@ from stages.turn_end import turn_end
 Row = dict[str, Any]
 
 
+def template_of(templates: Path | None) -> str:
+    """The chat template that convert used, which lies in `templates` and need not be the model's own; a recipe has one.
+    Empty where prompts went through none."""
+    found = sorted(templates.rglob("chat_template.jinja")) if templates else []
+    return found[0].read_text("utf-8") if found else ""
+
+
 def plain_tokenizer(folder: Path, templates: Path | None) -> Any:
     """A model's tokenizer that adds no begin or end token to a text: the plan's prompts have what the template gave
     them, and TRL asks without saying that nothing should be added. Its end is that of a turn in the template that
-    convert used, which lies in `templates` and need not be the model's own: by it TRL tells where a completion ends."""
+    convert used: by it TRL tells where a completion ends, of whose text it is no part."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-    for path in sorted(templates.rglob("chat_template.jinja"))[:1] if templates else ():  # a recipe has one, or none
-        if (end := turn_end(folder, path.read_text("utf-8"))) is not None:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    template = template_of(templates)
+    if template and (end := turn_end(folder, template)) is not None:
+        token = tokenizer.added_tokens_decoder[end]
+        token.special = True  # or decoding would keep it
+        tokenizer.add_special_tokens({"eos_token": token})
     return tokenizer
 
 

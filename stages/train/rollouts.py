@@ -12,6 +12,7 @@ import pyarrow as pa
 from stages.identity import Json
 from stages.judge import Judge
 from stages.objectives.grpo import ENVIRONMENT
+from stages.rewards import ANSWER
 from stages.tables import read_table
 from stages.train.episodes import Episodes
 
@@ -38,9 +39,12 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         self._scores: dict[str, list[float]] = {}
 
-    def functions(self, step: Callable[[], int], episodes: Episodes | None = None) -> list[Callable[..., list[float]]]:
+    def functions(
+        self, step: Callable[[], int], said: Callable[[Sequence[int]], str], episodes: Episodes | None = None
+    ) -> list[Callable[..., list[float]]]:
         """One reward function a reward, as TRL calls them one after another on the same batch; the last one is that of
-        the environment, where `episodes` have one."""
+        the environment, where `episodes` have one. `said` is the text of a completion's tokens without the model's own
+        reasoning, of which what it says last in an episode has none."""
         judge = self.judge
         assert judge is not None
         names = [*judge.choices, *([ENVIRONMENT] if episodes and episodes.weights else [])]
@@ -53,12 +57,14 @@ class Recorder:
                         prompts, shown, completions = episodes.texts(prompts, completions, given["completion_ids"])
                     else:
                         shown = completions
-                    for row, prompt in zip(rows, prompts, strict=True):
-                        row["rendered_prompt"] = prompt
+                    answers = completions if episodes else [said(ids) for ids in given["completion_ids"]]
+                    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+                        row |= {"rendered_prompt": prompt, ANSWER: answer}
                     self._scores = judge.score(list(zip(completions, rows, strict=True)))
                     if episodes and episodes.weights:
+                        (weight,) = episodes.weights
                         self._scores[ENVIRONMENT] = [
-                            judge.hear(ENVIRONMENT, partial(episodes.reward, place), (completion, row))
+                            judge.hear(ENVIRONMENT, weight, partial(episodes.reward, place), (completion, row))
                             for place, completion, row in zip(given["environments"], completions, rows, strict=True)
                         ]
                     self.keep(step(), prompts, shown)

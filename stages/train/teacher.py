@@ -10,6 +10,7 @@ import torch
 from stages import heads
 from stages.errors import UserError
 from stages.generation import load_network
+from stages.generation_settings import keep_tokens
 from stages.tokenizer_files import refuse_other_words
 from stages.train import TrainConfig
 
@@ -40,6 +41,7 @@ def load(config: TrainConfig, inputs: Mapping[str, Path], device: str, trained: 
         "cuda" if device == "cuda" else "cpu",
         packed=False,
     )
+    keep_tokens(network)
     theirs, ours = (each.get_output_embeddings().weight.shape[0] for each in (network, trained))
     if theirs < ours:
         raise UserError(

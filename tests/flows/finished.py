@@ -13,6 +13,7 @@ from flows.recipe import load
 from flows.run import Run, start
 from flows.settle import named
 from stages.deliver import deliver
+from stages.identity import Action
 from stages.production import promote
 from stages.runtime import Runtime
 from stages.store import Store, open_store
@@ -66,8 +67,9 @@ def finish(folder: Path, model: Path) -> Finished:
     run.record("done")
     run.become_baseline()
     merged = run.artifacts["merge"]
-    model_named = named(merged)
-    promote(store, NAME, None, model=model_named, card=model_named, run=run.id, compared=None, why="it is a test")
+    (folder / "card").mkdir()
+    card = store.commit(Action("publish", {"publish": 1}, {}, {}), folder / "card", {}, {})
+    promote(store, NAME, None, model=named(merged), card=named(card), run=run.id, compared=None, why="it is a test")
     deliver(str(folder / "out"), merged.tree, store, run.name)
     lineage = {"stages": {stage: named(artifact) for stage, artifact in run.artifacts.items()}}
     (folder / "out" / "lineage.json").write_text(json.dumps(lineage))

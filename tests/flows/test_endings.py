@@ -83,3 +83,18 @@ def test_a_retraining_whose_name_another_took_over_goes_no_further(last: str, tm
     assert any(stage == "publish" for stage, _, _ in rehearsal.store.manifests()) == (last == "publish")
     [event] = events_of(rehearsal.store, "taken")
     assert event.what == "suspended" and "another run took it over" in event.why
+
+
+def test_a_run_that_is_refused_before_its_first_stage_is_on_record(tmp_path: Path, prefect_api: Api) -> None:
+    from flows.finetune import finetune
+
+    rehearsal = Rehearsal(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs.txt").write_text("what a model must not replace")
+    run = rehearsal.start(20)
+    run.record("started")
+    with reporting_to(prefect_api):
+        state = finetune(run.loaded.recipe, runtime=run.runtime, run=run.id, return_state=True)
+    assert state.is_failed() and "theirs.txt" in str(state.message)
+    [event] = events_of(rehearsal.store, "bot")
+    assert event.what == "failed" and "theirs.txt" in event.why

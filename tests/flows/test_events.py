@@ -8,8 +8,11 @@ import httpx
 import pytest
 import yaml
 from jinja2 import Environment, StrictUndefined
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import filters
 
-from flows.finetune import finished
+from flows.finetune import finetune, finished
+from flows.retrain import retrain
 from flows.server import Api, reporting_to
 from flows.upkeep import promote, rollback
 from stages.runtime import Runtime
@@ -73,3 +76,33 @@ def test_what_automations_say_of_an_event_is_in_it(rehearsal: Rehearsal, prefect
     models = [json.loads(text) for text in said["regrow.model.published"] + said["regrow.model.rolled-back"]]
     made = [run.artifacts["merge"].key for run in (worse, better, first)]
     assert models == [{"name": "heard", "model": key} for key in made]
+
+
+def test_a_retraining_that_finds_every_stage_made_announces_what_it_promotes(tmp_path: Path, prefect_api: Api) -> None:
+    """The run that made them was killed before it could."""
+    rehearsal = Rehearsal(tmp_path, name="found")
+    made = rehearsal.make(rehearsal.start(20))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(made.loaded.text)
+    runtime = Runtime(store=rehearsal.store.url, cache=tmp_path / "cache")
+    with reporting_to(prefect_api), get_client(sync_client=True) as client:
+        ended = retrain(str(recipe), runtime=runtime, return_state=True)
+        again = retrain(str(recipe), runtime=runtime, return_state=True)
+        wanted = filters.ArtifactFilter(key=filters.ArtifactFilterKey(any_=["found-history"]))
+        [page] = client.read_artifacts(artifact_filter=wanted)
+    assert ended.name == "Completed" and "found/production now names this model" in str(ended.message)
+    assert again.name == "NothingNew"
+    [event] = events(prefect_api, "found", 1)
+    assert event["event"] == "regrow.model.published" and event["payload"]["model"] == rehearsal.stands
+    assert event["payload"]["run"] in str(page.data)
+
+
+def test_a_page_that_the_store_cannot_give_ends_no_run(tmp_path: Path, prefect_api: Api) -> None:
+    rehearsal = Rehearsal(tmp_path, name="pageless")
+    told = rehearsal.ready(20)
+    rehearsal.store.objects.put("runs/long-ago.json", b"{")  # the history's page reads the record of every run
+    with reporting_to(prefect_api):
+        state = finetune(told["recipe"], runtime=Runtime(**told["runtime"]), return_state=True)
+    assert state.is_completed(), state
+    [event] = events(prefect_api, "pageless", 1)
+    assert event["event"] == "regrow.model.published"

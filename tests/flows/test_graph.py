@@ -36,7 +36,10 @@ def test_selectors(selectors: list[str], exclude: list[str], expected: list[str]
     assert select(selectors, exclude) == expected
 
 
-@pytest.mark.parametrize(("selector", "hint"), [("tran", "did you mean `train`"), ("++x", "expected STAGE")])
+@pytest.mark.parametrize(
+    ("selector", "hint"),
+    [("tran", "did you mean `train`"), ("++x", "expected STAGE"), ("", "names no stage"), (" , ", "names no stage")],
+)
 def test_a_wrong_selector_says_what_is_right(selector: str, hint: str) -> None:
     with pytest.raises(UserError, match=hint.replace("+", r"\+")):
         select([selector])

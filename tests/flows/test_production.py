@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from flows.execute import execute
 from flows.promotion import promote
 from flows.run import start
 from stages.errors import UserError
+from stages.objects import blob_path
 from stages.production import production, rollback
 from tests.flows.rehearsal import Rehearsal
 
@@ -105,3 +107,16 @@ def test_a_model_that_the_store_has_lost_is_told_with_the_mend(rehearsal: Rehear
     run.store.objects.delete(f"actions/merge/{run.artifacts['merge'].key}.json")
     with pytest.raises(UserError, match=r"names a model that .* no longer holds.*regrow promote bot"):
         rehearsal.make(rehearsal.start(20))
+
+
+def test_a_model_whose_files_the_store_has_lost_is_told_where_they_are_read(rehearsal: Rehearsal) -> None:
+    """Notes of damage and the advice to look for more would leave people with a ref that stops every run."""
+    first, _ = rehearsal.run(10)
+    run = rehearsal.make(rehearsal.start(20))
+    [weights] = [file.sha256 for file in first.artifacts["merge"].tree.files if file.path == "right"]
+    rehearsal.store.objects.delete(blob_path(weights))
+    assert execute(run, "evaluate").hit, "nothing reads them"
+    with pytest.raises(
+        UserError, match=r"names a model that .* no longer holds \(merge .*right: blob.*regrow rollback bot"
+    ):
+        execute(run, "evaluate", force=True)

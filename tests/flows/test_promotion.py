@@ -1,8 +1,10 @@
 """`regrow promote`, `rollback` and `history`: a person moves production, with the same command line as everybody's."""
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +12,15 @@ from threading import Event
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows import cli, delivering, promotion
 from flows import settle as settling
 from flows.cli import app
+from flows.delivering import place_of
 from flows.history import events_of
+from flows.local import Selection, finish
 from flows.pages import history_page
 from flows.promotion import promote, rollback
 from flows.run import Run
@@ -38,8 +43,8 @@ def runtime(rehearsal: Rehearsal) -> Runtime:
     return Runtime(store=rehearsal.store.url, cache=rehearsal.folder / "cache")
 
 
-def delivered(rehearsal: Rehearsal) -> str:
-    return str(json.loads((rehearsal.folder / "out/lineage.json").read_text())["run"])
+def delivered(rehearsal: Rehearsal, to: str = "out") -> str:
+    return str(json.loads((rehearsal.folder / to / "lineage.json").read_text())["run"])
 
 
 def weights_of(run: Run) -> str:
@@ -153,6 +158,18 @@ def test_what_could_not_be_delivered_is_delivered_by_the_next_run_whatever_its_g
     assert outcome.production == "untouched" and standing and standing.now.run == delivered(rehearsal)
 
 
+def test_a_failed_gate_is_told_also_where_productions_place_is_in_trouble(
+    rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture
+) -> None:
+    rehearsal.run(30)
+    (rehearsal.folder / "out/README.md").write_text("edited")
+    run, outcome = rehearsal.run(10)
+    assert not outcome.passed and outcome.production == "untouched"
+    [told] = [record.getMessage() for record in caplog.records if record.name == "flows.settle"]
+    assert "bot/production names could not be delivered" in told and "README.md came in or changed" in told
+    assert [event.what for event in events_of(rehearsal.store, "bot") if event.run == run.id] == ["gate failed"]
+
+
 def test_a_run_that_fails_its_gate_puts_no_older_card_in_the_place_of_a_newer_one(rehearsal: Rehearsal) -> None:
     """The same model may have got a licence meanwhile, or other scores."""
     rehearsal.run(20)
@@ -208,6 +225,39 @@ def test_a_no_leaves_production_alone_and_is_in_the_history_with_who_said_it_and
     assert promote(rehearsal.store, runtime(rehearsal), "bot", run.id).run == run.id, "it is not lost"
 
 
+def found_made(rehearsal: Rehearsal, right: int) -> Run:
+    """`regrow run` where every stage is in the store."""
+    run = rehearsal.start(right)
+    finish(run, Selection(), "", Console(quiet=True), False)
+    return run
+
+
+def test_a_run_that_promotes_what_it_found_made_can_be_gone_back_to(rehearsal: Rehearsal) -> None:
+    _, outcome = rehearsal.run(20, approval=True)
+    assert outcome.production == "waits"
+    run = found_made(rehearsal, 20)
+    record = rehearsal.store.read_run(run.id)
+    assert record and (record["status"], record["outcome"]["production"]) == ("finished", "moved")
+    told = events_of(rehearsal.store, "bot")
+    assert sorted((event.what, event.scores["spelling"]["value"]) for event in told) == [
+        ("promoted", 0.5),
+        ("waits for a yes", 0.5),
+    ]
+    rehearsal.run(30)
+    assert rollback(rehearsal.store, runtime(rehearsal), "bot").run == run.id
+    assert found_made(rehearsal, 20).id not in dict(rehearsal.store.runs()), "what moved nothing has no record"
+
+
+def test_a_run_that_could_not_deliver_what_it_found_made_says_so_in_its_record(rehearsal: Rehearsal) -> None:
+    rehearsal.run(20, approval=True)
+    (rehearsal.folder / "out").write_text("in the way")
+    with pytest.raises(UserError, match="is no folder"):
+        found_made(rehearsal, 20)
+    standing = production(rehearsal.store, "bot")
+    record = rehearsal.store.read_run(standing.now.run) if standing else None
+    assert record and record["status"] == "failed" and "is no folder" in record["reason"]
+
+
 def test_a_yes_to_what_was_compared_with_a_model_that_is_gone_moves_nothing(rehearsal: Rehearsal) -> None:
     rehearsal.run(10)
     waiting, _ = rehearsal.run(20, approval=True)
@@ -241,10 +291,76 @@ def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehear
 
 def test_a_rollback_reaches_the_place_of_the_model_that_it_replaces(rehearsal: Rehearsal) -> None:
     first, _ = rehearsal.run(10)
-    elsewhere = rehearsal.folder / "elsewhere"
-    rehearsal.run(20, to=str(elsewhere))
+    rehearsal.run(20, to=str(rehearsal.folder / "elsewhere"))
     rollback(rehearsal.store, runtime(rehearsal), "bot")
-    assert json.loads((elsewhere / "lineage.json").read_text())["run"] == first.id == delivered(rehearsal)
+    assert delivered(rehearsal, "elsewhere") == first.id == delivered(rehearsal)
+
+
+@pytest.mark.parametrize("blocked", ["out", "elsewhere"])
+@pytest.mark.parametrize("mended_by", ["the command", "the next run"])
+def test_a_rollback_reaches_one_place_where_the_other_cannot_be_written(
+    blocked: str, mended_by: str, rehearsal: Rehearsal
+) -> None:
+    first, _ = rehearsal.run(10)
+    rehearsal.run(20, to=str(rehearsal.folder / "elsewhere"))
+    (rehearsal.folder / blocked / "README.md").write_text("written by somebody")
+    with pytest.raises(UserError, match=r"README\.md came in") as refused:
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal, "elsewhere" if blocked == "out" else "out") == first.id
+    shutil.rmtree(rehearsal.folder / blocked)
+    if mended_by == "the command":
+        [note] = refused.value.__notes__
+        said = regrow(rehearsal, *note.rpartition("regrow ")[2].split())
+        assert all(f"model      {rehearsal.folder / place}" in said for place in ("out", "elsewhere"))
+    else:
+        assert rehearsal.run(5, to=str(rehearsal.folder / blocked))[1].production == "untouched"
+    assert delivered(rehearsal, blocked) == first.id
+
+
+def test_two_rollbacks_reach_every_place_of_the_models_that_they_take_away(rehearsal: Rehearsal) -> None:
+    first, *_ = [rehearsal.run(right, to=str(rehearsal.folder / str(right)))[0] for right in (10, 20, 30)]
+    for _ in range(2):
+        rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert [delivered(rehearsal, to) for to in ("10", "20", "30")] == [first.id] * 3
+
+
+def test_a_rollback_from_another_folder_reaches_the_folder_of_the_run(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("project", "home"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    first, outcome = rehearsal.run(10, to="out/bot")
+    assert outcome.to == str(tmp_path / "project/out/bot")
+    waiting, _ = rehearsal.run(20, to="out/bot/", approval=True)
+    monkeypatch.chdir(tmp_path / "home")
+    said = regrow(rehearsal, "promote", "bot")
+    assert f"model      {tmp_path / 'project/out/bot'}" in said.splitlines()
+    assert delivered(rehearsal, "project/out/bot") == waiting.id
+    rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal, "project/out/bot") == first.id
+    assert not any((tmp_path / "home").iterdir())
+    assert len([*(tmp_path / "store/locks/deliver").iterdir()]) == 1, "one place, one turn at a time"
+
+
+def test_a_record_that_does_not_say_where_its_recipes_folder_lay_goes_on_as_before(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, _ = rehearsal.run(10, to="served")
+    rehearsal.run(20, to="served")
+    for name, record in list(rehearsal.store.runs()):
+        del record["to"]
+        rehearsal.store.write_run(name, record)
+    rollback(rehearsal.store, runtime(rehearsal), "bot")
+    assert delivered(rehearsal, "served") == first.id
+
+
+@pytest.mark.parametrize("private", [None, "false", "true", False])
+def test_a_repository_is_as_private_for_a_person_as_for_a_run(private: object, rehearsal: Rehearsal) -> None:
+    run, _ = rehearsal.run(10, to="hf://org/mine", private=private, approval=True)
+    record = rehearsal.store.read_run(run.id)
+    assert record and place_of(record).private is run.loaded.recipe.publish.private
 
 
 def test_digits_of_several_models_name_none(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +409,41 @@ def test_a_run_whose_model_was_taken_back_before_it_delivers_leaves_the_place_al
     _, outcome = rehearsal.run(20)
     assert (outcome.production, outcome.to, outcome.arrived) == ("elsewhere", "", False)
     assert delivered(rehearsal) == first.id
+
+
+def test_a_run_that_lost_its_turn_while_it_delivered_leaves_the_place_to_the_rollback(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store was away for longer than a lease lives, and the destination was not."""
+    to = f"file://{rehearsal.folder / 'bucket'}"
+    first, _ = rehearsal.run(10, to=to)
+    second = rehearsal.make(rehearsal.start(20, to=to))
+
+    def slowly(to: str, tree: Tree, *given: Any, go_on: Callable[[], None], **options: Any) -> None:
+        [path] = [entry.path for entry in rehearsal.store.objects.list("locks/deliver/")]
+        taken = {"owner": "another", "seconds": 1.0, "token": "another's", "released": True, "process": []}
+        rehearsal.store.objects.put(path, json.dumps(taken).encode())
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(back).result(60).run == first.id
+        deliver(to, tree, *given, go_on=lambda: eventually_lost(go_on), **options)
+
+    def back() -> Move:
+        with monkeypatch.context() as patch:
+            patch.setattr(delivering, "deliver", deliver)
+            return rollback(rehearsal.store, runtime(rehearsal), "bot")
+
+    monkeypatch.setattr(delivering, "deliver", slowly)
+    second.runtime = Runtime(**{**second.runtime.model_dump(), "lease_seconds": 0.5})
+    with pytest.raises(UserError, match=r"stopped before all was delivered.*another run took it over"):
+        settle(second)
+    assert delivered(rehearsal, "bucket") == first.id
+
+
+def eventually_lost(go_on: Callable[[], None]) -> None:
+    for _ in range(600):
+        go_on()
+        time.sleep(0.1)
+    raise AssertionError("the lease was not lost")
 
 
 def eventually_names(rehearsal: Rehearsal, run: Run) -> None:

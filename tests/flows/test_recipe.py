@@ -75,6 +75,8 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
             "r.yaml:10: dpo compares with the model it starts from, as train.precision has it: set `score",
         ),
         ("  max_gradient_norm: .inf", "r.yaml:8: `train.max_gradient_norm`: input should be a finite number"),
+        ("  warmup: on", "r.yaml:8: `train.warmup`: expected a number, not true or false"),
+        ("  seed: 010", "r.yaml:8: 010 is 8 in YAML, which reads a leading 0 as octal: write the number in full"),
         ("  warmup: .inf", "r.yaml:8: `train.warmup`: input should be a finite number"),
         (
             "publish: {gate: {tasks: [chatz]}}\nevaluate: {tasks: {t: {source: chats}}}",
@@ -222,6 +224,30 @@ def test_set_overrides_and_is_recorded(tmp_path: Path) -> None:
 )
 def test_a_wrong_override_is_named(tmp_path: Path, setting: str) -> None:
     assert f"--set {setting}" in loaded(tmp_path, GOOD, setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("publish.gate.min_gain=no", "`publish.gate.min_gain`: expected a number, not true or false"),
+        ("publish.gate.max_heldout_loss_increase=off", "max_heldout_loss_increase`: expected a number, not true"),
+        ("train.seed=yes", "`train.seed`: expected a number, not true or false"),
+        ("train.lora.rank=010", "010 is 8 in YAML, which reads a leading 0 as octal: write the number in full"),
+        ("pack.sequence_length=1:30", "1:30 is 90 in YAML, which reads colons in base 60: write the number in full"),
+        ("train.warmup=0:30.5", "0:30.5 is 30.5 in YAML, which reads colons in base 60"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_people_is_refused(tmp_path: Path, setting: str, told: str) -> None:
+    assert loaded(tmp_path, GOOD, setting).startswith(f"--set {setting.partition('=')[0]}")
+    assert told in loaded(tmp_path, GOOD, setting)
+
+
+def test_numbers_as_people_write_them_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD)
+    settings = ["train.seed=0", "train.learning_rate=1e-3", "train.lora.rank=16.0", "train.warmup=0.05"]
+    train = load(path, [*settings, "publish.to="]).recipe.train
+    assert (train.seed, train.learning_rate, train.lora.rank, train.warmup) == (0, 1e-3, 16, 0.05)
 
 
 def test_an_override_out_of_bounds_is_named(tmp_path: Path) -> None:

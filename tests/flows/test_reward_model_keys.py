@@ -4,6 +4,7 @@ not there is told when the recipe is read."""
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,28 @@ def test_a_task_that_cannot_ask_its_rows_is_told_before_anything_is_trained(
     )
     with pytest.raises(UserError, match=told):
         run_of(home, recipe).check_tasks()
+
+
+def test_a_conversation_that_the_model_before_training_cannot_be_asked_is_told_before_anything_is_trained(
+    home: Path, recipe: dict[str, Any], tiny_model: Path
+) -> None:
+    """A model that was trained through a template has one, and the base model need not."""
+    shutil.copytree(tiny_model, home / "model", dirs_exist_ok=True)
+    template = home / "model/chat_template.jinja"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    (home / "asked.jsonl").write_text(json.dumps({"prompt": "a", "question": turns, "answer": "b"}))
+    recipe["evaluate"]["tasks"] = {"worth": {"source": "asked", "reward_model": "kind"}}
+    run_of(home, recipe).check_tasks()
+    told = r"^evaluate\.tasks\.worth: asked/00000/.*line 1: the model has no chat template, .* of system, user: take"
+    text = template.read_text()
+    template.unlink()
+    with pytest.raises(UserError, match=told):
+        run_of(home, recipe).check_tasks()
+    template.write_text("{{ raise_exception('no system turn') if messages[0].role == 'system' }}" + text)
+    with pytest.raises(UserError, match="does not take the turns system, user: no system turn"):
+        run_of(home, recipe).check_tasks()
+    (home / "asked.jsonl").write_text(json.dumps({"prompt": "a", "question": "a", "answer": "b"}))
+    run_of(home, recipe).check_tasks()
 
 
 def test_a_reward_is_shown_as_a_number_beside_shares() -> None:

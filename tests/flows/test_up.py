@@ -172,6 +172,12 @@ def test_an_open_server_needs_a_password(raised: Raised, tmp_path: Any, monkeypa
     assert "PREFECT_SERVER_API_AUTH_STRING" in told
 
 
+def test_a_damaged_home_is_told(tmp_path: Path) -> None:
+    (tmp_path / "up.json").write_text('{"settings": ')
+    with pytest.raises(UserError, match=r"up\.json is damaged.*Delete it"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("host", ["::1", "::", "[::1]"])
 def test_an_address_of_ipv6_is_refused(host: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--host .*IPv6 is not served"):

@@ -10,7 +10,7 @@ from flows.promotion import promote as by_person
 from flows.run import start
 from flows.settle import settle
 from stages.errors import UserError
-from stages.production import KEPT, production, promote, rollback
+from stages.production import KEPT, production, rollback
 from stages.store import Store
 from tests.flows.rehearsal import Rehearsal
 from tests.stages.test_production import memory, named, put, stands
@@ -18,13 +18,12 @@ from tests.stages.test_production import memory, named, put, stands
 
 def replace(store: Store, model: int, by: int) -> None:
     """Promote a model that was compared with the one that stands."""
-    seen, who = production(store, "bot"), named(by)
-    assert promote(store, "bot", seen, model=who, card=who, run=f"run-{by}", compared=named(model), why="better")
+    assert put(store, by, production(store, "bot"), compared=named(model))
 
 
 def test_what_was_gone_back_to_and_replaced_again_is_gone_back_behind(tmp_path: Path) -> None:
     """A rollback to a rollback: before it stood what stood before the model that it had put back."""
-    store = memory(tmp_path.name)
+    store = memory(tmp_path)
     for model in "ab":
         put(store, model, production(store, "bot"))
     rollback(store, "bot")
@@ -37,7 +36,7 @@ def test_what_was_gone_back_to_and_replaced_again_is_gone_back_behind(tmp_path: 
 
 def test_a_model_that_is_gone_back_to_keeps_being_compared_with_what_it_had_replaced(tmp_path: Path) -> None:
     """Or looking again would score it anew, and against nothing."""
-    store = memory(tmp_path.name)
+    store = memory(tmp_path)
     put(store, 1, None)
     for model in (1, 2):
         replace(store, model, by=model + 1)
@@ -48,7 +47,7 @@ def test_a_model_that_is_gone_back_to_keeps_being_compared_with_what_it_had_repl
 
 def test_an_old_move_lets_go_of_its_run_and_of_what_it_was_compared_with(tmp_path: Path) -> None:
     """gc keeps all that a run used which a ref names, and whatever else stands there in full."""
-    store = memory(tmp_path.name)
+    store = memory(tmp_path)
     put(store, 1, None)
     for model in range(1, KEPT + 3):
         replace(store, model, by=model + 1)

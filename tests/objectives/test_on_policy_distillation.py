@@ -3,6 +3,7 @@ writes itself, a run that goes on as it would have, and mistakes named."""
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_the_student_comes_nearer_to_the_teacher_where_it_writes_itself(
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     before, after = reverse(student, teacher, tokenizer), reverse(trained, teacher, tokenizer)
     assert after < 0.8 * before
+
+
+def test_what_a_teachers_folder_says_of_generating_shapes_no_completion(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    folder = Path(shutil.copytree(inputs["teacher"], tmp_path / "teacher"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_p": 0.999, "suppress_tokens": [67]}))
+    plain, _ = train(tmp_path / "1", inputs, recipe(1, student_share=0.0))
+    found, _ = train(tmp_path / "2", {**inputs, "teacher": folder}, recipe(1, student_share=0.0))
+    assert read_table(found / "rollouts.arrow").to_pylist() == read_table(plain / "rollouts.arrow").to_pylist()
 
 
 def test_a_run_that_was_suspended_goes_on_as_it_would_have(tmp_path: Path, inputs: dict[str, Path]) -> None:

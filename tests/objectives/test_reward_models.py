@@ -214,6 +214,7 @@ def test_steps_that_are_cut_off_are_not_judged(tmp_path: Path, tiny_model: Path)
         assert objectives.find("process_reward").count(packed.bins, [number]) == 15
     found = measure(tiny_model, packed.output, "fp32", Runtime(device="cpu"), lambda *now: None)
     assert len(found.samples) == 15
+    assert found.groups == [0] * 15, "the steps of one solution"
 
 
 @pytest.mark.parametrize("line_end", ["\n", ""])

@@ -34,6 +34,47 @@ BARE = [
     ("-3", "x = -3"),
     ("x=5", "5"),
     ("50%", "0.5"),
+    ("1 000 000", "1000000"),
+    (r"1\,000", "It is 1 000."),
+    ("2 1/2", r"$2\frac{1}{2}$"),
+    ("-2 1/2", "It is -2.5"),
+    ("2 1/2 cups", "It takes 2 1/2."),
+    ("1e3", "1,000"),
+    ("1.5e-3", r"$1.5\times 10^{-3}$"),
+    ("1e+16", "$10^{16}$"),
+    (r"\$18", r"It costs \$18."),
+    ("3:4", r"\boxed{3 : 4}"),
+    ("$3:4$", "The ratio is 3:4."),
+    ("10:30 AM", "It leaves at 10:30 am."),
+    ("1 2 3", "Sorted they are 1 2 3"),
+    ("A", "The answer is (A)."),
+    ("(B)", r"\boxed{\textbf{(\text{B})}}"),
+    ("C", "**Answer: C**"),
+    ("yes", "Yes."),
+    ("Paris", "It is Paris"),
+    (r"\text{odd}", "odd"),
+    ("New York", r"$\text{New York}$"),
+    ("x", "$x$"),
+]
+WRONG = [
+    (r"2\sqrt{3}", "2"),
+    ("10^{5}", "10"),
+    ("3x+1", "3"),
+    ("18 dollars", "17 dollars"),
+    ("1 000 000", "0"),
+    ("2 1/2", "1.5"),
+    ("1e3", "1"),
+    ("3:4", "3:5"),
+    ("3:4", "13:4"),
+    ("10:30", "10:45"),
+    ("10:30", "10"),
+    ("1 2 3", "6"),
+    ("A", "The answer is B"),
+    ("A", r"A? No: \boxed{B}"),
+    ("yes", "eyes"),
+    ("Paris", "London"),
+    ("New York", "York"),
+    ("x", "$y + x$"),
 ]
 CASES: dict[str, list[tuple[dict[str, Any], str, dict[str, Any], float]]] = {
     "exact_match": [
@@ -61,10 +102,8 @@ CASES: dict[str, list[tuple[dict[str, Any], str, dict[str, Any], float]]] = {
         ({"field": "gold"}, "The result is $x^2 + 2x + 1$", {"gold": "$(x+1)^2$"}, 1.0),
         # A data set's answers are mostly bare.
         *[({}, given, {"answer": answer}, 1.0) for answer, given in BARE],
-        ({}, "2", {"answer": r"2\sqrt{3}"}, 0.0),
-        ({}, "10", {"answer": "10^{5}"}, 0.0),
-        ({}, "3", {"answer": "3x+1"}, 0.0),
-        ({}, "17 dollars", {"answer": "18 dollars"}, 0.0),
+        *[({}, given, {"answer": answer}, 0.0) for answer, given in WRONG],
+        *[({}, given, {"answer": 14.0}, worth) for given, worth in (("14", 1.0), ("$14.0$", 1.0), ("15", 0.0))],
     ],
 }
 
@@ -214,6 +253,16 @@ def test_a_file_that_fails_is_told_before_anything_is_scored(tmp_path: Path) -> 
     path.write_text("REWARD = 3")
     with pytest.raises(UserError, match="has no REWARD"):
         Judge({"mine": RewardChoice(reward=str(path))}, seconds=1)
+
+
+@pytest.mark.parametrize("otherwise", [None, 0.0], ids=["stop", "zero"])
+def test_a_library_that_is_missing_is_told_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, otherwise: float | None
+) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"the reward math needs math-verify: pip install 'regrow\[math\]'"):
+        Judge({"right": RewardChoice(reward="math")}, seconds=10, otherwise=otherwise)
 
 
 ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

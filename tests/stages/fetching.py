@@ -8,18 +8,22 @@ import pytest
 
 from stages import fetch
 from stages.identity import canonical_json, sha256_text
-from stages.stage import Part, Work
+from stages.runtime import Runtime
+from stages.stage import Facts, Part, Work
 
 CSV = b"text\nhi\n"
 ROW = b'{"text": "hi"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+"""What Git has in the place of a large file."""
 INDEX = b'{"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}'
+CACHE = Path("../cache")
+"""Beside `home`, where the tests work."""
 REASONING = {"reasoning_gym": "spell_backward", "size": 40, "seed": 1}
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache and a working folder of one's own."""
-    monkeypatch.setenv("REGROW_CACHE", str(tmp_path / "cache"))
+    """A working folder of one's own."""
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -35,12 +39,12 @@ def model_folder(folder: Path, **extra: bytes) -> Path:
     return folder
 
 
-def resolve(data: Any, model: Any = None) -> dict[str, Part]:
+def resolve(data: Any, model: Any = None, cache: Path = CACHE) -> dict[str, Part]:
     """Parts by name, for a recipe whose model is a small local folder."""
     if model is None and not Path("model").exists():
         model_folder(Path("model"))
     config = fetch.FetchConfig.model_validate({"model": model or {"path": "model"}, "data": data})
-    found = {part.name: part for part in fetch.parts(config, {})}
+    found = {part.name: part for part in fetch.resolve(config, cache)}
     for part in found.values():
         canonical_json(dict(part.config))
     return found
@@ -55,10 +59,15 @@ def work_of(part: Part, output: Path) -> Path:
 
 def bring(part: Part, output: Path) -> Path:
     """Run one part."""
+    facts_of(part, output)
+    return output
+
+
+def facts_of(part: Part, output: Path) -> Facts:
+    """Run one part, for what it tells."""
     output.mkdir(parents=True)
     config = fetch.FetchPart.model_validate(part.config)
-    fetch.run(config, {}, output, Work(work_of(part, output), where=part.where))
-    return output
+    return fetch.run(config, {}, output, Work(work_of(part, output), Runtime(cache=CACHE), part.where))
 
 
 def shards(data: Any) -> list[Part]:

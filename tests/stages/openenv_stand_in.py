@@ -13,7 +13,8 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
 FIELD = {"type": "integer", "description": "A number from 1 to 4."}
-SHAPE = {"type": "object", "properties": {"number": FIELD, "metadata": {"type": "object"}}, "required": ["number"]}
+SHAPE = {"type": "object", "properties": {"number": FIELD}, "required": ["number"]}
+ACTION = {**SHAPE, "properties": {"number": FIELD, "metadata": {"type": "object"}}}
 TOOL = {"name": "guess", "description": "Guess the number.", "input_schema": SHAPE}
 
 
@@ -22,8 +23,8 @@ class Session:
 
     number = 0
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, tool: dict[str, Any]) -> None:
+        self.kind, self.tool = kind, tool
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         data = message["data"]
@@ -32,7 +33,7 @@ class Session:
             return {"observation": {"text": "1 to 4"}, "reward": None, "done": False}
         if self.kind == "mcp":
             if data["type"] == "list_tools":
-                return {"observation": {"tools": [TOOL]}, "reward": None, "done": False}
+                return {"observation": {"tools": [self.tool]}, "reward": None, "done": False}
             right = data["arguments"]["number"] == self.number
             said = {"tool_name": "guess", "result": {"data": "yes" if right else "no"}, "error": None}
             return {"observation": said, "reward": None, "done": False}
@@ -44,18 +45,18 @@ class Session:
 
 
 @contextmanager
-def serving(kind: str) -> Iterator[str]:
-    """Its address while it serves."""
+def serving(kind: str, tool: dict[str, Any] = TOOL) -> Iterator[str]:
+    """Its address while it serves, over MCP with that `tool`."""
 
     def schema(_: ServerConnection, request: Request) -> Response | None:
         if request.path != "/schema":
             return None
-        body = json.dumps({"action": {"description": "Guess the number.", **SHAPE}}).encode()
+        body = json.dumps({"action": {"description": "Guess the number.", **ACTION}}).encode()
         headers = Headers({"Content-Length": str(len(body)), "Content-Type": "application/json"})
         return Response(HTTPStatus.OK, "OK", headers, body)
 
     def talk(socket: ServerConnection) -> None:
-        session = Session(kind)
+        session = Session(kind, tool)
         try:
             for text in socket:
                 message = json.loads(text)

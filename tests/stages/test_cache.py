@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages import cache
+from stages import cache, views
 from stages.cache import Hold
 from stages.identity import Action, Tree
 from stages.runtime import Runtime
@@ -159,3 +161,27 @@ def test_the_limit_is_set_by_a_size_or_the_disk(tmp_path: Path) -> None:
     assert Runtime.model_validate({"cache": tmp_path, "cache_limit": "200GB"}).cache_bytes == 200 * 10**9
     disk = os.statvfs(tmp_path)
     assert Runtime(cache=tmp_path / "not" / "there").cache_bytes == disk.f_blocks * disk.f_frsize // 2
+
+
+def test_what_goes_away_while_the_cache_is_swept_is_no_error(tmp_path: Path) -> None:
+    """As when another process has just finished what it wrote to `tmp/`."""
+    busy, done = tmp_path / "tmp", Event()
+    busy.mkdir()
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "gone").symlink_to("nowhere")  # listed, and not there any more
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            for number in range(200):
+                (busy / str(number)).touch()
+            for number in range(200):
+                (busy / str(number)).unlink()
+
+    with ThreadPoolExecutor() as pool:
+        going = pool.submit(come_and_go)
+        try:
+            for _ in range(30):
+                views.sweep(tmp_path, 0.0, True)
+        finally:
+            done.set()
+        going.result()

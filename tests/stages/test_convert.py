@@ -3,6 +3,9 @@
 import csv
 import json
 import os
+import shutil
+from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +359,34 @@ def test_completion_needs_no_template_and_ends_with_the_tokenizers_end(tmp_path:
         expected = ["<s>Où?</s>"] * 3 + ["<s></s>"] if trusted else [f"<s>{text}</s>" for text in texts]
         assert [row["text"] for row in rows_of(output)] == expected
         assert all(pieces(row)[-1] == ("E", 0, "text", TRAIN_UNSET, "</s>") for row in rows_of(output))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizers_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    shutil.copytree(smollm2(), tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(b'{"added_tokens": [')
+    with pytest.raises(UserError, match=rf"^the model's {name} is not JSON, or cut short: .*save the tokenizer again"):
+        run_convert(tmp_path, source(tmp_path / "rows", [CHAT]), tmp_path / "model")
+
+
+def test_a_column_may_have_a_name_that_utf_8_cannot_say(tmp_path: Path) -> None:
+    rows = source(tmp_path / "rows", b'{"text": "a", "\\ud800": "x"}\n{"text": 5}\n')
+    shard, _ = run_convert(tmp_path, rows, smollm2(), {"format": "completion", "bad_rows": "drop"})
+    counts = json.loads((shard / "counts.json").read_text("utf-8"))
+    assert counts["unread"] == {"?": 1} and counts["places"] == {"wrong type": ["line 2"]}
+
+
+def test_a_prompt_keeps_times_and_decimals_as_text_and_tells_what_has_none(tmp_path: Path) -> None:
+    columns = {"prompt": ["q"], "on": [date(2024, 5, 1)], "paid": [Decimal("1.50")], "at": [timedelta(hours=1)]}
+    for name, more in (("good", {"level": [float("nan")]}), ("bad", {"scan": [b"x"]})):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({**columns, **more}), tmp_path / f"{name}.parquet")
+    data = {name: (tmp_path / f"{name}.parquet").read_bytes() for name in ("good", "bad")}
+    shard, _ = run_convert(tmp_path, source(tmp_path / "good/rows", data["good"], ".parquet"), smollm2())
+    extra = json.loads(rows_of(shard)[0]["extra"])
+    assert extra == {"on": "2024-05-01", "paid": "1.50", "at": "1:00:00", "level": None}
+    with pytest.raises(UserError, match=r"row 1: scan holds what JSON cannot say \(a bytes\): leave it out"):
+        run_convert(tmp_path / "bad", source(tmp_path / "bad/rows", data["bad"], ".parquet"), smollm2())
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

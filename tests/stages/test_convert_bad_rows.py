@@ -11,6 +11,7 @@ import pytest
 from stages import convert, rows
 from stages.errors import UserError
 from stages.formats import BadRow, own
+from stages.marks import ORIGIN_CONTENT, TRAIN_NO, TRAIN_YES
 from stages.rows import read_rows
 from stages.runtime import Runtime
 from stages.stage import Work
@@ -144,15 +145,19 @@ def test_special_tokens_in_the_data_are_text_unless_they_are_trusted(tmp_path: P
 
 
 class TestOwnFormat:
-    CODE = "from stages.formats import *\ndef convert(row, options):\n    return {}\nFORMAT = Format(convert)\n"
+    CODE = """from stages.formats import *; from stages.marks import *
+def convert(row, options):
+    return MADE
+FORMAT = Format(convert, MORE)
+"""
 
-    def part(self, folder: Path, made: str) -> convert.ConvertPart:
+    def part(self, folder: Path, made: str, more: str = "") -> convert.ConvertPart:
         path = folder / "mine.py"
-        path.write_text(self.CODE.replace("{}", made))
+        path.write_text(self.CODE.replace("MADE", made).replace(", MORE", more))
         return convert.ConvertPart.model_validate({"format": str(path)})
 
-    def run(self, folder: Path, made: str, *, allow: bool = True) -> list[dict[str, Any]]:
-        config = self.part(folder, made)
+    def run(self, folder: Path, made: str, *, allow: bool = True, more: str = "") -> list[dict[str, Any]]:
+        config = self.part(folder, made, more)
         inputs = {"rows": source(folder / "rows", [{"q": "Who?"}]), "tokenizer": smollm2()}
         (folder / "out").mkdir()
         convert.run(config, inputs, folder / "out", Work(folder / "work", Runtime(allow_code=allow)))
@@ -185,6 +190,23 @@ class TestOwnFormat:
                 "Example([Conversation([Turn('user', 'q')])] * 2)",
                 "is 2 conversations: expected 1 of a row of kind conv",
             ),
+            ("exit(3)", "your format fails on it: SystemExit: 3"),
+            ("Conversation([{'role': 'user', 'content': 'q'}])", "turn 0 is {'role'.*expected a Turn"),
+            ("Conversation(Turn('user', 'q'))", "turns that are a Turn: expected a list"),
+            ("Example(Conversation([Turn('user', 'q')]))", "an Example of Conversation.*expected a list"),
+            ("Example(['q'])", "an Example of 'q': expected a Conversation"),
+            ("Conversation([Turn('user', 'q', train=7)])", "turn 0's train is 7: expected True, False"),
+            ("Conversation([Turn('user', 'q', reasoning=5)])", "turn 0's reasoning is a number: expected text"),
+            ("Conversation([Turn('user', 'q', name=5)])", "turn 0's name is a number: expected text"),
+            ("Conversation([Turn('assistant', None, tool_calls='f')])", "tool_calls is text: expected a list of tool"),
+            ("Conversation([Turn('assistant', None, tool_calls=[{}])])", r"tool_calls\[0\].name is missing"),
+            ("Conversation([Turn('user', 'q')], tools={'f': 1})", "tools that are an object: expected a list"),
+            ("Conversation([Turn('user', 'abc', runs=[(2, 1)])])", r"runs are \[\(2, 1\)\]: .* the last one 3"),
+            ("Conversation([Turn('user', 'abc', runs=[(9, 1)])])", "the last one 3"),
+            ("Conversation([Turn('user', 'abc', runs=[(3, 1), (2, 1), (3, 2)])])", "the ends ascending"),
+            ("Conversation([Turn('user', 'abc', runs=[3])])", r"expected \(end, train\) pairs"),
+            ("Conversation([Turn('user', 'abc', runs=[(3, 'yes')])])", "runs have a flag that is 'yes'"),
+            ("Conversation([Turn('text', '')], ids=[1])", "ids: expected none without `Format.*ids=True"),
         ],
     )
     def test_what_it_does_wrong_is_told_with_row_and_line(self, tmp_path: Path, made: str, says: str) -> None:
@@ -192,8 +214,34 @@ class TestOwnFormat:
             self.run(tmp_path, made)
 
     @pytest.mark.parametrize(
+        ("given", "trained"), [("True", True), ("False", False), ("TRAIN_YES", True), ("TRAIN_NO", False)]
+    )
+    def test_true_trains_and_false_does_not(self, tmp_path: Path, given: str, trained: bool) -> None:
+        turns = (f"Turn('assistant', 'yes', train={given})", f"Turn('assistant', 'yes', runs=[(3, {given})])")
+        for number, turn in enumerate(turns):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            [row] = self.run(folder, f"Conversation([Turn('user', 'q'), {turn}])")
+            said = [span for span in row["spans"] if span["role"] == "assistant" and span["origin"] == ORIGIN_CONTENT]
+            assert {span["train"] for span in said} == {TRAIN_YES if trained else TRAIN_NO}
+
+    @pytest.mark.parametrize(
+        ("made", "says"),
+        [
+            ("Conversation([Turn('text', '')], ids=[1, 2])", "expected one of role text with runs"),
+            ("Conversation([Turn('text', '', runs=[(2, 2)])])", "ids that are None: expected a list of whole"),
+            ("Conversation([Turn('text', '', runs=[(3, 2)])], ids=[1, 2])", "the last one 2"),
+            ("Conversation([Turn('text', '', runs=[(2, 2)])], ids=[1, -2])", "ids that are .*expected a list of whole"),
+        ],
+    )
+    def test_ids_and_what_trains_of_them_fit(self, tmp_path: Path, made: str, says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            self.run(tmp_path, made, more=", ids=True, templated=False")
+
+    @pytest.mark.parametrize(
         ("code", "says"),
         [
+            ("import sys\nsys.exit(3)", r"fails when it is loaded: SystemExit: 3 \(line 2\)"),
             ("def convert(:", r"fails when it is loaded: SyntaxError.*\(line 1\)"),
             ("x = 1", "has no FORMAT"),
             ("\n1 / 0", r"ZeroDivisionError: division by zero \(line 2\)"),

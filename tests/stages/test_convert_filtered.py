@@ -4,11 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from stages import pack
 from stages.convert import STAGE, ConvertPart
+from stages.errors import UserError
 from stages.formats import auto
 from stages.runtime import Runtime
 from stages.stage import Work
 from stages.tables import read_table
+from stages.tokenized import find_shards
+from tests.stages.chats import rows_of, run_convert, run_tokenize, source
 
 TOKENIZER = Path(__file__).parent.parent / "golden/model"
 
@@ -36,6 +42,35 @@ def test_rows_that_are_left_out_do_not_decide_the_format(tmp_path: Path) -> None
     assert len(texts) == 3 and "User:" not in texts[0]
 
 
-def test_a_shard_of_which_nothing_stays_has_the_format_of_its_rows(tmp_path: Path) -> None:
-    facts, texts = converted(tmp_path, [{"kind": "web", "text": "page"}], filter='kind == "chat"')
-    assert facts["formats"] == {"completion": 1} and facts["dropped"] == {"filtered": 1} and not texts
+PAIR = {"kind": "pair", "prompt": "q", "chosen": "a", "rejected": "b"}
+JUDGED = {"kind": "judged", "prompt": "q", "completion": "a", "label": True}
+
+
+@pytest.mark.parametrize("gone", [PAIR, {"kind": "odd", "x": 1}, JUDGED])
+def test_a_shard_of_which_nothing_stays_is_of_no_kind_and_goes_with_the_others(
+    tmp_path: Path, gone: dict[str, Any]
+) -> None:
+    """Whatever its rows would have been: they come first here, by name."""
+    judged = [{**JUDGED, "kind": "kept", "prompt": f"{n}?", "label": n % 2 == 0} for n in range(4)]
+    for name, rows in (("a", [gone]), ("b", judged)):
+        converted(tmp_path / name, rows, filter='kind == "kept"')
+        run_tokenize(tmp_path / "all" / name, tmp_path / name / "output", TOKENIZER)
+    counts = json.loads((tmp_path / "a/output/counts.json").read_text())
+    assert not {"kind", "format"} & counts.keys()
+    shards = find_shards(tmp_path / "all")
+    assert [shard.kind for shard in shards] == ["unpaired_preference"] * 2
+    inputs = {"spans": tmp_path / "all", "tokens": tmp_path / "all", "tokenizer": TOKENIZER}
+    (tmp_path / "plan").mkdir()
+    config = pack.PackConfig(sequence_length=64, global_batch=2)
+    told = pack.run(config, inputs, tmp_path / "plan", Work(tmp_path / "w"))
+    assert (told["rows"], told["documents"]) == (5, 4)
+
+
+def test_a_file_of_bad_lines_alone_is_dropped_and_counted_or_told(tmp_path: Path) -> None:
+    for name in ("drop", "stop"):
+        (tmp_path / name).mkdir()
+    cut = b'{"text": "cut o'
+    shard, facts = run_convert(tmp_path / "drop", source(tmp_path / "drop/rows", cut), TOKENIZER, {"bad_rows": "drop"})
+    assert facts["dropped"] == {"not JSON": 1} and not rows_of(shard)
+    with pytest.raises(UserError, match=r"line 1: is not JSON: .*or set convert\.bad_rows: drop"):
+        run_convert(tmp_path / "stop", source(tmp_path / "stop/rows", cut), TOKENIZER)

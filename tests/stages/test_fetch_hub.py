@@ -38,15 +38,21 @@ import json, os, sys
 from pathlib import Path
 from stages import fetch
 from stages.errors import UserError
+from stages.runtime import Runtime
 from stages.sources import hub
 from stages.stage import Part, Work
 
-out = Path(sys.argv[1])
+out, cache = Path(sys.argv[1]), Path(sys.argv[3])
 told = []
 for number, data in enumerate(json.loads(sys.argv[2])):
     try:
         found = hub.resolve_data(
-            data["hub"], data.get("revision", "main"), data.get("subset"), data.get("split", "train"), "place"
+            data["hub"],
+            data.get("revision", "main"),
+            data.get("subset"),
+            data.get("split", "train"),
+            "place",
+            cache,
         )
         parts = [{"found": dict(one.identity), "where": dict(one.where)} for one in found]
         for index, part in enumerate(parts):
@@ -54,7 +60,7 @@ for number, data in enumerate(json.loads(sys.argv[2])):
             (folder / "work").mkdir(parents=True)
             (folder / "out").mkdir()
             config = fetch.FetchPart(kind="file", found=part["found"], source="mine", split="train")
-            fetch.run(config, {}, folder / "out", Work(folder / "work", where=part["where"]))
+            fetch.run(config, {}, folder / "out", Work(folder / "work", Runtime(cache=cache), part["where"]))
             part["pieces"] = sorted(path.name for path in (folder / "out").glob("*/rows.*"))
         told.append(parts)
     except UserError as error:
@@ -105,14 +111,14 @@ def web() -> Iterator[Web]:
 
 def fetched(web: Web, tmp_path: Path, name: str, *data: dict[str, Any], **environment: str) -> tuple[list[Any], str]:
     """Resolve and bring; what was found, and which heavy libraries that took."""
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), json.dumps(data)]
+    cache = tmp_path / environment.pop("cache", "cache")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), json.dumps(data), str(cache)]
     settings = {
         "PYTHONPATH": str(ROOT),
         "HF_ENDPOINT": web.url,
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "REGROW_CACHE": str(tmp_path / environment.pop("cache", "cache")),
         **environment,
     }
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
@@ -174,6 +180,14 @@ def test_a_data_set_is_the_files_of_one_split_by_digest(web: Web, tmp_path: Path
     pinned = {"hub": "org/set", "subset": "chat", "revision": SECOND}
     [again], heavy = fetched(web, tmp_path, "third", pinned)
     assert again == grown and heavy == "[]" and not [path for path, _ in web.asked if path.startswith("/api")]
+
+    # Where that memory is damaged, or cannot be kept, it is looked up again.
+    for memory in (tmp_path / "cache" / "hub").iterdir():
+        memory.write_text("{")
+    (tmp_path / "file").touch()
+    for cache in ("cache", "file/cache"):
+        [again], _ = fetched(web, tmp_path, f"with a {cache.partition('/')[0]}", pinned, cache=cache)
+        assert again == grown
 
     # Offline, what the Hub's local cache holds is enough, and its digests are the same. It must hold the whole subset.
     rest, _ = fetched(web, tmp_path, "rest", {**pinned, "split": "test"}, {**pinned, "subset": "other"})

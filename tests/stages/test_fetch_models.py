@@ -12,7 +12,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.identity import tree_of
-from tests.stages.fetching import INDEX, REASONING, bring, home, model_folder, resolve, shards
+from tests.stages.fetching import INDEX, POINTER, REASONING, bring, home, model_folder, resolve, shards
 
 __all__ = ["home"]
 
@@ -48,6 +48,14 @@ class TestModelFolder:
                 {"model.safetensors.index.json": INDEX},
                 "",
                 r"model-1.safetensors is missing \(1 of 2",
+            ),
+            *(
+                ({"model.safetensors.index.json": data}, "", "index.json is no index, or cut short: expected")
+                for data in (b"{}", b"[]", b'{"weight_map": {"a"', b'{"weight_map": [1]}', b"\xff")
+            ),
+            *(
+                ({name: POINTER}, "", f"{name} is a Git LFS pointer, .*: run `git lfs pull`")
+                for name in ("model.safetensors", "model.safetensors.index.json", "tokenizer.json")
             ),
         ],
     )

@@ -268,7 +268,9 @@ class TestBatches:
                 writer.write_batch(one)
         [part] = shards({"files": "a.arrow"})
         output = bring(part, tmp_path / "out")
-        assert [row for _, row in rows_of(output)] == [row for one in given for row in one.to_pylist()]
+        assert [row for _, row in rows_of(output)] == [
+            row for one in given for row in one.to_pylist(maps_as_pydicts="strict")
+        ]
         for piece in output.glob("*/rows.arrow"):
             with pa.memory_map(str(piece)) as source:
                 assert "dictionary" not in str(pa.ipc.open_file(source).schema)

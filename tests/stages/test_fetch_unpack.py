@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,6 +126,14 @@ def test_an_archive_is_read_file_by_file(home: Path, tmp_path: Path, name: str, 
         "rows.arrow",
     ]
     assert sorted(path.name for path in output.iterdir()) == [f"{n:05d}" for n in range(5)]
+
+
+@pytest.mark.parametrize(("name", "make"), [("set.zip", zipped), ("set.tar", tarred)])
+def test_an_archive_of_several_splits_is_refused(home: Path, tmp_path: Path, name: str, make: Any) -> None:
+    says = "holds test.jsonl, train.jsonl, named after splits: unpack it, and name those of one, e.g. ds/train"
+    with pytest.raises(UserError, match=rf"^{name}: ds {says}"):
+        brought(home, tmp_path, name, make({"ds/train.jsonl": ROW, "ds/test.jsonl": ROW}))
+    assert brought(home, tmp_path / "more", name, make({"ds/train.jsonl": ROW, "ds/train-2.jsonl": ROW}))
 
 
 @pytest.mark.parametrize("make", [zipped, tarred])

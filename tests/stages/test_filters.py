@@ -1,6 +1,7 @@
 """The language of `convert.filter`: what it says, what it refuses, and that it agrees with Python where both speak."""
 
 import json
+import sys
 import time
 from contextlib import suppress
 from datetime import date, datetime
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from stages import convert, filters
 from stages.errors import UserError
 from stages.filters import WrongType, parse
+from stages.formats import BadRow
 from tests.stages.chats import rows_of, run_convert, smollm2, source
 
 ROW = {
@@ -287,3 +289,12 @@ class TestConvert:
             convert.ConvertConfig.model_validate({"filter": "n = 1"})
         config = convert.ConvertConfig.model_validate({"filter": "n == 1", "sources": {"a": {"filter": "n == 2"}}})
         assert (config.of("a").filter, config.of("b").filter) == ("n == 2", "n == 1")
+
+
+def test_rows_too_deep_to_compare_are_bad_ones() -> None:
+    deep: Any = []
+    for _ in range(sys.getrecursionlimit()):
+        deep = [deep]
+    row = {"x": deep, "y": [deep[0]]}
+    [(_, bad)] = filters.filtered(iter([("line 1", row)]), "x == y")
+    assert isinstance(bad, BadRow) and "the filter does not apply: maximum recursion depth" in str(bad)

@@ -13,7 +13,7 @@ import pytest
 import stages.formats
 from stages import formats
 from stages.errors import UserError
-from stages.formats import BadRow, Conversation, Example, Format, Options, Turn, find
+from stages.formats import BadRow, Conversation, Example, Format, Options, Turn, auto, find
 from stages.marks import TRAIN_NO, TRAIN_UNSET, TRAIN_YES
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 3}}}
@@ -198,7 +198,7 @@ class TestAlpaca:
         row = {"instruction": "Add.", "input": "1 2", "output": "3"}
         assert [(t.role, t.content) for t in turns("alpaca", row)] == [("user", "Add.\n1 2"), ("assistant", "3")]
 
-    @pytest.mark.parametrize("nothing", [{}, {"input": ""}, {"input": None}])
+    @pytest.mark.parametrize("nothing", [{}, {"input": ""}, {"input": None}, {"input": "", "history": ""}])
     def test_without_input(self, nothing: dict[str, Any]) -> None:
         assert turns("alpaca", {"instruction": "Hi.", "output": "", **nothing})[0].content == "Hi."
 
@@ -294,7 +294,8 @@ def test_settings_of_the_template_are_refused() -> None:
 
 def test_alpacas_input_is_the_column_that_says_something() -> None:
     row = {"instruction": "Sum up.", "input": None, "context": "Long.", "output": None, "response": "Short."}
-    assert find("alpaca").recognises(row) == {"input": "context", "output": "response"}
+    assert auto.recognise([row]) == ("alpaca", {"input": "context", "output": "response"})
+    assert find("alpaca").recognises({**row, "input": "Other."}) is None
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,18 @@ class TestPreference:
         made = reader("preference")({"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin})
         assert isinstance(made, Example) and made.extra == {"margin": 1.5}
 
-    @pytest.mark.parametrize("margin", [None, math.nan])
-    def test_a_margin_may_be_missing_as_pandas_has_it(self, margin: Any) -> None:
+    @pytest.mark.parametrize("margin", [None, math.nan, "", " "])
+    def test_a_margin_may_be_missing_as_pandas_and_csv_have_it(self, margin: Any) -> None:
         made = reader("preference")({"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin})
         assert isinstance(made, Example) and not made.extra
+
+    @pytest.mark.parametrize("prompt", [None, "", " "])
+    def test_beside_dialogues_a_blank_prompt_is_none(self, prompt: Any) -> None:
+        row = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+        assert self.sides({**row, "prompt": prompt}) == self.sides(row)
+        assert [role for role, *_ in self.sides(row)[0]] == ["user", "assistant"]
+        if prompt is not None:  # but a question that says nothing may be meant
+            assert self.sides({"prompt": prompt, "chosen": "a", "rejected": "b"})[0][0] == ("user", prompt, TRAIN_NO)
 
     def test_messages_that_a_user_ends_are_the_prompt(self) -> None:
         row: dict[str, Any] = {"messages": self.ASKED, "chosen": self.SAID, "rejected": {**self.SAID, "content": "b"}}
@@ -213,6 +221,8 @@ def test_a_completion_that_repeats_its_prompt_asks_once(name: str) -> None:
         (0, False),
         (1.0, True),
         (0.0, False),
+        ("1.0", True),
+        ("0.0", False),
         ("True", True),
         ("false", False),
         ("0", False),

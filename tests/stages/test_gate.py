@@ -119,6 +119,23 @@ def test_production_has_thresholds_of_its_own(gate: dict[str, Any], found: dict[
         assert all("the model in production" in reason for reason in decision["reasons"])
 
 
+GAINS = [{"min_gain": 0.05}, {"require": "better"}, {"require": "nothing", "min_gain": 0.05}]
+
+
+@pytest.mark.parametrize("wanted", GAINS)
+def test_a_gain_over_production_that_nothing_compares_does_not_pass(wanted: dict[str, Any]) -> None:
+    gate = Gate.model_validate({"require": "nothing", "production": wanted})
+    [reason] = decide(gate, scores())["reasons"]
+    assert reason == "the gate asks for a gain over the model in production, and no task was evaluated"
+    apart = {**scores(heldout_preferences=BETTER), "other_tokenizer": True}
+    [reason] = decide(gate, apart)["reasons"]
+    assert "has another tokenizer" in reason and "no task compares the two: add one" in reason
+    assert decide(gate, scores(loss_change=-1.0))["passed"], "nothing stands there"
+    clear = {**loss_entry(-1.0), "over_production": loss_entry(-1.0, "production")}
+    beaten = decide(gate, {**scores(), "heldout_loss": clear})
+    assert beaten["passed"] is ("min_gain" not in wanted), "a loss has no points"
+
+
 def test_passing_says_what_it_was_compared_with() -> None:
     assert decide(Gate(), scores(spelling=BETTER))["reasons"] == ["not clearly worse than the base model in any task"]
     assert decide(Gate(), scores(spelling=BEATS))["reasons"][1:] == [

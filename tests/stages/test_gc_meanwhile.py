@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stages.errors import UserError
 from stages.gc import GRACE, collect
 from stages.identity import Action
 from stages.objects import Objects
+from stages.production import Name, production, promote
 from stages.store import STALE, Artifact, BadBlob, Store, open_store
 from tests.stages.test_gc import MakeAction, MakeFolder, age, contents, elsewhere
+from tests.stages.test_production import made
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,28 @@ def test_a_whole_made_at_any_step_of_gc_is_not_broken(
             stood += 1
             assert len(contents(elsewhere(store).view(whole.tree))) == 2, f"step {step}"
     assert stood > 5
+
+
+def test_a_model_promoted_at_any_step_of_gc_is_whole_or_refused(tmp_path: Path) -> None:
+    """gc read the names before; a model that waited for its promotion longer than the grace is nobody's by those."""
+    step, left, promoted = 0, [0], 0
+    while left[0] <= 0:
+        step, left = step + 1, [step + 1]
+        store = open_store(str(tmp_path / str(step)), tmp_path / "cache")
+        weights, card = (made(store, "old", stage) for stage in ("merge", "publish"))
+        age(store, GRACE + STALE)
+
+        def by_person(store: Store = store, weights: Name = weights, card: Name = card) -> None:
+            with suppress(UserError):
+                promote(store, "bot", None, model=weights, card=card, run="r", compared=None, why="")
+
+        collect(replace(store, objects=Interrupted(store.objects, left, by_person)), delete=True)  # type: ignore[arg-type]
+        if found := production(store, "bot"):
+            promoted += 1
+            for stage, name in (("merge", found.now.model), ("publish", found.now.card)):
+                kept = store.recall(stage, name["key"], name["digest"])
+                assert kept and not store.missing(kept.tree), f"step {step}"
+    assert 5 < promoted < step, "it was in time, and it was too late"
 
 
 def test_a_blob_deleted_just_before_the_manifest_stands_is_written_again(

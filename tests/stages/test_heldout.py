@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from stages.compare import PREFERENCES, compare, report
 from stages.evaluate import EvaluateConfig
 from stages.gate import Gate, decide
 from stages.identity import Json, Tree, tree_of
+from stages.intervals import ahead
 from stages.marks import TRAIN_NO
 from stages.runtime import Runtime
 from stages.stage import Work
@@ -24,15 +26,15 @@ from tests.stages.tiny import write_tokens
 PROMPT = [40, 41, 42, 43, 44]
 
 
-def rows(kind: str) -> list[dict[str, Any]]:
-    """Answers of several lengths to one prompt, in pairs or with labels."""
+def rows(kind: str, prompts: int = 12) -> list[dict[str, Any]]:
+    """Answers of several lengths to so many prompts, in pairs or with labels."""
     made = []
     for number in range(24):
         answer = [50 + (7 * number + 5 * at) % 90 for at in range(2 + number % 5)]
         made.append(
             {
                 "row": number // 2 if kind == "preference" else number,
-                "ids": [*PROMPT, 45, 46, *answer, 1],
+                "ids": [*PROMPT, 45 + number // 2 % prompts, 46, *answer, 1],
                 "spans": turns(("user", 2, TRAIN_NO), ("assistant", len(answer))),
                 "identity": number.to_bytes(8, "big") * 2,
                 "extra": "" if kind == "preference" else json.dumps({"label": number % 3 == 0}),
@@ -50,11 +52,12 @@ def scored(scores: Path, name: str, inputs: dict[str, Path], work: Path) -> None
 @pytest.fixture
 def measured(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> tuple[Path, list[Path], Json]:
     """The folder of scores, the two models, and base and tuned models side by side."""
-    kind = request.param
+    kind, *prompts = request.param.split()
     for name, split in (("judged", "train"), ("kept", "heldout")):
         place = tmp_path / "tokens" / name / "00000"
         shift = 1000 if name == "judged" else 0  # what trains has identities of its own
-        made = [{**row, "identity": (shift + i).to_bytes(8, "big") * 2} for i, row in enumerate(rows(kind))]
+        answers = enumerate(rows(kind, *map(int, prompts)))
+        made = [{**row, "identity": (shift + i).to_bytes(8, "big") * 2} for i, row in answers]
         written = write_tokens(place, 258, made, extra=True)
         counts = {**written, "kind": kind, "rows": 12 if kind == "preference" else 24, "dropped": {}}
         (place / "counts.json").write_text(json.dumps({**counts, "source": name, "split": split}))
@@ -112,8 +115,20 @@ def test_good_answers_are_counted_against_bad_ones(measured: tuple[Path, list[Pa
     for name, folder in zip(("base", "tuned"), models, strict=True):
         means = [total / count for total, count in by_hand(folder, "unpaired_preference")]
         good, bad = means[::3], [mean for number, mean in enumerate(means) if number % 3]
-        wins = sum(g > b for g in good for b in bad)
-        assert task[name]["value"] == pytest.approx(wins / len(good) / len(bad), abs=1e-6)
+        shares = [[g > b for b in bad] for g in good]
+        expected = ahead([fmean(row) for row in shares], [fmean(column) for column in zip(*shares, strict=True)])
+        assert task[name] == pytest.approx(expected.document, abs=1e-6), "both kinds of answers are a sample"
+
+
+@pytest.mark.parametrize("measured", ["preference 4", "preference 12"], indirect=True)
+def test_several_pairs_to_one_prompt_vary_together(measured: tuple[Path, list[Path], Json]) -> None:
+    scores, _, found = measured
+    told = json.loads((scores / "base/heldout_loss/scores.json").read_text())
+    prompts = len(set(told["groups"]))
+    assert len(told["groups"]) == 12 and prompts in (4, 12)
+    task = found["tasks"][PREFERENCES]
+    for each in (task["base"], task["difference"], task["margin"]["base"], task["margin"]["difference"]):
+        assert ("too_few" in each) is (prompts == 4)
 
 
 @pytest.mark.parametrize("measured", ["preference"], indirect=True)

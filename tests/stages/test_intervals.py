@@ -2,13 +2,13 @@
 
 import random
 from math import sqrt
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.intervals import Interval, Z, bootstrap, newcombe, paired_difference, share, wilson
+from stages.intervals import Interval, Z, ahead, bootstrap, mean, newcombe, paired_difference, share, wilson
 
 COUNTS = st.tuples(st.integers(1, 400), st.floats(0, 1)).map(lambda t: (round(t[0] * t[1]), t[0]))
 TABLE = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
@@ -113,7 +113,7 @@ def test_pairing_narrows_the_interval() -> None:
 def test_a_ratio_is_weighted() -> None:
     found = bootstrap([10.0, 2.0], [10.0, 1.0])
     assert found.value == 12 / 11
-    assert (found.low, found.high) == (1.0, 2.0)
+    assert found.low < 1.0 < 2.0 < found.high
     assert found.too_few and found.document["too_few"] is True
 
 
@@ -121,6 +121,83 @@ def test_a_ratio_is_weighted() -> None:
 def test_a_bootstrap_of_fewer_than_five_items_says_so(items: int) -> None:
     assert paired_difference([0.5] * items, [0.6] * items).too_few is (items < 5)
     assert not paired_difference([0.0] * items, [1.0] * items).too_few, "shares have closed forms"
+
+
+@pytest.mark.parametrize("items", [5, 6, 10, 30])
+def test_equal_models_are_told_apart_about_5_times_in_100_however_few_items_there_are(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.intervals.RESAMPLES", 1000)
+    generator, rounds = random.Random(items), 500
+    found = [mean([generator.gauss(0.0, 1.0) for _ in range(items)]) for _ in range(rounds)]
+    assert 0.02 <= sum(not each.low <= 0 <= each.high for each in found) / rounds <= 0.085
+
+
+@pytest.mark.parametrize(("solutions", "steps"), [(8, 12), (30, 6)])
+def test_steps_of_one_solution_are_no_items_of_their_own(
+    solutions: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models, each good or bad at a whole solution, and as good as the other on the whole."""
+    monkeypatch.setattr("stages.intervals.RESAMPLES", 1000)
+    generator, rounds = random.Random(steps), 400
+
+    def told(likely: list[float]) -> list[float]:
+        return [float(generator.random() < each) for each in likely for _ in range(steps)]
+
+    groups = [solution for solution in range(solutions) for _ in range(steps)]
+    clear = blind = 0
+    for _ in range(rounds):
+        first, second = (told([generator.betavariate(1, 0.6) for _ in range(solutions)]) for _ in range(2))
+        found, wrong = paired_difference(first, second, groups), paired_difference(first, second)
+        assert found.value == pytest.approx(wrong.value)
+        clear += not found.low <= 0 <= found.high
+        blind += not wrong.low <= 0 <= wrong.high
+    assert 0.02 <= clear / rounds <= 0.085 < blind / rounds
+
+
+def test_groups_of_one_are_items() -> None:
+    first, second = [1.0, 1, 0, 0, 0, 0], [1.0, 0, 1, 1, 0, 0]
+    assert paired_difference(first, second, range(6)) == newcombe(1, 1, 2, 2)
+    assert share(first, [0, 1, 1, 2, 3, 3]).too_few and not share(first, range(6)).too_few
+
+
+def shares(good: list[float], bad: list[float]) -> tuple[list[float], list[float]]:
+    """Of each good answer, how many bad ones it is ahead of; of each bad one, how many good ones are ahead of it."""
+
+    def behind(one: float, other: float) -> float:
+        return (one > other) + (one == other) / 2
+
+    ahead_of = [fmean(behind(one, other) for other in bad) for one in good]
+    return ahead_of, [fmean(behind(one, other) for one in good) for other in bad]
+
+
+@pytest.mark.parametrize(("good", "bad"), [(100, 5), (60, 15), (5, 60), (30, 30)])
+def test_good_and_bad_answers_are_both_a_sample(good: int, bad: int) -> None:
+    """Equally good models, also where few answers of one kind stand against many of the other."""
+    generator, rounds = random.Random(good), 400
+
+    def judged(worth: list[float]) -> list[float]:
+        return [each + generator.gauss(0, 1) for each in worth]
+
+    clear = blind = 0
+    for _ in range(rounds):
+        better = [generator.gauss(0.5, 1) for _ in range(good)]
+        worse = [generator.gauss(0, 1) for _ in range(bad)]
+        first, second = (shares(judged(better), judged(worse)) for _ in range(2))
+        changes = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+        found = ahead(*changes)
+        clear += not found.low <= 0 <= found.high
+        error = stdev(changes[0]) / sqrt(good)
+        blind += abs(found.value) > Z * error
+        assert ahead(*first).value == pytest.approx(fmean(first[1])), "seen from either side it is the same area"
+    assert 0.02 <= clear / rounds <= 0.085
+    assert good < bad or blind / rounds > 0.085, "the good ones alone do not tell"
+
+
+def test_the_smaller_kind_of_answers_says_whether_they_are_too_few() -> None:
+    assert ahead([0.5] * 200, [0.5] * 4).too_few and ahead([0.5] * 4, [0.5] * 200).too_few
+    assert ahead([1.0] * 3, [1.0]).too_few
+    assert not ahead([0.5] * 5, [0.5] * 5).too_few
 
 
 @settings(max_examples=20, deadline=None)

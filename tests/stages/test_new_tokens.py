@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.recipe import check
 from flows.strict_yaml import parse
 from stages.errors import UserError
-from stages.fetch import STAGE, FetchConfig, FetchPart
+from stages.fetch import STAGE, FetchConfig, FetchPart, resolve
 from stages.runtime import Runtime
 from stages.stage import Work
 from tests.stages.test_merge import make_model
@@ -20,8 +20,7 @@ def fetch(model: Path, output: Path, *tokens: str) -> Any:
     config = FetchConfig.model_validate(
         {"model": {"path": str(model), "new_tokens": list(tokens)}, "data": {"a": {"reasoning_gym": "x", "size": 1}}}
     )
-    assert STAGE.parts is not None
-    part = STAGE.parts(config.model_copy(update={"data": {}}), {})[0]
+    part = resolve(config.model_copy(update={"data": {}}), output.with_name("cache"))[0]
     output.mkdir()
     return STAGE.run(FetchPart.model_validate(part.config), {}, output, Work(output, Runtime(), where=part.where))
 

@@ -82,6 +82,49 @@ def test_its_actions_are_tools_that_can_be_described(served: tuple[str, str]) ->
     assert told["parameters"]["properties"]["number"]["type"] == "integer"
 
 
+def offering(name: str = "guess", **fields: Any) -> dict[str, Any]:
+    """A tool over MCP with more arguments."""
+    shape = {**openenv_stand_in.SHAPE, "properties": {"number": openenv_stand_in.FIELD, **fields}}
+    return {**openenv_stand_in.TOOL, "name": name, "input_schema": shape}
+
+
+def test_all_that_a_tool_takes_is_told_and_sent() -> None:
+    """Also where an answer has fields of that name, which tell the model nothing."""
+    from transformers.utils import get_json_schema
+
+    names = ("type", "metadata", "reward", "done", "tool_name")
+    optional = {"type": ["null", "integer"]}, {"anyOf": [{"type": "null"}, {"type": "boolean"}]}
+    tool = offering(**{name: {"type": "string"} for name in names}, level=optional[0], loud=optional[1], other={})
+    with openenv_stand_in.serving("mcp", tool) as url:
+        place = opened(url)()
+        told = get_json_schema(place.guess)["function"]["parameters"]
+        kinds = {name: field["type"] for name, field in told["properties"].items()}
+        assert kinds == {
+            "number": "integer",
+            **dict.fromkeys(names, "string"),
+            "level": "integer",
+            "loud": "boolean",
+            "other": "string",
+        }
+        assert told["required"] == ["number"]
+        place.reset(seed=2)
+        assert place.guess(number=2, **dict.fromkeys(names, "x"), level=1, loud=True) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("tool", "told"),
+    [
+        (offering(**{"user-id": {"type": "string"}}), "the argument 'user-id' of the server's tool guess"),
+        (offering(**{"from": {"type": "string"}}), "the argument 'from' of the server's tool guess"),
+        (offering("reset"), "the server's tool reset has the name of something that every environment has"),
+        (offering("get_reward"), "the server's tool get_reward has the name of something"),
+    ],
+)
+def test_a_name_that_a_tool_cannot_have_is_named(tool: dict[str, Any], told: str) -> None:
+    with openenv_stand_in.serving("mcp", tool) as url, pytest.raises(UserError, match=told):
+        opened(url)
+
+
 def test_an_episode_is_played_and_added_up(served: tuple[str, str]) -> None:
     kind, url = served
     place = opened(url)()

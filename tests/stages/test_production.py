@@ -2,28 +2,47 @@
 
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import UserError
-from stages.production import KEPT, Move, Production, production, promote, rollback
+from stages.identity import Action, File, Tree
+from stages.production import KEPT, Move, Name, Production, production, promote, rollback
 from stages.store import Store, open_store
 
 
-def named(model: int | str) -> dict[str, str]:
-    digest = f"{model:0>8}".ljust(64, "a")
-    return {"key": digest, "digest": digest}
+def named(model: int | str, stage: str = "merge") -> dict[str, str]:
+    """The name of the artifact that `made` makes."""
+    data = f"{stage} {model}".encode()
+    tree = Tree((File("file", len(data), sha256(data).hexdigest()),))
+    return {"key": action_of(model, stage).key, "digest": tree.digest}
 
 
-def put(store: Store, model: int | str, seen: Production | None) -> Move | None:
-    who = named(model)
-    return promote(store, "bot", seen, model=who, card=who, run=f"run-{model}", compared=None, why="better")
+def action_of(model: int | str, stage: str) -> Action:
+    return Action(stage, {stage: 1}, {"model": f"{model}"}, {})
+
+
+def made(store: Store, model: int | str, stage: str = "merge") -> dict[str, str]:
+    """A model's weights in the store, or its card."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "file").write_text(f"{stage} {model}")
+        artifact = store.commit(action_of(model, stage), Path(folder), {}, {})
+    assert {"key": artifact.key, "digest": artifact.digest} == named(model, stage)
+    return named(model, stage)
+
+
+def put(store: Store, model: int | str, seen: Production | None, compared: Name | None = None) -> Move | None:
+    weights, card = made(store, model), made(store, model, "publish")
+    run = f"run-{model}"
+    return promote(store, "bot", seen, model=weights, card=card, run=run, compared=compared, why="better")
 
 
 def stands(store: Store) -> str:
@@ -32,8 +51,8 @@ def stands(store: Store) -> str:
     return found.now.run.removeprefix("run-")
 
 
-def memory(name: str) -> Store:
-    return open_store(f"memory://{name}", Path("/nonexistent"))
+def memory(folder: Path) -> Store:
+    return open_store(f"memory://{uuid4().hex}", folder / "cache")
 
 
 @pytest.fixture
@@ -69,7 +88,7 @@ def test_a_model_is_compared_with_what_it_replaced_while_it_stands(store: Store)
     put(store, "a", None)
     seen = production(store, "bot")
     assert seen and seen.rival(named("b")["digest"]) == named("a")
-    promote(store, "bot", seen, model=named("b"), card=named("b"), run="r", compared=named("a"), why="")
+    put(store, "b", seen, compared=named("a"))
     seen = production(store, "bot")
     assert seen and seen.rival(named("b")["digest"]) == named("a")
     assert seen.rival(named("c")["digest"]) == named("b")
@@ -79,7 +98,7 @@ def test_a_model_is_compared_with_what_it_replaced_while_it_stands(store: Store)
 @settings(max_examples=40, deadline=None)
 @given(moves=st.lists(st.sampled_from(["promote", "rollback"]), min_size=1, max_size=40))
 def test_any_moves_leave_what_a_stack_would(moves: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    store = memory(f"moves-{os.urandom(8).hex()}")
+    store = memory(tmp_path_factory.mktemp("moves"))
     stack: list[str] = []
     for number, move in enumerate(moves):
         if move == "promote":

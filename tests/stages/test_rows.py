@@ -128,3 +128,46 @@ def test_two_columns_of_one_name_in_a_header(tmp_path: Path) -> None:
         list(read_rows(path, "f"))
     path.write_text("text,,\na,,\n")
     assert [row for _, row in read_rows(path, "f")] == [{"text": "a", "": ""}], "a spreadsheet's empty columns"
+
+
+NAN = float("nan")
+
+
+def test_nan_is_null_in_text(tmp_path: Path) -> None:
+    """As `json.dumps(frame.to_dict("records"))` writes an empty cell."""
+    row = {"input": NAN, "n": 1.5, "said": [{"role": "user", "weight": NAN}], "far": float("inf"), "name": "NaN"}
+    read = {**row, "input": None, "said": [{"role": "user", "weight": None}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    for path in tmp_path.iterdir():
+        assert [row for _, row in read_rows(path, "f")] == [read]
+
+
+def test_nan_is_null_in_columns(file: Path) -> None:
+    said = [[{"role": "user", "weight": NAN}, {"role": "assistant", "weight": 1.0}]]
+    half = pa.array([None, NAN], pa.float16())
+    table = pa.table({"n": [NAN, 1.5], "half": half, "said": [said[0], None], "vector": [[0.5], []]})
+    assert [row for _, row in read_rows(write(file, table), "f")] == [
+        {"n": None, "half": None, "said": [{"role": "user"}, {"role": "assistant", "weight": 1.0}], "vector": [0.5]},
+        {"n": 1.5, "half": None, "said": None, "vector": []},
+    ]
+
+
+def test_a_map_is_an_object(file: Path) -> None:
+    """Spark's `MapType`."""
+    kind = pa.map_(pa.string(), pa.string())
+    said = pa.array([[[("role", "user"), ("content", "q")]], None, []], pa.list_(kind))
+    meta = pa.array([[("lang", "en")], None, [("a", "b"), ("a", "c")]], kind)
+    rows = [row for _, row in read_rows(write(file, pa.table({"said": said, "meta": meta})), "f")]
+    assert rows[:2] == [{"said": [{"role": "user", "content": "q"}], "meta": {"lang": "en"}}, dict.fromkeys(rows[0])]
+    assert isinstance(rows[2], BadRow) and str(rows[2]).startswith("meta holds what cannot be read: ")
+
+
+def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path: Path) -> None:
+    row = f'{{"x": {"9" * 5000}}}'
+    (tmp_path / "rows.jsonl").write_text(f'{row}\n{{"x": 1}}\n')
+    [(_, bad), (_, good)] = read_rows(tmp_path / "rows.jsonl", "f")
+    assert isinstance(bad, BadRow) and bad.reason == "not JSON" and "4300 digits" in str(bad) and good == {"x": 1}
+    (tmp_path / "rows.json").write_text(f"[{row}]")
+    with pytest.raises(UserError, match=r"^f is not JSON: .*4300 digits"):
+        list(read_rows(tmp_path / "rows.json", "f"))

@@ -17,7 +17,7 @@ def saved(folder: Path, rows: int) -> datasets.Dataset:
 
 
 def names(folder: Path, scheme: str = "") -> list[str]:
-    found = files.resolve([f"{scheme}{folder}"], {}, None, "fetch.data.x.files")
+    found = files.resolve([f"{scheme}{folder}"], {}, None, "fetch.data.x.files", folder.with_name("cache"))
     return [Path(str(one.where["path" if "path" in one.where else "url"])).name for one in found]
 
 

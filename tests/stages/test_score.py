@@ -30,7 +30,8 @@ def rows() -> list[list[int]]:
 def score(model: Path, tokens: Path, output: Path, **config: Any) -> list[list[float]]:
     output.mkdir(parents=True)
     work = Work(output / "w", Runtime(device="cpu"))
-    STAGE.run(ScoreConfig(precision="fp32", **config), {"model": model, "tokens": tokens}, output, work)
+    settings = ScoreConfig.model_validate({"precision": "fp32", **config})
+    STAGE.run(settings, {"model": model, "tokens": tokens}, output, work)
     return read_table(output / "log_probs.arrow")["log_probs"].to_pylist()
 
 
@@ -78,6 +79,21 @@ def test_rows_without_tokens_are_passed_over(tmp_path: Path, monkeypatch: pytest
         found = score(folder, tmp_path, tmp_path / f"out {most}")
         assert [len(each) for each in found] == [len(each) for each in made]
         assert all(value < 0 for each in found for value in each[1:])
+
+
+def test_a_model_that_is_kept_is_of_the_precision_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one part to the next, which may be another run's in the same process."""
+    monkeypatch.setattr("stages.arithmetic.cpu_has_bf16", lambda: True)
+    folder = tiny.llama(tmp_path / "model")
+    write_table(tmp_path / "tokens.arrow", tokens_schema(tiny.VOCABULARY), ({"ids": ids} for ids in rows()))
+    (tmp_path / "counts.json").write_text('{"kind": "preference"}')
+    exact, rounded, again = (
+        score(folder, tmp_path, tmp_path / f"out {number}", precision=precision)
+        for number, precision in enumerate(("fp32", "bf16", "fp32"))
+    )
+    assert rounded != exact == again
 
 
 def test_rows_that_nothing_compares_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_a_store_of_another_version(tmp_path: Path) -> None:
     assert "upgrade" in refusal(str(tmp_path / "store"), tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "left", [b"", b'{"format": 1', b"\xff", b"[]"], ids=["nothing", "half", "no text", "no document"]
+)
+@pytest.mark.parametrize("path", ["format.json", "refs/bot/production.json", "runs/run-1.json"])
+def test_what_was_damaged_is_named_and_may_be_deleted(path: str, left: bytes, tmp_path: Path) -> None:
+    def look() -> None:
+        store = open_store(str(tmp_path / "store"), tmp_path / "cache")
+        store.read_ref("bot/production")
+        store.read_run("run-1")
+        list(store.runs())
+
+    look()
+    damaged = tmp_path / "store" / path
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    damaged.write_bytes(left)
+    with pytest.raises(UserError, match=rf"store: {path} is damaged: .*delete it"):
+        look()
+    damaged.unlink()
+    look()
+
+
 def on_a_small_disk(folder: Path, code: str) -> str:
     """What the code prints when `small` is a disk of two megabytes."""
     if os.geteuid() != 0 or not shutil.which("unshare"):

@@ -52,6 +52,27 @@ ENVIRONMENT = Environment(1, lambda options: Guessing)
 '''
 
 
+EMPTY = """\
+    def __init__(self):
+        with open("MADE", "a") as made:
+            made.write(".")
+
+    def __len__(self):
+        return 0
+
+"""
+NAMED = '''\
+    def seconds(self, function: str) -> str:
+        """Wait.
+
+        Args:
+            function: A name.
+        """
+        return function
+
+'''
+
+
 def calling(number: int) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "guess", "arguments": {"number": number}}}
 
@@ -245,6 +266,38 @@ def test_an_environment_that_fails_is_one_clear_error(
     assert change[0] in HIDDEN_NUMBER
     with pytest.raises(UserError, match=told):
         train(tmp_path, given(tmp_path, caller), recipe(tmp_path, HIDDEN_NUMBER.replace(*change), steps=1))
+
+
+def test_an_environments_reward_is_bounded_with_its_weight(tmp_path: Path, caller: Path) -> None:
+    config = recipe(tmp_path, HIDDEN_NUMBER.replace("return self.won", "return 1e8"), steps=1)
+    config["objective_options"]["environment"]["weight"] = -1e9
+    told = r"the reward environment: it gave 1e\+08 \(-1e\+17 with its weight of -1e\+09\), expected a number up to"
+    with pytest.raises(UserError, match=told):
+        train(tmp_path, given(tmp_path, caller), config)
+
+
+def test_one_environment_serves_many_episodes_though_it_is_empty(tmp_path: Path, caller: Path) -> None:
+    """Which is no reason to make another one."""
+    made = tmp_path / "made"
+    code = HIDDEN_NUMBER.replace("    def reset(", EMPTY.replace("MADE", str(made)) + "    def reset(", 1)
+    train(tmp_path, given(tmp_path, caller), recipe(tmp_path, code, steps=2))
+    assert made.read_text() == "." * 16
+
+
+def test_a_tool_may_be_called_as_what_holds_it_calls_its_own(tmp_path: Path, caller: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from stages.environments import EnvironmentChoice
+    from stages.train.episodes import Episodes
+
+    path = tmp_path / "named.py"
+    path.write_text(HIDDEN_NUMBER.replace("    def get_reward(", NAMED + "    def get_reward(", 1))
+    tokenizer = AutoTokenizer.from_pretrained(caller)
+    tokenizer.chat_template = TEMPLATE
+    place = Episodes(EnvironmentChoice(name=str(path), seconds=10), tokenizer).kind()
+    place.reset([{"role": "user", "content": "guess"}], json.dumps({"number": 1}))
+    assert place.seconds(function="f") == "f"
+    assert place.guess(number=1) == "yes"
 
 
 def test_an_answer_that_nothing_can_score_may_count_nothing(tmp_path: Path, caller: Path) -> None:

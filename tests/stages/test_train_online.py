@@ -18,7 +18,7 @@ from stages.stage import Facts, Work
 from stages.tables import read_table
 from stages.train import STAGE, TrainConfig, online_trainer
 from tests.stages.packed import Packed, turns
-from tests.stages.tiny import write_tokens
+from tests.stages.tiny import save, write_tokens
 
 OWN = """
 from stages.rewards import Reward
@@ -123,6 +123,41 @@ def test_the_reward_goes_up_and_every_completion_is_kept(
         assert dict(row["rewards"])["letters"] == pytest.approx(letters / max(1, len(row["completion"])))
         assert row["prompt"].startswith("say ")
     assert (output / "weights" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"min_p": 0.999}, {"num_beams": 3, "do_sample": False}, {"suppress_tokens": [*range(67), *range(68, 258)]}, None],
+    ids=["min_p", "beams", "suppressed", "no file"],
+)
+def test_what_a_folder_says_of_generating_shapes_no_completion_and_is_written_again(
+    tmp_path: Path, inputs: dict[str, Path], own: dict[str, Any] | None
+) -> None:
+    def written(folder: Path, settings: dict[str, Any] | None) -> tuple[list[dict[str, Any]], Path]:
+        shutil.copytree(inputs["model"], folder / "model")
+        path = folder / "model/generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **(settings or {})}))
+        if settings is None:
+            path.unlink()
+        output, _ = train(folder, {**inputs, "model": folder / "model"}, recipe(tmp_path, steps=1), allow_code=True)
+        return read_table(output / "rollouts.arrow").to_pylist(), output / "weights/generation_config.json"
+
+    plain, _ = written(tmp_path / "plain", {})
+    rows, path = written(tmp_path / "own", own)
+    assert rows == plain and len({row["completion"] for row in rows}) == 2 * 8
+    before = tmp_path / "own/model/generation_config.json"
+    assert path.exists() == before.exists() and (own is None or path.read_bytes() == before.read_bytes())
+
+
+def test_what_writes_is_what_learns_without_dropout(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    def trained(share: float) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+        folder = tmp_path / f"dropout {share}"
+        like_tiny(folder / "model", inputs["model"], "PhiConfig", embd_pdrop=share, resid_pdrop=share)
+        config = recipe(tmp_path, steps=2, beta=0.1)
+        output, _ = train(folder, {**inputs, "model": folder / "model"}, config, allow_code=True)
+        return read_table(output / "rollouts.arrow").to_pylist(), figures(output)
+
+    assert trained(0.5) == trained(0.0)
 
 
 def test_an_adapter_in_float32_answers_through_weights_in_bfloat16(
@@ -315,6 +350,21 @@ def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
         ({"loss": "luspo"}, "set importance: sequence"),
         ({"loss": "cispo"}, "set it above 1, e.g. 5"),
         ({"loss": "cispo", "epsilon_high": 0.28}, "set it above 1, e.g. 5"),
+        ({"loss": "cispo", "epsilon_high": 5.0, "epsilon": 0.1}, "epsilon does nothing for loss cispo: take it out"),
+        ({"loss": "sapo", "epsilon": 0.1}, "epsilon does nothing for loss sapo"),
+        ({"loss": "sapo", "epsilon_high": 0.28}, "epsilon_high does nothing for loss sapo"),
+        ({"loss": "vespo", "epsilon": 0.1}, "epsilon does nothing for loss vespo"),
+        ({"loss": "vespo", "epsilon_high": 0.28}, "epsilon_high does nothing for loss vespo"),
+        ({"loss": "vespo", "importance": "sequence"}, "importance does nothing for loss vespo"),
+        ({"loss": "bnpo"}, "over a whole step that is dapo: set loss: dapo"),
+        (
+            {
+                "rewards": {},
+                "environment": {"name": "openenv", "options": {"url": "http://127.0.0.1"}},
+                "reward_seconds": 5.0,
+            },
+            "reward_seconds: there are no rewards: an environment's limit is environment.seconds",
+        ),
         ({"objective": "gdpo"}, "several rewards"),
         ({"group_size": 1}, "group_size"),
     ],
@@ -322,6 +372,38 @@ def test_a_prompt_is_asked_with_the_tokens_of_the_plan(
 def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         TrainConfig.model_validate(recipe(tmp_path, **change))
+
+
+def like_tiny(folder: Path, tiny_model: Path, config_name: str, **changes: Any) -> Path:
+    """A model of another architecture with the tiny model's tokenizer."""
+    sizes = {"vocab_size": 258, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    save(folder, config_name, **sizes, **changes)
+    for path in (*tiny_model.glob("*token*"), *tiny_model.glob("chat_template*")):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["LlamaConfig", "MixtralConfig"])
+def test_a_step_is_the_same_whatever_goes_in_at_once(
+    tmp_path: Path, inputs: dict[str, Path], objective: str, kind: str
+) -> None:
+    """Some completions end early, and a mixture's tokens go to some experts more than to others."""
+    from transformers import AutoModelForCausalLM
+
+    folder = like_tiny(tmp_path / "model", inputs["model"], kind)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.lm_head.weight.data[network.config.eos_token_id] *= 5
+    network.save_pretrained(folder)
+    config = recipe(tmp_path, objective, steps=1, prompts_per_step=4, group_size=4)
+    given = {**inputs, "model": folder}
+    (one,), (four,) = (
+        figures(train(tmp_path / str(at_once), given, config, allow_code=True, micro_batch=at_once)[0])
+        for at_once in (1, 4)
+    )
+    assert one["completion_length"] == four["completion_length"] < 12
+    assert one["loss"] == pytest.approx(four["loss"], abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +415,7 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, 
         {"neftune_alpha": 5.0},
         {"on_spike": "stop"},
         {"full": {"only": ["mlp"]}},
+        {"method": "lora", "lora": {"dropout": 0.1}},
         {"method": "lora", "lora": {"restart_every": 5}},
         {"method": "lora", "lora": {"init": "eva"}},
     ],

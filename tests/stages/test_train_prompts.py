@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.graph import WIRING
+from stages import templates as named_templates
 from stages.errors import UserError
 from stages.objectives.grpo import GrpoOptions
 from stages.rewards import RewardChoice
@@ -55,6 +56,50 @@ def test_a_completion_ends_where_a_turn_of_the_template_does(chat_model: Path, t
     )
     told = vllm_engine.arguments(options, [{"prompt": "hi"}], found, Runtime())
     assert told["generation_kwargs"] == {"stop_token_ids": [found.eos_token_id]}, "which it does not read there"
+
+
+def test_the_end_of_a_turn_is_no_text_of_a_completion_special_or_not(chat_model: Path, tmp_path: Path) -> None:
+    folder = ends_otherwise(chat_model, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    found = prompts.plain_tokenizer(folder, templates(tmp_path / "chatml"))
+    ids = found("cd<|im_end|>")["input_ids"]
+    assert (ids[-1], found.decode(ids)) == (found.eos_token_id, "cd<|im_end|>")
+    assert found.decode(ids, skip_special_tokens=True) == "cd"
+
+
+def test_a_reward_that_knows_the_answer_does_not_look_at_the_reasoning(tiny_model: Path, tmp_path: Path) -> None:
+    """Of a model that has learned what a template writes before a plain answer."""
+    tokenizer, network = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    asked = "<|im_start|>user\nColour?<|im_end|>\n<|im_start|>assistant\n"
+    said = "<think>\n\n</think>\n\nBlue.<|im_end|>"
+    before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, asked + said))
+    labels = torch.tensor([[-100] * len(before) + ids[len(before) :]])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(120):
+        network(input_ids=torch.tensor([ids]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    network.save_pretrained(model)
+    test_train_online.prompts(tmp_path / "tokens", model, [asked], answer="Blue.")
+    inputs = {
+        "model": model,
+        "tokens": tmp_path / "tokens",
+        "plan": Packed(tmp_path / "tokens", tmp_path / "plan").output,
+        "templates": templates(tmp_path, named_templates.find("qwen3").text),
+    }
+    form = {"reward": "regex", "options": {"pattern": "<think>.*</think>.*", "whole": True}}
+    rewards = {"right": {"reward": "exact_match"}, "form": form}
+    config = test_train_online.recipe(
+        tmp_path, steps=1, rewards=rewards, max_new_tokens=len(ids), group_size=4, prompts_per_step=1
+    )
+    output, _ = test_train_online.train(tmp_path, inputs, config)
+    rollouts = read_table(output / "rollouts.arrow").to_pylist()
+    assert {row["completion"] for row in rollouts} == {"<think>\n\n</think>\n\nBlue."}
+    assert all(dict(row["rewards"]) == {"right": 1.0, "form": 1.0} for row in rollouts)
 
 
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "gdpo", "ebft", "on_policy_distillation", "sft"])
