@@ -168,10 +168,14 @@ def _parts(run: Run, stage: str, inputs: Mapping[str, Tree]) -> Sequence[Part] |
         return run.parts
     if stage != "convert":
         return None
-    names = {part.name.removeprefix("data/"): part.where.get("name") for part in run.parts}
+    called = {
+        part.name.removeprefix("data/"): {"name": name, "files": [one["name"] for one in part.where.get("files", ())]}
+        for part in run.parts
+        if (name := part.where.get("name")) is not None
+    }
     listed = stage_named(stage).parts
     assert listed is not None
     return [
-        replace(part, where={"name": named}) if (named := names.get("/".join(part.name.split("/")[:2]))) else part
+        replace(part, where=where) if (where := called.get("/".join(part.name.split("/")[:2]))) else part
         for part in listed(run.config(stage), inputs)
     ]

@@ -33,7 +33,7 @@ def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken, train
         split=own[0].split,
         rows=sum(shard.counts["rows"] for shard in own),
         dropped=dropped,
-        places=joined([*(shard.counts.get("places", {}) for shard in own), _places(mine, shards, rows, taken)]),
+        places=joined([*(shard.places for shard in own), _places(mine, shards, rows, taken)]),
         unwritten=added([shard.counts.get("unwritten", {}) for shard in own]),
         unread=added([shard.counts.get("unread", {}) for shard in own]),
         absent=sorted(set.intersection(*({*shard.counts.get("absent", ())} for shard in own))),

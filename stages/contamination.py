@@ -35,8 +35,8 @@ class Contamination:
 
     rows: dict[int, tuple[int, float]]
     """A training row's number -> the held-out row it holds most of, and how much."""
-    too_short: int
-    """Held-out rows that cannot be looked for: no run of their question is their own."""
+    too_short: Numbers
+    """The numbers of held-out rows that cannot be looked for: no run of their question is their own."""
 
 
 def find_contamination(
@@ -46,7 +46,7 @@ def find_contamination(
     asked, item, those = _pairs(files, shards, rows, heldout, None)
     known = np.unique(asked)
     if len(known) == 0:
-        return Contamination({}, int(heldout.sum()))
+        return Contamination({}, np.flatnonzero(heldout))
     found, row, these = _pairs(files, shards, rows, training, known)
     common = _wording(asked, known, those) | _wording(found, known, these) | _always(found, known, these)
     own = ~common[np.searchsorted(known, asked)]
@@ -62,7 +62,7 @@ def find_contamination(
         enough = part >= share and count >= min(FEWEST, sizes[place])
         if enough and part > best.get(number, (0, 0.0))[1]:
             best[number] = (int(items[place]), part)
-    return Contamination(best, int(heldout.sum()) - len(items))
+    return Contamination(best, np.setdiff1d(np.flatnonzero(heldout), items, assume_unique=True))
 
 
 class _Holders(NamedTuple):
@@ -80,7 +80,7 @@ def _pairs(
     """Runs and the rows that hold them, each pair once: of questions, or of anything said the runs that are `known`.
     And what holds them."""
     runs, numbers, holders = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
-    questions = np.empty(0, np.uint64)
+    questions, fresh, waiting = np.empty(0, np.uint64), list[Hashes](), 0
     filter_ = None if known is None else _filter(known)
     for grams in read_grams(files, shards, rows, wanted, RUN, only_asked=known is None):
         places = (
@@ -99,7 +99,11 @@ def _pairs(
         runs.append(hashes[new])
         numbers.append(row[new])
         holders.append(grams.holders[places][order][new])
-        questions = np.union1d(questions, grams.questions)
+        fresh.append(grams.questions)
+        waiting += len(grams.questions)
+        if waiting > len(questions):  # as many again: each is sorted a few times, however many batches there are
+            questions, fresh, waiting = np.unique(np.concatenate([questions, *fresh])), [], 0
+    questions = np.unique(np.concatenate([questions, *fresh]))
     return np.concatenate(runs), np.concatenate(numbers), _Holders(np.concatenate(holders), questions)
 
 

@@ -170,7 +170,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
 STAGE = Stage(
     name="convert",
     artifact="conversations",
-    version=18,
+    version=19,
     config=ConvertConfig,
     run=run,
     parts=parts,

@@ -50,7 +50,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     if config.format == "own" and not work.runtime.allow_code:
         raise own_code.not_allowed("convert.format")
     source = json.loads((inputs["rows"] / "source.json").read_text("utf-8"))
-    name = "/".join(part for part in (work.where.get("name") or source["source"], source.get("member")) if part)
+    name = _name(source, work.where)
     first = source.get("first", 1)
     (path,) = inputs["rows"].glob("rows.*")
     rows = filters.filtered(read_rows(path, name, first), config.filter)
@@ -62,7 +62,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     bare = config.options.get("wording") == "text" and config.template == "tokenizer" and tokenizer.template is None
     forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated and not bare else None
     template = forms.template if forms else None
-    counts = _Counts(name, config.bad_rows, Columns(reader.named))
+    counts = _Counts(name, _inside(source), config.bad_rows, Columns(reader.named))
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(
         {
             "control": json.dumps(list(template.control if template else tokenizer.special), ensure_ascii=False),
@@ -91,7 +91,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         **({"kind": reader.kind, "format": reader.format} if counts.left else {}),
         "fields": dict(reader.fields),
         "own_ends": reader.verbatim or reader.ids,
-        "first": first - 1,
+        "first": source.get("rows_before", first - 1),
         **counts.document(),
     }
     if template:  # what the trained model must be asked through: merge puts it into the model's folder
@@ -102,11 +102,25 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         if separator is not None and counts.chats:
             (output / f"{SEPARATOR}.json").write_text(json.dumps(separator), "utf-8")
     told = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    # A column may be named with half a character, and a file in another encoding.
+    # A column may be named with half a character.
     (output / "counts.json").write_bytes(told.encode("utf-8", "replace"))
     work.tell(counts.rows, counts.rows, "rows")
     facts = {"rows": counts.rows, "dropped": dict(counts.dropped), "unwritten": dict(counts.unwritten)}
     return {**facts, "formats": {reader.format: 1} if counts.left else {}}
+
+
+def _name(source: Mapping[str, Any], where: Mapping[str, Any]) -> str:
+    """What messages call the file that a shard came from."""
+    name = where.get("name") or source["source"]
+    if file := source.get("file"):
+        name = where["files"][file - 1] if where.get("files") else f"{name}, file {file}"
+    return "/".join(filter(None, (name, source.get("member"))))
+
+
+def _inside(source: Mapping[str, Any]) -> str:
+    """What goes before a place in the artifact, which must not depend on what the file is called."""
+    file, member = source.get("file"), source.get("member")
+    return (f"file {file}, " if file else "") + (f"{member}, " if member else "")
 
 
 def _sample(rows: Iterable[tuple[Place, Row | BadRow | LeftOut]]) -> list[tuple[Place, Row | BadRow | LeftOut]]:
@@ -134,8 +148,9 @@ def _reader(config: ConvertPart, name: str, seen: Sequence[tuple[Place, Row | Ba
 class _Counts:
     """What happened to the rows of one shard."""
 
-    def __init__(self, name: str, bad_rows: str, columns: Columns) -> None:
+    def __init__(self, name: str, inside: str, bad_rows: str, columns: Columns) -> None:
         self.name = name
+        self.inside = inside
         self.columns = columns
         self.bad_rows = bad_rows
         self.rows = 0
@@ -160,7 +175,7 @@ class _Counts:
         self.dropped[error.reason] += 1
         places = self.places.setdefault(error.reason, [])
         if len(places) < PLACES:
-            places.append(f"{self.name}, {place}")
+            places.append(f"{self.inside}{place}")
 
     def solved(self, solution: Conversation) -> None:
         """Remember what closes a row's steps. Raises BadRow where other rows' are closed otherwise, and where its steps

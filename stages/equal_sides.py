@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.tables import Numbers, read_table
-from stages.tokenized import Files, Flags, Rows, Shard
+from stages.tokenized import Files, Flags, Rows, Shard, by_shard
 
 
 def equal_sides(files: Files, shards: Sequence[Shard], rows: Rows, looked: Flags) -> Numbers:
@@ -15,10 +15,11 @@ def equal_sides(files: Files, shards: Sequence[Shard], rows: Rows, looked: Flags
     if rows.sequences != 2:
         return np.empty(0, np.int64)
     alike = np.flatnonzero(looked & (rows.used[:, 0] == rows.used[:, 1]))
+    own = by_shard(rows.shard[alike], len(shards))
     holding = np.unique(rows.shard[alike]).tolist()
     found: list[int] = []
     for number, shard in zip(holding, files.in_turn([shards[n] for n in holding]), strict=True):
-        found += _of_shard(files, shard, rows, alike[rows.shard[alike] == number])
+        found += _of_shard(files, shard, rows, alike[own[number]])
     return np.array(found, np.int64)
 
 

@@ -7,7 +7,6 @@ token ids of a record batch at a time: a few NumPy operations a token, and no te
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from stages.marks import ORIGIN_CONTENT, ROLES, TRAIN_NO
 from stages.tables import Numbers, origins, read_batches, roles, trains
-from stages.tokenized import Files, Flags, Rows, Shard, Spans, consecutive, read_spans
+from stages.tokenized import Files, Flags, Rows, Shard, Spans, by_shard, consecutive, read_spans
 
 Hashes = NDArray[np.uint64]
 
@@ -44,11 +43,11 @@ def read_grams(
 ) -> Iterator[Grams]:
     """The runs of `size` tokens in what the `wanted` rows [rows] say, or `only_asked` in what they ask, a record batch
     at a time."""
-    first = np.searchsorted(rows.shard, np.arange(len(shards) + 1))
+    own = by_shard(rows.shard, len(shards))
     width = rows.sequences
-    holding = [n for n, (low, high) in enumerate(pairwise(first.tolist())) if wanted[low:high].any()]
+    holding = [number for number, those in enumerate(own) if wanted[those].any()]
     for number, shard in zip(holding, files.in_turn([shards[n] for n in holding]), strict=True):
-        position = int(first[number]) * width
+        position = own[number].start * width
         spans = read_batches(files.spans / shard.path / "spans.arrow")
         ids = read_batches(files.tokens / shard.path / "tokens.arrow")
         for one, other in zip(spans, ids, strict=True):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stages.grams import Grams, Hashes, read_grams
 from stages.tables import Numbers, read_table
-from stages.tokenized import Files, Flags, Rows, Shard
+from stages.tokenized import Files, Flags, Rows, Shard, by_shard
 
 RUN = 5
 """Tokens in a run."""
@@ -71,8 +71,7 @@ def read_verdicts(files: Files, shards: Sequence[Shard], rows: Rows) -> Numbers:
     found = np.zeros(len(rows), np.int64)
     if (verdict := VERDICTS.get(shards[0].kind)) is None:
         return found
-    for number, shard in enumerate(files.in_turn(shards)):
-        own = rows.shard == number
+    for own, shard in zip(by_shard(rows.shard, len(shards)), files.in_turn(shards), strict=True):
         extras = read_table(files.tokens / shard.path / "tokens.arrow")["extra"].take(rows.place[own])
         found[own] = [verdict(extra) for extra in extras.to_pylist()]
     return found

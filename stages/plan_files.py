@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from packing.plan import Plan, pack
 from packing.wrap import Pieces, wrap
 from stages.tables import BATCH_ROWS, BINS, Numbers, documents_schema, read_table
-from stages.tokenized import Files, Rows, Shard, consecutive
+from stages.tokenized import Files, Rows, Shard, by_shard, consecutive
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def write_heldout_tokens(folder: Path, files: Files, shards: Sequence[Shard], ro
     parts = []
     shard_of = rows.shard[documents.row]
     places = rows.place[documents.row] + documents.part
-    numbers = np.unique(shard_of)
+    numbers, of_shard = np.unique(shard_of), by_shard(shard_of, len(shards))
     for number, shard in zip(numbers, files.in_turn([shards[n] for n in numbers]), strict=True):
-        own = shard_of == number
+        own = of_shard[number]
         table = read_table(files.tokens / shard.path / "tokens.arrow")
         if documents.begin is None:
             parts.append(table.take(pa.array(places[own])))

@@ -25,7 +25,7 @@ from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPL
 from stages.stage import Facts, UserError, Work
 from stages.steps import judged
 from stages.tables import Numbers, read_table
-from stages.tokenized import Files, Rows, Shard, find_shards, read_rows
+from stages.tokenized import Files, Rows, Shard, by_shard, find_shards, read_rows
 from stages.tokenizer_files import backend
 
 
@@ -114,17 +114,21 @@ def _take(config: PackConfig, files: Files, rows: Rows, shards: Sequence[Shard])
     if config.near_duplicates is not None:
         kept = reasons == KEPT
         others = np.flatnonzero(kept & ~heldout)
-        order = np.append(np.flatnonzero(kept & heldout), others[np.argsort(turns[others], kind="stable")])
+        # Held-out rows that are dropped come after those that measure, of which they take none away.
+        first = [np.flatnonzero(kept & heldout), np.flatnonzero(~kept & heldout)]
+        order = np.concatenate([*first, others[np.argsort(turns[others], kind="stable")]])
         # What is held out must not be asked at all, whatever its label.
         verdicts = np.where(heldout, 0, read_verdicts(files, shards, rows))
-        like = near_duplicates(files, shards, rows, order, config.near_duplicates, verdicts)
+        found = near_duplicates(files, shards, rows, order, config.near_duplicates, verdicts)
+        like = {row: other for row, other in found.items() if kept[row]}
         reasons[list(like)] = NEAR_DUPLICATE
     too_short = 0
     kept = reasons == KEPT
-    if config.decontaminate and (kept & heldout).any():
-        found = find_contamination(files, shards, rows, kept & heldout, kept & ~heldout, config.decontaminate)
-        like, too_short = {**like, **found.rows}, found.too_short
-        reasons[list(found.rows)] = CONTAMINATED
+    if config.decontaminate and heldout.any():
+        # Of all that is held out: evaluate's tasks also ask what is too long for a sequence, or has no answer.
+        held = find_contamination(files, shards, rows, heldout, kept & ~heldout, config.decontaminate)
+        like, too_short = {**like, **held.rows}, int(kept[held.too_short].sum())
+        reasons[list(held.rows)] = CONTAMINATED
     training = (reasons == KEPT) & ~heldout
     sources = [shard.source for shard in shards]
     reasons[selection.beyond_limit(rows, training, sources, limits, config.seed)] = LIMITED
@@ -138,9 +142,11 @@ def _labels(files: Files, shards: Sequence[Shard], rows: Rows, chosen: Numbers) 
     """How often each label trains, where answers or their steps have labels."""
     found: Counter[str] = Counter()
     labelled = shards[0].kind in ("unpaired_preference", "stepwise")
-    for number, shard in enumerate(files.in_turn(shards if labelled else ())):
+    shards = shards if labelled else ()
+    places = by_shard(rows.shard[chosen], len(shards))
+    for shard, some in zip(files.in_turn(shards), places, strict=True):
         table = read_table(files.tokens / shard.path / "tokens.arrow")
-        own = chosen[rows.shard[chosen] == number]
+        own = chosen[some]
         cut = (rows.used[own] < rows.length[own]).any(axis=1) & (shard.kind == "stepwise")
         for each in pc.value_counts(table["extra"].take(rows.place[own[~cut]])).to_pylist():
             extra = json.loads(each["values"])
@@ -164,7 +170,7 @@ def _no_rows(shards: Sequence[Shard]) -> str:
     dropped, first = Counter[str](), dict[str, str]()
     for shard in shards:
         dropped.update(shard.counts["dropped"])
-        first = {reason: places[0] for reason, places in shard.counts.get("places", {}).items()} | first
+        first = {reason: places[0] for reason, places in shard.places.items()} | first
     if not dropped:
         return "there are no rows to pack: every source is empty"
     told = [
@@ -257,7 +263,7 @@ def _describe(
                 "source": shard.source,
                 "split": shard.split,
                 "window": window,
-                "first": int(shard.counts.get("first", 0)),  # rows of the source before it
+                "first": int(shard.counts.get("first", 0)),  # rows of the file before it
                 "highest_token": shard.counts["highest_token"],
             }
             for shard, window in zip(shards, windows, strict=True)

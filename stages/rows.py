@@ -114,8 +114,22 @@ def _csv(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:
                     yield place, BadRow("wrong number of columns", f"has not the {width} columns of the header")
                 else:
                     yield place, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise _Unreadable(f", line {first - 1 + reader.line_num}: is not CSV in UTF-8: {error}") from error
+        except csv.Error as error:
+            raise _Unreadable(f", line {first - 1 + reader.line_num}: is not CSV: {error}") from error
+        except UnicodeDecodeError:  # of what the reader has read ahead
+            number, told = _not_utf8(path)
+            raise _Unreadable(f", line {first - 1 + number}: is not UTF-8 text: {told}; save it as UTF-8") from None
+
+
+def _not_utf8(path: Path) -> tuple[int, str]:
+    """The first line that is not UTF-8, counted as the CSV reader counts, and what is wrong with it."""
+    with path.open(encoding="latin-1", newline="") as file:  # where each byte is a character
+        for number, line in enumerate(file, 1):
+            try:
+                line.encode("latin-1").decode()
+            except UnicodeDecodeError as error:
+                return number, str(error)
+    raise AssertionError(f"{path} is UTF-8")
 
 
 def _parquet(path: Path, first: int) -> Iterator[tuple[Place, Row | BadRow]]:

@@ -7,7 +7,7 @@ kept, dropped and packed together. Spans are read a shard at a time; the files w
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,15 @@ class Shard:
         return int(self.counts["rows"] - sum(self.counts["dropped"].values()))
 
     def place(self, number: int) -> str:
-        """A row by its number in the shard, for people, who count from 1."""
+        """A row by its number in the shard, for people: its number in the file, counted from 1."""
         first = int(self.counts.get("first", 0))
         return f"{self.path}, row {first + number + 1}"
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """Where the first rows are that convert dropped, by reason, for people."""
+        found = self.counts.get("places", {})
+        return {reason: [f"{self.path}, {place}" for place in places] for reason, places in found.items()}
 
 
 def _all_there(now: Collection[str], then: Collection[str]) -> None:
@@ -244,6 +250,12 @@ def read_rows(
     return Rows(
         identity=pa.concat_arrays(identities), **joined, **{name: np.array(each) for name, each in told.items()}
     )
+
+
+def by_shard(shard: NDArray[np.integer[Any]], shards: int) -> list[slice]:
+    """[shards] Where the rows of each shard are among some in the order of their shards. `shard` [rows] is whose each
+    is."""
+    return [slice(*bounds) for bounds in pairwise(np.searchsorted(shard, np.arange(shards + 1)).tolist())]
 
 
 def read_spans(table: Any) -> Spans:

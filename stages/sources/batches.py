@@ -3,6 +3,7 @@
 A piece is an Arrow IPC file, compressed, in batches of at most 1024 rows, without dictionaries and schema metadata.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -12,7 +13,10 @@ BATCH_ROWS = 1024
 
 
 def batches(file: BinaryIO, kind: str, pieces: Pieces) -> Iterator[Any]:
-    """The record batches of a Parquet or Arrow file. Raises UserError when it is something else, or is damaged."""
+    """The record batches of a Parquet or Arrow file on the disk.
+
+    Raises UserError when it is something else, or is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -21,23 +25,30 @@ def batches(file: BinaryIO, kind: str, pieces: Pieces) -> Iterator[Any]:
             with pq.ParquetFile(file, buffer_size=CHUNK) as parquet:
                 yield from parquet.iter_batches(batch_size=BATCH_ROWS)
             return
-        try:
-            arrow = pa.ipc.open_file(file)
-        except pa.ArrowInvalid:  # the datasets library writes the stream form
-            file.seek(0)
-            found = iter(pa.ipc.open_stream(file))
-        else:
-            found = (arrow.get_batch(number) for number in range(arrow.num_record_batches))
-        for batch in found:
-            batch.validate(full=True)  # Arrow trusts its own files, and would read outside of a damaged one
-            yield batch
+        with pa.memory_map(os.fsencode(file.name)) as mapped:  # one batch may be as large as the file
+            try:
+                arrow = pa.ipc.open_file(mapped)
+            except pa.ArrowInvalid:  # the datasets library writes the stream form
+                mapped.seek(0)
+                found = iter(pa.ipc.open_stream(mapped))
+            else:
+                found = (arrow.get_batch(number) for number in range(arrow.num_record_batches))
+            for batch in found:
+                batch.validate(full=True)  # Arrow trusts its own files, and would read outside of a damaged one
+                yield batch
     except (pa.ArrowException, OSError) as error:
-        told = " ".join(str(error).split())
-        raise pieces.wrong(f" is not {kind.removeprefix('.').capitalize()}, or damaged: {told}") from error
+        raise pieces.wrong(f" is not {kind.removeprefix('.').capitalize()}, or damaged: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def cut_batches(batches: Iterable[Any], pieces: Pieces) -> int:
-    """Write Arrow record batches as pieces; return how many rows. Where the schema changes, a new piece begins."""
+    """Write Arrow record batches as pieces; return how many rows. Where the schema changes, a new piece begins.
+
+    Raises UserError for what Arrow itself cannot write out.
+    """
     import pyarrow as pa
 
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -45,7 +56,7 @@ def cut_batches(batches: Iterable[Any], pieces: Pieces) -> int:
     schema: Any = None
     row, size = 1, 0
     try:
-        for batch in (small for large in batches for small in _slices(plain(large))):
+        for batch in (plain(small) for large in batches for small in _slices(_takeable(large))):
             if pieces.left is not None:
                 batch = batch.slice(0, pieces.left)
                 pieces.took(batch.num_rows)
@@ -60,10 +71,27 @@ def cut_batches(batches: Iterable[Any], pieces: Pieces) -> int:
             size += batch.nbytes
             if pieces.full:
                 break
+    except pa.ArrowException as error:
+        told = f"Arrow cannot write it out: {_told(error)}. Leave that column out, or save the rows as JSON Lines"
+        raise pieces.wrong(f", row {row} or a later one: {told}") from error
     finally:
         if writer is not None:
             writer.close()
     return row - 1
+
+
+def _takeable(batch: Any) -> Any:
+    """The batch, with texts and bytes that Arrow can only view made such that it can take them out of a dictionary."""
+    import pyarrow as pa
+
+    def taken(array: Any) -> Any:
+        kind = array.type.value_type if pa.types.is_dictionary(array.type) else None
+        if kind is None or not (pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)):
+            return array
+        values = array.dictionary.cast(pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary())
+        return pa.DictionaryArray.from_arrays(array.indices, values)
+
+    return pa.RecordBatch.from_arrays(list(map(taken, batch.columns)), names=batch.schema.names)
 
 
 def plain(batch: Any) -> Any:
@@ -80,7 +108,8 @@ def _written_out(array: Any) -> Any:
         array = array.dictionary_decode()
     kind = retyped(array.type, lambda kind: kind)
     try:
-        return array if kind == array.type else array.cast(kind)
+        # Of a slice of lists, a cast alone would cast what all of them hold.
+        return array if kind == array.type else pa.concat_arrays([array]).cast(kind)
     except pa.ArrowNotImplementedError:  # a dictionary of lists or objects within others: a file can hold one
         return array
 
@@ -106,11 +135,24 @@ def retyped(kind: Any, made: Callable[[Any], Any]) -> Any:
 
 
 def _slices(batch: Any) -> Iterator[Any]:
-    """A batch in slices of at most `BATCH_ROWS` rows and, but for a single row, `PIECE` bytes."""
-    if batch.num_rows <= BATCH_ROWS and (batch.nbytes <= PIECE or batch.num_rows == 1):
+    """A batch in slices of at most `BATCH_ROWS` rows and, but for a single row, `PIECE` bytes once written out."""
+    if batch.num_rows <= BATCH_ROWS and (batch.num_rows <= 1 or sum(map(_size, batch.columns)) <= PIECE):
         if batch.num_rows:
             yield batch
         return
     step = min(BATCH_ROWS, max(1, batch.num_rows // 2))
     for start in range(0, batch.num_rows, step):
         yield from _slices(batch.slice(start, step))
+
+
+def _size(array: Any) -> int:
+    """Bytes of a column once written out. Of a dictionary's texts that is told without writing out any: one of them may
+    be megabytes, and stand in every row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else None
+    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        return int(_written_out(array).nbytes)
+    lengths = pc.binary_length(array.dictionary).take(array.indices)
+    return int(array.indices.nbytes) + int(pc.sum(lengths).as_py() or 0)

@@ -174,11 +174,10 @@ def bring_first(found: Mapping[str, Json], where: Mapping[str, Json], pieces: Pi
     pieces.left = wanted = int(found["first"])
     several = len(found["files"]) > 1
     for number, (one, place) in enumerate(zip(found["files"], where["files"], strict=True)):
-        pieces.name = pieces.file = str(place["name"])
-        pieces.file = pieces.file if several else ""
+        pieces.name, pieces.file = str(place["name"]), number + 1 if several else None
         if "url" in place and one["suffix"] not in NEED_SEEKING:
             with remote.Remote(pieces.name, _opener(one, place), one["size"]) as stream, clear_errors(pieces.name):
-                _cut(cast(BinaryIO, stream), str(one["suffix"]), one["size"] or 0, pieces, work)
+                _cut(cast(BinaryIO, stream), str(one["suffix"]), stream.length, pieces, work)
         else:
             _cut_file(_here(one, place, work, work.folder / f"download-{number}"), one, pieces, work)
         work.tell(wanted - pieces.left, wanted, "rows")
@@ -219,10 +218,10 @@ def _cut_file(path: Path, found: Mapping[str, Json], pieces: Pieces, work: Work)
         before = _state(path)
         with path.open("rb") as file, clear_errors(pieces.name):
             if found["suffix"] in NEED_SEEKING:
-                facts, digest = _cut(file, str(found["suffix"]), before[0], pieces, work), None
+                facts, digest = _cut(file, str(found["suffix"]), lambda: before[0], pieces, work), None
             else:
                 stream = _Hashed(file, lambda done: work.tell(done, found["size"], "bytes"))
-                facts = _cut(cast(BinaryIO, stream), str(found["suffix"]), before[0], pieces, work)
+                facts = _cut(cast(BinaryIO, stream), str(found["suffix"]), lambda: before[0], pieces, work)
                 digest = None if pieces.full else stream.rest()
         same = _state(path) == before
     except OSError as error:
@@ -241,7 +240,7 @@ def _state(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
-def _cut(file: BinaryIO, suffix: str, size: int, pieces: Pieces, work: Work) -> Facts:
+def _cut(file: BinaryIO, suffix: str, size: Callable[[], int], pieces: Pieces, work: Work) -> Facts:
     budget = Budget(pieces.name, size)
     if suffix not in ARCHIVES:
         return _cut_rows(file, suffix, budget, pieces, work)

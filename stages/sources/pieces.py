@@ -3,9 +3,13 @@
 Two cores can then work on one file, memory stays flat, and rows appended to a file make only its last piece anew: a
 cut depends on nothing but the bytes before it. Each piece is a folder, `<number>/rows.<ext>` with `source.json`:
 
-- `source` and `split`, as the recipe has them; `member`, the file's name inside an archive;
+- `source` and `split`, as the recipe has them; `member`, the file's name inside an archive; `file`, the file's number
+  from 1 where one part is made of several;
 - `first`: what to add, less one, to the numbers of lines or rows counted from 1 in the piece, to get those of the
   file. (A piece of a CSV file repeats the header.)
+- `rows_before`: rows of the file before the piece, where these are not `first` less one, as after blank lines.
+
+Names of files are no part of it: the same rows give the same bytes, whatever their file is called.
 
 JSON Lines, CSV and JSON lists keep their text. Rows of Parquet and Arrow are cut in `stages.sources.batches`.
 """
@@ -14,6 +18,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +35,8 @@ CHUNK = 4 << 20
 
 _BLANK = b" \t\r\n"
 _BOM = codecs.BOM_UTF8
+_BLANK_LINE = re.compile(rb"\n(?=[ \t\r\v\f]*\n)")
+"""Before each."""
 
 
 @dataclass
@@ -41,8 +48,8 @@ class Pieces:
     """What every `source.json` says: source and split."""
     name: str
     """What messages call the file."""
-    file: str = ""
-    """The file that is being cut, where one part is made of several."""
+    file: int | None = None
+    """The number from 1 of the file that is being cut, where one part is made of several."""
     member: str = ""
     """The file inside the archive that is being cut."""
     left: int | None = None
@@ -59,13 +66,19 @@ class Pieces:
         if self.left is not None:
             self.left -= rows
 
-    def new(self, suffix: str, first: int = 1) -> Path:
-        """The path of the next piece's rows; its `source.json` is written."""
+    def new(self, suffix: str, first: int = 1, rows_before: int | None = None) -> Path:
+        """The path of the next piece's rows; its `source.json` is written. `rows_before` is `first` less one by
+        default."""
         folder = self.folder / f"{self.count:05d}"
         folder.mkdir()
         self.count += 1
-        member = "/".join(name for name in (self.file, self.member) if name)
-        source = {**self.about, "first": first, **({"member": member} if member else {})}
+        source = {
+            **self.about,
+            "first": first,
+            **({"file": self.file} if self.file else {}),
+            **({"member": self.member} if self.member else {}),
+            **({"rows_before": rows_before} if rows_before not in (None, first - 1) else {}),
+        }
         (folder / "source.json").write_text(json.dumps(source, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
         return folder / f"rows{suffix}"
 
@@ -120,6 +133,7 @@ def _first_lines(chunks: Iterable[bytes], pieces: Pieces) -> Iterator[bytes]:
 
 def _cut_lines(chunks: Iterable[bytes], suffix: str, pieces: Pieces) -> None:
     line, size = 1, 0
+    blanks, is_blank = 0, True  # blank lines so far, and whether this one is, as far as it was read
     sink: BinaryIO | None = None
     try:
         for chunk in chunks if pieces.left is None else _first_lines(chunks, pieces):
@@ -127,13 +141,17 @@ def _cut_lines(chunks: Iterable[bytes], suffix: str, pieces: Pieces) -> None:
             while begin < len(chunk):
                 if sink is None:  # a piece does not begin with blank lines: they alone would be none
                     blank = len(chunk) - begin - len(chunk[begin:].lstrip(_BLANK))
-                    line += chunk.count(b"\n", begin, begin + blank)
+                    skipped = chunk.count(b"\n", begin, begin + blank)
+                    line, blanks = line + skipped, blanks + skipped
                     begin += blank
                     if begin == len(chunk):
                         break
-                    sink, size = pieces.new(suffix, line).open("wb"), 0
+                    sink, size = pieces.new(suffix, line, line - 1 - blanks).open("wb"), 0
                 end = chunk.find(b"\n", begin + max(0, PIECE - 1 - size)) + 1 or len(chunk)
                 sink.write(memoryview(chunk)[begin:end])
+                mark = len(_BOM) if line == 1 and chunk.startswith(_BOM, begin) else 0
+                more, is_blank = _blank_lines(chunk, begin + mark, end, is_blank)
+                blanks += more
                 line += chunk.count(b"\n", begin, end)
                 size += end - begin
                 if size >= PIECE and chunk[end - 1] == 0x0A:
@@ -143,6 +161,17 @@ def _cut_lines(chunks: Iterable[bytes], suffix: str, pieces: Pieces) -> None:
     finally:
         if sink:
             sink.close()
+
+
+def _blank_lines(chunk: bytes, begin: int, end: int, is_blank: bool) -> tuple[int, bool]:
+    """How many blank lines end in a part of a chunk, and whether its last line is blank so far. `is_blank` says so of
+    what came before of its first line."""
+    first = chunk.find(b"\n", begin, end)
+    if first < 0:
+        return 0, is_blank and not chunk[begin:end].strip()
+    count = int(is_blank and not chunk[begin:first].strip())
+    count += sum(1 for _ in _BLANK_LINE.finditer(chunk, first, end))
+    return count, not chunk[chunk.rfind(b"\n", begin, end) : end].strip()
 
 
 def _cut_csv(stream: BinaryIO, pieces: Pieces) -> None:
@@ -163,22 +192,23 @@ def _cut_csv(stream: BinaryIO, pieces: Pieces) -> None:
     csv.field_size_limit(LONGEST)
     reader = csv.reader(lines(), strict=True)
     sink: BinaryIO | None = None
-    header, header_lines, size = b"", 0, 0
+    header, header_lines, rows, size = b"", 0, 0, 0
     try:
         for record in reader:
-            raw = "".join(taken).encode("latin-1")
-            first = reader.line_num - len(taken) + 1
+            raw, lines_taken = "".join(taken).encode("latin-1"), len(taken)
             taken.clear()
+            if not record and sink is None:  # neither the file nor a piece begins with blank lines
+                continue
             if not header_lines:
-                header, header_lines = raw if raw.endswith((b"\n", b"\r")) else raw + b"\n", reader.line_num
+                header, header_lines = raw if raw.endswith((b"\n", b"\r")) else raw + b"\n", lines_taken
                 continue
             if sink is None:
-                if not record:
-                    continue
-                sink, size = pieces.new(".csv", first - header_lines).open("wb"), len(header)
+                first = reader.line_num - lines_taken + 1
+                sink, size = pieces.new(".csv", first - header_lines, rows).open("wb"), len(header)
                 sink.write(header)
             sink.write(raw)
             size += len(raw)
+            rows += bool(record)
             pieces.took(bool(record))
             if size >= PIECE:
                 sink.close()
@@ -280,9 +310,10 @@ def _elements(chunks: Iterator[bytes], pieces: Pieces) -> Iterator[str]:
                 end = scan(text, place)[1]
                 if end < len(text) or done:  # a number may go on in the next chunk
                     break
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a number may have more digits than Python reads
                 if done or _is_wrong(error, len(text)):
-                    raise pieces.wrong(f", row {number}: is not JSON: {error}") from error
+                    told = str(error).partition("; use sys.")[0]
+                    raise pieces.wrong(f", row {number}: is not JSON: {told}") from error
             more()
         yield text[place:end]
         place = end

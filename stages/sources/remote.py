@@ -94,6 +94,10 @@ class Remote:
                 self.wait.forget()
             return data
 
+    def length(self) -> int:
+        """Bytes of the file; of one that nobody told the size of, those that were read."""
+        return self.position if self.size is None else self.size
+
     def close(self) -> None:
         """End the connection, if there is one."""
         if self.opened is not None:

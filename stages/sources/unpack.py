@@ -9,7 +9,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -111,19 +111,18 @@ class _Limited:
 
 
 class Budget:
-    """How many bytes may still come out of one file."""
+    """How many bytes may come out of one file, whose size may only be known as it is read."""
 
-    def __init__(self, name: str, packed: int) -> None:
-        self.name, self.packed = name, packed
-        self.left = max(ALWAYS, RATIO * packed)
+    def __init__(self, name: str, packed: Callable[[], int]) -> None:
+        self.name, self.packed, self.spent = name, packed, 0
 
     def spend(self, size: int) -> None:
         """Raises UserError when it is used up."""
-        self.left -= size
-        if self.left < 0:
+        self.spent += size
+        if self.spent > max(ALWAYS, RATIO * (packed := self.packed())):
             raise UserError(
-                f"{self.name} unpacks to more than {RATIO} times its {self.packed} bytes: it may be made to fill the "
-                "disk. Unpack it yourself if you trust it"
+                f"{self.name} unpacks to more than {RATIO} times its {packed} bytes: it may be made to fill the disk. "
+                "Unpack it yourself if you trust it"
             )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from datetime import date, timedelta
 from decimal import Decimal
@@ -16,11 +17,13 @@ from pydantic import ValidationError
 from stages import convert, formats
 from stages.errors import UserError
 from stages.formats import Conversation, Example, Turn
-from stages.identity import File, Tree, canonical_json
+from stages.identity import File, Tree, canonical_json, tree_of
 from stages.marks import NO_TURN, TRAIN_NO, TRAIN_UNSET
 from stages.sequences import identity
+from stages.stage import Work
 from stages.tables import CONVERSATIONS, read_table
-from tests.stages.chats import digest, rows_of, run_convert, smollm2, source
+from stages.tokenized import find_shards
+from tests.stages.chats import digest, rows_of, run_convert, run_tokenize, smollm2, source
 
 CHAT = {"messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là.", "weight": 0}]}
 BAD = {"messages": [{"role": "user"}]}
@@ -203,8 +206,34 @@ def test_a_bad_row_stops_with_the_mend_or_is_dropped_and_counted(tmp_path: Path)
     counts = json.loads((output / "counts.json").read_text())
     assert counts["rows"] == 15
     assert counts["dropped"] == facts["dropped"] == {"missing field": 12, "unknown role": 1}
-    assert counts["places"]["missing field"] == [f"mine.jsonl, line {n}" for n in range(2, 12)]
-    assert counts["places"]["unknown role"] == ["mine.jsonl, line 14"]
+    assert counts["places"]["missing field"] == [f"line {n}" for n in range(2, 12)]
+    assert counts["places"]["unknown role"] == ["line 14"]
+
+
+def test_what_a_file_is_called_is_in_messages_alone(tmp_path: Path) -> None:
+    """A shard that grows back after a rename has the bytes that it had, so nothing behind it is made anew."""
+    rows = source(tmp_path / "rows", [CHAT, BAD])
+    made = []
+    for number, name in enumerate(["monday.jsonl", os.fsdecode(b"caf\xe9.jsonl")]):
+        (output := tmp_path / str(number)).mkdir()
+        work = Work(tmp_path / "work", where={"name": name})
+        inputs = {"rows": rows, "tokenizer": smollm2()}
+        with pytest.raises(UserError, match=f"^{name}, line 2: "):
+            convert.run(convert.ConvertPart(), inputs, output, work)
+        convert.run(convert.ConvertPart(bad_rows="drop"), inputs, output, work)
+        made.append(tree_of(output))
+    assert made[0] == made[1]
+
+
+def test_rows_are_numbered_over_the_pieces_of_a_file(tmp_path: Path) -> None:
+    rows = source(tmp_path / "rows", [CHAT])
+    about = json.loads((rows / "source.json").read_text())
+    (rows / "source.json").write_text(json.dumps({**about, "first": 21, "rows_before": 10}))
+    output, _ = run_convert(tmp_path, rows, smollm2())
+    (tmp_path / "data").mkdir()
+    run_tokenize(tmp_path / "tokenized", output, smollm2())[0].rename(tmp_path / "data" / "mine")
+    (shard,) = find_shards(tmp_path / "data")
+    assert shard.place(0) == "mine, row 11"
 
 
 def test_a_row_of_another_format_is_recognized(tmp_path: Path) -> None:
@@ -340,11 +369,11 @@ def test_a_tokenizers_file_that_is_cut_short_is_named(tmp_path: Path, name: str)
         run_convert(tmp_path, source(tmp_path / "rows", [CHAT]), tmp_path / "model")
 
 
-def test_a_column_and_a_file_may_have_names_that_utf_8_cannot_say(tmp_path: Path) -> None:
-    rows = source(tmp_path / "rows", b'{"text": "a", "\\ud800": "x"}\n{"text": 5}\n', name="caf\udce9")
+def test_a_column_may_have_a_name_that_utf_8_cannot_say(tmp_path: Path) -> None:
+    rows = source(tmp_path / "rows", b'{"text": "a", "\\ud800": "x"}\n{"text": 5}\n')
     shard, _ = run_convert(tmp_path, rows, smollm2(), {"format": "completion", "bad_rows": "drop"})
     counts = json.loads((shard / "counts.json").read_text("utf-8"))
-    assert counts["unread"] == {"?": 1} and counts["places"] == {"wrong type": ["caf?.jsonl, line 2"]}
+    assert counts["unread"] == {"?": 1} and counts["places"] == {"wrong type": ["line 2"]}
 
 
 def test_a_prompt_keeps_times_and_decimals_as_text_and_tells_what_has_none(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def test_every_sort_of_bad_line_is_counted_under_its_reason_with_its_place(tmp_p
     counts = counts_of(output)
     assert counts["dropped"] == facts["dropped"] == {**dict.fromkeys(bad, 1), "not JSON": 2}
     assert counts["places"] == {
-        **{reason: [f"mine.jsonl, line {2 + number}"] for number, reason in enumerate(bad)},
-        "not JSON": ["mine.jsonl, line 2", "mine.jsonl, line 10"],
+        **{reason: [f"line {2 + number}"] for number, reason in enumerate(bad)},
+        "not JSON": ["line 2", "line 10"],
     }
     assert [row["row"] for row in rows_of(output)] == [0, 10] and counts["rows"] == 11
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ def cut_into(folder: Path, data: bytes, suffix: str, first: int | None = None) -
 
 def rows_of(output: Path) -> list[tuple[str, Any]]:
     """All rows as convert reads them: (place in the file, row)."""
-    found = []
+    found: list[Any] = []
+    before: dict[Any, int] = {}
     for piece in sorted(output.iterdir()):
         (path,) = piece.glob("rows.*")
         source = json.loads((piece / "source.json").read_text())
-        found += list(read_rows(path, path.name, source["first"]))
+        file = source.get("file"), source.get("member")
+        assert source.get("rows_before", source["first"] - 1) == before.get(file, 0)
+        rows = list(read_rows(path, path.name, source["first"]))
+        before[file] = before.get(file, 0) + len(rows)
+        found += rows
     return [(place, str(row) if isinstance(row, BadRow) else row) for place, row in found]
 
 
@@ -141,6 +147,12 @@ def test_only_the_first_records_of_csv(tmp_path: Path) -> None:
     assert [row["a"] for _, row in rows_of(cut_into(tmp_path / "out", data, ".csv", 7))] == [str(n) for n in range(7)]
 
 
+def test_csv_that_begins_with_blank_lines(tmp_path: Path) -> None:
+    output = cut_into(tmp_path / "out", b"\r\n\na,b\r\n" + b"".join(b"%d,x\r\n" % n for n in range(30)), ".csv")
+    assert [place for place, _ in rows_of(output)] == [f"line {n}" for n in range(4, 34)]
+    assert [row for _, row in rows_of(output)] == [{"a": str(n), "b": "x"} for n in range(30)]
+
+
 @pytest.mark.parametrize("end", ["", " ", "\n", "\n\n"])
 @pytest.mark.parametrize("archive", [False, True])
 @pytest.mark.parametrize("first", [4, 5, 6, 10, 11, 99])
@@ -168,6 +180,7 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     [
         (b"[1, 2", "row 2|after row"),
         (b"[{}, nope, {}" + b" " * 99 + b"]", "a.json, row 2: is not JSON"),
+        (b'[{}, {"a": ' + b"9" * 5000 + b"}]", r"a.json, row 2: is not JSON: Exceeds the limit .* has 5000 digits$"),
         (b"[{} {}]", "a.json, after row 1: is not JSON: expected a comma"),
         (b"[{}] x", "there is more after the end of the list"),
         (b'[{"a": "\xff"}]', "a.json, near row 1: is not UTF-8"),
@@ -255,11 +268,77 @@ class TestBatches:
                 writer.write_batch(one)
         [part] = shards({"files": "a.arrow"})
         output = bring(part, tmp_path / "out")
-        read = [row for one in given for row in one.to_pylist(maps_as_pydicts="strict")]
-        assert [row for _, row in rows_of(output)] == read
+        assert [row for _, row in rows_of(output)] == [
+            row for one in given for row in one.to_pylist(maps_as_pydicts="strict")
+        ]
         for piece in output.glob("*/rows.arrow"):
             with pa.memory_map(str(piece)) as source:
                 assert "dictionary" not in str(pa.ipc.open_file(source).schema)
+
+    def one_batch(self, path: Path, **columns: Any) -> Path:
+        """An Arrow file of a single batch, as `pyarrow` writes a table and `datasets` a shard."""
+        table = pa.table(columns)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return path
+
+    def test_a_batch_as_large_as_its_file_is_never_in_memory(self, home: Path, tmp_path: Path) -> None:
+        same = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array(["y" * (1 << 20)]))
+        self.one_batch(home / "a.arrow", text=["x" * 200_000] * 256, system=same)  # 49 MiB, and 256 more written out
+        [part] = shards({"files": "a.arrow"})
+        whole, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        try:
+            output = bring(part, tmp_path / "out")
+            peak = pool.max_memory() + tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(whole)
+        assert peak < 45 << 20
+        assert [len(row["system"]) for _, row in rows_of(output)] == [1 << 20] * 256
+
+    def test_a_dictionary_that_is_more_than_arrow_can_count_once_written_out(self, tmp_path: Path) -> None:
+        values = pa.array([b"z" * (40 << 20)])
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink:
+            coded = pa.DictionaryArray.from_arrays(pa.array([0] * 60, pa.int8()), values)
+            with pa.ipc.new_file(sink, pa.schema({"a": coded.type})) as writer:
+                writer.write_batch(pa.record_batch({"a": coded}))
+        (tmp_path / "out").mkdir()
+        with (tmp_path / "a.arrow").open("rb") as file:
+            pieces = Pieces(tmp_path / "out", {}, "a", left=3)
+            assert cut_batches(batches(file, ".arrow", pieces), pieces) == 3
+
+    @pytest.mark.parametrize("values", [["a", "b" * 50], [b"a", b"b" * 50]])
+    def test_a_dictionary_of_views(self, home: Path, tmp_path: Path, values: Any) -> None:
+        kind = pa.string_view() if isinstance(values[0], str) else pa.binary_view()
+        coded = pa.DictionaryArray.from_arrays(pa.array([1, None, 0], pa.uint32()), pa.array(values, kind))
+        self.one_batch(home / "a.arrow", text=coded)
+        [part] = shards({"files": "a.arrow"})
+        found = rows_of(bring(part, tmp_path / "out"))
+        assert [row["text"] for _, row in found] == [values[1], None, values[0]]
+
+    def test_lists_in_one_large_batch_are_written_out_a_slice_at_a_time(self, tmp_path: Path) -> None:
+        """Of a slice of lists, Arrow casts what the whole batch holds: 200 slices took 200 times as long."""
+        roles = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 100_000, pa.int8()), pa.array(["user", "assistant"]))
+        lists = pa.ListArray.from_arrays(pa.array(range(0, 200_001, 2), pa.int32()), roles)
+        (tmp_path / "out").mkdir()
+        pool, whole = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        try:
+            cut_batches([pa.record_batch({"roles": lists})], Pieces(tmp_path / "out", {}, "a"))
+        finally:
+            pa.set_memory_pool(whole)
+        assert pool.max_memory() < lists.nbytes
+
+    def test_what_arrow_cannot_write_out_is_told(self, tmp_path: Path) -> None:
+        def batch(*words: str) -> pa.RecordBatch:
+            coded = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), pa.array([[word] for word in words]))
+            return pa.record_batch({"a": pa.StructArray.from_arrays([coded], names=["b"])})
+
+        (tmp_path / "out").mkdir()
+        with pytest.raises(UserError, match=r"^a\.arrow, row 3 or a later one: Arrow cannot write it out: "):
+            cut_batches([batch("a", "b"), batch("c", "d")], Pieces(tmp_path / "out", {}, "a.arrow"))
 
     def test_a_new_schema_begins_a_new_piece(self, tmp_path: Path) -> None:
         tables = [pa.table({"a": [1, 2]}), pa.table({"a": ["x"]}), pa.table({"b": [1.5]})]

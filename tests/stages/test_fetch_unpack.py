@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import pytest
 
 from stages import convert
 from stages.errors import UserError
+from stages.identity import tree_of
 from stages.sources import unpack
 from stages.stage import Work
 from tests.stages.chats import smollm2
@@ -239,6 +241,27 @@ def test_an_archive_without_rows_and_a_file_without_any(home: Path, tmp_path: Pa
         [part] = shards({"files": name})
         with pytest.raises(UserError, match=f"{name}: there are no rows in it"):
             bring(part, tmp_path / f"out-{name}")
+
+
+def test_the_first_rows_of_several_files_are_the_same_whatever_these_are_called(home: Path, tmp_path: Path) -> None:
+    kept = b'{"text": "one"}\n'
+    made = []
+    for number, names in enumerate([("a.jsonl", "b.jsonl"), ("c.jsonl", os.fsdecode(b"caf\xe9.jsonl"))]):
+        (folder := home / str(number)).mkdir()
+        for name, data in zip(names, (kept, kept + b"{oops\n"), strict=True):
+            (folder / name).write_bytes(data)
+        [part] = shards({"files": str(folder), "first": 9})
+        output = bring(part, tmp_path / str(number) / "out")
+        made.append((part.config, tree_of(output)))
+        inputs = {"rows": output / "00001", "tokenizer": smollm2()}
+        where = {"name": part.where["name"], "files": [one["name"] for one in part.where["files"]]}
+        for said, told in ((where, sorted(names)[1]), ({}, "mine, file 2")):
+            with pytest.raises(UserError, match=f"^{told}, line 2: "):
+                convert.run(convert.ConvertPart(format="completion"), inputs, tmp_path, Work(tmp_path, where=said))
+        config = convert.ConvertPart(format="completion", bad_rows="drop")
+        convert.run(config, inputs, tmp_path, Work(tmp_path, where=where))
+        assert json.loads((tmp_path / "counts.json").read_text())["places"] == {"not JSON": ["file 2, line 2"]}
+    assert made[0] == made[1]
 
 
 def test_a_bad_row_in_an_archive_is_named_as_it_stands_there(home: Path, tmp_path: Path) -> None:

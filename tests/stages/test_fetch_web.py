@@ -11,7 +11,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.identity import canonical_json
-from stages.sources import remote
+from stages.sources import remote, unpack
 from stages.stage import Part
 from tests.stages.fetching import ROW, bring, home, pieces_of, shards, work_of
 from tests.stages.test_fetch_unpack import gz, tarred, zst
@@ -257,6 +257,17 @@ def test_the_first_rows_of_what_is_packed(web: Web, tmp_path: Path, name: str) -
     part = found_at(web, page, name, first=2900)
     page.break_after = len(page.data) // 3
     assert whole(bring(part, tmp_path / "out")) == b"".join(ROWS.splitlines(keepends=True)[:2900])
+
+
+def test_what_a_page_without_a_length_may_unpack_to(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as of any other file, and no more."""
+    monkeypatch.setattr(unpack, "ALWAYS", 1 << 16)
+    part = found_at(web, Page(gz(ROWS), ends="chunks", ranges=False), "/a.jsonl.gz", first=2900)
+    assert whole(bring(part, tmp_path / "out")) == b"".join(ROWS.splitlines(keepends=True)[:2900])
+    bomb = Page(gz(ROW + b" " * (16 << 20)), ends="chunks", ranges=False)
+    part = found_at(web, bomb, "/b.jsonl.gz", first=2900)
+    with pytest.raises(UserError, match=r"unpacks to more than 250 times its [1-9]\d+ bytes"):
+        bring(part, tmp_path / "bomb")
 
 
 def test_the_first_rows_of_a_long_file_need_not_the_rest(web: Web, tmp_path: Path) -> None:

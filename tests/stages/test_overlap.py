@@ -162,7 +162,7 @@ def test_contamination_is_what_looking_for_every_question_everywhere_finds(
     heldout = np.arange(len(training) + len(held)) >= len(training)
     found = find_contamination(*read(folder), heldout, ~heldout, share)
     questions = [runs(each, 8, ("user",)) for each in held]
-    assert found.too_short == sum(not question for question in questions)
+    assert found.too_short.tolist() == [n for n, question in enumerate(questions, len(training)) if not question]
     parts = [
         [len(runs(each, 8) & question) / len(question) if question else 0.0 for question in questions]
         for each in training
@@ -218,6 +218,41 @@ def test_contaminated_rows_are_dropped_counted_and_listed(tmp_path: Path) -> Non
     assert strict.facts["dropped"] == {"contaminated": 2, "duplicate": 1}
     off = Packed(tmp_path / "tokens", tmp_path / "off", decontaminate=0.0, **config)
     assert off.facts["dropped"] == {"duplicate": 1}
+
+
+@pytest.mark.parametrize("lost", ["overlong", "nothing to train on", "duplicate"])
+def test_a_held_out_question_never_trains_whatever_becomes_of_its_row_here(tmp_path: Path, lost: str) -> None:
+    """evaluate's tasks ask the rows as they were fetched."""
+    random = np.random.default_rng(0)
+    ask = tokens(random, 40)
+    leak = said(("user", ask), ("assistant", [1, 2, 3]))
+    rows = [leak, *(said(("user", tokens(random, 40)), ("assistant", [1, 2])) for _ in range(20))]
+    shard(tmp_path / "tokens", "chat/00000", rows)
+    held = {
+        "overlong": [said(("user", ask), ("assistant", tokens(random, 300)))],
+        "nothing to train on": [said(("user", ask))],
+        "duplicate": [said(("user", ask), ("assistant", [4]))] * 2,
+    }[lost]
+    shard(tmp_path / "tokens", "probe/00000", held, split="heldout")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256)
+    assert packed.facts["dropped"] == {lost: 1, "contaminated": 1}
+    assert packed.report["too_short"] == 0
+    if lost != "overlong":  # whose answer makes it another row
+        near = {"sequence_length": 256, "near_duplicates": 0.8, "decontaminate": 0.0}
+        packed = Packed(tmp_path / "tokens", tmp_path / "near", **near)
+        assert packed.facts["dropped"] == {lost: 1, "near-duplicate": 1}
+        assert packed.rows() == {("chat/00000", n) for n in range(1, 21)}
+
+
+def test_what_is_held_out_and_dropped_takes_no_row_away_that_measures(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    ask, answer = tokens(random, 40), tokens(random, 200)
+    shard(tmp_path / "tokens", "chat/00000", [said(("user", tokens(random, 40)), ("assistant", [1]))])
+    held = [said(("user", [*ask, *answer])), said(("user", ask), ("assistant", answer))]
+    shard(tmp_path / "tokens", "probe/00000", held, split="heldout")
+    packed = Packed(tmp_path / "tokens", tmp_path / "out", sequence_length=256, near_duplicates=0.8)
+    assert packed.rows(heldout=True) == {("probe/00000", 1)}
+    assert packed.facts["dropped"] == {"nothing to train on": 1}
 
 
 def answered(kind: str, ask: list[int], random: np.random.Generator) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """pack: what trains, what is dropped and counted, what is held out, and what comes out as files."""
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ def test_every_row_is_packed_or_counted(tmp_path: Path) -> None:
         ("chat", 2, 0),
         ("probe", 0, 2),
     ]
+
+
+def test_where_convert_dropped_rows_is_told_with_their_shard(tmp_path: Path) -> None:
+    def dropped(shards: Path, rows: list[Any]) -> Path:
+        shard(shards, "chat/00001", rows, dropped={"not JSON": 1})
+        counts = json.loads((shards / "chat/00001/counts.json").read_text())
+        (shards / "chat/00001/counts.json").write_text(json.dumps({**counts, "places": {"not JSON": ["line 3"]}}))
+        return shards
+
+    packed = Packed(dropped(tmp_path / "some", [row(("user", 3), ("assistant", 4))]), tmp_path / "out")
+    assert packed.report["sources"][0]["places"] == {"not JSON": ["chat/00001, line 3"]}
+    with pytest.raises(UserError, match=r"of 1, convert dropped 1 not JSON \(the first: chat/00001, line 3\)$"):
+        Packed(dropped(tmp_path / "none", []), tmp_path / "nothing")
 
 
 ROWS = st.lists(

@@ -111,6 +111,16 @@ def test_two_columns_of_one_name_are_refused(file: Path) -> None:
         list(read_rows(write(file, table), "f"))
 
 
+@pytest.mark.parametrize(("before", "ending"), [(0, "\n"), (3000, "\n"), (3000, "\r\n"), (3000, "\r")])
+def test_csv_that_is_not_utf8_is_told_by_its_line(tmp_path: Path, before: int, ending: str) -> None:
+    """As Excel saves it: the reader is thousands of characters ahead, or has not begun."""
+    path = tmp_path / "rows.csv"
+    text = ending.join(["text,b", *["hello,1"] * before, "hé,1", "more,2", ""])
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(UserError, match=rf"^f, line {before + 2 + 10}: is not UTF-8 text: .* in position 1: "):
+        list(read_rows(path, "f", first=11))
+
+
 def test_two_columns_of_one_name_in_a_header(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label,text\na,1,b\n")
