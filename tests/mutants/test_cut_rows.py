@@ -6,7 +6,7 @@ from packing.collate import PackedBins
 from stages.encoding import load as load_encoder
 from stages.tables import LOG_PROBS, write_table
 from tests.stages.packed import Packed, shard
-from tests.stages.test_pack import pair
+from tests.stages.test_pack_pairs import pair
 from tests.stages.test_tokenize import _written, byte_level, encoded, number_of
 
 

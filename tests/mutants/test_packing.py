@@ -11,7 +11,7 @@ from packing.plan import arrange
 from stages.tables import TOP, write_table
 from tests.stages.packed import Packed, row, shard
 from tests.stages.test_overlap import said, tokens
-from tests.stages.test_pack import pair
+from tests.stages.test_pack_pairs import pair
 from tests.stages.test_pack_wrapped import corpus
 
 ASKED = ("user", 3), ("assistant", 4)
