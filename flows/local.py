@@ -162,4 +162,6 @@ def _print_outcome(run: Run, outcome: Outcome, console: Console) -> None:
 
 
 def _shown(place: str) -> str:
-    return place if "://" in place else str(Path(place))
+    """A folder as seen from where the command runs, if it is below that."""
+    below = "://" not in place and Path(place).is_relative_to(Path.cwd())
+    return str(Path(place).relative_to(Path.cwd())) if below else place

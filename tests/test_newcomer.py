@@ -23,9 +23,9 @@ from tests.flows.served import serving
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-SHORT = ("dpo", "grpo")
-"""Recipes that are trained after every change beside the quickstart, one of each kind; the full suite takes all. Every
-objective has tests of its own, and every recipe is checked against the schema."""
+SHORT = ("dpo", pytest.param("grpo", marks=pytest.mark.full))
+"""Recipes that are trained beside the quickstart without their own model, one of each kind; the full suite takes all
+with it. Every objective has tests of its own, and every recipe is checked against the schema."""
 ROWS = 16
 """Of each source: enough for two steps."""
 NOBODY = "http://127.0.0.1:9/api"
@@ -208,10 +208,10 @@ def commands() -> list[str]:
 
 
 def once(commands: list[str]) -> Iterator[Any]:
-    """Of chats with a model one after every change: each loads it anew."""
-    chats = [command for command in commands if command.startswith("regrow chat")]
+    """Of those that load a model anew, one after every change."""
+    loading = [command for command in commands if command.startswith(("regrow chat", "regrow serve"))]
     for command in commands:
-        yield pytest.param(command, marks=[pytest.mark.full] if command in chats[1:] else [])
+        yield pytest.param(command, marks=[pytest.mark.full] if command in loading[1:] else [])
 
 
 @pytest.mark.usefixtures("quickstart")

@@ -121,6 +121,7 @@ def test_json_is_refused_for_a_run_that_is_sent_elsewhere(user: User) -> None:
     assert "--json" in user.refused("--on", "up", "--json")
 
 
+@pytest.mark.full
 def test_a_server_that_does_not_start(user: User) -> None:
     user.write([GOOD])
     broken = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////proc/nowhere/prefect.db"}

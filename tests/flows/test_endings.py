@@ -56,7 +56,7 @@ def test_what_stopped_a_run_is_on_record(
     assert f"of tiny: {status} on " in told.get() and reason in told.get()
 
 
-@pytest.mark.parametrize("last", ["evaluate", "publish"])
+@pytest.mark.parametrize("last", [pytest.param("evaluate", marks=pytest.mark.full), "publish"])
 def test_a_retraining_whose_name_another_took_over_goes_no_further(last: str, tmp_path: Path, prefect_api: Api) -> None:
     from flows.retrain import retrain
 

@@ -281,6 +281,7 @@ def test_the_history_shows_runs_that_moved_nothing(rehearsal: Rehearsal) -> None
         events_of(rehearsal.store, "nobody")
 
 
+@pytest.mark.full
 def test_a_run_stands_once_in_the_history_however_long_that_is(rehearsal: Rehearsal) -> None:
     for right in range(10, 24):
         rehearsal.run(right)

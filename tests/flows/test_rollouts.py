@@ -55,6 +55,7 @@ def lines(store: Store, what: str, step: int | None = None, worst: bool = False)
     return [json.loads(line) for line in shown(store, what, step, worst, as_json=True).splitlines()]
 
 
+@pytest.mark.full
 def test_every_completion_is_a_line_of_json_by_run_by_name_and_by_key(store: Store) -> None:
     (_, record), *_ = store.runs()
     trained: Any = record["stages"]["train"]
@@ -69,6 +70,7 @@ def test_every_completion_is_a_line_of_json_by_run_by_name_and_by_key(store: Sto
         assert line == {**row, "rewards": rewards, "total": rewards["short"] + WEIGHT * rewards["digits"]}
 
 
+@pytest.mark.full
 def test_one_step_and_the_worst_first(store: Store) -> None:
     assert [line["step"] for line in lines(store, "tiny", step=2)] == [2] * 4
     totals = [line["total"] for line in lines(store, "tiny", worst=True)]
@@ -77,6 +79,7 @@ def test_one_step_and_the_worst_first(store: Store) -> None:
         shown(store, "tiny", step=3)
 
 
+@pytest.mark.full
 def test_the_terminal_shows_step_prompt_completion_rewards_and_total_in_80_columns(store: Store) -> None:
     told = shown(store, "tiny", step=1)
     assert max(map(len, told.splitlines())) <= 80
@@ -86,6 +89,7 @@ def test_the_terminal_shows_step_prompt_completion_rewards_and_total_in_80_colum
     assert "".join(first["completion"].split()) in "".join(told.split())
 
 
+@pytest.mark.full
 def test_what_wrote_nothing_is_said(store: Store, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     given = store.commit(Action("train", {"train": 1}, {"objective": "sft"}, {}), tmp_path, {}, {})
@@ -98,6 +102,7 @@ def test_what_wrote_nothing_is_said(store: Store, tmp_path: Path) -> None:
         shown(store, "nobody")
 
 
+@pytest.mark.full
 def test_the_dashboard_shows_completions_and_the_reward(online: tuple[Tiny, UUID], store: Store) -> None:
     tiny, run = online
     with reporting_to(tiny.api), get_client(sync_client=True) as client:

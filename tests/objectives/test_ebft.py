@@ -124,7 +124,8 @@ def test_a_row_without_a_reference_is_told(tiny_model: Path, columns: dict[str, 
         anchored([{"prompt": "say one\n", "columns": json.dumps(columns)}], tokenizer, EbftOptions(), 256, seed=0)
 
 
-@pytest.mark.parametrize("whiten", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("whiten", [True, False])
 def test_features_come_nearer_to_the_references(tmp_path: Path, tiny_model: Path, whiten: bool) -> None:
     asked = [f"say {word}\n" for word in ("one", "two", "three", "four")]
     prompts(tmp_path / "tokens", tiny_model, asked, answer="abcabcabcabc")

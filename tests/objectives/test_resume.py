@@ -24,9 +24,6 @@ from tests.stages import test_train_online
 from tests.stages.packed import Packed
 
 STEPS = 5
-QUICK = ("grpo",)
-"""One over completions; `test_train_resume` has one over packed rows. The full suite takes all."""
-
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -82,9 +79,8 @@ def prepare(folder: Path, model: Path, objective: str) -> tuple[dict[str, Path],
     return {**inputs, "plan": plan}, config
 
 
-@pytest.mark.parametrize(
-    "objective", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in names()]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("objective", names())
 def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path: Path, tiny_model: Path, objective: str) -> None:
     inputs, config = prepare(tmp_path, tiny_model, objective)
     train(tmp_path / "whole", inputs, config)

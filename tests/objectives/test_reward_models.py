@@ -247,7 +247,10 @@ def test_a_reward_is_read_at_the_end_of_an_answer_where_padding_is_of_the_same_t
 
 @pytest.mark.parametrize(
     ("inputs", "method"),
-    [("reward", "lora"), pytest.param("reward", "full", marks=pytest.mark.full), ("process_reward", "lora")],
+    [
+        ("reward", "lora"),
+        *(pytest.param(*one, marks=pytest.mark.full) for one in (("reward", "full"), ("process_reward", "lora"))),
+    ],
     indirect=["inputs"],
 )
 def test_it_learns_and_is_transformers_own_classifier(tmp_path: Path, inputs: dict[str, Path], method: str) -> None:

@@ -53,7 +53,9 @@ def folder(path: Path, seed: int = 0, files: int = 6) -> Path:
     outcome="the store's work is repeated until it went through: artifacts, checkpoints, refs and leases arrive whole "
     "and once",
 )
-@pytest.mark.parametrize("fault", ["drop", "lose", "truncate", "delay", pytest.param("500", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "fault", ["drop", "lose", "truncate", *(pytest.param(name, marks=pytest.mark.full) for name in ("delay", "500"))]
+)
 def test_a_bad_network_costs_time_only(fault: Fault, proxy: FaultyProxy, bucket: Any, tmp_path: Path) -> None:
     store, direct = through(proxy, bucket, tmp_path / "cache"), open_store(bucket.url, tmp_path / "direct")
     proxy.faults = (fault,)

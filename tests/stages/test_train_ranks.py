@@ -30,7 +30,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 on_two_gpus = [pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus])]
-devices = pytest.mark.parametrize("device", ["cpu", *on_two_gpus])
 long_on_a_cpu = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), *on_two_gpus])
 
 
@@ -337,7 +336,7 @@ def test_what_is_gathered_in_float32_is_trained_in_it(tmp_path: Path) -> None:
     assert not adamw.is_split(made)
 
 
-@devices
+@long_on_a_cpu
 def test_the_rank_that_was_killed_is_the_one_that_is_named(
     tmp_path: Path, inputs: dict[str, Path], device: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
