@@ -10,7 +10,7 @@ from typing import Any, Literal
 from stages import arithmetic
 from stages.errors import UserError
 from stages.generation_settings import keep_tokens
-from stages.turn_end import after_thought, marks, with_end
+from stages.turn_end import after_thought, answer_marks, with_end
 
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -104,7 +104,7 @@ def _load(folder: Path, precision: Precision, device: Device, packed: bool) -> M
         raise UserError(f"the model's tokenizer does not load: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    thought, end = marks(folder)
+    thought, end = answer_marks(folder)
     if network.can_generate():
         # How long an answer may be is for the task to say. It ends by the same rule before training, whose folder may
         # not say so.

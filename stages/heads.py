@@ -37,8 +37,8 @@ TEXTS = (
 
 
 def attach(model: Any, outputs: int) -> None:
-    """Give a language model a new head, which trains, drawn from torch's seed. Its own rests, but for what
-    it shares with the embeddings."""
+    """Give a language model a new head, which trains, drawn from torch's seed. Its own rests, but for
+    what it shares with the embeddings."""
     causal = _bare(model)
     width = causal.config.get_text_config().hidden_size
     embedded = {id(parameter) for parameter in causal.get_input_embeddings().parameters()}

@@ -200,7 +200,7 @@ def _rows_of(batch: Any) -> list[Row | BadRow]:
 
 
 def _has_maps(kind: Any) -> bool:
-    return str(kind).find("map<") >= 0
+    return "map<" in str(kind)
 
 
 def _pylist(column: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from stages.errors import UserError
 
 
-def marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | None]:
+def answer_marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | None]:
     """What closes the assistant's reasoning in the chat template of a model's folder, or in another one's text, and the
     id of the token that ends its turn. Empty where there is no template, and where it knows no reasoning; None where
     a turn ends otherwise: in nothing, or in words, which an answer may hold as well."""
@@ -35,8 +35,8 @@ def marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | None]:
 
 
 def turn_end(folder: Path, template: str = "tokenizer") -> int | None:
-    """The id of the token that ends the assistant's turn: see `marks`."""
-    return marks(folder, template)[1]
+    """The id of the token that ends the assistant's turn: see `answer_marks`."""
+    return answer_marks(folder, template)[1]
 
 
 def after_thought(tokenizer: Any, ids: Sequence[int], mark: str) -> str:

@@ -75,7 +75,7 @@ def _index(api: Any, name: str) -> Json:
         return json.loads(Path(api.hf_hub_download(name, INDEX)).read_text())
     except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None
-    except Exception as error:  # as above
+    except Exception as error:  # the Hub's client raises the errors of three HTTP libraries
         raise _told(f"hf://{name}", error) from error
 
 

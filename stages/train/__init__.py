@@ -11,7 +11,7 @@ This file holds the recipe section and declares the stage; the work is in the fi
     windows.py       the shards that steps read, on the disk
     model.py         the model that is trained, and what is written at the end
     freezing.py      which weights train, for the method full; patterns.py: their names, which named.py looks for early
-    adapters.py      LoRA and its kin; folding.py: adapters that start as a part of the weights
+    adapters.py      LoRA and its kin; folding.py, eva.py: adapters that start from the weights, or from activations
     neftune.py       noise on the embeddings
     optimizers.py    optimizers by name; schedules.py: the learning rate
     between.py       what happens between steps: restarts, layer sampling; weights.py: averages; heldout.py: its loss

@@ -25,12 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from stages import quantization
 from stages.errors import UserError
 from stages.train import Lora, adamw, checks, folding
-from stages.train.patterns import matches, nearest
+from stages.train.patterns import matches, nearest, some
 
 STARTS = {"kaiming": True, "loftq": True}
 """Our names for what PEFT calls otherwise; loftq starts like any other and is then replaced."""
-MOST_PASSES = 1000
-"""Batches within which EVA's directions must have settled; some dozens suffice."""
 
 
 def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
@@ -46,12 +44,12 @@ def adapt(model: PreTrainedModel, lora: Lora, folder: Path) -> PeftModel:
     _refuse_untrainable(model, lora, saved, targets & _head(model, layers))
     if lora.init == "olora" and (turned := [name for name in targets if isinstance(layers[name], Conv1D)]):
         raise UserError(
-            f"train.lora.init: PEFT's olora does not take layers like {_some(turned)} of {model.config.model_type}, "
+            f"train.lora.init: PEFT's olora does not take layers like {some(turned)} of {model.config.model_type}, "
             "which hold their weights as [in, out]: use init: pissa"
         )
     renamed = _renamed(model, targets)
     if renamed and lora.dora:
-        named = _some(name for name in targets if _last(name) in renamed)
+        named = some(name for name in targets if _last(name) in renamed)
         raise UserError(
             f"train.lora.dora: of {model.config.model_type}, PEFT would load the adapter of {named} onto the fused "
             "experts, and what it would load rightly has no dora: take dora out, or leave "
@@ -116,55 +114,6 @@ def lift_inputs(model: PeftModel) -> None:
     """Let every adapter lift its layer's input to its own float32, for a model that also runs without autocast."""
     for _, module in _adapters(model):
         module.cast_input_dtype_enabled = True
-
-
-def start_from_activations(model: PeftModel, batches: Sequence[dict[str, Any]]) -> None:
-    """Let every A start from the directions in which its layer's inputs vary most over some batches (EVA,
-    arXiv:2410.07170). `batches` are as the model takes them. Raises UserError when each is shorter than the
-    rank, or a layer's directions do not settle: PEFT would go on for ever."""
-    from peft import initialize_lora_eva_weights
-    from peft.tuners.lora.eva import HashHook, SVDHook
-
-    most = max(batch["input_ids"].numel() for batch in batches)
-    config = model.peft_config["default"]
-    if most < (rank := max(config.r, *config.rank_pattern.values(), 0)):
-        raise UserError(
-            f"train.lora.init: eva takes {rank} directions (lora.rank) from one sequence's tokens, and the longest "
-            f"of the first {len(batches)} has {most}: lower lora.rank, raise pack.sequence_length, or use another init"
-        )
-    # A head reads one row alone, unless it is adapted itself.
-    kept = {} if hasattr(model.get_base_model().get_output_embeddings(), "lora_A") else {"logits_to_keep": 1}
-    passes = 0
-
-    def see(model: Any, batch: dict[str, Any]) -> None:
-        nonlocal passes
-        passes += 1
-        model(**batch, use_cache=False, **kept)
-        hooks = {name: hook for name, layer in model.named_modules() for hook in layer._forward_hooks.values()}
-        unseen = {name for name, hook in hooks.items() if isinstance(hook, HashHook) and not hook.hashed_inputs}
-        if passes == MOST_PASSES:
-            unseen |= {name for name, hook in hooks.items() if isinstance(hook, SVDHook)}
-        if unseen:
-            raise UserError(
-                f"train.lora.init: eva found no directions for {_some(unseen)} that stay the same in {passes} passes "
-                "(a layer that no token, or few tokens, go through): leave it out of train.lora.targets, or use "
-                "another init"
-            )
-
-    training = model.training
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "input of type .* could not be moved")  # numbers need not move
-        initialize_lora_eva_weights(
-            model,
-            batches,
-            forward_fn=see,
-            prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
-            gather_distributed_inputs=False,
-            show_progress_bar=False,
-        )
-    model.train(training)
 
 
 def save(model: PeftModel, folder: Path) -> None:
@@ -260,7 +209,7 @@ def _refuse_others(adapted: PeftModel, modules: dict[int, str], meant: set[str])
     if found != meant:
         raise UserError(
             f"train.lora: PEFT does not adapt in {adapted.config.model_type} what targets and experts ask for: it "
-            f"leaves out {_some(meant - found)} and adapts {_some(found - meant)} instead: name other layers in "
+            f"leaves out {some(meant - found)} and adapts {some(found - meant)} instead: name other layers in "
             "train.lora.targets"
         )
 
@@ -287,7 +236,7 @@ def _refuse_untrainable(model: PreTrainedModel, lora: Lora, saved: Iterable[str]
     small = [name for name in saved if not all(p.is_floating_point() for p in model.get_submodule(name).parameters())]
     if small:
         raise UserError(
-            f"train.lora.modules_to_save: train.quantize holds {_some(small)} in few bits, which cannot train in full: "
+            f"train.lora.modules_to_save: train.quantize holds {some(small)} in few bits, which cannot train in full: "
             "adapt it by train.lora.targets, or take quantize out"
         )
     if lora.new_tokens and (adapted := sorted(head)):
@@ -300,12 +249,6 @@ def _refuse_untrainable(model: PreTrainedModel, lora: Lora, saved: Iterable[str]
             f"train.lora.new_tokens trains some rows of {whole[0]}, which train.lora.modules_to_save trains whole: "
             "keep one of the two"
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first of some names, and how many others there are."""
-    first, *others = sorted(names) or ["nothing"]
-    return f"{first} and {len(others)} more" if others else first
 
 
 def _last(name: str) -> str:
@@ -371,8 +314,8 @@ def _whole(model: PreTrainedModel, wanted: tuple[str, ...]) -> tuple[set[str], l
         names = [wanted_name] if _ending(every, (wanted_name,)) == meant else sorted(meant)
         if others := _ending(every, names) - meant:
             raise UserError(
-                f"train.lora.modules_to_save: for {wanted_name!r}, PEFT would train {_some(others)} besides "
-                f"{_some(meant)}: name another module"
+                f"train.lora.modules_to_save: for {wanted_name!r}, PEFT would train {some(others)} besides "
+                f"{some(meant)}: name another module"
             )
         found |= meant
         spelled += names

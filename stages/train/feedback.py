@@ -15,7 +15,7 @@ from stages.stage import Facts, Work
 from stages.train import TrainConfig, features, prompts, teacher
 from stages.train.episodes import Episodes, template_in
 from stages.train.rollouts import Recorder
-from stages.turn_end import after_thought, marks
+from stages.turn_end import after_thought, answer_marks
 
 
 def episodes_of(rewarded: RewardedOptions | None, inputs: Mapping[str, Path], tokenizer: Any) -> Episodes | None:
@@ -86,7 +86,7 @@ def given(
     if isinstance(options, RewardedOptions):
         environment = {"environment_factory": episodes.kind} if episodes else {}
         template = prompts.template_of(inputs.get("templates"))
-        mark = marks(inputs["model"], template)[0] if template else ""
+        mark = answer_marks(inputs["model"], template)[0] if template else ""
         said = partial(after_thought, tokenizer, mark=mark)
         return {"reward_funcs": recorder.functions(step, said, episodes), **environment}
     return {"teacher_model": teacher.load(config, inputs, device, trained)}

@@ -22,7 +22,7 @@ from packing.flash import Attention
 from packing.rotary import by_document
 from stages import heads, objectives, quantization
 from stages.errors import UserError
-from stages.train import TrainConfig, adamw, adapters, freezing, neftune
+from stages.train import TrainConfig, adamw, adapters, eva, freezing, neftune
 from stages.train.adapters import save as save_adapter
 
 __all__ = ["in_float32", "load", "ready", "save_adapter", "save_weights", "trainable"]
@@ -85,7 +85,7 @@ def ready(
         made = adapters.adapt(model, config.lora, folder).to(device)
         if config.lora.init == "eva":
             with torch.autocast(device, DTYPES[config.precision], enabled=config.precision != "fp32"):
-                adapters.start_from_activations(made, batches())
+                eva.start_from_activations(made, batches())
     if outputs := objectives.find(config.objective).head:
         heads.attach(made, outputs)
     if config.neftune_alpha is not None:

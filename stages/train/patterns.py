@@ -36,3 +36,9 @@ def nearest(pattern: str, names: Iterable[str]) -> str:
     last = re.split(r"[.*:\\]+", pattern.strip(".*"))[-1] or pattern
     near = difflib.get_close_matches(last, parts, 1)
     return f": did you mean {near[0]!r}?" if near else f"; names are made of {', '.join(parts)}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many others there are."""
+    first, *others = sorted(names) or ["nothing"]
+    return f"{first} and {len(others)} more" if others else first

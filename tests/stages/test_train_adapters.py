@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from packing.collate import Bin, collate
 from stages.errors import UserError
-from stages.train import TrainConfig, adapters, folding, model, state
+from stages.train import TrainConfig, adapters, eva, folding, model, state
 from stages.train.patterns import matches
 from tests.stages import tiny
 from tests.stages.test_merge import make_model, run
@@ -171,8 +171,8 @@ def test_eva_says_which_layer_has_no_directions(folder: Path, monkeypatch: pytes
     network = AutoModelForCausalLM.from_pretrained(folder)
     network.spare = torch.nn.Linear(32, 32)
     with pytest.raises(UserError, match=r"no directions for .*spare that .* in 1 passes .* leave it out of"):
-        adapters.start_from_activations(adapters.adapt(network, lora, folder), batches())
-    monkeypatch.setattr(adapters, "MOST_PASSES", 2)
+        eva.start_from_activations(adapters.adapt(network, lora, folder), batches())
+    monkeypatch.setattr(eva, "MOST_PASSES", 2)
     with pytest.raises(UserError, match=r"no directions for .*q_proj and 1 more that .* in 2 passes"):
         adapted(folder, section(init="eva", targets=["q_proj"]))
 
