@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stages import evals, harness, reward_models
 from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
-from stages.evals import Options
+from stages.evals import Example, Options
 from stages.formats import BadRow
 from stages.generation import Precision, Turn
 from stages.identity import Tree
@@ -69,6 +69,8 @@ class Task(StageConfig):
     """Field of a row that is asked."""
     answer: str = "answer"
     """Field of a row that is the target."""
+    system: str = ""
+    """System prompt that stands before each question, unless its messages begin with one."""
     ignore_case: bool = False
     """Whether upper and lower case count as the same."""
     ignore_punctuation: bool = False
@@ -102,6 +104,12 @@ class Task(StageConfig):
     def options(self) -> Options:
         """What an eval needs of it."""
         return Options(self.question, self.answer, self.ignore_case, self.ignore_punctuation)
+
+    def asked(self, turns: list[Turn]) -> list[Turn]:
+        """The turns that a model is asked, for those of an item."""
+        if not self.system or turns[0]["role"] in ("system", "developer"):
+            return turns
+        return [{"role": "system", "content": self.system}, *turns]
 
 
 class EvaluateConfig(StageConfig):
@@ -177,12 +185,12 @@ def check_rows(config: EvaluateConfig, rows: Tree, base: Tree, files: Callable[[
         shard, first = next(iter(_rows(name, task, rows)["rows"].folders().items()))
         for row in islice(all_rows(files(first.under(shard))), 1):
             try:
-                if task.reward_model:
-                    turns = reward_models.turns_of(row, task.options)
+                chosen = evals.load(task.eval or EXACT_MATCH)
+                examples = [] if task.reward_model else chosen.examples([row], task.options)
+                for example in examples or [Example(evals.question(row, task.options), "")]:
+                    turns = task.asked(example.turns)
                     if len(turns) > 1:
                         _try_asking(row[0], turns, files(base.select(*TOKENIZER_FILES, "chat_template*")))
-                else:
-                    evals.load(task.eval or EXACT_MATCH).examples([row], task.options)
             except UserError as error:
                 raise UserError(f"evaluate.tasks.{name}: {error}") from error
 
@@ -290,7 +298,7 @@ def plugins(config: EvaluateConfig | Measure) -> dict[str, int]:
 STAGE = Stage(
     name="evaluate",
     artifact="scores",
-    version=8,
+    version=9,
     config=EvaluateConfig,
     run=run,
     parts=parts,

@@ -14,6 +14,7 @@ from pathlib import Path
 from stages import evals, harness, reward_models
 from stages.compare import OTHER_TOKENIZER
 from stages.errors import UserError
+from stages.evals import Example
 from stages.evaluate import EXACT_MATCH, Measure, Task, all_rows
 from stages.generation import Turn, cut, generate, load
 from stages.harness import Sample
@@ -38,7 +39,14 @@ def evaluate(config: Measure, inputs: Mapping[str, Path], output: Path, work: Wo
         model = load(inputs["weights"], config.precision, work.runtime.device)
         task = config.task
         samples, lost = harness.shipped(
-            model, task.lm_eval, task.metric, task.few_shot, task.limit, work.runtime.eval_batch, _items(work)
+            model,
+            task.lm_eval,
+            task.metric,
+            task.few_shot,
+            task.limit,
+            task.system,
+            work.runtime.eval_batch,
+            _items(work),
         )
         facts = _write(output, samples, {"cut_questions": lost})
     return {**facts, "seconds": round(time.monotonic() - started, 3)}
@@ -70,11 +78,11 @@ def _ask(config: Measure, task: Task, inputs: Mapping[str, Path], work: Work) ->
     """An eval of our own: its examples, answered through plain transformers, scored by it."""
     chosen = evals.load(task.eval)
     examples = chosen.examples(_read(inputs["rows"], task), task.options)
-    turns = [[{"role": "user", "content": example.question}] for example in examples]
+    turns = [task.asked(example.turns) for example in examples]
     answers, told = _answers(config, task, turns, inputs, work)
     samples = [
-        Sample("", i, e.question, e.target, answer, task.eval, chosen.score(e, answer, task.options))
-        for i, (e, answer) in enumerate(zip(examples, answers, strict=True))
+        Sample("", i, evals.shown(asked), e.target, answer, task.eval, chosen.score(e, answer, task.options))
+        for i, (asked, e, answer) in enumerate(zip(turns, examples, answers, strict=True))
     ]
     return samples, told
 
@@ -90,7 +98,8 @@ def _judged(
         reward_models.refuse_steps(folder, f"evaluate.tasks: the steps of {name}")
     by_steps = reward_models.judges_steps(folder)
     metric = f"{task.steps or 'min'} over steps by {name}" if by_steps else f"reward by {name}"
-    asked = [(row[0], reward_models.turns_of(row, task.options)) for row in _read(inputs["rows"], task)]
+    rows = [(row[0], Example(evals.question(row, task.options), "")) for row in _read(inputs["rows"], task)]
+    asked = [(place, task.asked(example.turns)) for place, example in rows]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     judges = reward_models.prepared(folder, tokenizer, task.steps)
     for place, turns in asked:
@@ -103,8 +112,7 @@ def _judged(
     for number, ((place, turns), answer) in enumerate(zip(asked, answers, strict=True)):
         with _named(place):
             worth = judge.worth(turns, answer)
-        shown = turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
-        samples.append(Sample("", number, shown, "", answer, metric, worth))
+        samples.append(Sample("", number, evals.shown(turns), "", answer, metric, worth))
         work.tell(number + 1, len(asked), "answers judged")
     return samples, told if by_steps else {"unbounded": True, **told}
 
@@ -143,10 +151,13 @@ def _ask_through_harness(
     own = evals.load(EXACT_MATCH)
     examples = own.examples(_read(inputs["rows"], task), task.options)
     model = load(inputs["weights"], config.precision, work.runtime.device)
-    lost = cut(model, [model.prompt(example.question) for example in examples], task.max_new_tokens)
+    turns = [task.asked(example.turns) for example in examples]
+    prompts = [model.ask(each) for each in turns]
+    lost = cut(model, prompts, task.max_new_tokens)
     samples = harness.exact_match(
         model,
-        examples,
+        prompts,
+        [example.target for example in examples],
         task.options,
         task.max_new_tokens,
         task.stop,
@@ -159,8 +170,8 @@ def _ask_through_harness(
         for example, sample in zip(examples, samples, strict=True)
     )
     shown = [
-        Sample("", s.item, e.question, e.target, s.answer, s.metric, s.score)
-        for e, s in zip(examples, samples, strict=True)
+        Sample("", s.item, evals.shown(asked), e.target, s.answer, s.metric, s.score)
+        for asked, e, s in zip(turns, examples, samples, strict=True)
     ]
     return shown, {"scored_twice": len(samples), "agreeing": agreeing, "cut_questions": lost}
 

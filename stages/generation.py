@@ -36,25 +36,23 @@ class Model:
         """Whether there is a chat template to ask through."""
         return bool(self.tokenizer.chat_template)
 
-    def prompt(self, question: str) -> str:
-        """The question as the model expects it: through its chat template when it has one, else as it stands."""
-        return self.ask([{"role": "user", "content": question}])
-
-    def ask(self, turns: Sequence[Turn]) -> str:
-        """A conversation as the model is to go on with it. Raises UserError for one that its chat template does not
-        take, and for one of several turns where there is none."""
+    def ask(self, question: str | Sequence[Turn]) -> str:
+        """A user's question, or a conversation, as the model is to go on with it: through its chat template when it has
+        one, else the question as it stands. Raises UserError for a conversation that its chat template does not take,
+        and for one of several turns where there is none."""
+        turns = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         if not self.chats and len(turns) == 1:
             return turns[0]["content"]
         if not self.chats:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
                 f"the model has no chat template, so it can be asked a question, and no conversation of {roles}: take "
-                "a `fetch.model` with a template, or name a field with single questions with `question:` in the task"
+                "a `fetch.model` with a template, or ask a field of single questions (`question:`), without `system:`"
             )
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(f"the model's chat template does not take the turns {roles}: {error}") from error

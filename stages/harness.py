@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
-from stages.evals import Example, Options
+from stages.evals import Options
 from stages.generation import Model
 from stages.identity import Json
 
@@ -70,7 +70,8 @@ def _refuse_unknown(name: str, known: Sequence[str]) -> None:
 
 def exact_match(
     model: Model,
-    examples: Sequence[Example],
+    prompts: Sequence[str],
+    targets: Sequence[str],
     options: Options,
     max_new_tokens: int,
     stop: Sequence[str],
@@ -78,19 +79,25 @@ def exact_match(
     folder: Path,
     answered: Answered,
 ) -> list[Sample]:
-    """lm-eval's exact match on our own items, in their order. `folder` receives the task's two files."""
+    """lm-eval's exact match on our own items, in their order; `prompts` stand as the model reads them. `folder`
+    receives the task's two files."""
     require()
     # Else the datasets library reports the reading of a local file to a server. It looks when it is imported.
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     from lm_eval.tasks import TaskManager
 
-    _write_task(folder, examples, options, max_new_tokens, stop)
+    _write_task(folder, prompts, targets, options, max_new_tokens, stop)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return _samples(model, manager, OWN_TASK, "exact_match", None, None, batch, answered)[0]
+    return _samples(model, manager, OWN_TASK, "exact_match", batch, answered, rendered=True)[0]
 
 
 def _write_task(
-    folder: Path, examples: Sequence[Example], options: Options, max_new_tokens: int, stop: Sequence[str]
+    folder: Path,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    options: Options,
+    max_new_tokens: int,
+    stop: Sequence[str],
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet
@@ -98,7 +105,7 @@ def _write_task(
 
     folder.mkdir(parents=True, exist_ok=True)
     fold = str.lower if options.ignore_case else str
-    columns = {"question": [e.question for e in examples], "target": [fold(e.target) for e in examples]}
+    columns = {"prompt": list(prompts), "target": [fold(target) for target in targets]}
     rows = folder / "rows.parquet"
     pa.parquet.write_table(pa.table(columns), rows)
     task = task_document(str(rows), str(folder / "datasets"), options, max_new_tokens, stop)
@@ -106,7 +113,7 @@ def _write_task(
 
 
 def task_document(rows: str, cache: str, options: Options, max_new_tokens: int, stop: Sequence[str]) -> dict[str, Json]:
-    """lm-eval's task over a Parquet file with the columns question and target (in lower case to ignore case)."""
+    """lm-eval's task over a Parquet file with the columns prompt and target (in lower case to ignore case)."""
     # lm-eval's own ignore_case and ignore_punctuation run after the patterns, so white space next to punctuation would
     # stay, and they cut off what grows when lowered (İ); a filter and patterns of ours say the same without that.
     patterns = ["\0", *([r"[!-/:-@\[-`{-~]"] if options.ignore_punctuation else []), r"^\s+|\s+$"]
@@ -117,7 +124,7 @@ def task_document(rows: str, cache: str, options: Options, max_new_tokens: int, 
         "dataset_kwargs": {"data_files": {"test": rows}, "cache_dir": cache},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_text": "question",
+        "doc_to_text": "prompt",
         "doc_to_target": "target",
         "generation_kwargs": {"until": list(stop), "do_sample": False, "max_gen_toks": max_new_tokens},
         "filter_list": [{"name": UNFILTERED, "filter": [*lower, {"function": "take_first"}]}],
@@ -140,11 +147,13 @@ def shipped(
     metric: str,
     few_shot: int | None,
     limit: int | None,
+    system: str,
     batch: int,
     answered: Answered,
 ) -> tuple[list[Sample], int]:
     """A task or group that lm-eval ships, by name; `metric` "" takes each task's first one with a number an item of
-    which more is better. Also how many questions, with the examples before them, lost their beginning.
+    which more is better, `system` "" no system prompt. Also how many questions, with the examples before them, lost
+    their beginning.
 
     Raises UserError for an unknown name or metric, one of which less is better, and when the task's data cannot be had.
     """
@@ -153,7 +162,7 @@ def shipped(
 
     manager = TaskManager()
     _refuse_unknown(name, manager.all_tasks)
-    return _samples(model, manager, name, metric, few_shot, limit, batch, answered)
+    return _samples(model, manager, name, metric, batch, answered, few_shot=few_shot, limit=limit, system=system)
 
 
 def _samples(
@@ -161,11 +170,16 @@ def _samples(
     manager: Any,
     name: str,
     metric: str,
-    few_shot: int | None,
-    limit: int | None,
     batch: int,
     answered: Answered,
+    *,
+    few_shot: int | None = None,
+    limit: int | None = None,
+    system: str = "",
+    rendered: bool = False,
 ) -> tuple[list[Sample], int]:
+    """The samples, and how many questions lose their beginning. `rendered`: the task's texts went through the chat
+    template already."""
     import lm_eval
     import numpy as np
     import torch
@@ -191,10 +205,11 @@ def _samples(
     results = lm_eval.evaluate(
         lm=asked,
         task_dict=found,
-        limit=limit,
         bootstrap_iters=0,
         log_samples=True,
-        apply_chat_template=model.chats,
+        limit=limit,
+        system_instruction=system or None,
+        apply_chat_template=model.chats and not rendered,
         fewshot_as_multiturn=model.chats,
     )
     rising = {task: _rising(told) for task, told in results["higher_is_better"].items()}

@@ -20,9 +20,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from stages.errors import UserError
-from stages.evals import Options
 from stages.generation import Turn
-from stages.identity import Json
 
 VERSION = 1
 """Bumped when the same answer would be worth another number: it enters the key of what is scored in evaluate."""
@@ -223,35 +221,3 @@ def text_of(tokenizer: Any, turns: Sequence[Turn], answer: str | None = None) ->
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in answered)
         raise ValueError(f"the reward model's chat template does not take the turns {roles}: {error}") from error
-
-
-def turns_of(row: tuple[str, Mapping[str, Json]], options: Options) -> list[Turn]:
-    """The turns that a row asks: its question, a text or a list of messages, or, where the task names no field, its
-    `messages`; without the assistant's answer where they end with one. Raises UserError naming the row that has
-    neither."""
-    place, values = row
-    field = options.question
-    asked = values.get(field, None if options.names_fields else values.get("messages"))
-    if isinstance(asked, str):
-        return [{"role": "user", "content": asked}]
-    if not isinstance(asked, list):
-        found = f"holds a {type(asked).__name__}" if field in values else f"has only {', '.join(values)}"
-        raise UserError(
-            f"{place}: a question is a text or a list of messages in the field {field!r}, and the row {found}. "
-            "Name the right field with `question:` in the task"
-        )
-    turns = [_turn(place, message) for message in asked]
-    if turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    if not turns or turns[-1]["role"] != "user":
-        roles = [turn["role"] for turn in turns]
-        raise UserError(f"{place}: the model answers a user's turn, and the messages before the answer are {roles}")
-    return turns
-
-
-def _turn(place: str, message: Json) -> Turn:
-    told = message if isinstance(message, dict) else {}
-    role, content = told.get("role"), told.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise UserError(f"{place}: a message is {{role: text, content: text}}, and one here is {message!r:.200}")
-    return {"role": role, "content": content}

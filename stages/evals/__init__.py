@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from functools import cache
 
 from stages.errors import UserError
+from stages.generation import Turn
 from stages.identity import Json
 
 Row = tuple[str, Mapping[str, Json]]
@@ -39,10 +40,16 @@ class Options:
 class Example:
     """One item: what the model is asked, and what a right answer is."""
 
-    question: str
+    question: str | Sequence[Turn]
+    """A text, which is a user's turn; or the turns so far of a conversation."""
     target: str
     details: Mapping[str, Json] = field(default_factory=dict)
     """Whatever else the scorer needs."""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """What is asked, as a conversation."""
+        return [{"role": "user", "content": self.question}] if isinstance(self.question, str) else [*self.question]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,43 @@ class Eval:
     """The items of a source's rows. Raises UserError naming the row that does not fit."""
     score: Callable[[Example, str, Options], float]
     """An answer's score from 0 (wrong) to 1 (right)."""
+
+
+def question(row: Row, options: Options) -> str | list[Turn]:
+    """What a row asks: its field of the question, a text or a list of messages; or, where the task names no field, its
+    `messages`, without the assistant's answer where they end with one. Raises UserError naming the row that has
+    neither, or a conversation that does not end with a user's turn."""
+    place, values = row
+    name = options.question
+    found = values.get(name, None if options.names_fields else values.get("messages"))
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, list):
+        has = f"holds a {type(found).__name__}" if name in values else f"has only {', '.join(values)}"
+        raise UserError(
+            f"{place}: a question is a text or a list of messages in the field {name!r}, and the row {has}. Name the "
+            "right field with `question:` in the task"
+        )
+    turns = [_turn(place, message) for message in found]
+    if turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or turns[-1]["role"] != "user":
+        roles = [turn["role"] for turn in turns]
+        raise UserError(f"{place}: the model answers a user's turn, and the messages before the answer are {roles}")
+    return turns
+
+
+def _turn(place: str, message: Json) -> Turn:
+    told = message if isinstance(message, dict) else {}
+    role, content = told.get("role"), told.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(f"{place}: a message is {{role: text, content: text}}, and one here is {message!r:.200}")
+    return {"role": role, "content": content}
+
+
+def shown(turns: Sequence[Turn]) -> str:
+    """A conversation as a person reads it: a lone question as it stands."""
+    return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
 
 
 @cache

@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterable, Sequence
 
 from stages.errors import UserError
-from stages.evals import Eval, Example, Options, Row
+from stages.evals import Eval, Example, Options, Row, question
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -24,37 +24,32 @@ def normalise(text: str, options: Options) -> str:
 
 
 def examples(rows: Iterable[Row], options: Options) -> Sequence[Example]:
-    """One item a row: its fields of question and target, or `messages` of one user turn and its answer.
+    """One item a row: its question (`stages.evals.question`), and its field of the target; where the question is the
+    row's `messages`, the assistant's answer at their end.
 
     A number as a target is taken as its text; anything else that is no text is refused.
     """
-    return [_example(row, options) for row in rows]
+    return [Example(question(row, options), _target(row, options)) for row in rows]
 
 
-def _example(row: Row, options: Options) -> Example:
-    messages = row[1].get("messages")
-    if not options.names_fields and options.question not in row[1] and isinstance(messages, list):
-        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-        if roles != ["user", "assistant"]:
-            raise UserError(
-                f"{row[0]}: exact match asks one question, so `messages` must be one user and one assistant turn, "
-                f"and not {roles}. Name fields of the row with `question:` and `answer:` in the task"
-            )
-        question, answer = ((row[0], message) for message in messages)
-        return Example(_text(question, "content", "question"), _text(answer, "content", "answer"))
-    return Example(_text(row, options.question, "question"), _text(row, options.answer, "answer", numbers=True))
-
-
-def _text(row: Row, name: str, setting: str, *, numbers: bool = False) -> str:
+def _target(row: Row, options: Options) -> str:
     place, values = row
-    value = values.get(name)
-    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+    if not options.names_fields and options.question not in values:
+        last = values["messages"][-1]
+        if last["role"] != "assistant":
+            raise UserError(
+                f"{place}: exact match compares with the answer at the end of `messages`, and they end with "
+                f"{last['role']!r}. Name fields of the row with `question:` and `answer:` in the task"
+            )
+        return str(last["content"])
+    value = values.get(options.answer)
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        found = f"holds a {type(value).__name__}" if name in values else f"has only {', '.join(values)}"
+        found = f"holds a {type(value).__name__}" if options.answer in values else f"has only {', '.join(values)}"
         raise UserError(
-            f"{place}: exact match needs text in the field {name!r}, and the row {found}. "
-            f"Name the right field with `{setting}:` in the task"
+            f"{place}: exact match needs text in the field {options.answer!r}, and the row {found}. Name the right "
+            "field with `answer:` in the task"
         )
     return value
 

@@ -61,7 +61,8 @@ def test_lm_eval_scores_every_text_alike(answer: str, target: str, ignore_case: 
 def test_a_row_without_the_field_names_row_and_fields() -> None:
     rows = [("h/0/rows.jsonl line 1", {"question": "q", "answer": "a"}), ("h/0/rows.jsonl line 2", {"prompt": "q"})]
     with pytest.raises(
-        UserError, match=re.escape("h/0/rows.jsonl line 2: exact match needs text in the field 'question'")
+        UserError,
+        match=re.escape("h/0/rows.jsonl line 2: a question is a text or a list of messages in the field 'question'"),
     ):
         examples(rows, Options())
 
@@ -72,11 +73,29 @@ def test_a_number_is_a_target_and_an_object_is_not() -> None:
         examples([("place", {"question": "q", "answer": {"text": "a"}})], Options())
 
 
-def test_messages_of_one_exchange_are_an_item_and_longer_ones_are_refused() -> None:
-    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    assert examples([("place", {"messages": [user, assistant]})], Options()) == [Example("q", "a")]
-    with pytest.raises(UserError, match="place: exact match asks one question"):
-        examples([("place", {"messages": [user, assistant, user, assistant]})], Options())
+SYSTEM, USER, ASSISTANT = (
+    {"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "q"), ("assistant", "a"))
+)
+
+
+def test_messages_are_asked_up_to_the_answer_at_their_end() -> None:
+    """The system prompt and the turns before, too: what a model was trained for."""
+    assert examples([("place", {"messages": [USER, ASSISTANT]})], Options()) == [Example([USER], "a")]
+    long = [SYSTEM, USER, ASSISTANT, {**USER, "content": "And then?"}, {**ASSISTANT, "content": "b"}]
+    [found] = examples([("place", {"messages": long})], Options())
+    assert (found.turns, found.target) == (long[:-1], "b")
+    [found] = examples([("place", {"question": [SYSTEM, USER], "answer": 4})], Options())
+    assert (found.turns, found.target) == ([SYSTEM, USER], "4")
+    for said, why in (
+        (
+            [SYSTEM, USER],
+            "place: exact match compares with the answer at the end of `messages`, and they end with 'user'",
+        ),
+        ([USER, ASSISTANT, ASSISTANT], "place: the model answers a user's turn"),
+        ([USER, {**ASSISTANT, "content": None}], "place: a message is {role: text, content: text}"),
+    ):
+        with pytest.raises(UserError, match=re.escape(why)):
+            examples([("place", {"messages": said})], Options())
 
 
 @pytest.mark.parametrize("name", evals.names())

@@ -1,8 +1,13 @@
 """What the tests of answers share: a tiny model that can be talked to, and questions for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from stages import harness
+from stages.evals import Options
+from stages.generation import Model
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -57,3 +62,12 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def through_lm_eval(
+    model: Model, questions: Sequence[str], folder: Path, tokens: int, stop: Sequence[str] = (), target: str = "x"
+) -> list[harness.Sample]:
+    """lm-eval's answers to questions that all have one target."""
+    prompts = [model.ask(question) for question in questions]
+    targets = [target] * len(questions)
+    return harness.exact_match(model, prompts, targets, Options(), tokens, stop, 2, folder, lambda done, total: None)

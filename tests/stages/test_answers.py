@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages import generation, harness, templates
-from stages.evals import Example, Options
-from tests.stages.chatting import TEMPLATE, chat_model, one_thread
+from stages import generation, templates
+from tests.stages.chatting import TEMPLATE, chat_model, one_thread, through_lm_eval
 
 __all__ = ["chat_model", "one_thread"]
 
@@ -28,10 +27,8 @@ def test_answers_end_where_a_turn_of_the_template_ends(chat_model: Path, tmp_pat
     # It says "a", ends its turn, says "a", and so on.
     model.network.generation_config.sequence_bias = [[[a], 1e3], [[a, end], 2e3]]
     assert model.network.generation_config.eos_token_id == [0, end]
-    assert generation.generate(model, [model.prompt("q")], 8, [], 1, lambda done: None) == ["a"]
-    [theirs] = harness.exact_match(
-        model, [Example("q", "a")], Options(), 8, [], 1, tmp_path / "h", lambda done, total: None
-    )
+    assert generation.generate(model, [model.ask("q")], 8, [], 1, lambda done: None) == ["a"]
+    [theirs] = through_lm_eval(model, ["q"], tmp_path / "h", 8, target="a")
     assert (theirs.answer, theirs.score) == ("a", 1.0)
 
 
@@ -43,10 +40,8 @@ def says(model: generation.Model, ids: list[int]) -> None:
 
 def heard(model: generation.Model, folder: Path, tokens: int, stop: tuple[str, ...] = ()) -> str:
     """What both scorers take for its answer."""
-    [ours] = generation.generate(model, [model.prompt("q")], tokens, stop, 1, lambda done: None)
-    [theirs] = harness.exact_match(
-        model, [Example("q", "x")], Options(), tokens, stop, 1, folder, lambda done, total: None
-    )
+    [ours] = generation.generate(model, [model.ask("q")], tokens, stop, 1, lambda done: None)
+    [theirs] = through_lm_eval(model, ["q"], folder, tokens, stop)
     assert theirs.answer == ours
     return ours
 
@@ -125,7 +120,5 @@ def test_each_text_gets_the_begin_token_that_it_lacks(chat_model: Path, tmp_path
     questions = ["<|im_start|>ab", "ab"]
     for asked in (questions, questions[::-1]):
         first, second = generation.generate(model, asked, 6, (), 2, lambda done: None)
-        theirs = harness.exact_match(
-            model, [Example(q, "x") for q in asked], Options(), 6, (), 2, tmp_path / "h", lambda done, total: None
-        )
+        theirs = through_lm_eval(model, asked, tmp_path / "h", 6)
         assert first == second == theirs[0].answer == theirs[1].answer

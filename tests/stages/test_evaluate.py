@@ -17,7 +17,6 @@ from stages import evaluate, evaluating, generation, harness
 from stages.build import Built, build
 from stages.compare import compare
 from stages.errors import UserError
-from stages.evals import Example, Options
 from stages.evaluate import EvaluateConfig, Measure, Task
 from stages.identity import Action, Json, Tree, tree_of
 from stages.jobs import Hooks
@@ -25,7 +24,7 @@ from stages.runtime import Runtime
 from stages.stage import Work
 from stages.store import Store
 from stages.tables import BINS, documents_schema, tokens_schema, write_table
-from tests.stages.chatting import QUESTIONS, TEMPLATE, chat_model, one_thread
+from tests.stages.chatting import QUESTIONS, TEMPLATE, chat_model, one_thread, through_lm_eval
 
 __all__ = ["chat_model", "one_thread"]
 
@@ -51,7 +50,7 @@ def run(tmp_path: Path, config: Measure, inputs: Mapping[str, Path]) -> tuple[Js
 
 def test_lm_eval_and_our_own_generation_and_scorer_agree_item_for_item(tmp_path: Path, chat_model: Path) -> None:
     model = generation.load(chat_model, "fp32", "cpu")
-    answers = generation.generate(model, [model.prompt(q) for q in QUESTIONS], 8, [], 2, lambda done: None)
+    answers = generation.generate(model, [model.ask(q) for q in QUESTIONS], 8, [], 2, lambda done: None)
     # A random model hits no real target: some targets are its own answers, so that right ones are met too.
     targets = [answer.strip() if i % 2 else "talps" for i, answer in enumerate(answers)]
     values = [{"question": q, "answer": t} for q, t in zip(QUESTIONS, targets, strict=True)]
@@ -83,16 +82,40 @@ def test_a_chat_template_is_all_there_is_before_a_question(chat_model: Path, tmp
     tokenizer.save_pretrained(folder)
     with_begin, without = (generation.load(place, "fp32", "cpu") for place in (folder, chat_model))
     assert with_begin.tokenizer("a")["input_ids"][0] == 1
-    prompts = [without.prompt(q) for q in QUESTIONS]
+    prompts = [without.ask(q) for q in QUESTIONS]
     plain = generation.generate(without, prompts, 8, [], 2, lambda done: None)
     assert generation.generate(with_begin, prompts, 8, [], 2, lambda done: None) == plain
-    theirs = harness.exact_match(
-        with_begin, [Example(q, "x") for q in QUESTIONS], Options(), 8, [], 2, tmp_path / "h", lambda done, total: None
-    )
+    theirs = through_lm_eval(with_begin, QUESTIONS, tmp_path / "h", 8)
     assert [sample.answer for sample in theirs] == plain
 
 
-@pytest.mark.parametrize("through", [{}, {"eval": "exact_match"}], ids=["lm-eval", "our own"])
+THROUGH = pytest.mark.parametrize("through", [{}, {"eval": "exact_match"}], ids=["lm-eval", "our own"])
+
+
+@THROUGH
+def test_a_conversation_is_asked_as_training_has_it(through: dict[str, str], chat_model: Path, tmp_path: Path) -> None:
+    """The system prompt of the row, or else the task's, and the turns before the answer."""
+    spoken = [("user", QUESTIONS[0]), ("assistant", "nus"), ("user", QUESTIONS[1]), ("assistant", "noom")]
+    said = [{"role": role, "content": content} for role, content in spoken]
+    brief, slow = ({"role": "system", "content": content} for content in ("Be brief.", "Spell slowly."))
+    model = generation.load(chat_model, "fp32", "cpu")
+    asked = [[brief, *said[:3]], [slow, *said[:3]], [brief, *said[:1]]]
+    answers = generation.generate(model, [model.ask(turns) for turns in asked], 8, [], 2, lambda done: None)
+    assert len(set(answers)) == 3
+    values = [{"messages": said}, {"messages": [slow, *said]}, {"question": QUESTIONS[0], "answer": answers[2]}]
+    inputs = {"weights": chat_model, "rows": rows(tmp_path, values)}
+    task = Task(source="spelling", max_new_tokens=8, system="Be brief.", **through)
+    _, samples, _, _ = run(tmp_path / "a", Measure(task=task, precision="fp32"), inputs)
+    assert [sample["answer"] for sample in samples] == answers
+    assert [(sample["target"], sample["score"]) for sample in samples] == [
+        ("noom", 0.0),
+        ("noom", 0.0),
+        (answers[2], 1.0),
+    ]
+    assert samples[1]["question"].startswith(f"system: Spell slowly.\nuser: {QUESTIONS[0]}\nassistant: nus\n")
+
+
+@THROUGH
 def test_questions_that_lose_their_beginning_are_counted(
     through: dict[str, str], chat_model: Path, tmp_path: Path
 ) -> None:
@@ -108,13 +131,11 @@ def test_questions_that_lose_their_beginning_are_counted(
 
 def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> None:
     model = generation.load(chat_model, "fp32", "cpu")
-    prompts = [model.prompt(q) for q in QUESTIONS]
+    prompts = [model.ask(q) for q in QUESTIONS]
     free = generation.generate(model, prompts, 12, [], 2, lambda done: None)
     stop = [free[0][2:4], free[1][1:2]]
     ours = generation.generate(model, prompts, 12, stop, 2, lambda done: None)
-    theirs = harness.exact_match(
-        model, [Example(q, "x") for q in QUESTIONS], Options(), 12, stop, 2, tmp_path, lambda done, total: None
-    )
+    theirs = through_lm_eval(model, QUESTIONS, tmp_path, 12, stop)
     assert ours != free
     assert [sample.answer for sample in theirs] == ours
     assert not any(term in answer for term in stop for answer in ours)
@@ -122,7 +143,7 @@ def test_stop_strings_end_answers_alike(chat_model: Path, tmp_path: Path) -> Non
 
 def test_a_stop_string_is_looked_for_in_the_answer_alone(chat_model: Path) -> None:
     model = generation.load(chat_model, "fp32", "cpu")
-    prompt = model.prompt(QUESTIONS[0])
+    prompt = model.ask(QUESTIONS[0])
     (free,) = generation.generate(model, [prompt], 6, [], 1, lambda done: None)
     assert len(free) > 2
     (answer,) = generation.generate(model, [prompt], 6, [prompt[-1] + free[0]], 1, lambda done: None)
@@ -135,20 +156,19 @@ def test_a_models_own_settings_do_not_change_how_it_is_asked(
 ) -> None:
     folder = shutil.copytree(chat_model, tmp_path / "model")
     plain = generation.load(chat_model, "fp32", "cpu")
-    expected = generation.generate(plain, [plain.prompt(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
+    expected = generation.generate(plain, [plain.ask(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
     settings = {**json.loads((folder / "generation_config.json").read_text()), **own}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = generation.load(folder, "fp32", "cpu")
-    ours = generation.generate(model, [model.prompt(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
+    ours = generation.generate(model, [model.ask(q) for q in QUESTIONS], 12, (), 2, lambda done: None)
     assert ours == expected
-    examples = [Example(q, "x") for q in QUESTIONS]
-    theirs = harness.exact_match(model, examples, Options(), 12, (), 2, tmp_path / "work", lambda done, total: None)
+    theirs = through_lm_eval(model, QUESTIONS, tmp_path / "work", 12)
     assert [sample.answer for sample in theirs] == ours
 
 
 def test_ignoring_case_keeps_the_answer_as_it_was_written(chat_model: Path, tmp_path: Path) -> None:
     model = generation.load(chat_model, "fp32", "cpu")
-    answer = generation.generate(model, [model.prompt("sun")], 8, [], 2, lambda done: None)[0]
+    answer = generation.generate(model, [model.ask("sun")], 8, [], 2, lambda done: None)[0]
     inputs = {
         "weights": chat_model,
         "rows": rows(tmp_path, [{"question": "sun", "answer": f" {answer.swapcase()}"}]),
@@ -192,7 +212,7 @@ def test_a_bad_row_stops_it_before_the_model_is_loaded(tmp_path: Path) -> None:
         "rows": rows(tmp_path, [{"question": "q", "answer": "a"}, {"text": "t"}]),
     }
     config = Measure(task=Task(source="spelling"))
-    with pytest.raises(UserError, match=re.escape("spelling/00000/rows.jsonl line 2: exact match needs text in the")):
+    with pytest.raises(UserError, match=re.escape("spelling/00000/rows.jsonl line 2: a question is a text or")):
         run(tmp_path / "a", config, inputs)
 
 

@@ -37,8 +37,8 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
     questions = [("sun", ["nus", "uns"]), ("moon", ["noom", "moon", "oomn"]), ("tree", ["a", "b"])]
 
     def log_likelihood(question: str, choice: str) -> float:
-        before = model.tokenizer(model.prompt(question))["input_ids"]
-        after = model.tokenizer(model.prompt(question) + choice)["input_ids"]
+        before = model.tokenizer(model.ask(question))["input_ids"]
+        after = model.tokenizer(model.ask(question) + choice)["input_ids"]
         with torch.no_grad():
             logs = model.network(torch.tensor([after])).logits[0].log_softmax(-1)
         return sum(float(logs[i - 1, after[i]]) for i in range(len(before), len(after)))
@@ -54,7 +54,7 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
     (tmp_path / "choices.yaml").write_text(CHOICES.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     told: list[tuple[int, int]] = []
-    samples, lost = harness._samples(model, manager, "choices", "", None, None, 2, lambda *now: told.append(now))
+    samples, lost = harness._samples(model, manager, "choices", "", 2, lambda *now: told.append(now))
     assert lost == 0
     assert [(sample.task, sample.metric, sample.score) for sample in samples] == [
         ("choices", "acc", score) for score in expected
@@ -62,7 +62,7 @@ def test_lm_evals_choices_are_scored_an_item_each(chat_model: Path, tmp_path: Pa
     assert expected == [1.0, 0.0, 1.0]
     assert told[-1] == (7, 7)
     with pytest.raises(UserError, match="choices has no metric 'bleu'"):
-        harness._samples(model, manager, "choices", "bleu", None, None, 2, lambda *now: None)
+        harness._samples(model, manager, "choices", "bleu", 2, lambda *now: None)
 
 
 OF_LESS = """
@@ -107,9 +107,9 @@ def test_a_metric_of_which_less_is_better_is_no_score(
     model = generation.load(chat_model, "fp32", "cpu")
     if told:
         with pytest.raises(UserError, match=told):
-            harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+            harness._samples(model, manager, "of_less", metric, 2, lambda *now: None)
         return
-    samples, _ = harness._samples(model, manager, "of_less", metric, None, None, 2, lambda *now: None)
+    samples, _ = harness._samples(model, manager, "of_less", metric, 2, lambda *now: None)
     assert {(sample.metric, sample.score) for sample in samples} == {("points", 30.0)}
 
 
@@ -138,8 +138,23 @@ def test_questions_of_lm_eval_that_lose_their_beginning_are_counted(
     (tmp_path / f"{name}.yaml").write_text(text.format(file=tmp_path / "rows.json", cache=tmp_path / "cache"))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     model = generation.load(chat_model, "fp32", "cpu")
-    samples, lost = harness._samples(model, manager, name, "", None, None, 2, lambda *now: None)
+    samples, lost = harness._samples(model, manager, name, "", 2, lambda *now: None)
     assert (len(samples), lost) == (4, 2)
+
+
+def test_a_system_prompt_stands_before_questions_and_examples_of_lm_eval(chat_model: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    rows = [json.dumps({"question": question, "right": "a"}) for question in ("sun", "moon")]
+    (tmp_path / "rows.json").write_text("\n".join(rows))
+    shots = "fewshot_split: test\nfewshot_config: {sampler: first_n}\n"
+    text = WRITTEN.format(file=tmp_path / "rows.json", cache=tmp_path / "cache")
+    (tmp_path / "written.yaml").write_text(text + shots)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = generation.load(chat_model, "fp32", "cpu")
+    samples, _ = harness._samples(model, manager, "written", "", 2, print, few_shot=1, system="Be brief.")
+    begins = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert all(sample.question.startswith(begins) and "assistant\na<|im_end|>" in sample.question for sample in samples)
 
 
 @pytest.mark.full
@@ -155,7 +170,7 @@ def test_a_task_whose_data_cannot_be_had_says_so(chat_model: Path, tmp_path: Pat
 from pathlib import Path
 from stages import generation, harness
 model = generation.load(Path({str(chat_model)!r}), "fp32", "cpu")
-harness.shipped(model, "gsm8k", "", None, None, 2, print)
+harness.shipped(model, "gsm8k", "", None, None, "", 2, print)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
