@@ -118,7 +118,6 @@ class Chat:
                         max_new_tokens=min(self.sampling.max_new_tokens, context - len(ids)),
                         do_sample=drawn,
                         temperature=self.sampling.temperature if drawn else None,
-                        **({} if drawn else {"top_p": None, "top_k": None}),
                         eos_token_id=self._ends(network),
                         pad_token_id=self.tokenizer.pad_token_id,
                         stopping_criteria=[Stopped()],
@@ -153,6 +152,7 @@ def load(tuned: Path, base: Path | None, device: Device, sampling: Sampling, sys
     from transformers.utils import logging
 
     from stages import generation
+    from stages.generation_settings import keep_tokens
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -164,6 +164,9 @@ def load(tuned: Path, base: Path | None, device: Device, sampling: Sampling, sys
         tokenizer.pad_token = tokenizer.eos_token
     folders = {**({"base": base} if base else {}), "tuned": tuned}
     networks = {name: generation.load_network(folder, "bf16", device, False) for name, folder in folders.items()}
+    if not sampling.temperature:  # the likeliest tokens, as in evaluate, whatever penalties a folder names
+        for network in networks.values():
+            keep_tokens(network)
     chat = Chat(tokenizer, networks, sampling, system)
     if system and not chat.chats:
         raise UserError("--system: this model has no chat template, it goes on with a text as it stands")

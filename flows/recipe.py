@@ -231,6 +231,7 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     yield from _of_wrapped(recipe)
     yield from _of_heldout(recipe)
     yield from _of_gate(recipe)
+    yield from _of_date(recipe)
     convert = recipe.convert
     kinds = objectives.find(recipe.train.objective).kinds
     for source in sources:
@@ -254,6 +255,16 @@ def _across_sections(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
             place = ("convert", "sources", source if source in convert.sources else stepwise[0], "options")
             yield place, "a model that judges steps looks for one separator: give all sources the same `separator`"
             return
+
+
+def _of_date(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """A model is asked as it was trained, also on the day that its chat template asks for."""
+    dates = {recipe.convert.of(source).date for source in recipe.fetch.data}
+    asked = recipe.evaluate.date
+    if recipe.evaluate.tasks and dates and asked not in dates:
+        trained = " or ".join(sorted(str(date) for date in dates))
+        told = f"conversations are rendered with `convert.date` {trained}, and asked with `evaluate.date` {asked}"
+        yield ("evaluate", "date"), f"{told}: give both the same"
 
 
 def _of_objective(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

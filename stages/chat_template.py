@@ -82,7 +82,8 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         before_answer, after_answer = _around(bare, [_QUESTION, _ANSWER])
         _, prompted = _around(bare, [_QUESTION], add_generation_prompt=True)
     except BadRow as error:
-        raise UserError(f"the chat template fails on a plain question and answer: {error}") from error
+        hint = ". It asks for the date: set `convert.date`" if "strftime_now" in str(error) else ""
+        raise UserError(f"the chat template fails on a plain question and answer: {error}{hint}") from error
     own = templates.find(choice).tokens if choice in templates.names() else ()  # it may put them together from parts
     written = {text for text in tokenizer.added if (text in source and not text.isspace()) or text in own}
     named = {token for name, token in tokenizer.variables.items() if name in source and token in tokenizer.added}

@@ -9,6 +9,7 @@ alone, another task only that task, and production's scores are those it got whe
 A part writes `scores.json` and, for a task, `samples.jsonl`: one line an item with question, target, answer and score.
 """
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from itertools import islice
@@ -122,6 +123,9 @@ class EvaluateConfig(StageConfig):
     the model tells the good from the bad."""
     precision: Precision = "bf16"
     """Of the weights while evaluating."""
+    date: datetime.date | None = None
+    """The date that a chat template gets when a task asks through it, as `convert.date` in training: that of the
+    clock would make scores depend on the day."""
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -164,6 +168,7 @@ class Measure(StageConfig):
 
     task: Task | None = None
     precision: Precision = "bf16"
+    date: datetime.date | None = None
 
 
 def check(config: EvaluateConfig) -> None:
@@ -190,19 +195,20 @@ def check_rows(config: EvaluateConfig, rows: Tree, base: Tree, files: Callable[[
                 for example in examples or [Example(evals.question(row, task.options), "")]:
                     turns = task.asked(example.turns)
                     if len(turns) > 1:
-                        _try_asking(row[0], turns, files(base.select(*TOKENIZER_FILES, "chat_template*")))
+                        folder = files(base.select(*TOKENIZER_FILES, "chat_template*"))
+                        _try_asking(row[0], turns, folder, config.date)
             except UserError as error:
                 raise UserError(f"evaluate.tasks.{name}: {error}") from error
 
 
-def _try_asking(place: str, turns: list[Turn], folder: Path) -> None:
+def _try_asking(place: str, turns: list[Turn], folder: Path, today: datetime.date | None) -> None:
     """Raise UserError, naming the row, for a conversation that the model of a tokenizer's folder cannot be asked."""
     from transformers import AutoTokenizer
 
     from stages.generation import FROM_FOLDER, Model
 
     try:
-        Model(None, AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)).ask(turns)
+        Model(None, AutoTokenizer.from_pretrained(folder, **FROM_FOLDER), today=today).ask(turns)
     except (OSError, ValueError) as error:
         raise UserError(f"{place}: {error}") from error
 
@@ -212,7 +218,7 @@ def parts(config: EvaluateConfig, inputs: Mapping[str, Tree]) -> list[Part]:
     a task's source is not in `fetch.data`."""
     plan = inputs["plan"].select(*HELDOUT_FILES)
     measures: dict[str, tuple[Measure, dict[str, Tree]]] = {
-        name: (Measure(task=task, precision=config.precision), _read_by(name, task, inputs))
+        name: (Measure(task=task, precision=config.precision, date=config.date), _read_by(name, task, inputs))
         for name, task in config.tasks.items()
     }
     if config.heldout_loss:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from stages.compare import OTHER_TOKENIZER
 from stages.errors import UserError
 from stages.evals import Example
 from stages.evaluate import EXACT_MATCH, Measure, Task, all_rows
-from stages.generation import Turn, cut, generate, load
+from stages.generation import Model, Turn, cut, generate, load
 from stages.harness import Sample
 from stages.identity import Json
 from stages.stage import Facts, Work
@@ -36,7 +36,7 @@ def evaluate(config: Measure, inputs: Mapping[str, Path], output: Path, work: Wo
     elif config.task.source:
         facts = _write(output, *_ask_through_harness(config, config.task, inputs, work))
     else:
-        model = load(inputs["weights"], config.precision, work.runtime.device)
+        model = _model(config, inputs, work)
         task = config.task
         samples, lost = harness.shipped(
             model,
@@ -50,6 +50,10 @@ def evaluate(config: Measure, inputs: Mapping[str, Path], output: Path, work: Wo
         )
         facts = _write(output, samples, {"cut_questions": lost})
     return {**facts, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _model(config: Measure, inputs: Mapping[str, Path], work: Work) -> Model:
+    return replace(load(inputs["weights"], config.precision, work.runtime.device), today=config.date)
 
 
 def _measure_loss(config: Measure, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -130,7 +134,7 @@ def _answers(
     config: Measure, task: Task, asked: Sequence[Sequence[Turn]], inputs: Mapping[str, Path], work: Work
 ) -> tuple[list[str], dict[str, Json]]:
     """The answers, and what is to be known of the questions."""
-    model = load(inputs["weights"], config.precision, work.runtime.device)
+    model = _model(config, inputs, work)
     prompts = [model.ask(turns) for turns in asked]
     answers = generate(
         model,
@@ -150,7 +154,7 @@ def _ask_through_harness(
     harness.require()
     own = evals.load(EXACT_MATCH)
     examples = own.examples(_read(inputs["rows"], task), task.options)
-    model = load(inputs["weights"], config.precision, work.runtime.device)
+    model = _model(config, inputs, work)
     turns = [task.asked(example.turns) for example in examples]
     prompts = [model.ask(each) for each in turns]
     lost = cut(model, prompts, task.max_new_tokens)

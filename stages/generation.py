@@ -3,12 +3,18 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from stages import arithmetic
+from jinja2 import Template
+
+from stages import arithmetic, formats, sandbox
+from stages.chunks import render_chunks
 from stages.errors import UserError
+from stages.formats import BadRow, Conversation
 from stages.generation_settings import keep_tokens
 from stages.turn_end import after_thought, answer_marks, with_end
 
@@ -30,6 +36,8 @@ class Model:
     tokenizer: Any
     thought_end: str = ""
     """What closes the reasoning that it writes before an answer; empty where its chat template knows none."""
+    today: date | None = None
+    """What its chat template gets when it asks for the date, never the clock: scores would depend on the day."""
 
     @property
     def chats(self) -> bool:
@@ -49,13 +57,22 @@ class Model:
                 f"the model has no chat template, so it can be asked a question, and no conversation of {roles}: take "
                 "a `fetch.model` with a template, or ask a field of single questions (`question:`), without `system:`"
             )
-        from jinja2 import TemplateError
+        return self.render(turns)
 
+    def render(self, turns: Sequence[Turn], begun: bool = False) -> str:
+        """The text of turns by the chat template, as in training, up to where the assistant speaks, or where its last
+        turn, which is `begun`, goes on. Raises UserError where the template does not take them."""
+        conversation = Conversation([formats.Turn(turn["role"], turn["content"]) for turn in turns])
+        named, compiled = self.tokenizer.special_tokens_map, _compiled(self.tokenizer.get_chat_template(), self.today)
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
+            chunks = render_chunks(compiled, named, None, conversation, add_generation_prompt=not begun)
+        except BadRow as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise UserError(f"the model's chat template does not take the turns {roles}: {error}") from error
+            hint = ". It asks for the date: set `evaluate.date`" if "strftime_now" in str(error) else ""
+            raise UserError(f"the model does not take the turns {roles}: {error}{hint}") from error
+        while begun and (chunks[-1][1] is None or chunks[-1][1].turn < len(turns) - 1):
+            chunks.pop()  # what ends the turn
+        return "".join(text for text, _, _ in chunks)
 
     def encode(self, prompt: str) -> list[int]:
         """A prompt as training has it: what a chat template wrote is all there is; a plain text gets the begin token
@@ -72,6 +89,11 @@ class Model:
     def answer(self, ids: Sequence[int], ends: Sequence[int]) -> str:
         """The text of an answer's tokens: up to the first of `ends`, and after the model's own reasoning."""
         return after_thought(self.tokenizer, list(takewhile(lambda token: token not in ends, ids)), self.thought_end)
+
+
+@cache
+def _compiled(template: str, today: date | None) -> Template:
+    return sandbox.environment(today).from_string(template)
 
 
 def load(folder: Path, precision: Precision, device: Device, packed: bool = False) -> Model:

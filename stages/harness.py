@@ -264,6 +264,10 @@ def _language_model(model: Model, batch: int, answered: Answered) -> Any:
             self.cut |= {text for text, size in zip(strings, lengths, strict=True) if size > left_truncate_len}
             return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
 
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            # lm-eval's own leaves the system prompt out where the template refuses it, and asks the clock for the date.
+            return model.render(chat_history, begun=not add_generation_prompt)
+
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             self.total += len(requests)
             return list(super().generate_until(requests, disable_tqdm=True))

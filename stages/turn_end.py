@@ -7,12 +7,16 @@ One that is trained through Qwen 3's template begins with `<think>`, also where 
 it answers comes after `</think>`.
 """
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+
+ANY_DAY = datetime.date(2000, 1, 1)
+"""For templates that ask for the date: it changes no mark."""
 
 
 def answer_marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | None]:
@@ -24,7 +28,7 @@ def answer_marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | 
 
     try:
         tokenizer = read_tokenizer(folder)
-        known = chat_template.load(tokenizer, template)
+        known = chat_template.load(tokenizer, template, ANY_DAY)
     except UserError:  # a tokenizer or a template that cannot be asked marks nothing that we know of
         return "", None
     end = known.answer_end.strip()

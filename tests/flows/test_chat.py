@@ -56,6 +56,19 @@ def test_a_name_a_recipe_a_run_and_a_folder_mean_the_same_model(finished: Finish
     assert folder.base is not None and {f.path: f.sha256 for f in folder.base.files} == base
 
 
+def test_a_greedy_answer_is_the_one_of_evaluate_whatever_the_folder_says_of_penalties(
+    finished: Finished, pair: Chat, tmp_path: Path
+) -> None:
+    chosen = choose(NAME, (), finished.store, finished.run.runtime)
+    folder = shutil.copytree(chosen.folder(finished.store), tmp_path / "penalised")
+    settings = folder / "generation_config.json"
+    settings.chmod(0o644)
+    told = {**json.loads(settings.read_text()), "repetition_penalty": 1.8, "min_new_tokens": 40}
+    settings.write_text(json.dumps(told))
+    penalised = load(folder, None, "cpu", Sampling(max_new_tokens=64))
+    assert "".join(penalised.answer("tuned", QUESTION)) == "".join(pair.answer("tuned", QUESTION))
+
+
 def test_a_question_is_asked_in_the_tokens_of_the_training(finished: Finished, pair: Chat) -> None:
     word = json.loads((finished.folder / "echo.jsonl").read_text().splitlines()[0])["answer"]
     tree = finished.run.artifacts["tokenize"].tree
@@ -73,7 +86,7 @@ def test_what_streams_is_what_the_model_answers(pair: Chat) -> None:
         pair.forget()
         pieces = list(pair.answer(name, QUESTION))
         model = generation.Model(pair.networks[name], pair.tokenizer)
-        [whole] = generation.generate(model, [model.prompt(QUESTION)], 64, (), 1, lambda done: None)
+        [whole] = generation.generate(model, [model.ask(QUESTION)], 64, (), 1, lambda done: None)
         assert "".join(pieces) == whole
 
 

@@ -84,6 +84,10 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
         ),
         ("score: {quantize: int8}", "r.yaml:8: sft compares with no other model: take it out"),
         (
+            "convert: {date: 2026-01-31}\nevaluate:\n  tasks:\n    t: {source: chats}",
+            "conversations are rendered with `convert.date` 2026-01-31, and asked with `evaluate.date` None",
+        ),
+        (
             "  objective: on_policy_distillation\npack:\n  overlong: truncate",
             "r.yaml:10: truncate would cut off where the model is to answer: set it to drop or error",
         ),

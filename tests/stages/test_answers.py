@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages import generation, templates
+from stages.turn_end import answer_marks
 from tests.stages.chatting import TEMPLATE, chat_model, one_thread, through_lm_eval
 
 __all__ = ["chat_model", "one_thread"]
@@ -30,6 +31,12 @@ def test_answers_end_where_a_turn_of_the_template_ends(chat_model: Path, tmp_pat
     assert generation.generate(model, [model.ask("q")], 8, [], 1, lambda done: None) == ["a"]
     [theirs] = through_lm_eval(model, ["q"], tmp_path / "h", 8, target="a")
     assert (theirs.answer, theirs.score) == ("a", 1.0)
+
+
+def test_what_ends_a_turn_is_found_in_a_template_that_asks_for_the_date(chat_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "dated")
+    (folder / "chat_template.jinja").write_text("Today is {{ strftime_now('%Y') }}.\n" + TEMPLATE)
+    assert answer_marks(folder) == answer_marks(chat_model) != ("", None)
 
 
 def says(model: generation.Model, ids: list[int]) -> None:

@@ -115,6 +115,30 @@ def test_a_conversation_is_asked_as_training_has_it(through: dict[str, str], cha
     assert samples[1]["question"].startswith(f"system: Spell slowly.\nuser: {QUESTIONS[0]}\nassistant: nus\n")
 
 
+DATED = "Today is {{ strftime_now('%d %B %Y') }}.\n"
+PERHAPS = "Today is {% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% else %}some day{% endif %}.\n"
+
+
+@pytest.mark.parametrize(("first", "date"), [(DATED, "2026-01-31"), (PERHAPS, "2026-01-31"), (PERHAPS, None)])
+@THROUGH
+def test_the_date_that_a_template_asks_for_is_the_recipes(
+    through: dict[str, str], first: str, date: str | None, chat_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "dated")
+    (folder / "chat_template.jinja").write_text(first + TEMPLATE)
+    plain = generation.load(chat_model, "fp32", "cpu")
+    begin = f"Today is {'31 January 2026' if date else 'some day'}.\n"
+    answers = generation.generate(plain, [begin + plain.ask(q) for q in QUESTIONS], 8, [], 2, lambda done: None)
+    task = {"source": "spelling", "max_new_tokens": 8, **through}
+    config = Measure.model_validate({"task": task, "precision": "fp32", "date": date})
+    inputs = {"weights": folder, "rows": rows(tmp_path, [{"question": q, "answer": "a"} for q in QUESTIONS])}
+    _, samples, _, _ = run(tmp_path / "a", config, inputs)
+    assert [sample["answer"] for sample in samples] == answers
+    if first == DATED:
+        with pytest.raises(UserError, match=r"It asks for the date: set `evaluate\.date`"):
+            run(tmp_path / "b", config.model_copy(update={"date": None}), inputs)
+
+
 @THROUGH
 def test_questions_that_lose_their_beginning_are_counted(
     through: dict[str, str], chat_model: Path, tmp_path: Path
