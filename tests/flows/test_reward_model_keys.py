@@ -231,7 +231,7 @@ def test_a_conversation_that_the_model_before_training_cannot_be_asked_is_told_b
     with pytest.raises(UserError, match=told):
         run_of(home, recipe).check_tasks()
     template.write_text("{{ raise_exception('no system turn') if messages[0].role == 'system' }}" + text)
-    with pytest.raises(UserError, match="does not take the turns system, user: .*no system turn"):
+    with pytest.raises(UserError, match=r"does not take the turns system, user: .*no system turn"):
         run_of(home, recipe).check_tasks()
     (home / "asked.jsonl").write_text(json.dumps({"prompt": "a", "question": "a", "answer": "b"}))
     run_of(home, recipe).check_tasks()
