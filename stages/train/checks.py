@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from stages import objectives
 from stages.errors import UserError
-from stages.objectives.ebft import EbftOptions
-from stages.objectives.grpo import RewardedOptions
+from stages.objectives.grpo import GroupOptions
 from stages.runtime import Runtime
 from stages.train import optimizers
 
@@ -59,20 +58,18 @@ def _of_objective(config: "TrainConfig") -> Iterator[str]:
             yield f"`{name}`: {config.objective} trains on what the model itself writes, without it; take it out"
     if config.method == "lora" and config.lora.init in FROM_WEIGHTS:
         options = objectives.options_of(config.objective, config.objective_options)
-        if isinstance(options, EbftOptions) or (isinstance(options, RewardedOptions) and _beta(options)):
-            # Under such an adapter is another model: a part of its weights went into the adapter.
+        beta = options.beta if isinstance(options, GroupOptions) else 0
+        # Under such an adapter is another model: a part of its weights went into the adapter. For a reference TRL makes
+        # a second adapter, which takes another part; its RLOOTrainer does so even where nothing is compared.
+        if objective.online.trainer == "RLOOTrainer" or beta:
             yield (
                 f"`lora.init: {config.lora.init}`: {config.objective} looks for the model before training under the "
-                "adapter: choose another init, or `beta: 0` where that is an option"
+                f"adapter: choose another init{', or `beta: 0`' if beta else ''}"
             )
     if config.method == "lora" and config.objective_options.get("vllm"):
         for name in ("experts", "new_tokens"):
             if getattr(config.lora, name):
                 yield f"`lora.{name}`: vLLM cannot be told such weights: take it or `objective_options.vllm` out"
-
-
-def _beta(options: RewardedOptions) -> bool:
-    return bool(getattr(options, "beta", 0))
 
 
 def _of_method(config: "TrainConfig") -> Iterator[str]:

@@ -16,7 +16,13 @@ def full(**settings: Any) -> dict[str, Any]:
     return {"method": "full", "full": settings}
 
 
+def rewarded(objective: str, **options: Any) -> dict[str, Any]:
+    rewards = {"short": {"reward": "length", "options": {"most": 2}}}
+    return {"objective": objective, "objective_options": {"rewards": rewards, **options}}
+
+
 FREE = {"optimizer": "schedule_free_adamw", "schedule": "constant"}
+UNDER = "looks for the model before training under the adapter"
 
 MISFITS: list[tuple[dict[str, Any], str]] = [
     # the objective
@@ -90,6 +96,16 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
         (lora(init=init) | {"quantize": "nf4"}, f"`lora.init: {init}` needs weights in full precision: take `quantize`")
         for init in ("pissa", "pissa_niter_16", "olora", "eva", "orthogonal")
     ),
+    *(
+        (lora(init=init) | objective, f"`lora.init: {init}`: {told}")
+        for init in ("olora", "pissa", "pissa_niter_16")
+        for objective, told in (
+            (rewarded("rloo"), f"rloo {UNDER}: choose another init ["),
+            (rewarded("rloo", beta=0), f"rloo {UNDER}: choose another init ["),
+            ({"objective": "ebft"}, f"ebft {UNDER}: choose another init ["),
+            (rewarded("grpo", beta=0.1), f"grpo {UNDER}: choose another init, or `beta: 0` ["),
+        )
+    ),
     (
         lora(new_tokens=["<a>"], modules_to_save=["embed_tokens"]),
         "trains some rows of the embeddings, `lora.modules_to_save` all: keep one of the two",
@@ -117,6 +133,7 @@ def test_what_does_not_fit_together_is_named_with_its_mend(config: dict[str, Any
     "config",
     [
         {"objective": "reward", **lora(modules_to_save=["embed_tokens"])},
+        lora(init="pissa") | rewarded("grpo"),
         full(spectrum=0.5, freeze=["mlp"]),
         full(lisa={}),
         lora(experts=True, init="gaussian"),
