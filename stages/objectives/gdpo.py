@@ -31,4 +31,4 @@ def settings(options: GdpoOptions) -> Mapping[str, Any]:
     return {**group_settings(options), "multi_objective_aggregation": "normalize_then_sum"}
 
 
-OBJECTIVE = Objective(version=4, options=GdpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))
+OBJECTIVE = Objective(version=5, options=GdpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))

@@ -181,4 +181,4 @@ def settings(options: GrpoOptions) -> Mapping[str, Any]:
     return {**group_settings(options), "scale_rewards": options.scale_rewards}
 
 
-OBJECTIVE = Objective(version=4, options=GrpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))
+OBJECTIVE = Objective(version=5, options=GrpoOptions, kinds=("prompt",), online=Online("GRPOTrainer", settings))

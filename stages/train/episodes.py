@@ -98,8 +98,8 @@ class _Limited:
             if self._inner is None:
                 self._inner = self._call(self._kind)
             told = self._call(self._inner.reset, prompt=prompt, **row)
-            if told is not None:
-                self._refuse_control(told)
+            if told is not None and (control := self._control_in(str(told))):
+                raise ValueError(f"its text holds the control token {control}, which would be taken for one")
         except Exception as error:  # whatever a user's code raises
             shown = json.dumps(row, ensure_ascii=False)[:200]
             raise UserError(
@@ -107,10 +107,9 @@ class _Limited:
             ) from error
         return None if told is None else str(told)
 
-    def _refuse_control(self, told: Any) -> None:
-        found = next((token for token in self._controls if token in str(told)), None)
-        if found:
-            raise ValueError(f"its text holds the control token {found}, which would be taken for one")
+    def _control_in(self, text: str) -> str | None:
+        """A control token that stands in a text."""
+        return next((token for token in self._controls if token in text), None)
 
     def _call(self, function: Callable[..., Any], /, **given: Any) -> Any:
         """Its result within the time limit. Raises what it raises, or TimeoutError."""
@@ -137,12 +136,20 @@ class _Limited:
 
 
 def _tool(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A tool with the name, signature and docstring of the environment's own."""
+    """A tool with the name, signature and docstring of the environment's own. Neither its answer nor what it raises,
+    which TRL tells the model too, holds a control token."""
 
     @functools.wraps(method)
     def call(self: _Limited, /, **given: Any) -> Any:
-        told = self._call(getattr(self._inner, name), **given)
-        self._refuse_control(told)
+        failure: Exception | None = None
+        try:
+            told = self._call(getattr(self._inner, name), **given)
+        except Exception as error:  # whatever a user's code raises
+            told, failure = error, error
+        if self._control_in(str(told)):  # not named: this is told to the model as well
+            raise ValueError("the answer holds a control token, which would be taken for one") from failure
+        if failure:
+            raise failure
         return told
 
     return call
