@@ -9,8 +9,8 @@ its file's name.
 An environment is a class, as TRL's `environment_factory` takes it. `reset(prompt, **row)` begins an episode with the
 prompt's messages and the other columns of its row, and may return text that is added to the prompt. Every other public
 method is a tool: the model sees its name, its annotated arguments and its docstring (Google's style), and reads what it
-returns as text. `get_reward()`, if there is one, says what the episode was worth. One object serves one episode at a
-time, many one after another.
+returns: a text as it is, anything else as JSON. `get_reward()`, if there is one, says what the episode was worth. One
+object serves one episode at a time, many one after another.
 
 A file declares `ENVIRONMENT = Environment(version, make)`. A path, `name: ./mine.py`, is a file of the user's own with
 `ENVIRONMENT` in it, and needs `--allow-code`.

@@ -98,14 +98,15 @@ class _Limited:
             if self._inner is None:
                 self._inner = self._call(self._kind)
             told = self._call(self._inner.reset, prompt=prompt, **row)
-            if told is not None and (control := self._control_in(str(told))):
+            added = None if told is None else _text(told)
+            if added and (control := self._control_in(added)):
                 raise ValueError(f"its text holds the control token {control}, which would be taken for one")
         except Exception as error:  # whatever a user's code raises
             shown = json.dumps(row, ensure_ascii=False)[:200]
             raise UserError(
                 f"environment: reset fails: {type(error).__name__}: {error}, for the row {shown}"
             ) from error
-        return None if told is None else str(told)
+        return added
 
     def _control_in(self, text: str) -> str | None:
         """A control token that stands in a text."""
@@ -136,23 +137,28 @@ class _Limited:
 
 
 def _tool(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A tool with the name, signature and docstring of the environment's own. Neither its answer nor what it raises,
-    which TRL tells the model too, holds a control token."""
+    """A tool with the name, signature and docstring of the environment's own, whose answer is text. Neither that nor
+    what it raises, which TRL tells the model too, holds a control token."""
 
     @functools.wraps(method)
-    def call(self: _Limited, /, **given: Any) -> Any:
+    def call(self: _Limited, /, **given: Any) -> str:
         failure: Exception | None = None
         try:
-            told = self._call(getattr(self._inner, name), **given)
+            told = _text(self._call(getattr(self._inner, name), **given))
         except Exception as error:  # whatever a user's code raises
-            told, failure = error, error
-        if self._control_in(str(told)):  # not named: this is told to the model as well
+            told, failure = str(error), error
+        if self._control_in(told):  # not named: this is told to the model as well
             raise ValueError("the answer holds a control token, which would be taken for one") from failure
         if failure:
             raise failure
         return told
 
     return call
+
+
+def _text(told: Any) -> str:
+    """What an environment says, as the model reads it: JSON where it is no text."""
+    return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False, default=str)
 
 
 def template_in(folder: Path) -> str:

@@ -170,6 +170,22 @@ def train(folder: Path, inputs: dict[str, Path], config: dict[str, Any]) -> tupl
     return figures, output, facts
 
 
+def begun(folder: Path, model: Path, code: str) -> Any:
+    """An episode in the environment of a file, as TRL holds it."""
+    from transformers import AutoTokenizer
+
+    from stages.environments import EnvironmentChoice
+    from stages.train.episodes import Episodes
+
+    path = folder / "own.py"
+    path.write_text(code)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = TEMPLATE
+    place = Episodes(EnvironmentChoice(name=str(path), seconds=10), tokenizer).kind()
+    place.reset([{"role": "user", "content": "guess"}], json.dumps({"number": 1}))
+    return place
+
+
 @pytest.mark.full
 def test_the_model_learns_from_what_its_calls_were_worth(tmp_path: Path, caller: Path) -> None:
     steps = 24
@@ -285,19 +301,25 @@ def test_one_environment_serves_many_episodes_though_it_is_empty(tmp_path: Path,
 
 
 def test_a_tool_may_be_called_as_what_holds_it_calls_its_own(tmp_path: Path, caller: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from stages.environments import EnvironmentChoice
-    from stages.train.episodes import Episodes
-
-    path = tmp_path / "named.py"
-    path.write_text(HIDDEN_NUMBER.replace("    def get_reward(", NAMED + "    def get_reward(", 1))
-    tokenizer = AutoTokenizer.from_pretrained(caller)
-    tokenizer.chat_template = TEMPLATE
-    place = Episodes(EnvironmentChoice(name=str(path), seconds=10), tokenizer).kind()
-    place.reset([{"role": "user", "content": "guess"}], json.dumps({"number": 1}))
+    place = begun(tmp_path, caller, HIDDEN_NUMBER.replace("    def get_reward(", NAMED + "    def get_reward(", 1))
     assert place.seconds(function="f") == "f"
     assert place.guess(number=1) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ('["Paris", "Orléans"]', '["Paris", "Orléans"]'),
+        ('{"yes": True, "left": None}', '{"yes": true, "left": null}'),
+        ("2.5", "2.5"),
+        ("False", "false"),
+        ("__import__('datetime').date(2020, 1, 2)", '"2020-01-02"'),
+        ("'[1, 2]'", "[1, 2]"),
+    ],
+)
+def test_an_answer_that_is_no_text_is_read_as_json(tmp_path: Path, caller: Path, answer: str, told: str) -> None:
+    place = begun(tmp_path, caller, HIDDEN_NUMBER.replace('"yes" if self.won else "no"', answer))
+    assert place.guess(number=1) == told
 
 
 @pytest.mark.parametrize(
