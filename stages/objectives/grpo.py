@@ -56,7 +56,7 @@ class SampledOptions(StageConfig):
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts in an optimizer step, over all devices."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """The most tokens a completion may have."""
+    """The most tokens a completion may have. In an environment that is a whole episode with what tools answer."""
     temperature: float = Field(default=1.0, gt=0)
     """Of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -81,7 +81,8 @@ class RewardedOptions(SampledOptions):
     epsilon_high: float | None = Field(default=None, gt=0)
     """The same upwards; `epsilon` when left out."""
     mask_truncated: bool = False
-    """Leave completions out of the loss that were cut off at `max_new_tokens`."""
+    """Leave completions out of the loss that were cut off at `max_new_tokens`, and in an environment those whose last
+    call nothing answered."""
     on_error: Literal["stop", "zero"] = "stop"
     """What to do with a completion that a reward cannot score: stop there, or count it as zero and go on."""
     reward_seconds: float = Field(default=10.0, gt=0)

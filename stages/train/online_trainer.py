@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from stages import objectives
 from stages.errors import UserError
-from stages.objectives.grpo import SampledOptions
+from stages.objectives.grpo import RewardedOptions, SampledOptions
 from stages.objectives.on_policy_distillation import OnPolicyOptions
 from stages.stage import Work
 from stages.train import TrainConfig, checkpoints, teacher, weights
@@ -36,9 +36,9 @@ MEASURES = {
     "feature_loss": "feature_loss",
 }
 """TRL's names to ours. `equal_groups` is the share of prompts whose completions all got the same reward: nothing is
-learned from those. `cut_off` is the share of completions that reached the most tokens. `tool_calls` are an
-episode's, and `tool_failures` the share of them that gave an error. `vllm_difference` is how far
-vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean. `feature_loss` is how far
+learned from those. `cut_off` is the share of completions that reached the most tokens, or whose last call nothing
+answered. `tool_calls` are an episode's, and `tool_failures` the share of them that gave an error. `vllm_difference` is
+how far vLLM's log-probabilities of the tokens it wrote are from the model's own, in the mean. `feature_loss` is how far
 features are from the reference's, squared."""
 
 SHOWN = (
@@ -114,11 +114,33 @@ def settings_of(online: objectives.Online, given: Mapping[str, Any]) -> Any:
 
 
 def kind_of(online: objectives.Online, options: SampledOptions, seed: int, recorder: Recorder) -> type:
-    """TRL's trainer; where nothing is rewarded, one that keeps the completions itself."""
+    """TRL's trainer; where nothing is rewarded, one that keeps the completions itself, and in an environment one that
+    knows when an episode was cut off."""
     kind: type = getattr(importlib.import_module("trl"), online.trainer)
+    if isinstance(options, RewardedOptions) and options.environment:
+        return _cut_off_unanswered(kind)
     if isinstance(options, OnPolicyOptions):
         return teacher.sampling(kind, options.student_share, seed, recorder.keep)
     return kind
+
+
+def _cut_off_unanswered(kind: type) -> type:
+    """TRL's trainer `kind`, in which an episode also counts as cut off if nothing answered its last call: it was to go
+    on, but there was no turn left, or no room for the answer. TRL drops such an answer and takes the call for the end.
+    """
+
+    class Trainer(kind):  # type: ignore[misc]
+        def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+            prompt_ids, ids, own, episodes, *others = super()._generate(prompts)
+            unanswered = [bool(episode[-1].get("tool_calls")) for episode in episodes]
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            cut = [call or written[-1] not in ends for call, written in zip(unanswered, ids, strict=True)]
+            self._metrics["train"]["completions/clipped_ratio"][-1] = sum(cut) / len(cut)
+            if self.mask_truncated_completions:
+                own = [[0] * len(mask) if call else mask for call, mask in zip(unanswered, own, strict=True)]
+            return prompt_ids, ids, own, episodes, *others
+
+    return Trainer
 
 
 def ours(kind: type, work: Work, recorder: Recorder) -> type:

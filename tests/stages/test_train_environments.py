@@ -337,6 +337,26 @@ def test_no_control_token_of_a_tool_reaches_the_model(tmp_path: Path, caller: Pa
         assert heard == "{'error': 'the answer holds a control token, which would be taken for one'}<|im_end|>\n"
 
 
+def test_an_episode_whose_last_call_nothing_answered_is_cut_off(tmp_path: Path, caller: Path) -> None:
+    code = HIDDEN_NUMBER.replace('"yes" if self.won', '"yes" + " it is" * 99 if self.won')
+    figures, output, _ = train(tmp_path, given(tmp_path, caller), recipe(tmp_path, code, steps=1))
+    said = [row["completion"] for row in read_table(output / "rollouts.arrow").to_pylist()]
+    unanswered = [text for text in said if text.endswith("</tool_call><|im_end|>")]
+    assert unanswered and len(unanswered) < len(said)
+    ended = [text for text in said if text.endswith("<|im_end|>") and text not in unanswered]
+    assert figures[0]["cut_off"] == pytest.approx(1 - len(ended) / len(said))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_was_cut_off_before_an_answer_is_not_learned_from(tmp_path: Path, caller: Path, masked: bool) -> None:
+    code = HIDDEN_NUMBER.replace('"yes" if self.won else "no"', '"long " * 99')
+    config = recipe(tmp_path, code, steps=1, top_p=0.9, mask_truncated=masked)
+    figures, _, _ = train(tmp_path, given(tmp_path, caller), config)
+    assert figures[0]["cut_off"] == 1.0
+    assert 0 < figures[0]["reward"] < 1
+    assert (figures[0]["grad_norm"] == 0) == masked
+
+
 def test_an_answer_that_nothing_can_score_may_count_nothing(tmp_path: Path, caller: Path) -> None:
     code = HIDDEN_NUMBER.replace("return self.won", "return float('nan')")
     _, _, facts = train(tmp_path, given(tmp_path, caller), recipe(tmp_path, code, steps=1, on_error="zero"))
