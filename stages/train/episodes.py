@@ -36,6 +36,7 @@ class Episodes:
         self.kind = _limited(choice, tuple(tokenizer.added_tokens_encoder))
         self.weights = [choice.weight] if self.kind._rewarded else []
         _set_response_template(tokenizer)
+        _refuse_rewriting(tokenizer)
 
     def reward(self, place: "_Limited") -> float:
         """What the episode was worth that an environment is in."""
@@ -180,6 +181,20 @@ def _set_response_template(tokenizer: Any) -> None:
         chat_template_utils.add_response_schema(tokenizer)
     except ValueError:  # not one of those that TRL knows by heart
         tokenizer.response_template = _tagged(tokenizer)
+
+
+def _refuse_rewriting(tokenizer: Any) -> None:
+    """Raise UserError for a template that writes a turn otherwise once another follows, if TRL has no other for it."""
+    if chat_template_utils.is_chat_template_prefix_preserving(tokenizer):
+        return
+    try:
+        chat_template_utils.get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise UserError(
+            "the chat template writes a turn otherwise once an answer follows it, and an episode goes on from what was "
+            "written: take one that does not, e.g. `convert.template: qwen`. Of a Qwen 3 model its own may stay "
+            "(`convert.template: tokenizer`): TRL has another one for it"
+        ) from error
 
 
 def _tagged(tokenizer: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from stages.errors import UserError
 from stages.runtime import Runtime
 from stages.stage import Facts, Work
 from stages.tables import read_table
+from stages.templates import qwen3
 from stages.train import STAGE, TrainConfig
 from tests.stages.packed import Packed, turns
 from tests.stages.tiny import write_tokens
@@ -170,7 +171,7 @@ def train(folder: Path, inputs: dict[str, Path], config: dict[str, Any]) -> tupl
     return figures, output, facts
 
 
-def begun(folder: Path, model: Path, code: str) -> Any:
+def begun(folder: Path, model: Path, code: str, template: str = TEMPLATE) -> Any:
     """An episode in the environment of a file, as TRL holds it."""
     from transformers import AutoTokenizer
 
@@ -180,7 +181,7 @@ def begun(folder: Path, model: Path, code: str) -> Any:
     path = folder / "own.py"
     path.write_text(code)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     place = Episodes(EnvironmentChoice(name=str(path), seconds=10), tokenizer).kind()
     place.reset([{"role": "user", "content": "guess"}], json.dumps({"number": 1}))
     return place
@@ -368,12 +369,30 @@ def test_prompts_without_messages_are_refused(tmp_path: Path, caller: Path) -> N
         train(tmp_path, given(tmp_path, caller, messages=False), recipe(tmp_path, steps=1))
 
 
-def test_a_template_that_writes_no_calls_is_refused(tmp_path: Path, caller: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+            "does not write tool calls",
+        ),
+        (qwen3.TEMPLATE.text, "writes a turn otherwise once an answer follows it.*`convert.template: qwen`"),
+    ],
+    ids=["no calls", "other turns"],
+)
+def test_a_template_in_which_no_episode_can_be_is_refused(
+    tmp_path: Path, caller: Path, template: str, told: str
+) -> None:
     inputs = given(tmp_path, caller)
-    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    (inputs["templates"] / "asked/chat_template.jinja").write_text(plain)
-    with pytest.raises(UserError, match="does not write tool calls"):
+    (inputs["templates"] / "asked/chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=told):
         train(tmp_path, inputs, recipe(tmp_path, steps=1))
+
+
+def test_qwen_3s_own_template_is_taken_for_which_trl_has_another(tmp_path: Path, caller: Path) -> None:
+    from trl.chat_template_utils import qwen3_chat_template
+
+    assert begun(tmp_path, caller, HIDDEN_NUMBER, qwen3_chat_template).guess(number=1) == "yes"
 
 
 def test_the_file_of_ones_own_runs_only_when_it_may(tmp_path: Path, caller: Path) -> None:
