@@ -8,9 +8,9 @@ float32 sums), what was saved and what is read back from disk (equal), adapter a
 allows). A merge that lost the training, or part of it, fails here and not in production.
 
 After full fine-tuning the weights are passed on. A head that was trained in place of the one for words (`stages.heads`)
-then makes the folder a classifier's. All other files (config, tokenizer, chat template) are the model's
-own, byte for byte, but for generation_config.json where it lacks what ends a turn of the chat template
-(`stages.turn_end`).
+then makes the folder a classifier's. All other files (config, tokenizer) are the model's own, byte for byte, but for
+the chat template, which is the data's wherever one stands, and generation_config.json where it lacks what ends a turn
+of that (`stages.turn_end`).
 """
 
 import json
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
+from stages.tokenizer_files import default_template
 from stages.turn_end import put_end
 from stages.weight_files import tensors
 
@@ -125,6 +126,20 @@ def _put_template(templates: Path, output: Path) -> None:
         )
     for text in texts:
         (output / "chat_template.jinja").write_text(text, "utf-8")
+        _take_out_others(output, text)
+
+
+def _take_out_others(folder: Path, template: str) -> None:
+    """Leave no other chat template in the files where some look before chat_template.jinja, as llama.cpp does."""
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = folder / name
+        settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if default_template(settings.pop("chat_template", template)) == template:
+            continue
+        if settings:
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        else:
+            path.unlink()
 
 
 def _asked_otherwise(templates: Path, output: Path) -> bool:
@@ -351,4 +366,4 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     return changed, count
 
 
-STAGE = Stage(name="merge", artifact="weights", version=5, config=MergeConfig, run=run)
+STAGE = Stage(name="merge", artifact="weights", version=6, config=MergeConfig, run=run)

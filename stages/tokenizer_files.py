@@ -84,6 +84,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _own_template(folder: Path, configured: Any) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
+    return default_template(configured)
+
+
+def default_template(configured: Any) -> str | None:
+    """The chat template that is asked through, of what `chat_template` says in a file of settings."""
     if isinstance(configured, list):  # several named ones, as older tokenizers have
         configured = {entry["name"]: entry["template"] for entry in configured}.get("default")
     return configured if isinstance(configured, str) else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf.vocab import SpecialVocab
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -237,6 +238,26 @@ def test_the_folder_carries_the_template_that_the_data_was_rendered_with(tmp_pat
     (templates / "b" / "chat_template.jinja").write_text("another")
     with pytest.raises(UserError, match="different chat templates"):
         run(tmp_path / "again", model, trained, templates)
+
+
+@pytest.mark.parametrize("used", ["own", "another"])
+@pytest.mark.parametrize("named", [True, False])
+def test_whoever_reads_the_folder_finds_the_template_that_the_data_was_rendered_with(
+    tmp_path: Path, used: str, named: bool
+) -> None:
+    model = make_model(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    path = model / "tokenizer_config.json"
+    own = [{"name": "default", "template": "own"}, {"name": "tool_use", "template": "tools"}] if named else "own"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": own}))
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "own"}))
+    run(tmp_path / "output", model, make_adapter(tmp_path / "trained", model), rendered_with(tmp_path / "t", used))
+    assert AutoTokenizer.from_pretrained(tmp_path / "output").chat_template == used
+    read = SpecialVocab(tmp_path / "output").chat_template
+    assert read == (own if used == "own" else used), "llama.cpp looks into tokenizer_config.json first"
+    assert (tmp_path / "output/chat_template.json").exists() == (used == "own")
+    kept = json.loads((tmp_path / "output/tokenizer_config.json").read_text())
+    assert {**kept, "chat_template": own} == json.loads(path.read_text())
 
 
 def chatml_model(folder: Path, eos: int | list[int]) -> Path:
