@@ -39,7 +39,9 @@ _COMBINED: Mapping[Steps, Callable[[Sequence[float]], float]] = {
     "last": lambda right: right[-1],
 }
 
-MARK = "\u2060answer\u2060"
+MARK = "\u2060question\u2060"
+ASKED: Sequence[Turn] = ({"role": "user", "content": MARK},)
+"""A conversation that shows what a chat template writes after a question, whatever the question is."""
 
 
 def judges_steps(folder: Path) -> bool:
@@ -136,11 +138,9 @@ class RewardModel:
     tokenizer: Any
 
     @cached_property
-    def around(self) -> tuple[str, str]:
-        """What its chat template writes between a question and its answer, and after an answer."""
-        asked = [{"role": "user", "content": MARK}]
-        opened, answered = text_of(self.tokenizer, asked), text_of(self.tokenizer, asked, MARK)
-        return opened.rpartition(MARK)[2], answered.rpartition(MARK)[2]
+    def opening(self) -> str:
+        """What its chat template writes between a question and its answer."""
+        return text_of(self.tokenizer, ASKED).partition(MARK)[2]
 
     def worth(self, turns: Sequence[Turn], answer: str) -> float:
         """The reward of an answer to a conversation. Raises ValueError for what it cannot read: too long a text, or
@@ -149,13 +149,14 @@ class RewardModel:
 
     def worth_after(self, prompt: str, answer: str) -> float:
         """The same after a rendered prompt. Raises ValueError also where another chat template has rendered it."""
-        return self._of_text(self._opened(prompt) + answer + self.around[1])
+        # The template writes the answer, as it did in training: it may trim it, or open it with an empty reasoning.
+        answered = text_of(self.tokenizer, ASKED, answer).partition(MARK)[2]
+        return self._of_text(self._opened(prompt).removesuffix(self.opening) + answered)
 
     def _opened(self, prompt: str) -> str:
-        opening = self.around[0]
-        if not prompt.endswith(opening):
+        if not prompt.endswith(self.opening):
             raise ValueError(
-                f"its chat template opens an answer with {opening!r}, and the prompt ends {prompt[-40:]!r}"
+                f"its chat template opens an answer with {self.opening!r}, and the prompt ends {prompt[-40:]!r}"
             )
         return prompt
 

@@ -58,4 +58,4 @@ def score(completion: str, row: Row, options: Options) -> float:
     return _ready[options].worth_after(str(row["rendered_prompt"]), completion)
 
 
-REWARD = Reward(2, score, Options, model=lambda options: options.model, ready=ready)
+REWARD = Reward(3, score, Options, model=lambda options: options.model, ready=ready)

@@ -1,6 +1,7 @@
 """Answers judged by a reward model that regrow trained: its own head says the same through plain transformers, whoever
 answers; unbounded scores beside shares; what cannot judge is refused."""
 
+import copy
 import json
 import random
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stages import evaluate, merge, reward_models
+from stages import evaluate, merge, reward_models, templates
 from stages.compare import compare, report
 from stages.errors import UserError
 from stages.evaluate import Measure, Task
@@ -142,6 +143,21 @@ def test_it_prefers_the_answers_that_it_was_trained_to_prefer(judge: Path) -> No
         turns = [{"role": "user", "content": pair["prompt"]}]
         chosen, rejected = (model.worth(turns, pair[side]) for side in ("chosen", "rejected"))
         assert chosen > rejected
+
+
+@pytest.mark.parametrize("name", templates.names())
+def test_a_completion_is_worth_what_the_same_answer_is_in_evaluate(judge: Path, name: str) -> None:
+    """Also through a template that trims answers (llama3), opens them with an empty reasoning (qwen3), or opens the
+    reasoning in the prompt (deepseek_r1)."""
+    network, tokenizer = copy.deepcopy(by_transformers(judge))
+    network.config.max_position_embeddings = 512  # control tokens that it does not have are many bytes
+    tokenizer.chat_template = templates.find(name).text
+    model = reward_models.of(judge, network, tokenizer, None)
+    asked = {"role": "user", "content": "say a"}
+    for turns in ([asked], [asked, {"role": "assistant", "content": "a"}, {"role": "user", "content": "say b"}]):
+        prompt = reward_models.text_of(tokenizer, turns)
+        for answer in ("bad", "bad\n", "\n\n bad", "<think>\nhm\n</think>\n\nbad", ""):
+            assert model.worth_after(prompt, answer) == model.worth(turns, answer)
 
 
 @pytest.mark.full
