@@ -1,7 +1,7 @@
 """Tokens that a recipe adds to a model: in its tokenizer, and as rows of its embeddings and head.
 
-A new token is a special one: text of users that looks like it stays text. Its rows start as the mean of all others, so
-that it is neither likely nor unlikely before it is trained.
+A new token is a special one: text of users that looks like it stays text. Its rows, and the head's bias where it has
+one, start as the mean of all others', so that it is neither likely nor unlikely before it is trained.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ def add(folder: Path, tokens: Sequence[str]) -> Facts:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > rows:
         model.resize_token_embeddings(size, mean_resizing=False)
-    head = model.get_output_embeddings()
     with torch.no_grad():
-        for weight in (model.get_input_embeddings().weight, *([] if head is None else [head.weight])):
-            weight[before:size] = weight[:before].float().mean(0).to(weight.dtype)
+        for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            for weight in module.parameters():  # a head may have a bias, too
+                weight[before:size] = weight[:before].float().mean(0).to(weight.dtype)
     for old in (*folder.glob("*.safetensors*"), folder / "config.json", path):
         old.unlink()  # which may be another file's link
     model.save_pretrained(folder)

@@ -45,6 +45,23 @@ def test_new_tokens_have_one_id_and_the_mean_of_all_rows(tmp_path: Path, tied: b
     torch.testing.assert_close(after(ids).logits[..., :256], before(ids).logits)
 
 
+@pytest.mark.parametrize("rows", [256, 300])
+def test_a_heads_bias_of_a_new_token_is_the_mean_of_the_real_ones(tmp_path: Path, rows: int) -> None:
+    """Phi-2's head has a bias, and rows that no token has, whose biases training made very low."""
+    model = make_model(tmp_path / "model", "PhiConfig", dtype="bfloat16")
+    before = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    before.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        before.lm_head.bias.copy_(torch.randn(rows) - 3)
+        before.lm_head.bias[256:] = -20
+    before.save_pretrained(model)
+    fetch(model, tmp_path / "out", "<tool>", "</tool>")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").lm_head.bias
+    real = before.lm_head.bias[:256]
+    assert torch.equal(after[:256], real) and torch.equal(after[258:], before.lm_head.bias[258:])
+    assert after[256] == after[257] == real.float().mean().bfloat16()
+
+
 def test_a_token_that_is_there_already_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 'a' already"):
         fetch(make_model(tmp_path / "model"), tmp_path / "out", "a")
