@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import weight_files
 from stages.stage import Facts, Stage, StageConfig, UserError, Work
 from stages.tokenizer_files import default_template
 from stages.turn_end import put_end
-from stages.weight_files import tensors
 
 if TYPE_CHECKING:
     import torch
@@ -185,11 +185,10 @@ def _pass_on(model: Path, trained: Path, output: Path) -> Facts:
 
 def _merge(model: Path, adapter: Path, output: Path, work: Work) -> tuple[Facts, Facts]:
     """What is true of the result, and where it was computed, which is not."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    dtype = AutoConfig.from_pretrained(model, local_files_only=True).dtype or torch.float32
+    dtype = weight_files.dtype(model)
     probes = _probes(model)
     work.tell(0, 3, "models")
     base = _load(model, "cpu")
@@ -358,8 +357,8 @@ def _changed(model: Path, output: Path) -> tuple[int, int]:
     """How many tensors differ between the two folders' weights, and how many there are."""
     import torch
 
-    before, count, changed = dict(tensors(model)), 0, 0
-    for name, tensor in tensors(output):
+    before, count, changed = dict(weight_files.tensors(model)), 0, 0
+    for name, tensor in weight_files.tensors(output):
         count += 1
         other = before.get(name)
         changed += other is None or not torch.equal(tensor(), other())

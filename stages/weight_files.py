@@ -1,4 +1,4 @@
-"""The tensors of a model's folder by name, read one at a time."""
+"""The tensors of a model's folder by name, read one at a time, and the number type that they are held in."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 """Where the weights of a model in several files are."""
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def names(folder: Path) -> list[str]:
@@ -35,3 +36,22 @@ def tensors(folder: Path) -> "Iterator[tuple[str, Callable[[], torch.Tensor]]]":
         file: Any = safe_open(path, framework="pt")
         for name in sorted(file.keys()):
             yield name, partial(file.get_tensor, name)
+
+
+def dtype(folder: Path) -> "torch.dtype":
+    """The number type of a model: what its config.json says, else that of the first floating tensor in its files. It is
+    what transformers' `dtype="auto"` takes."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    said = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+    if isinstance(said, torch.dtype):
+        return said
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if floating := _FLOATS.get(file.get_slice(name).get_dtype()):
+                    found: torch.dtype = getattr(torch, floating)
+                    return found
+    return torch.float32

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stages import arithmetic, reward_models
+from stages import arithmetic, reward_models, weight_files
 from stages.reward_models import RewardModel, Steps
 from stages.rewards import Reward, Row
 from stages.stage import StageConfig
@@ -41,12 +41,11 @@ def _loaded(place: Path) -> tuple[Any, Any]:
     """Network and tokenizer, once for all rewards that ask the model."""
     import torch
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from stages import heads
 
-    stored = AutoConfig.from_pretrained(place, local_files_only=True).dtype
-    emulated = stored == torch.bfloat16 and not arithmetic.cpu_has_bf16()
+    emulated = weight_files.dtype(place) == torch.bfloat16 and not arithmetic.cpu_has_bf16()
     network = getattr(transformers, heads.classifier(place)).from_pretrained(
         place, dtype=torch.float32 if emulated else "auto", local_files_only=True
     )

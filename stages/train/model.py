@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from packing.attention import implementation
 from packing.flash import Attention
 from packing.rotary import by_document
-from stages import heads, objectives, quantization
+from stages import heads, objectives, quantization, weight_files
 from stages.errors import UserError
 from stages.train import TrainConfig, adamw, adapters, eva, freezing, neftune
 from stages.train.adapters import save as save_adapter
@@ -42,7 +42,7 @@ def load(
     narrow = DTYPES[config.precision]
     try:
         described = AutoConfig.from_pretrained(folder, local_files_only=True)
-        exact = described.dtype == torch.bfloat16 and split
+        exact = split and weight_files.dtype(folder) == torch.bfloat16
         frozen = config.method == "lora" and config.lora.restart_every is None
         dtype = narrow if exact or frozen else torch.float32
         quantization.refuse_quantized(described)
@@ -96,9 +96,9 @@ def ready(
 def save_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Write all weights in the dtypes of the model they came from, in `source`."""
     described = AutoConfig.from_pretrained(source, local_files_only=True)
-    if described.dtype != torch.bfloat16:  # what that does not hold is not written
+    dtype = weight_files.dtype(source)
+    if dtype != torch.bfloat16:  # what that does not hold is not written
         adamw.widen(model)
-    dtype = described.dtype or torch.float32
     others = _of_another_dtype(described, dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():

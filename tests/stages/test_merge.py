@@ -142,6 +142,14 @@ def test_weights_without_an_adapter_keep_every_bit(tmp_path: Path) -> None:
     }
 
 
+def test_a_config_that_names_no_number_type_leaves_the_one_of_the_weights(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype="bfloat16")
+    tiny.without_dtype(model)
+    facts = run(tmp_path / "output", model, make_adapter(tmp_path / "trained", model))
+    assert facts["dtype"] == "bfloat16"
+    assert {each.dtype for each in load_file(tmp_path / "output/model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_an_adapter_that_cannot_be_folded_in_is_refused(tmp_path: Path) -> None:
     # Merging into a tied head changes the embeddings too.
     model = make_model(tmp_path / "model", tie_word_embeddings=True)

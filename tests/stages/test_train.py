@@ -112,9 +112,12 @@ def test_what_a_model_keeps_in_float32_is_written_in_float32(
         assert all(not torch.equal(after[name], after[name].bfloat16().float()) for name in wide)
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_weights_of_one_dtype_are_written_as_the_model_in_that_dtype(tmp_path: Path, dtype: str) -> None:
+def test_weights_of_one_dtype_are_written_as_the_model_in_that_dtype(tmp_path: Path, dtype: str, named: bool) -> None:
     folder = tiny.llama(tmp_path / "model", dtype=dtype, tie_word_embeddings=True)
+    if not named:
+        tiny.without_dtype(folder)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -64,6 +64,13 @@ def save(folder: Path, config_name: str, *, dtype: str = "float32", **changes: A
     return folder
 
 
+def without_dtype(folder: Path) -> None:
+    """Take the number type out of a model's config.json, as older ones lack it."""
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in described.items() if name != "dtype"}))
+
+
 def other_weights(model: Path, folder: Path, tokens: int | None = None) -> Path:
     """A model like another, with its tokenizer and other weights; its head of so many `tokens`."""
     import torch
