@@ -213,6 +213,7 @@ def drive(
                             run.check_tasks()
                         if "train" in plan.to_run:
                             run.check_names()
+                            run.check_head()
                     if step.stage == "convert" and "train" in plan.to_run:
                         run.check_kind()
         require_held(held)

@@ -185,6 +185,15 @@ class Run:
                 read = model.select("config.json", *(file.path for file in weights))
                 named.refuse_unknown(config, self.store.view(read, hold))
 
+    def check_head(self) -> None:
+        """Raise UserError where the objective trains a head for which the fetched model has no classifier."""
+        if outputs := objectives.find(self.loaded.recipe.train.objective).head:
+            from stages import heads
+
+            model = self.artifacts["fetch"].tree.folder("model")
+            with suppress(BadBlob), self.store.hold() as hold:  # as above
+                heads.refuse(self.store.view(model.select("config.json"), hold), outputs)
+
     def has_made(self, stage: str) -> bool:
         """Whether the stage's artifact is in the store because this run made it."""
         action = self.action(stage)

@@ -90,18 +90,41 @@ def classifier(folder: Path) -> str:
     return f"AutoModelFor{found[0]}" if found else ""
 
 
+def refuse(folder: Path, outputs: int) -> None:
+    """Raise UserError where transformers has no classifier for the model of a folder, of which config.json is enough,
+    with the head that `attach` gives it."""
+    import transformers
+    from transformers import AutoConfig
+
+    kind = _kind(outputs)
+    try:
+        described = AutoConfig.from_pretrained(folder, local_files_only=True, num_labels=outputs)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the model cannot be loaded for training: {error}") from error
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, kind).from_config(described)
+    except ValueError:  # as it has no such class, for which it names all those that it has
+        model = None
+    if model is None or not has(model) or (model.score.bias is not None) != (outputs > 1):
+        raise UserError(
+            f"train.objective: what it trains is published as transformers' {kind}, which for {described.model_type} "
+            "models does not exist, or has another head: take a base model of another kind, such as Llama, Mistral, "
+            "Phi or Qwen"
+        )
+
+
 def convert(folder: Path, head: Path, separator: str | None = None) -> None:
     """Turn a language model's folder into a classifier's with that head; `separator` is what closes the steps that it
     judges. The folder has the chat template already that it is to be asked through. Raises UserError where transformers
     has no such classifier for the model, or it does not give what the head gave."""
     tensors = load_file(head)
     outputs = tensors["weight"].shape[0]
-    kind = KINDS[0] if outputs == 1 else KINDS[1]
+    refuse(folder, outputs)
+    kind = _kind(outputs)
     probes = list(_probes(folder))
     before = _loaded("AutoModelForCausalLM", folder, dtype=torch.float32)
-    model = _loaded(f"AutoModelFor{kind}", folder, dtype="auto", num_labels=outputs)
-    if not has(model) or (model.score.bias is not None) != ("bias" in tensors):
-        raise UserError(f"merge: transformers has no head of this form for {model.config.model_type}")
+    model = _loaded(kind, folder, dtype="auto", num_labels=outputs)
     with torch.no_grad():
         for name, parameter in model.score.named_parameters():
             parameter.copy_(tensors[name])
@@ -119,13 +142,17 @@ def convert(folder: Path, head: Path, separator: str | None = None) -> None:
         # transformers reads a text before its padding, and would take the end of an answer for some.
         described.pad_token_id = None
     model.save_pretrained(folder)
-    saved = _loaded(f"AutoModelFor{kind}", folder, dtype=torch.float32)
+    saved = _loaded(kind, folder, dtype=torch.float32)
     with torch.no_grad():
         found = [saved(ids, use_cache=False).logits[0] for ids in probes]
     for one, other in zip(wanted, found, strict=True):
         difference = float((one[-1] - (other[-1] if outputs > 1 else other)).abs().max())
         if not difference <= SCALE * max(1.0, float(one.abs().max())):
             raise UserError(f"merge: the saved head does not give what was trained: it is off by {difference:.3g}")
+
+
+def _kind(outputs: int) -> str:
+    return f"AutoModelFor{KINDS[0] if outputs == 1 else KINDS[1]}"
 
 
 def _bare(model: Any) -> Any:
@@ -161,7 +188,7 @@ def _loaded(kind: str, folder: Path, **how: Any) -> Any:
         with _quiet():
             return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **how).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"transformers has no {kind} for this model: {error}") from error
+        raise UserError(f"merge: the model does not load as transformers' {kind}: {error}") from error
 
 
 @contextmanager

@@ -1,6 +1,8 @@
-"""What `train` names of a model is looked for once the model is there, before the data is prepared."""
+"""What `train` asks of a model, layers by name or a classifier, is looked for once the model is there, before the data
+is prepared."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,27 @@ def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path: Path) -> 
     config = TrainConfig.model_validate({"lora": {"targets": ["q_porj"]}})
     with pytest.raises(UserError, match=r"the model cannot be loaded for training: .*nobodys"):
         named.refuse_unknown(config, model)
+
+
+@pytest.mark.parametrize(
+    ("config_name", "objective"),
+    [
+        ("CohereConfig", "reward"),  # transformers has no such class
+        ("Olmo2Config", "process_reward"),
+        ("GPTNeoXConfig", "process_reward"),  # it has one, whose head has a layer more
+    ],
+)
+def test_a_model_that_cannot_become_a_classifier_is_told_after_fetch(
+    tmp_path: Path, tiny_model: Path, config_name: str, objective: str
+) -> None:
+    model = tiny.save(tmp_path / "model", config_name)
+    shutil.copyfile(tiny_model / "tokenizer.json", model / "tokenizer.json")
+    this = fetched(tmp_path, model, {"objective": objective})
+    with pytest.raises(UserError, match=r"^train.objective: .* such as Llama, Mistral, Phi or Qwen$") as told:
+        this.check_head()
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize("objective", ["sft", "reward", "process_reward"])
+def test_a_model_that_can_is_taken(tmp_path: Path, tiny_model: Path, objective: str) -> None:
+    fetched(tmp_path, tiny_model, {"objective": objective}).check_head()
