@@ -45,8 +45,14 @@ POINTER_BYTES = 1024
 def refuse_pointers(paths: Iterable[Path], place: str) -> None:
     """Raise UserError for a file that only stands for one, as a clone of a repository without Git LFS has them."""
     for path in paths:
-        if path.stat().st_size < POINTER_BYTES and path.read_bytes().startswith(POINTER):
-            raise UserError(
-                f"{place}: {path.name} is a Git LFS pointer, which only stands for the file: run `git lfs pull` in the "
-                "repository that it was cloned from"
-            )
+        if path.stat().st_size < POINTER_BYTES:
+            refuse_pointer(path.name, path.read_bytes(), place)
+
+
+def refuse_pointer(name: str, data: bytes, place: str) -> None:
+    """The same for the bytes of one file."""
+    if data.startswith(POINTER):
+        raise UserError(
+            f"{place}: {name} is a Git LFS pointer, which only stands for the file: run `git lfs pull` in the "
+            "repository that it was cloned from"
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from stages.errors import UserError
 from stages.identity import Json
 from stages.sources import Found, credentials, remote, urls
-from stages.sources.digests import digests, refuse_pointers
+from stages.sources.digests import digests, refuse_pointer, refuse_pointers
 from stages.stage import Facts, Work
 from stages.weight_files import INDEX
 
@@ -61,20 +61,20 @@ def listing(folder: Path, place: str) -> list[Path]:
     names = [path.name for path in paths]
     check(names, [path.name for path in folder.iterdir()], place)
     refuse_pointers(paths, place)
-    if (folder / INDEX).is_file():
-        shards = _named(folder / INDEX, place)
-        if missing := sorted(shards - set(names)):
-            raise UserError(f"{place}: {missing[0]} is missing ({len(missing)} of {len(shards)} weight files are)")
+    if INDEX in names:
+        _check_weights((folder / INDEX).read_bytes(), names, place)
     return paths
 
 
-def _named(index: Path, place: str) -> set[str]:
-    """The weight files that an index names. Raises UserError for what is none."""
+def _check_weights(index: bytes, names: Sequence[str], place: str) -> None:
+    """Raises UserError unless the files are all those that an index names."""
     try:
-        return set(json.loads(index.read_bytes())["weight_map"].values())
+        shards = set(json.loads(index)["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        told = f'{index.name} is no index, or cut short: expected {{"weight_map": {{TENSOR: FILE}}}}'
+        told = f'{INDEX} is no index, or cut short: expected {{"weight_map": {{TENSOR: FILE}}}}'
         raise UserError(f"{place}: {told}. Copy it once more, or save the model again") from error
+    if missing := sorted(shards - set(names)):
+        raise UserError(f"{place}: {missing[0]} is missing ({len(missing)} of {len(shards)} weight files are)")
 
 
 def check(names: Sequence[str], all_names: Sequence[str], place: str) -> None:
@@ -99,11 +99,15 @@ def resolve_url(location: str, options: Mapping[str, Json], place: str) -> Found
     fs, path = urls.filesystem(location, options, place)
     try:
         infos = {info["name"].rpartition("/")[2]: info for info in fs.ls(path, detail=True) if info["type"] == "file"}
+        index = fs.cat_file(infos[INDEX]["name"]) if INDEX in infos else None
     except Exception as error:  # each of fsspec's file systems has errors of its own
         told = credentials.without_secrets(str(error), options) or type(error).__name__
         raise UserError(f"{place}: cannot read {location}: {told}") from error
     names = sorted(name for name in infos if any(fnmatch.fnmatch(name, allowed) for allowed in ALLOWED))
     check(names, list(infos), place)
+    if index is not None:
+        refuse_pointer(INDEX, index, place)
+        _check_weights(index, names, place)
     found = {name: {"size": infos[name]["size"], **urls.version(fs, infos[name])} for name in names}
     return Found(
         {"files": found}, {"url": fs.unstrip_protocol(path), **({"options": dict(options)} if options else {})}

@@ -65,6 +65,19 @@ class TestModelFolder:
             (folder / gone).unlink()
         with pytest.raises(UserError, match=f"fetch.model.path: .*{says}"):
             resolve({"mine": REASONING}, {"path": "m"})
+        with pytest.raises(UserError, match=says):
+            bring(resolve({"mine": REASONING}, {"url": f"file://{folder}"})["model"], home / "out")
+
+    @pytest.mark.parametrize(
+        ("index", "says"),
+        [(INDEX, r"model-1.safetensors is missing \(1 of 2"), (b"{", "is no index"), (POINTER, "Git LFS pointer")],
+    )
+    def test_weights_that_are_missing_at_a_url_are_told_before_anything_is_fetched(
+        self, home: Path, index: bytes, says: str
+    ) -> None:
+        folder = model_folder(home / "m", **{"model.safetensors.index.json": index})
+        with pytest.raises(UserError, match=f"^fetch.model.url: .*{says}"):
+            resolve({"mine": REASONING}, {"url": f"file://{folder}"})
 
     def test_links_may_not_leave_the_folder_but_for_the_hubs_cache(self, home: Path, tmp_path: Path) -> None:
         folder = model_folder(home / "m")
