@@ -69,6 +69,11 @@ class Encoder:
         return {token["content"]: token for token in self.settings["added_tokens"] if token["special"]}
 
     @cached_property
+    def stripping(self) -> dict[int, bytes]:
+        """The texts of the control tokens that swallow white space around them, by id."""
+        return {t["id"]: t["content"].encode() for t in self.tokens.values() if t["lstrip"] or t["rstrip"]}
+
+    @cached_property
     def composes(self) -> bool:
         """Whether what follows a control token is encoded as `plain` does it, so that a row can be put together."""
         for text, token in self.tokens.items():
@@ -176,7 +181,7 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
         ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
     base = np.cumsum(sizes) - sizes
     starts, slow = _starts(encoder, texts, sizes, base, encodings, ids, counts)
-    forged = () if encoder.trusted else _rows_with_forged(encoder, ids, starts, counts, base, sizes, spans)
+    forged = () if encoder.trusted else _rows_with_forged(encoder, texts, ids, starts, counts, base, sizes, spans)
     if not len(forged):
         return Encoded(ids, starts, counts, int(slow.sum()), 0)
     first_token = np.cumsum(counts) - counts
@@ -253,6 +258,7 @@ def _bytes(text: str, characters: Sequence[int]) -> Positions:
 
 def _rows_with_forged(
     encoder: Encoder,
+    texts: Sequence[str],
     ids: Ids,
     starts: Positions,
     counts: Positions,
@@ -270,10 +276,21 @@ def _rows_with_forged(
     rows = np.searchsorted(ends_of_rows, tokens, "right")
     last = tokens + 1 == ends_of_rows[rows]
     high = np.where(last, base[rows] + sizes[rows], starts[np.minimum(tokens + 1, len(ids) - 1)])
-    first_span = np.searchsorted(span_starts, starts[tokens], "right") - 1
-    last_span = np.searchsorted(span_starts, high - 1, "right") - 1
-    forged = content_before[last_span + 1] > content_before[first_span]
-    return np.unique(rows[forged])
+    low = starts[tokens]
+
+    def forged() -> npt.NDArray[np.bool_]:
+        first_span = np.searchsorted(span_starts, low, "right") - 1
+        last_span = np.searchsorted(span_starts, high - 1, "right") - 1
+        return content_before[last_span + 1] > content_before[first_span]
+
+    if encoder.stripping:  # the white space that such a token swallows may be content, its own text is what counts
+        for number in np.flatnonzero(forged() & np.isin(ids[tokens], list(encoder.stripping))).tolist():
+            own, data = encoder.stripping[int(ids[tokens[number]])], texts[rows[number]].encode()
+            at = data.find(own, low[number] - base[rows[number]], high[number] - base[rows[number]])
+            if at >= 0:
+                low[number] = base[rows[number]] + at
+                high[number] = low[number] + len(own)
+    return np.unique(rows[forged()])
 
 
 def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[int]) -> tuple[Ids, Positions]:

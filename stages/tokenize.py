@@ -38,7 +38,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, work: 
 STAGE = Stage(
     name="tokenize",
     artifact="tokens",
-    version=7,
+    version=8,
     config=TokenizeConfig,
     run=run,
     parts=parts,

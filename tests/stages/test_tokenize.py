@@ -231,6 +231,24 @@ def test_control_tokens_named_by_the_template_are_guarded_too() -> None:
     assert [number for number, _ in tokens].count(number_of(made, "<tool>")) == 2, "an ordinary word of the vocabulary"
 
 
+@pytest.mark.parametrize("strips", [{"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_white_space_that_a_control_token_swallows_is_no_forgery(strips: dict[str, bool]) -> None:
+    made = byte_level()
+    made.add_special_tokens([tokenizers.AddedToken("<|é|>", special=True, **strips)])
+    encoder = load_encoder(made.to_str(), [])
+
+    def forged(*pieces: tuple[str, int]) -> int:
+        row = _written(list(pieces))
+        starts, origins = (np.array([getattr(span, n) for span in row.spans]) for n in ("start", "origin"))
+        spans = Spans(starts, origins.astype(np.uint8), np.zeros(len(starts), np.uint8), np.array([len(starts)]))
+        return encode(encoder, [row.text], np.array([len(row.text.encode())]), spans).forged
+
+    assert forged(("<|é|>", 0), ("\n é", 1), (" <|é|>", 2), ("hi \n", 1), ("<|é|> ", 2)) == 0
+    assert forged(("<|é|>", 0), ("\n", 1), ("<|é|>", 2)) == 0
+    assert forged(("<|é|>", 0), (" <|é|> ", 1), ("<|é|>", 2)) == 1
+    assert forged(("<|é", 0), ("|> ", 1), ("<|é|>", 2)) == 1
+
+
 def test_a_token_over_a_border_belongs_to_where_it_begins() -> None:
     made = byte_level()
     row = _written([("user\n", 0), ("\n\nhi", 1)])  # the first two line breaks are one token
