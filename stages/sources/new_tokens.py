@@ -23,18 +23,28 @@ def add(folder: Path, tokens: Sequence[str]) -> Facts:
         if tokenizer.token_to_id(token) is not None:
             raise UserError(f"fetch.model.new_tokens: the model's tokenizer has {token!r} already: leave it out")
     before = tokenizer.get_vocab_size(with_added_tokens=True)
+    taken = set(tokenizer.get_vocab(with_added_tokens=True).values())
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+    # Whoever reads the file counts new tokens on from the vocabulary's size, whatever ids it says.
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    ids = [vocabulary[token] for token in tokens]
+    if clash := taken.intersection(ids):
+        raise UserError(
+            f"fetch.model.new_tokens: the ids of the model's tokenizer have gaps, and a new token would get "
+            f"{min(clash)}, which another token has: add fewer tokens"
+        )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     rows = model.get_input_embeddings().weight.shape[0]
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    size = max(ids) + 1
     if size > rows:
         model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             for weight in module.parameters():  # a head may have a bias, too
-                weight[before:size] = weight[:before].float().mean(0).to(weight.dtype)
+                weight[ids] = weight[:before].float().mean(0).to(weight.dtype)
     for old in (*folder.glob("*.safetensors*"), folder / "config.json", path):
         old.unlink()  # which may be another file's link
     model.save_pretrained(folder)
     tokenizer.save(str(path))
-    return {"new_tokens": {token: tokenizer.token_to_id(token) for token in tokens}}
+    return {"new_tokens": dict(zip(tokens, ids, strict=True))}

@@ -1,5 +1,6 @@
 """Tokens that a recipe adds: one id each, rows that start as the mean, everything else as it was."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from stages.errors import UserError
 from stages.fetch import STAGE, FetchConfig, FetchPart, resolve
 from stages.runtime import Runtime
 from stages.stage import Work
+from stages.tokenizer_files import words_of
+from tests.stages import tiny
 from tests.stages.test_merge import make_model
 
 
@@ -60,6 +63,32 @@ def test_a_heads_bias_of_a_new_token_is_the_mean_of_the_real_ones(tmp_path: Path
     real = before.lm_head.bias[:256]
     assert torch.equal(after[:256], real) and torch.equal(after[258:], before.lm_head.bias[258:])
     assert after[256] == after[257] == real.float().mean().bfloat16()
+
+
+def with_gap(folder: Path, last: int) -> Path:
+    """A model whose tokenizer has ids from 0 to 255, and `<eos>` as its `last`."""
+    make_model(folder)
+    tiny.save(folder, "LlamaConfig", vocab_size=288)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"]["<eos>"] = last
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"] = [{"id": last, "content": "<eos>", "special": True, **flags}]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_of_a_tokenizer_whose_ids_have_gaps_the_ids_are_those_that_every_reader_gives(tmp_path: Path) -> None:
+    model, out = with_gap(tmp_path / "model", 270), tmp_path / "out"
+    facts = fetch(model, out, "<tool>", "</tool>")
+    ids = AutoTokenizer.from_pretrained(out)("<tool></tool>", add_special_tokens=False)["input_ids"]
+    assert list(facts["new_tokens"].values()) == ids == [words_of(out)[word] for word in ("<tool>", "</tool>")]
+    before, after = (AutoModelForCausalLM.from_pretrained(f).get_input_embeddings().weight for f in (model, out))
+    assert [row for row in range(288) if not torch.equal(before[row], after[row])] == ids
+
+
+def test_new_tokens_take_no_id_of_another(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would get 258, which another token has: add fewer"):
+        fetch(with_gap(tmp_path / "model", 258), tmp_path / "out", "<a>", "<b>")
 
 
 def test_a_token_that_is_there_already_is_refused(tmp_path: Path) -> None:
