@@ -38,6 +38,7 @@ def _account(name: str, shards: Sequence[Shard], rows: Rows, taken: Taken, train
         unread=added([shard.counts.get("unread", {}) for shard in own]),
         absent=sorted(set.intersection(*({*shard.counts.get("absent", ())} for shard in own))),
         turns_without_end=sum(shard.counts.get("turns_without_end", 0) for shard in own),
+        ends_in_words=sorted({shard.counts["end_in_words"] for shard in own if "end_in_words" in shard.counts}),
         control_as_text=sum(shard.counts.get("control_as_text", 0) for shard in own),
         packed=int((kept & ~taken.heldout).sum()),
         heldout=int((kept & taken.heldout).sum()),

@@ -4,6 +4,7 @@ The sandbox it runs in is set up like the one of Hugging Face's transformers, so
 """
 
 import datetime
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from stages import sandbox, templates
 from stages.chunks import CONTENT, REASONING, Calls, render_chunks
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation, Turn
+from stages.templates import Named
 from stages.tokenizer_files import Tokenizer
 
 
@@ -43,6 +45,11 @@ class Template:
     calls: Calls | None = None
     """How it takes tool calls; None where it knows none."""
 
+    @property
+    def end_in_words(self) -> str:
+        """What ends a plain answer where that holds no control token, so that nothing stops there; else empty."""
+        return "" if any(token in self.answer_end for token in self.control) else self.answer_end
+
 
 _QUESTION = Turn("user", "?")
 _ANSWER = Turn("assistant", "!")
@@ -61,15 +68,24 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
     `today` is what the template gets when it asks for the date. Raises UserError when there is no such template, or
     when it cannot be compiled or does not write a plain question and answer.
     """
+    named = templates.find(choice) if choice in templates.names() else None
     if choice == "tokenizer":
         if tokenizer.template is None:
             raise UserError(
-                "the model's tokenizer has no chat template: name one, e.g. `convert.template: chatml`, or choose "
-                "`convert.format: completion`"
+                "the model's tokenizer has no chat template: name one, e.g. "
+                f"`convert.template: {_fitting(tokenizer)}`, or choose `convert.format: completion`"
             )
         source = tokenizer.template
+    elif named:
+        source = named.text
+        if lacking := _lacking(tokenizer, named):
+            plain = ", or set `convert.template: plain`" if _fitting(tokenizer) == "plain" else ""
+            raise UserError(
+                f"the model's tokenizer lacks tokens of the chat template {choice}, which it would take apart: "
+                f"add them with `fetch.model.new_tokens: {json.dumps(lacking, ensure_ascii=False)}`{plain}"
+            )
     else:
-        source = templates.find(choice).text if choice in templates.names() else choice
+        source = choice
     try:
         compiled = sandbox.environment(today).from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -84,10 +100,10 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
     except BadRow as error:
         hint = ". It asks for the date: set `convert.date`" if "strftime_now" in str(error) else ""
         raise UserError(f"the chat template fails on a plain question and answer: {error}{hint}") from error
-    own = templates.find(choice).tokens if choice in templates.names() else ()  # it may put them together from parts
+    own = named.tokens if named else ()  # it may put them together from parts
     written = {text for text in tokenizer.added if (text in source and not text.isspace()) or text in own}
-    named = {token for name, token in tokenizer.variables.items() if name in source and token in tokenizer.added}
-    control = tuple(sorted({*tokenizer.special, *written, *named}))
+    variable = {token for name, token in tokenizer.variables.items() if name in source and token in tokenizer.added}
+    control = tuple(sorted({*tokenizer.special, *written, *variable}))
     endings = {_ending(after, control) for after in (after_question, after_answer)} - {""}
     calls, after_call = _calls(bare)
     if not any(ending in after_call for ending in endings):
@@ -106,6 +122,17 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         thought_end=_thought_end(bare, before_answer.removeprefix(prompted)),
         calls=calls,
     )
+
+
+def _lacking(tokenizer: Tokenizer, named: Named) -> list[str]:
+    """The control tokens of a named template that the tokenizer does not have."""
+    return [token for token in named.tokens if token not in tokenizer.added]
+
+
+def _fitting(tokenizer: Tokenizer) -> str:
+    """The template for a base model: ChatML, or plain words where that would need new tokens and these do not."""
+    ends = tokenizer.variables.get("eos_token") in tokenizer.added
+    return "plain" if ends and _lacking(tokenizer, templates.find("chatml")) else "chatml"
 
 
 def _openings(bare: Template) -> dict[str, str]:

@@ -170,7 +170,7 @@ def run(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Wor
 STAGE = Stage(
     name="convert",
     artifact="conversations",
-    version=19,
+    version=20,
     config=ConvertConfig,
     run=run,
     parts=parts,

@@ -92,6 +92,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         "fields": dict(reader.fields),
         "own_ends": reader.verbatim or reader.ids,
         "first": source.get("rows_before", first - 1),
+        **({"end_in_words": template.end_in_words} if template and template.end_in_words else {}),
         **counts.document(),
     }
     if template:  # what the trained model must be asked through: merge puts it into the model's folder

@@ -46,6 +46,8 @@ class Source:
     """Columns and fields of messages that the recipe names, and that no row has."""
     turns_without_end: int
     """Turns for the model to write that nothing ends."""
+    ends_in_words: Sequence[str]
+    """What the chat template ends answers with, where the tokenizer has no token for it."""
     control_as_text: int
     """Conversations that hold the text of a special token, which is encoded as text."""
     packed: int
@@ -155,6 +157,11 @@ def _of_source(source: Mapping[str, Any], kind: str) -> Iterator[str]:
         yield "no token that ends a turn trains, so the model would not learn to stop"
     elif count := source["turns_without_end"]:
         yield f"nothing ends {count:,} of the turns to learn, so the model would not learn to stop there"
+    for end in source["ends_in_words"]:
+        yield (
+            f"the chat template ends answers with {end!r}, for which the tokenizer has no token, so nothing would make "
+            "the model stop there: add one with fetch.model.new_tokens, or choose a template that ends with eos_token"
+        )
     if talks and not said.get("assistant"):
         yield f"the assistant says nothing in it, only {_listed(sorted(talks))}: look at convert.roles"
     elif talks and said.get("user", 0) > LONG_WINDED * max(1, said.get("assistant", 0)):

@@ -114,7 +114,7 @@ def run(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Work
 STAGE = Stage(
     name="pack",
     artifact="plan",
-    version=16,
+    version=17,
     config=PackConfig,
     run=run,
     streamed=frozenset({"tokens"}),

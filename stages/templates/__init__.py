@@ -24,7 +24,7 @@ class Named:
     models: str
     """Whose published format it is."""
     tokens: tuple[str, ...]
-    """Control tokens that the tokenizer must know whole; named ones (`eos_token`) are the tokenizer's own."""
+    """Control tokens that the tokenizer must have, besides those that it names itself (`eos_token`)."""
     end: str
     """What ends the assistant's turn."""
     system: bool = True

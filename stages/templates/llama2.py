@@ -5,7 +5,7 @@ from stages.templates import NO_TOOLS, Named
 TEMPLATE = Named(
     version=1,
     models="Llama 2 Chat, Code Llama Instruct",
-    tokens=("bos_token",),
+    tokens=(),
     end="eos_token",
     text=NO_TOOLS
     + r"""

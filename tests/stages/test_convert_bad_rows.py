@@ -55,7 +55,7 @@ def test_a_nul_is_a_character_like_others(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "a\0b"}, {"role": "assistant", "content": "\0"}]}
     call = {"function": {"name": "f", "arguments": {"x\0": "\0"}}}
     calling = {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
-    output, _ = run_convert(tmp_path, source(tmp_path / "rows", [chat, calling]), smollm2(), {"template": "granite"})
+    output, _ = run_convert(tmp_path, source(tmp_path / "rows", [chat, calling]), smollm2(), {"template": "qwen"})
     texts = [row["text"] for row in rows_of(output)]
     assert "a\0b<" in texts[0] and '{"x\\u0000": "\\u0000"}' in texts[1]
     tokens, facts = run_tokenize(tmp_path / "t", output, smollm2())

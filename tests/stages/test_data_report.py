@@ -18,6 +18,7 @@ from stages.errors import UserError
 from stages.marks import ORIGIN_CONTENT, TRAIN_UNSET
 from stages.samples import PIECE, PIECES, SAMPLES
 from stages.tables import read_table
+from tests.stages.chats import run_convert, smollm2, source
 from tests.stages.packed import TOKENIZER, Packed, row, shard, spans
 
 Turns = list[tuple[str, int]]
@@ -206,6 +207,15 @@ def test_special_tokens_that_stay_text_are_said(tmp_path: Path) -> None:
         "chat: 2 of 3 conversations hold the text of a special token, which is encoded as text: where it is the "
         "model's own markup, set convert.trust_special_tokens"
     ]
+
+
+def test_answers_that_end_in_no_token_are_said(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|stop|>\n{% endfor %}"
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    converted, _ = run_convert(tmp_path, source(tmp_path / "rows", [talk]), smollm2(), {"template": template})
+    counts = json.loads((converted / "counts.json").read_text())
+    (told,) = warnings(tmp_path, *GOOD, counts={"end_in_words": counts["end_in_words"]})
+    assert told.startswith("chat: the chat template ends answers with '<|stop|>', for which the tokenizer has no token")
 
 
 def test_names_that_no_row_of_a_source_has_are_said(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from stages.tokenizer_files import Tokenizer
 from tests import doc_tables
 
 GUIDE = Path(__file__).parents[2] / "docs" / "formats.md"
-TOKENIZER = Tokenizer(None, {"eos_token": "</s>"}, ("</s>",), ("</s>",), "")
+MARKS = ("</s>", "<|im_start|>", "<|im_end|>")
+TOKENIZER = Tokenizer(None, {"eos_token": MARKS[0]}, MARKS, MARKS, "")
 UNRECOGNISED = {"auto", "own", "fields", "llamafactory", "vicuna"}
 """Formats that `auto` leaves alone: they need to be told something, or are another's under a second name."""
 

@@ -4,7 +4,9 @@ import datetime
 import importlib.util
 import itertools
 import json
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,34 @@ def test_a_template_that_cannot_be_used_is_refused_before_any_row(source: str, s
 def test_without_a_template_the_mend_is_named() -> None:
     with pytest.raises(UserError, match=r"convert\.template: chatml"):
         load(Tokenizer(None, {}, (), (), ""), "tokenizer")
+
+
+def test_the_template_that_is_named_for_a_base_model_works_there() -> None:
+    bare, ended = Tokenizer(None, {}, (), (), ""), Tokenizer(None, NAMES, CONTROL[:2], CONTROL[:2], "")
+    for tokenizer in (bare, ended, replace(ended, added=CONTROL)):
+        with pytest.raises(UserError, match="no chat template") as told:
+            load(tokenizer, "tokenizer")
+        (name,) = re.findall(r"`convert\.template: (\w+)`", str(told.value))
+        if tokenizer is bare:  # nothing can end an answer there, which the next message mends
+            with pytest.raises(UserError) as told:
+                load(tokenizer, name)
+            (wanted,) = re.findall(r"`fetch\.model\.new_tokens: (.*)`", str(told.value))
+            tokenizer = replace(tokenizer, added=tuple(json.loads(wanted)))
+        assert load(tokenizer, name).answer_end in tokenizer.added
+
+
+def test_a_named_template_whose_tokens_the_tokenizer_lacks_is_refused() -> None:
+    said = (
+        r'lacks tokens of the chat template chatml.*new_tokens: \["<\|im_end\|>"\]`, or set `convert.template: plain`'
+    )
+    with pytest.raises(UserError, match=said):
+        load(Tokenizer(None, NAMES, CONTROL[:2], CONTROL[:3], ""), "chatml")
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "###", "</s>", "###</s>", ""])
+def test_an_end_in_words_is_known(end: str) -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    assert template(source).end_in_words == ("" if "</s>" in end else end)
 
 
 def test_the_date_is_given() -> None:
