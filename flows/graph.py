@@ -92,16 +92,12 @@ def _writes(config: Any) -> bool:
 
 
 def _tokenizer(tree: Tree) -> Tree:
-    return _model(tree).select(*TOKENIZER_FILES)
-
-
-def _tokenizer_and_type(tree: Tree) -> Tree:
     return _model(tree).select(*TOKENIZER_FILES, "config.json")  # which says what kind of tokenizer it is
 
 
 def _tokenizer_without_template(tree: Tree) -> Tree:
     """What pack shows its samples with: their template is applied already."""
-    files = _tokenizer_and_type(tree)
+    files = _tokenizer(tree)
     templates = files.select("chat_template*").files
     return Tree(tuple(file for file in files.files if file not in templates))
 
@@ -121,7 +117,7 @@ def _tokens(tree: Tree) -> Tree:
 WIRING: Mapping[str, Mapping[str, Take]] = {
     "fetch": {},
     "convert": {"rows": Take("fetch", _data), "tokenizer": Take("fetch", _tokenizer)},
-    "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer_and_type)},
+    "tokenize": {"conversations": Take("convert", _conversations), "tokenizer": Take("fetch", _tokenizer)},
     "pack": {
         "spans": Take("tokenize", lambda tree: tree.select("*/spans.arrow", "*/counts.json")),
         "tokens": Take("tokenize", _tokens),

@@ -1,7 +1,8 @@
 """convert: rows of any format become rendered conversations with the origin of every byte.
 
-One shard in, `conversations.arrow` (see `stages.tables.CONVERSATIONS`) and `counts.json` out. Needs no torch and no
-transformers: the chat template runs in our own sandbox (`stages.templates`), once per conversation.
+One shard in, `conversations.arrow` (see `stages.tables.CONVERSATIONS`) and `counts.json` out. The chat template runs
+in our own sandbox (`stages.templates`), once per conversation. Needs no torch, and transformers only for tokenizers
+whose files do not say what ends a text.
 """
 
 import datetime
@@ -177,5 +178,5 @@ STAGE = Stage(
     part=ConvertPart,
     plugins=plugins,
     without=("pandas",),
-    libraries=("jinja2",),
+    libraries=("jinja2", "transformers"),
 )

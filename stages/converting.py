@@ -40,9 +40,9 @@ _tokenizer = lru_cache(maxsize=1)(read_tokenizer)
 
 
 @lru_cache(maxsize=1)
-def _forms(tokenizer: Path, template: str, today: datetime.date | None) -> Forms:
+def _forms(tokenizer: Path, memory: Path, template: str, today: datetime.date | None) -> Forms:
     """Likewise: the shapes of one shard are those of the next."""
-    return Forms(chat_template.load(_tokenizer(tokenizer), template, today))
+    return Forms(chat_template.load(_tokenizer(tokenizer, memory), template, today))
 
 
 def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work: Work) -> Facts:
@@ -56,11 +56,12 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
     rows = filters.filtered(read_rows(path, name, first), config.filter)
     seen = _sample(rows) if config.format == "auto" else []
     reader = _reader(config, name, seen)
-    tokenizer = _tokenizer(inputs["tokenizer"])
+    memory = work.runtime.cache / "tokenizers"
+    tokenizer = _tokenizer(inputs["tokenizer"], memory)
     # Rows of raw text need no template, so a base model without one is asked for none. Any it were given would go with
     # it, and ask it in a way that it never learned.
     bare = config.options.get("wording") == "text" and config.template == "tokenizer" and tokenizer.template is None
-    forms = _forms(inputs["tokenizer"], config.template, config.date) if reader.templated and not bare else None
+    forms = _forms(inputs["tokenizer"], memory, config.template, config.date) if reader.templated and not bare else None
     template = forms.template if forms else None
     counts = _Counts(name, _inside(source), config.bad_rows, Columns(reader.named))
     schema = (CONVERSATIONS_OF_IDS if reader.ids else CONVERSATIONS).with_metadata(

@@ -2,8 +2,9 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ class Tokenizer:
     """What the tokenizer itself puts before a plain text (a begin token), else empty."""
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Read a tokenizer's files. Raises UserError when `tokenizer.json` is not there, or one is not JSON."""
+def read_tokenizer(folder: Path, memory: Path | None = None) -> Tokenizer:
+    """Read a tokenizer's files; `memory` is that of `backend`, for named tokens that only transformers knows. Raises
+    UserError when `tokenizer.json` is not there, or one is not JSON, and when transformers, asked, cannot read them."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             "the model has no tokenizer.json: save one with transformers' AutoTokenizer.from_pretrained(...)"
@@ -41,6 +43,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         for name, value in config.items()
         if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
     }
+    if not {"bos_token", "eos_token"}.issubset(config) and not _names_are_written(folder, config):
+        known = words_of(folder)
+        told = json.loads(_asked(folder, memory, "names", _names))
+        variables = {name: token for name, token in told.items() if name not in config and token in known} | variables
     added = tokenizer.get("added_tokens") or []
     return Tokenizer(
         template=_own_template(folder, config.get("chat_template")),
@@ -118,26 +124,45 @@ def backend(folder: Path, memory: Path) -> str:
     """
     if _as_it_stands(folder):
         return (folder / "tokenizer.json").read_text("utf-8")
-    digest = hashlib.sha256(_transformers_version().encode())
+    return _asked(folder, memory, "backend", lambda tokenizer: str(tokenizer.backend_tokenizer.to_str()))
+
+
+def _names(tokenizer: Any) -> str:
+    """The named tokens of one of transformers' tokenizers, of which its class may have some by default."""
+    return json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+
+
+def _asked(folder: Path, memory: Path | None, what: str, tell: Callable[[Any], str]) -> str:
+    """What `tell` says of the tokenizer that transformers makes of a folder, remembered as `what`."""
+    if memory is None:
+        return tell(_loaded(folder))
+    digest = hashlib.sha256(f"{what} {_transformers_version()}".encode())
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     held = memory / f"{digest.hexdigest()}.json"
     if not held.is_file():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"transformers cannot read the model's tokenizer: {reason}") from error
-        if not tokenizer.is_fast:
-            raise UserError("the model's tokenizer has only a slow form in transformers: expected a tokenizer.json")
+        told = tell(_loaded(folder))
         held.parent.mkdir(parents=True, exist_ok=True)
         aside = held.with_suffix(f".{os.getpid()}")
-        aside.write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
+        aside.write_text(told, "utf-8")
         aside.replace(held)
     return held.read_text("utf-8")
+
+
+def _loaded(folder: Path) -> Any:
+    """The tokenizer that transformers makes of a folder."""
+    _transformers_version()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers cannot read the model's tokenizer: {reason}") from error
+    if not tokenizer.is_fast:
+        raise UserError("the model's tokenizer has only a slow form in transformers: expected a tokenizer.json")
+    return tokenizer
 
 
 _PLAIN_SETTINGS = {
@@ -148,6 +173,12 @@ _PLAIN_SETTINGS = {
 
 _PLAIN_MODELS = {None, "llama", "smollm3"}
 """Model types that have no tokenizer class of their own in transformers, so that it takes the one that is named."""
+
+
+def _names_are_written(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer has no class in transformers that names tokens where its files do not."""
+    plain = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return plain and _json(folder / "config.json").get("model_type") in _PLAIN_MODELS
 
 
 def _as_it_stands(folder: Path) -> bool:

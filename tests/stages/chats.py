@@ -91,7 +91,8 @@ def run_convert(
     (path,) = rows.glob("rows.*")
     where = {"name": f"{json.loads((rows / 'source.json').read_text())['source']}{path.suffix}"}
     part = convert.ConvertPart.model_validate(config or {})
-    return output, convert.run(part, {"rows": rows, "tokenizer": tokenizer}, output, Work(folder / "work", where=where))
+    work = Work(folder / "work", Runtime(cache=folder / "cache"), where=where)
+    return output, convert.run(part, {"rows": rows, "tokenizer": tokenizer}, output, work)
 
 
 def run_tokenize(folder: Path, shard: Path, tokenizer: Path) -> tuple[Path, Facts]:

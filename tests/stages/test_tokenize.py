@@ -395,6 +395,41 @@ def test_completion_text_is_tokenized_as_transformers_does_with_its_own_ends(tmp
     assert [row["ids"] for row in rows_of(output)] == [[*real.ids("Once upon a time."), 2], [2]]
 
 
+@pytest.mark.parametrize("kind", ["by its class", "by the model's type"])
+def test_the_end_of_a_text_is_known_where_only_the_tokenizers_class_names_it(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    made = byte_level()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    by_class = {"tokenizer_class": "GPT2Tokenizer"} if kind == "by its class" else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024, **by_class}))
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for row, config in (({"text": "Hi."}, {"format": "completion"}), (talk, {"template": "plain"})):
+        own = tmp_path / config.get("template", "text")
+        converted, _ = run_convert(own, source(own / "rows", [row]), folder, config)
+        (found,) = rows_of(run_tokenize(own, converted, folder)[0])
+        assert json.loads((converted / "counts.json").read_text())["turns_without_end"] == 0
+        assert end in found["ids"][-3:]
+    # What the files say goes first, also that there is none; and what transformers says is remembered.
+    named = {"bos_token": None, **by_class}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    assert set(read_tokenizer(folder, tmp_path / "memory").variables) == {"eos_token", "unk_token"}
+    (held,) = (tmp_path / "memory").iterdir()
+    held.write_text('{"eos_token": "<|endoftext|>"}')
+    assert set(read_tokenizer(folder, tmp_path / "memory").variables) == {"eos_token"}
+
+
+def test_named_tokens_that_the_vocabulary_lacks_are_none(tmp_path: Path) -> None:
+    made = byte_level()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert read_tokenizer(tmp_path).variables == {}
+
+
 BEGUN = ["hi", " hi", "  hi", "\nhi", "▁hi", "", "é", "hi <s>", "x</s>"]
 
 
