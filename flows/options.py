@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
+from flows.strict_yaml import parse
 from stages.errors import UserError
 from stages.runtime import Runtime, from_environment
 
@@ -31,14 +31,16 @@ def runtime_of(store: str | None, file: Path | None, allow_code: bool = False) -
         told = error.errors()
         name = str(told[0]["loc"][0])  # what follows are pydantic's names of the types that it may have
         wanted = "; or: ".join(dict.fromkeys(each["msg"] for each in told if str(each["loc"][0]) == name))
+        wanted = wanted.removeprefix("Value error, ")
         raise UserError(f"runtime `{name}`: {wanted} (from {file or f'REGROW_{name.upper()}'})") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a runtime file: {' '.join(str(error).split())}") from None
+    found = parse(text, str(file)).value
     if not isinstance(found, dict | None):
         raise UserError(f"{file}: not a runtime file: expected settings by name, such as `store: s3://bucket/prefix`")
     return found or {}

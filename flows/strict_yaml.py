@@ -1,4 +1,4 @@
-"""Reads recipe YAML strictly: remembers every key's line, refuses duplicate keys, tags and bombs.
+"""Reads YAML of recipes and runtime files strictly: remembers every key's line, refuses duplicate keys, tags and bombs.
 
 Anchors and `<<` merges work. A document that would unfold to more than `MAX_NODES` values (a "billion laughs" bomb)
 or that contains itself is refused before anything is built from it.
@@ -36,7 +36,7 @@ class Document:
 def parse(text: str, name: str) -> Document:
     """Parse YAML text. `name` is the file's name for messages. Raises UserError with the line."""
     if len(text) > MAX_BYTES:
-        raise UserError(f"{name}: {len(text):,} characters is no recipe; the limit is {MAX_BYTES:,}")
+        raise UserError(f"{name}: {len(text):,} characters are too many; the limit is {MAX_BYTES:,}")
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -54,7 +54,7 @@ def parse(text: str, name: str) -> Document:
         place = f"{name}:{mark.line + 1}" if mark else name
         raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
-        raise UserError(f"{name}: nested too deep to be a recipe") from None
+        raise UserError(f"{name}: nested too deep") from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
 

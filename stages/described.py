@@ -10,14 +10,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, GetJsonSchemaHandler
+from pydantic import BaseModel, GetJsonSchemaHandler, ValidationInfo, field_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 
 class Described(BaseModel):
-    """A model in whose JSON schema and forms each field is called as in YAML and described by its docstring."""
+    """A model of settings in YAML: in its JSON schema and forms each field is called as there and described by its
+    docstring, and no truth value is a number."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take it for 0 or 1."""
+        if isinstance(value, bool):
+            kinds = {*_kinds(cls.model_fields[str(info.field_name)].annotation)}
+            if bool not in kinds and any(isinstance(k, type) and issubclass(k, int | float) for k in kinds):
+                raise ValueError("expected a number, not true or false, which in YAML are also yes, no, on and off")
+        return value
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -31,6 +44,17 @@ class Described(BaseModel):
                     if name in properties:
                         properties[name].setdefault("description", text)
         return found
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What a field may be, one by one."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        for kind in get_args(annotation):
+            yield from _kinds(kind)
+    else:
+        yield annotation
 
 
 def _docstrings(kind: type) -> Iterator[tuple[str, str]]:

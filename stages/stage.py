@@ -9,13 +9,12 @@ and reports (counts, scores, seconds). Whatever a *later stage* needs must be a 
 are not part of an artifact's digest.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Generic, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, model_validator
 
 from stages.described import Described
 from stages.errors import UserError
@@ -40,17 +39,6 @@ __all__ = [
 Facts = dict[str, Json]
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """What a field may be, one by one."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        for kind in get_args(annotation):
-            yield from _kinds(kind)
-    else:
-        yield annotation
-
-
 class StageConfig(Described):
     """A recipe section (or a part of one): frozen, strict about names, and null means "the default"."""
 
@@ -62,16 +50,6 @@ class StageConfig(Described):
         if isinstance(values, Mapping):
             return {k: v for k, v in values.items() if v is not None}
         return values
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would take it for 0 or 1."""
-        if isinstance(value, bool):
-            kinds = {*_kinds(cls.model_fields[str(info.field_name)].annotation)}
-            if kinds & {int, float} and bool not in kinds:
-                raise ValueError("expected a number, not true or false, which in YAML are also yes, no, on and off")
-        return value
 
 
 class Tell(Protocol):

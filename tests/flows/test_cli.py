@@ -116,6 +116,25 @@ def test_a_runtime_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("micro_batch: yes", r"runtime `micro_batch`: expected a number.*runtime\.yaml"),
+        ("cache_limit: on", r"runtime `cache_limit`: expected a number"),
+        ("workers: 010", r"runtime\.yaml:2: 010 is 8 in YAML"),
+        ("lease_seconds: 1:30", r"runtime\.yaml:2: 1:30 is 90 in YAML"),
+        ("store: two", r"runtime\.yaml:2: the key `store` stands here twice"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_people_is_refused_in_a_runtime_file(
+    tmp_path: Path, line: str, told: str
+) -> None:
+    file = tmp_path / "runtime.yaml"
+    file.write_text(f"store: one\n{line}\n")
+    with pytest.raises(UserError, match=told):
+        runtime_of(None, file)
+
+
 def test_json_is_refused_for_a_run_that_is_sent_elsewhere(user: User) -> None:
     user.write([GOOD])
     assert "--json" in user.refused("--on", "up", "--json")
