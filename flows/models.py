@@ -14,6 +14,7 @@ from flows.plan import make_plan
 from flows.recipe import load
 from flows.run import start
 from stages.errors import UserError
+from stages.home import expanded
 from stages.identity import Tree
 from stages.production import production
 from stages.runtime import Runtime
@@ -53,7 +54,7 @@ def choose(what: str, settings: Sequence[str], store: Store, runtime: Runtime) -
 
     Raises UserError when there is none, with the command that makes it.
     """
-    path = Path(what).expanduser()
+    path = expanded(what, "model")
     if path.is_dir():
         return _of_folder(path, store)
     if path.suffix in (".yaml", ".yml") or path.is_file():

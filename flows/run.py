@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from flows import continuing
@@ -22,6 +21,7 @@ from stages.child import Suspended
 from stages.compare import UNBOUNDED
 from stages.deliver import absolute
 from stages.errors import UserError
+from stages.home import expanded
 from stages.identity import Action, File, Json, Tree
 from stages.production import Move, Production, production
 from stages.runtime import Runtime
@@ -292,7 +292,7 @@ def start(
     for section in ("train", "evaluate"):
         for place, model in _steps_of(loaded.recipe, section):
             if (path := loaded.recipe.fetch.reward_models[model].path) is not None:
-                reward_models.refuse_steps(Path(path).expanduser(), place)
+                reward_models.refuse_steps(expanded(path, f"fetch.reward_models.{model}.path"), place)
     to = absolute(loaded.recipe.publish.to)
     return Run(run_id, loaded, runtime, store, parts, production=standing, to=to)
 

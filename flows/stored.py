@@ -4,7 +4,6 @@ No Prefect in here.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -13,6 +12,7 @@ from pydantic import Field
 from flows.recipe import Loaded, Recipe, check, load, loads
 from flows.strict_yaml import Document
 from stages.errors import UserError
+from stages.home import expanded
 from stages.store import Store
 
 Stored = Annotated[
@@ -42,7 +42,7 @@ def recipe_of(source: str | Recipe, settings: Sequence[str], store: Store) -> Lo
     if isinstance(source, Recipe):
         text = yaml.safe_dump(source.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         return loads(text, "recipe", settings)
-    path = Path(source).expanduser()
+    path = expanded(source, "recipe")
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return load(path, settings)
     ref = store.read_ref(f"{source}/last") if "/" not in source else None

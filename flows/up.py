@@ -16,12 +16,13 @@ from flows.keeper import Settings, State, end_all, healthy, read, write
 from flows.processes import Process, end, marked, memory, process
 from flows.server import PORT, PROFILE, START_SECONDS
 from stages.errors import UserError
+from stages.home import expanded
 from stages.runtime import default_home
 
 
 def home_of(folder: Path | None) -> Path:
     """The home that was asked for, or the usual one: the same that a run's own server uses."""
-    return (folder or default_home() / "prefect").expanduser().absolute()
+    return expanded(folder or default_home() / "prefect", "home").absolute()
 
 
 def devices() -> list[str]:

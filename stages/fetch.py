@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from stages import reward_models
+from stages.home import expanded
 from stages.sources import Found, credentials, files, folder, hub, new_tokens, package, reasoning
 from stages.sources.pieces import Pieces
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
@@ -167,7 +168,8 @@ def resolve(config: FetchConfig, cache: Path) -> Sequence[Part]:
     for name, model in config.reward_models.items():
         resolved.append(_model_part(f"reward_models/{name}", model, cache, {"judges": True}))
         if model.path is not None:  # told before anything is fetched
-            reward_models.check(Path(model.path).expanduser(), f"fetch.reward_models.{name}")
+            place = f"fetch.reward_models.{name}"
+            reward_models.check(expanded(model.path, f"{place}.path"), place)
     for name, source in config.data.items():
         kind, shards = _resolve_data(source, f"fetch.data.{name}", cache)
         for number, found in enumerate(shards):

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from stages.errors import UserError
+from stages.home import expanded
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ def not_allowed(key: str) -> UserError:
 def read(path: str, key: str) -> str:
     """The file's text. Raises UserError when there is no such file."""
     try:
-        return Path(path).expanduser().read_text("utf-8")
+        return expanded(path, key).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: cannot read {path}: {error} (looked from {Path.cwd()})") from None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stages.deliver.folder import deliver_to_folder, edited, local_index, refuse_foreign, sweep
 from stages.deliver.index import has, is_whole
+from stages.home import expanded
 from stages.identity import Json, Tree, join
 from stages.store import Store
 
@@ -22,10 +23,11 @@ PRIVATE = ("merge.json", "samples.jsonl")
 
 def absolute(to: str) -> str:
     """A place in the one spelling that means it wherever a command runs: a folder by its absolute path, nothing at the
-    end. Empty stays empty: nowhere."""
+    end. Empty stays empty: nowhere. Raises UserError for a home folder that is not there."""
     scheme, mark, path = to.rpartition("://")
     if scheme in ("", "file", "local"):
-        return f"{scheme}{mark}{os.path.normpath(Path(path).expanduser().absolute())}" if path else ""
+        folder = expanded(path, "publish.to").absolute()
+        return f"{scheme}{mark}{os.path.normpath(folder)}" if path else ""
     return to.rstrip("/")
 
 

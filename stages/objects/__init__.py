@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from stages.errors import UserError
+from stages.home import expanded
 from stages.transfers import Moved, nobody
 
 __all__ = [
@@ -148,7 +149,7 @@ def _open(url: str, options: Mapping[str, str], made: bool, reached: bool) -> Ob
         from stages.objects.folder import FolderObjects, open_folder
 
         folder = Path(rest if separator else url)
-        return open_folder(folder) if made else FolderObjects(folder.expanduser().absolute())
+        return open_folder(folder) if made else FolderObjects(expanded(folder, "store").absolute())
     if scheme == "memory":
         from stages.objects.memory import MemoryObjects
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from uuid import uuid4
 
 from stages.errors import UserError
+from stages.home import expanded
 from stages.objects import Entry, Versioned, clear_errors
 from stages.transfers import Moved, nobody
 
 
 def open_folder(folder: Path) -> "FolderObjects":
     """The objects in a folder, made if need be. Raises UserError where it cannot be made or written."""
-    root = folder.expanduser().absolute()
+    root = expanded(folder, "store").absolute()
     try:
         with clear_errors(root):
             (root / "tmp").mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from stages.errors import UserError
+from stages.home import expanded
 from stages.identity import Json
 from stages.sources import Found, beside, hub, remote, urls
 from stages.sources.batches import batches, cut_batches
@@ -92,7 +93,7 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
 
 def _local(location: str, place: str) -> list[Found]:
     """The files at a path. Their digests are looked up later, together."""
-    path = Path(location).expanduser()
+    path = expanded(location, place)
     others = 0
     if path.is_dir():
         below = [p for folder in _folders(path) for p in folder.iterdir() if p.is_file()]

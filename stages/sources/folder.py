@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages.errors import UserError
+from stages.home import expanded
 from stages.identity import Json
 from stages.sources import Found, credentials, remote, urls
 from stages.sources.digests import digests, refuse_pointer, refuse_pointers
@@ -41,7 +42,7 @@ CHUNK = 16 << 20
 
 def resolve(location: str, place: str, cache: Path) -> Found:
     """The model's files by digest. Raises UserError when the folder does not hold a whole model."""
-    folder = Path(location).expanduser()
+    folder = expanded(location, place)
     if not folder.is_dir():
         raise UserError(f"{place}: there is no folder {location} (looked from {Path.cwd()})")
     paths = listing(folder, place)

@@ -9,9 +9,9 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from stages.errors import UserError
+from stages.home import expanded
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def resolved(choice: str) -> str:
         find(choice)
         return choice
     try:
-        text = Path(choice).expanduser().read_text("utf-8")
+        text = expanded(choice, "template").read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"there is no chat template file {choice}") from None
     except (OSError, UnicodeDecodeError) as error:
