@@ -16,6 +16,7 @@ from pydantic import ByteSize, ConfigDict, Field, field_validator
 
 from stages.described import Described
 from stages.errors import UserError
+from stages.home import expanded
 from stages.sources.credentials import check_options, check_url
 from stages.store import Store, open_store
 
@@ -99,14 +100,12 @@ class Runtime(Described):
     allow_code: bool = False
     """Whether a recipe may bring Python of its own, such as a dataset format: it runs with your rights."""
 
-    @field_validator("cache")
+    @field_validator("cache", mode="before")
     @classmethod
-    def _in_the_home(cls, value: Path) -> Path:
-        """`~` is a shell's word, and no shell reads a file's or a quoted variable's."""
-        try:
-            return value.expanduser()
-        except RuntimeError:  # nobody is called so
-            raise ValueError(f"{value}: there is no such home folder; write the path out") from None
+    def _in_the_home(cls, value: Any) -> Any:
+        if value == "":  # of which a path would be the working folder
+            raise ValueError("names no folder; name one, or leave it out")
+        return expanded(value, "cache") if isinstance(value, str | Path) else value
 
     @field_validator("storage_options")
     @classmethod

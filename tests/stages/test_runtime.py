@@ -78,6 +78,15 @@ def test_a_cache_in_the_home_folder_is_there_wherever_it_is_named(
         runtime_of(None, None)
 
 
+def test_a_cache_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REGROW_CACHE", "")
+    with pytest.raises(UserError, match=r"runtime `cache`: names no folder.*REGROW_CACHE"):
+        runtime_of(None, None)
+    (tmp_path / "runtime.yaml").write_text("cache: ''\n")
+    with pytest.raises(UserError, match=r"runtime `cache`: names no folder.*runtime\.yaml"):
+        runtime_of(None, tmp_path / "runtime.yaml")
+
+
 def test_files_are_remembered_in_the_cache_that_a_file_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     model = model_folder(tmp_path / "model")
