@@ -8,15 +8,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from stages import reward_models
 from stages.home import expanded
+from stages.identity import canonical_json
 from stages.sources import Found, credentials, files, folder, hub, new_tokens, package, reasoning
 from stages.sources.pieces import Pieces
 from stages.stage import Facts, Part, Stage, StageConfig, UserError, Work
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+def _of_json(options: dict[str, Any]) -> dict[str, Any]:
+    """What enters keys and records, whose form is JSON: YAML has dates, sets and NaN beside."""
+    try:
+        canonical_json(options)
+    except (TypeError, ValueError) as error:
+        wanted = "expected text (between quotes), numbers, true or false, lists and mappings"
+        raise ValueError(f"{str(error).lstrip('$. ')}; {wanted}") from None
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_of_json)]
 
 
 class ModelSource(StageConfig):
@@ -32,7 +46,7 @@ class ModelSource(StageConfig):
     """A folder at any fsspec URL, e.g. s3://bucket/model."""
     revision: str | None = None
     """For hub: branch, tag or commit; main by default."""
-    storage_options: dict[str, Any] | None = None
+    storage_options: Options | None = None
     """For url: options of its fsspec file system, secrets by reference: `{key: env:MY_KEY}`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """For package: the number type of the saved weights; bfloat16 by default."""
@@ -60,7 +74,7 @@ class DataSource(StageConfig):
     """heldout rows are never trained on: they measure."""
     first: int | None = Field(default=None, ge=1)
     """For files and hub: only the first so many rows, counted before any filter; no more is read than they need."""
-    storage_options: dict[str, Any] | None = None
+    storage_options: Options | None = None
     """For files: options of the URLs' fsspec file system, or `headers` of web addresses. Secrets by reference only:
     `{key: env:MY_KEY}`."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
@@ -75,7 +89,7 @@ class DataSource(StageConfig):
     """For reasoning_gym: how many rows."""
     seed: int | None = Field(default=None, ge=0)
     """For reasoning_gym: 0 by default. Different seeds give different rows."""
-    options: dict[str, Any] | None = None
+    options: Options | None = None
     """For reasoning_gym: the task's own settings."""
 
     @model_validator(mode="after")

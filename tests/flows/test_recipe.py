@@ -274,6 +274,23 @@ def test_another_shape_than_a_section_has_is_told_what_it_has(tmp_path: Path, se
     assert re.search(".*".join(map(re.escape, told.split(".*"))), found), found
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("{year: 2024-01-01}", "year is a date"),
+        ("{weights: [1, .nan]}", "weights[1] is nan"),
+        ("{a: {b: .inf}}", "a.b is inf"),
+        ("{names: !!set {x}}", "names is a set"),
+        ("{a: {1: 2}}", "a has the key 1"),
+    ],
+)
+@pytest.mark.parametrize("place", ["fetch.data.g.options", "fetch.model.storage_options"])
+def test_an_option_that_no_key_can_hold_is_named(tmp_path: Path, place: str, value: str, told: str) -> None:
+    gym = "fetch.data.g={reasoning_gym: calendar_arithmetic, size: 5}"
+    found = loaded(tmp_path, GOOD, gym, f"{place}={value}")
+    assert f"`{place}`: {told}" in found and "expected text" in found, found
+
+
 def test_an_override_is_named_where_only_the_section_around_it_can_be(tmp_path: Path) -> None:
     told = loaded(tmp_path, GOOD, "train.optimizer_options={foo: 1}")
     assert re.match(r"\S+\.yaml(:\d+)? with --set train\.optimizer_options: .*`optimizer_options.foo`", told), told
