@@ -5,6 +5,7 @@ and turns every mistake into one line: file, line, key, what was expected, the n
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -157,8 +158,9 @@ def _told(error: Mapping[str, Any], document: Document, name: str, overridden: s
 
 
 def _is_tag(key: object) -> bool:
-    """Pydantic puts the names of union members and validators into a location; they are no keys of the file."""
-    return isinstance(key, str) and (key.startswith(("function-", "tagged-union")) or "[" in key)
+    """Pydantic puts the names of union members and validators into a location, such as `function-after[fit(), str]`;
+    they are no keys of the file."""
+    return isinstance(key, str) and re.fullmatch(r"[a-z-]*\[.*\]", key) is not None
 
 
 def _place(path: tuple[str | int, ...], document: Document, name: str, overridden: set[str]) -> str:

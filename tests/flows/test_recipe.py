@@ -198,6 +198,13 @@ def test_an_unknown_key_deep_in_a_source_names_the_near_one(tmp_path: Path) -> N
     assert "r.yaml:5" in told and "did you mean `files`" in told
 
 
+def test_a_name_that_begins_like_a_word_of_the_checker_is_in_the_message(tmp_path: Path) -> None:
+    told = loaded(tmp_path, GOOD.replace("chats:", "function-calling:").replace("files:", "fils:"))
+    assert told == "r.yaml:5: unknown key `fetch.data.function-calling.fils`; did you mean `files`?"
+    told = loaded(tmp_path, GOOD + "evaluate: {tasks: {tagged-union: {source: chats, limit: x}}}\n")
+    assert "`evaluate.tasks.tagged-union.limit`" in told
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     told = loaded(tmp_path, GOOD + "pack: {seeed: 1, sequence_length: -1}\n")
     assert len(told.splitlines()) == 2
