@@ -127,7 +127,7 @@ class EvaluateConfig(StageConfig):
     """The date that a chat template gets when a task asks through it, as `convert.date` in training: that of the
     clock would make scores depend on the day."""
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="before", json_schema_input_type=dict[str, Task] | list[str | Task])
     @classmethod
     def _named(cls, tasks: Any) -> Any:
         if not isinstance(tasks, list):

@@ -330,6 +330,13 @@ def test_an_editor_finds_nothing_in_the_shipped_recipes(editor: jsonschema.Draft
         assert [error.message for error in editor.iter_errors(yaml.safe_load(path.read_text()))] == [], path
 
 
+def test_an_editor_takes_tasks_as_a_list_as_a_run_does(editor: jsonschema.Draft202012Validator) -> None:
+    text = GOOD + "evaluate: {tasks: [{source: chats}, {lm_eval: gsm8k, limit: 2}, arc_easy]}\n"
+    assert list(loads(text, "r.yaml").recipe.evaluate.tasks) == ["chats", "gsm8k", "arc_easy"]
+    assert editor.is_valid(yaml.safe_load(text))
+    assert not editor.is_valid(yaml.safe_load(text.replace("limit: 2", "limt: 2")))
+
+
 @pytest.mark.parametrize(
     ("name", "place", "value"),
     [
