@@ -9,8 +9,9 @@ as far as they reach.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -94,33 +95,53 @@ def _pinned(found: Sequence[Found], sha256: str, place: str) -> list[Found]:
 def _local(location: str, place: str) -> list[Found]:
     """The files at a path. Their digests are looked up later, together."""
     path = expanded(location, place)
-    others = 0
-    if path.is_dir():
-        below = [p for folder in _folders(path) for p in folder.iterdir() if p.is_file()]
-        refuse_splits([p.as_posix() for p in below], place)
-        paths = sorted(p for p in below if has_rows(str(p.relative_to(path))))
-        others = left_alone(str(p.relative_to(path)) for p in below)
-        if not paths:
-            raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
-    elif path.exists():
-        paths = [path]
-    elif any(mark in location for mark in "*?["):
-        matching = _matching(Path(path.anchor), path.relative_to(path.anchor).parts)
-        paths = sorted(p for p in matching if p.is_file() and not hidden(str(p), str(path)))
-        if not paths:
-            raise UserError(
-                f"{place}: nothing matches {location} (looked from {Path.cwd()}; hidden files do not count)"
-            )
-    else:
-        raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
+    try:
+        paths, others = _paths(path, location, place)
+    except OSError as error:
+        told = f"{error.filename} cannot be read ({error.strerror})"
+        raise UserError(f"{place}: {told}: change its owner or mode, or name what can be") from error
     found = [Found({}, {"name": path.name, "path": str(path.absolute())}) for path in paths]
     return beside(found, others)
 
 
-def _folders(top: Path) -> Iterator[Path]:
+def _paths(path: Path, location: str, place: str) -> tuple[list[Path], int]:
+    """The files there, and how many others a folder has. Raises OSError for a folder that cannot be read."""
+    if path.is_dir():
+        inside = (p for folder in _folders(path, str(path)) for p in folder.iterdir())
+        below = [*_files(inside, lambda p: has_rows(str(p.relative_to(path))), place)]
+        refuse_splits([p.as_posix() for p in below], place)
+        paths = sorted(p for p in below if has_rows(str(p.relative_to(path))))
+        if not paths:
+            raise UserError(f"{place}: no file in the folder {location} is one of {', '.join(SUFFIXES)}")
+        return paths, left_alone(str(p.relative_to(path)) for p in below)
+    if path.exists():
+        return [path], 0
+    if any(mark in location for mark in "*?["):
+        matching = _matching(Path(path.anchor), path.relative_to(path.anchor).parts, str(path))
+        shown = (p for p in matching if not hidden(str(p), str(path)))
+        paths = sorted(_files(shown, lambda p: bool(suffix_of(p.name)), place))
+        if not paths:
+            raise UserError(
+                f"{place}: nothing matches {location} (looked from {Path.cwd()}; hidden files do not count)"
+            )
+        return paths, 0
+    raise UserError(f"{place}: there is no file {location} (looked from {Path.cwd()})")
+
+
+def _files(found: Iterable[Path], taken: Callable[[Path], bool], place: str) -> Iterator[Path]:
+    """Those that are files. Raises UserError for a link to nothing that would be `taken` if it led to one."""
+    for path in found:
+        if path.is_file():
+            yield path
+        elif taken(path) and path.is_symlink() and not path.exists():
+            told = f"{path} is a link to {path.readlink()}, which is not there"
+            raise UserError(f"{place}: {told}: mend it, or remove it")
+
+
+def _folders(top: Path, asked: str) -> Iterator[Path]:
     """A folder and those below it, also those that links lead to; each once, so that a link to one above ends."""
     been: set[str] = set()
-    for folder, below, _ in os.walk(top, followlinks=True):
+    for folder, below, _ in os.walk(top, onerror=lambda error: _refuse(error, asked), followlinks=True):
         below.sort()
         if (real := os.path.realpath(folder)) in been:
             below.clear()
@@ -129,15 +150,35 @@ def _folders(top: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _matching(top: Path, pattern: Sequence[str]) -> Iterator[Path]:
-    """What a glob finds; Python's own does not follow links where it says `**`."""
-    if "**" not in pattern:
-        yield from top.glob("/".join(pattern)) if pattern else [top]
+def _matching(top: Path, pattern: Sequence[str], asked: str) -> Iterator[Path]:
+    """What a glob finds; Python's own does not follow links where it says `**`, and leaves out what it cannot read."""
+    if not pattern:
+        yield top
         return
-    at = pattern.index("**")
-    for folder in _matching(top, pattern[:at]):
-        for below in _folders(folder):
-            yield from _matching(below, pattern[at + 1 :])
+    first, *rest = pattern
+    if first == "**":
+        found = _folders(top, asked)
+    elif any(mark in first for mark in "*?["):
+        found = (path for path in _entries(top, asked) if fnmatchcase(path.name, first))
+    else:
+        found = (path for path in [top / first] if path.exists() or path.is_symlink())
+    for path in found:
+        yield from _matching(path, rest, asked)
+
+
+def _entries(folder: Path, asked: str) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        _refuse(error, asked)
+        return []
+
+
+def _refuse(error: OSError, asked: str) -> None:
+    """Raise the error of a folder that cannot be read, unless it is none, or is hidden and the path or glob that was
+    `asked` for does not look there."""
+    if not isinstance(error, NotADirectoryError | FileNotFoundError) and not hidden(str(error.filename), asked):
+        raise error
 
 
 def _web(url: str, options: Mapping[str, Json], pinned: bool, place: str) -> Found:

@@ -1,7 +1,8 @@
 """Stores to test against: a folder, this process's memory, and buckets: of a real S3 server, of Azure's emulator, of a
-server that obeys Google's conditions."""
+server that obeys Google's conditions; and a user without root's rights."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +20,22 @@ MakeAction = Callable[..., Action]
 
 BUCKETS = ("s3", "azure", "google")
 """Fixtures whose `url` is a fresh store's."""
+
+
+@pytest.fixture
+def somebody(tmp_path: Path) -> Iterator[None]:
+    """Act as a user without root's rights."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for folder in [tmp_path, *tmp_path.parents]:  # pytest keeps its folders to the user who runs it
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 @pytest.fixture(params=["folder", "memory", "s3", "google", pytest.param("azure", marks=pytest.mark.full)])

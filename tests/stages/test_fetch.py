@@ -22,6 +22,7 @@ from stages import fetch
 from stages.errors import UserError
 from stages.identity import canonical_json, sha256_file
 from stages.sources import digests as digests_module
+from stages.sources import files as local
 from stages.sources import remote
 from stages.sources.pieces import Pieces
 from tests.stages.fetching import (
@@ -132,6 +133,40 @@ class TestFiles:
         for files in ("d", "d/**/*.jsonl", "**/*.jsonl", "[d]/**/**/*.jsonl"):
             assert names(shards({"files": files})) == ["a.jsonl", "b.jsonl", "c.jsonl"], files
         assert names(shards({"files": "d/**/deep/*"})) == ["c.jsonl"]
+
+    @pytest.mark.parametrize("files", ["d", "d/**/*.jsonl", "d/*/*.jsonl"])
+    def test_a_link_to_nothing_that_would_be_read_is_an_error(self, home: Path, files: str) -> None:
+        for name in ("d/deep/a.jsonl", "d/deep/.#a.jsonl"):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "d/deep/a.jsonl").write_bytes(ROW)
+        for other in (".#a.jsonl", "README", ".old/b.jsonl"):  # an editor's lock, no rows, and hidden
+            (home / "d/deep" / other).parent.mkdir(exist_ok=True)
+            (home / "d/deep" / other).symlink_to("nowhere")
+        assert names(shards({"files": files})) == ["a.jsonl"]
+        (home / "d/deep/b.jsonl").symlink_to("annex/b")
+        told = r"fetch\.data\.mine\.files: d/deep/b\.jsonl is a link to annex/b, which is not there"
+        with pytest.raises(UserError, match=told):
+            shards({"files": files})
+
+    @pytest.mark.parametrize("files", ["d", "d/**/*.jsonl", "d/*/*.jsonl"])
+    @pytest.mark.parametrize("mode", [0o755, 0o444, 0], ids=["readable", "not to be entered", "not to be listed"])
+    def test_a_folder_that_cannot_be_read_is_an_error_unless_it_is_hidden(
+        self, home: Path, files: str, mode: int, request: pytest.FixtureRequest
+    ) -> None:
+        for name in ("d/a/a.jsonl", "d/b/b.jsonl", "d/.trash/c.jsonl"):
+            (home / name).parent.mkdir(parents=True)
+            (home / name).write_bytes(ROW)
+        (home / "d/.trash").chmod(0)
+        (home / "d/b").chmod(mode)
+        (home / "cache").mkdir()
+        (home / "cache").chmod(0o777)
+        request.getfixturevalue("somebody")
+        asked: Any = [files], {}, None, "fetch.data.mine.files", home / "cache"
+        if mode == 0o755:
+            assert [found.where["name"] for found in local.resolve(*asked)] == ["a.jsonl", "b.jsonl"]
+        else:
+            with pytest.raises(UserError, match=r"^fetch\.data\.mine\.files: d/b\S* cannot be read \(Permission den"):
+                local.resolve(*asked)
 
     def test_what_is_not_taken_of_a_folder_is_counted(self, home: Path, tmp_path: Path) -> None:
         for name in ("a.jsonl", "b.ndjson", "c.jsonl.bz2", "e.jsonl", ".git/config"):

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,22 +18,6 @@ from stages.store import _check_conditions, open_store
 from tests.wrong_clock import wrong_clock
 
 SECRET = "a-secret-that-nobody-may-see"
-
-
-@pytest.fixture
-def somebody(tmp_path: Path) -> Iterator[None]:
-    """Act as a user without root's rights."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for folder in [tmp_path, *tmp_path.parents]:  # pytest keeps its folders to the user who runs it
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(folder.stat().st_mode | 0o755)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def refusal(url: str, cache: Path, **options: str) -> str:
