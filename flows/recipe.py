@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flows.strict_yaml import Document, parse
 from stages import formats, objectives
@@ -54,6 +54,14 @@ class Recipe(StageConfig):
     """What the tuned model must show against the base model."""
     publish: PublishConfig = Field(default_factory=PublishConfig)
     """Where the model goes, and the gate before it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_under_a_heading(cls, values: Any) -> Any:
+        """YAML has null where all lines of a section are commented out."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: v for name, v in values.items() if v is not None or name not in cls.model_fields}
 
 
 class Loaded(BaseModel):

@@ -27,7 +27,7 @@ class Described(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take it for 0 or 1."""
         if isinstance(value, bool):
-            kinds = {*_kinds(cls.model_fields[str(info.field_name)].annotation)}
+            kinds = kinds_of(cls, str(info.field_name))
             if bool not in kinds and any(isinstance(k, type) and issubclass(k, int | float) for k in kinds):
                 raise ValueError("expected a number, not true or false, which in YAML are also yes, no, on and off")
         return value
@@ -46,8 +46,19 @@ class Described(BaseModel):
         return found
 
 
+def kinds_of(model: type[BaseModel], name: str) -> set[Any]:
+    """The types that a field may have, one by one."""
+    return {*_kinds(model.model_fields[name].annotation)}
+
+
+def description_of(model: type[Described], name: str) -> str:
+    """A field's description in one line; empty in code of a user's own, whose source is not there to be read."""
+    known = (kind for kind in model.__mro__ if issubclass(kind, Described) and kind.__module__ in sys.modules)
+    found = next((text for kind in known for field, text in _docstrings(kind) if field == name), "")
+    return " ".join(found.split())
+
+
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """What a field may be, one by one."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):

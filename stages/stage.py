@@ -9,14 +9,15 @@ and reports (counts, scores, seconds). Whatever a *later stage* needs must be a 
 are not part of an artifact's digest.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, ValidationInfo, field_validator, model_validator
 
-from stages.described import Described
+from stages.described import Described, description_of, kinds_of
 from stages.errors import UserError
 from stages.identity import Action, Json, Tree
 from stages.runtime import Runtime
@@ -40,16 +41,36 @@ Facts = dict[str, Json]
 
 
 class StageConfig(Described):
-    """A recipe section (or a part of one): frozen, strict about names, and null means "the default"."""
+    """A recipe section (or a part of one): frozen, and strict about names and nulls."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # which no key can say
 
     @model_validator(mode="before")
     @classmethod
-    def _null_means_default(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {k: v for k, v in values.items() if v is not None}
-        return values
+    def _null_says_nothing(cls, values: Any) -> Any:
+        """It is the same as leaving a key out where the default says nothing either; elsewhere it means "off" to who
+        writes it, and the default is something else."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: v for name, v in values.items() if v is not None or not cls._empty_by_default(name)}
+
+    @classmethod
+    def _empty_by_default(cls, name: str) -> bool:
+        found = cls.model_fields.get(name)
+        if found is None or found.is_required():
+            return found is not None  # of a key that must be there it is missing
+        return found.get_default(call_default_factory=True) in (None, "", (), {})
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_other_null(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if value is None and type(None) not in kinds_of(cls, name):
+            default = cls.model_fields[name].get_default(call_default_factory=True)
+            shown = f", {json.dumps(default, default=str)}" if not isinstance(default, StageConfig) else "s"
+            told = f"null is no value here; leave the key out for its default{shown}. {description_of(cls, name)}"
+            raise ValueError(told.strip())
+        return value
 
 
 class Tell(Protocol):

@@ -172,7 +172,7 @@ class TrainConfig(StageConfig):
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decoupled weight decay, on matrices only (not on biases and norms)."""
     max_gradient_norm: float = Field(default=1.0, gt=0)
-    """A step's gradient is scaled down to this Euclidean norm when it is longer."""
+    """A step's gradient is scaled down to this Euclidean norm when it is longer; 1.0e+9 turns that off."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """Uniform noise on the embeddings while training, about 5 (NEFTune, arXiv:2310.05914)."""
     ema: float | None = Field(default=None, gt=0, lt=1)

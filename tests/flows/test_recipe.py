@@ -210,12 +210,41 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert len(told.splitlines()) == 2
 
 
-def test_null_means_default(tmp_path: Path) -> None:
+def test_null_is_left_out_where_the_default_says_nothing_either(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(GOOD + "pack:\nmerge: null\nevaluate: {tasks: null}\n")
+    empty = "pack: {near_duplicates: null, max_documents: null}\nconvert: {filter: null, sources: null, date: null}\n"
+    path.write_text(f"{GOOD}{empty}merge: null\nscore:\npublish: {{to: null}}\nevaluate: {{tasks: null}}\n")
     with_nulls = load(path).recipe
     path.write_text(GOOD)
     assert load(path).recipe == with_nulls
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.max_gradient_norm", "leave the key out for its default, 1.0. A step's gradient is scaled down"),
+        ("pack.decontaminate", "its default, 0.5. Leave out a row .*0 does not look for any"),
+        ("pack.deduplicate", "its default, true. Keep only the first"),
+        ("evaluate.heldout_loss", "its default, true."),
+        ("pack.train_on", 'its default, "assistant".'),
+        ("train.lora", "leave the key out for its defaults."),
+        ("publish.gate", "leave the key out for its defaults."),
+    ],
+)
+def test_null_is_refused_where_the_default_says_something_else(tmp_path: Path, setting: str, told: str) -> None:
+    found = loaded(tmp_path, GOOD, f"{setting}=null")
+    assert re.match(f"--set {setting}: `{setting}`: null is no value here; .*{told}", found), found
+
+
+def test_null_does_not_hide_a_wrong_name_nor_what_must_be_there(tmp_path: Path) -> None:
+    assert "unknown key `pak`; did you mean `pack`?" in loaded(tmp_path, GOOD + "pak:\n")
+    assert "`name` is missing" in loaded(tmp_path, GOOD, "name=null")
+    assert "`fetch.data` is missing" in loaded(tmp_path, GOOD, "fetch.data=null")
+
+
+def test_null_of_an_objectives_options_is_told_with_their_names(tmp_path: Path) -> None:
+    dpo = "train: {objective: dpo, objective_options: {beta: null}}\n"
+    assert "beta: " in (told := loaded(tmp_path, GOOD.partition("train")[0] + dpo)) and "null is no value here" in told
 
 
 def test_set_overrides_and_is_recorded(tmp_path: Path) -> None:

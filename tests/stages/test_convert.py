@@ -461,6 +461,6 @@ class TestConfig:
         with pytest.raises(ValidationError, match=says):
             convert.ConvertConfig.model_validate(config)
 
-    def test_null_means_the_default(self) -> None:
-        config = convert.ConvertConfig.model_validate({"format": None, "sources": {"a": {"template": None}}})
-        assert config.format == "auto" and config.of("a").template == "tokenizer"
+    def test_null_of_a_source_means_what_the_section_says(self) -> None:
+        config = convert.ConvertConfig.model_validate({"sources": {"a": {"template": None}}})
+        assert config.of("a") == config.of("b") and config.of("a").template == "tokenizer"
