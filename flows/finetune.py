@@ -17,6 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import State
 from prefect.events import emit_event
 from prefect.exceptions import Pause
+from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
@@ -105,13 +106,19 @@ def opened(
         _refuse_others(run, record["recipe"], recipe, settings, store)
     if record is not None:
         return start(recorded(record), runtime, store, record), True
-    return start(recipe_of(recipe, settings, store), runtime, store, run_id=wanted), False
+    loaded = recipe_of(recipe, settings, store)
+    if loaded.run:
+        beside = f", with {' '.join(loaded.settings)}" if loaded.settings else ""
+        get_run_logger().info(f"the recipe {loaded.recipe.name} is that of run {loaded.run}{beside}")
+    return start(loaded, runtime, store, run_id=wanted), False
 
 
 def _refuse_others(run: str, name: str, recipe: str | Recipe, settings: Sequence[str], store: Store) -> None:
     """Raise UserError for a recipe or settings that are not those of the earlier run: it would take none of them."""
     if settings:
         raise UserError(f"run `{run}` is done as it was asked for then: take `run` out to use `settings`")
+    if recipe == name:
+        return
     asked = recipe.name if isinstance(recipe, Recipe) else recipe_of(recipe, (), store).recipe.name
     if asked != name:
         raise UserError(f"run `{run}` is of the recipe `{name}`, not of `{asked}`: name that one, or take `run` out")

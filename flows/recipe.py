@@ -70,6 +70,10 @@ class Loaded(BaseModel):
     recipe: Recipe
     text: str
     path: str
+    settings: tuple[str, ...] = ()
+    """The `a.b=value` settings that it has beside what the file says."""
+    run: str = ""
+    """The run whose recipe it is, where a name was asked for."""
 
 
 def load(path: Path, settings: Sequence[str] = ()) -> Loaded:
@@ -97,7 +101,7 @@ def loads(text: str, path: str, settings: Sequence[str] = ()) -> Loaded:
     recipe = check(value, document, path, overridden)
     # With settings the file no longer says what runs, and what is recorded and published must.
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True) if settings else text
-    return Loaded(recipe=recipe, text=text, path=path)
+    return Loaded(recipe=recipe, text=text, path=path, settings=tuple(settings))
 
 
 def check(value: Any, document: Document, name: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]

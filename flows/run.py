@@ -227,6 +227,7 @@ class Run:
                 "recipe": self.name,
                 "path": self.loaded.path,
                 "text": self.loaded.text,
+                "settings": list(self.loaded.settings),
                 "asked": self.loaded.recipe.model_dump(mode="json", exclude_unset=True),
                 "status": status,
                 "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -258,12 +259,16 @@ class Run:
         return {name: {**task["tuned"], **{k: task[k] for k in kept if k in task}} for name, task in tasks.items()}
 
     def become_baseline(self) -> None:
-        """Make this run's stages what the next plan's reasons compare with; of a stage it left out, the last run's."""
+        """Make this run's stages what the next plan's reasons compare with; of a stage it left out, the last run's. If
+        it went all the way, its recipe is the one that the name stands for: one of single stages is a trial."""
         name = f"{self.name}/last"
         while True:
             ref = self.store.read_ref(name)
-            stages = {**(ref.document["stages"] if ref else {}), **self._stages()}
-            if self.store.swap_ref(name, ref.version if ref else None, {"run": self.id, "stages": stages}):
+            before: Mapping[str, Any] = ref.document if ref else {}
+            stages = {**before.get("stages", {}), **self._stages()}
+            whole = self.id if "publish" in self.artifacts else before.get("whole")
+            document = {"run": self.id, "whole": whole, "stages": stages}
+            if self.store.swap_ref(name, ref.version if ref else None, document):
                 return
 
     def _stages(self) -> dict[str, Json]:

@@ -20,7 +20,8 @@ Stored = Annotated[
     Field(
         min_length=1,
         title="A stored recipe",
-        description="A recipe's YAML file on the worker's machine, or the name of a recipe that ran before.",
+        description="A recipe's YAML file on the worker's machine, or the name of a recipe that ran before, "
+        "which is then as its last run that went all the way had it.",
     ),
 ]
 Inline = Annotated[Recipe, Field(title="A recipe, written here")]
@@ -34,11 +35,13 @@ def recorded(record: Mapping[str, Any]) -> Loaded:
     if "asked" not in record:  # by a version that did not keep it
         return loads(record["text"], record["path"])
     recipe = check(record["asked"], Document(record["asked"], {}), f"run {record['run']}")
-    return Loaded(recipe=recipe, text=record["text"], path=record["path"])
+    settings = tuple(record.get("settings", ()))
+    return Loaded(recipe=recipe, text=record["text"], path=record["path"], settings=settings)
 
 
 def recipe_of(source: str | Recipe, settings: Sequence[str], store: Store) -> Loaded:
-    """The recipe with its `a.b=value` settings applied. Raises UserError when it is not there or not valid."""
+    """The recipe with its `a.b=value` settings applied; of a name, as its last run that went all the way had it, with
+    that run's settings. Raises UserError when it is not there or not valid."""
     if isinstance(source, Recipe):
         text = yaml.safe_dump(source.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         return loads(text, "recipe", settings)
@@ -46,9 +49,13 @@ def recipe_of(source: str | Recipe, settings: Sequence[str], store: Store) -> Lo
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return load(path, settings)
     ref = store.read_ref(f"{source}/last") if "/" not in source else None
-    record = store.read_run(ref.document["run"]) if ref else None
-    if record is None:
+    if ref is None:
         raise UserError(
             f"recipe `{source}`: there is no such file on this machine, and no recipe of that name ran in {store.url}"
         )
-    return loads(record["text"], record["path"] or source, settings)
+    record = store.read_run(ref.document.get("whole") or ref.document["run"])  # by a version that did not keep `whole`
+    if record is None or "publish" not in record["stages"]:
+        told = f"only some of its stages ran in {store.url}, which may have been a trial"
+        raise UserError(f"recipe `{source}`: {told}: run it to its end once, or name its file")
+    found = loads(record["text"], record["path"] or source, settings)
+    return found.model_copy(update={"settings": (*record.get("settings", ()), *settings), "run": record["run"]})
