@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from stages.child import PR_SET_PDEATHSIG
+from stages.child import ALONE, PR_SET_PDEATHSIG
 from stages.errors import UserError
 from stages.runtime import default_home
 
@@ -203,6 +203,7 @@ def _server_environment(home: Path, port: int) -> dict[str, str]:
     theirs = ("PREFECT_API_URL", "PREFECT_PROFILE", *(n for n in os.environ if n.startswith("PREFECT_LOGGING_")))
     return {
         **{name: value for name, value in os.environ.items() if name not in theirs},
+        **ALONE,
         "PREFECT_HOME": str(home),
         **server_settings("127.0.0.1", port),
     }

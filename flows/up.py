@@ -15,6 +15,7 @@ from pathlib import Path
 from flows.keeper import Settings, State, end_all, healthy, read, write
 from flows.processes import Process, end, marked, memory, process
 from flows.server import PORT, PROFILE, START_SECONDS
+from stages.child import ALONE
 from stages.errors import UserError
 from stages.home import expanded
 from stages.runtime import default_home
@@ -124,6 +125,7 @@ def _start_keeper(home: Path) -> None:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            env={**os.environ, **ALONE},  # which all parts and the runs that they start inherit
         )
     deadline = time.monotonic() + 20
     while (state := read(home)) is None or state.keeper != process(keeper.pid):

@@ -51,6 +51,10 @@ CHILD_ENVIRONMENT = {
 }
 """Defaults for the child's environment; what the user has set wins."""
 
+ALONE = {"PYTHONSAFEPATH": "1"}
+"""Environment of whatever is started with `python -m`: it finds no modules in the user's working folder, where a file
+may be called like one of Python's own, and whose text is in no key."""
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -103,7 +107,7 @@ def run_in_child(
     """
     reads, writes = os.pipe()
     job = json.dumps({"module": module, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
-    environment = {**CHILD_ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**CHILD_ENVIRONMENT, **os.environ, **ALONE, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.child", str(os.getpid()), str(writes)],
         stdin=subprocess.PIPE,

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from stages import own_code
 from stages.errors import UserError
 from stages.identity import Json
 from stages.rewards import RewardChoice, load, model_of
@@ -223,7 +224,7 @@ def _serve() -> None:
         try:
             answer(_number(reward.score(completion, row, options)))
         except Exception as error:  # whatever a reward's code raises
-            answer(f"{type(error).__name__}: {error}")
+            answer(own_code.told(error, "reward"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A Python file of a user's own, named by its path in a recipe: a format, a reward, an environment.
 
 It runs with all the user's rights, so only with `--allow-code` or `REGROW_ALLOW_CODE=1`. Its text enters the key, its
-path does not.
+path does not; the text of a file that it would import does not either, so it finds none beside it.
 """
 
 import linecache
@@ -52,7 +52,7 @@ def file_name(what: str) -> str:
 
 
 def told(error: BaseException, what: str) -> str:
-    """An error with its line in the user's file."""
+    """An error with its line in the user's file, and why a module was not found."""
     place, trace = "", error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == file_name(what):
@@ -60,4 +60,9 @@ def told(error: BaseException, what: str) -> str:
         trace = trace.tb_next
     if isinstance(error, SyntaxError):
         place = f" (line {error.lineno})"
+    if place and isinstance(error, ModuleNotFoundError):
+        place += (
+            ". Code of your own is one file, whose text enters the key, so it finds no file beside it: write what it "
+            f"needs of {error.name} into it, or install that"
+        )
     return f"{type(error).__name__}: {error.args[0] if isinstance(error, SyntaxError) else error}{place}"

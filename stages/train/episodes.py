@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils import get_json_schema
 from trl import chat_template_utils
 
+from stages import own_code
 from stages.environments import EnvironmentChoice, load
 from stages.errors import UserError
 
@@ -105,7 +106,7 @@ class _Limited:
         except Exception as error:  # whatever a user's code raises
             shown = json.dumps(row, ensure_ascii=False)[:200]
             raise UserError(
-                f"environment: reset fails: {type(error).__name__}: {error}, for the row {shown}"
+                f"environment: reset fails: {own_code.told(error, 'environment')}, for the row {shown}"
             ) from error
         return added
 

@@ -27,7 +27,7 @@ TOYS = Path(__file__).parent / "toys"
 
 @pytest.fixture(autouse=True)
 def _toys_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    monkeypatch.setenv("PYTHONPATH", f"{TOYS}:{Path(__file__).parents[2]}")
     monkeypatch.syspath_prepend(str(TOYS))
 
 

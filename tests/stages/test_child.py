@@ -12,7 +12,7 @@ import pytest
 
 from stages.child import ChildFailed, ChildRefused, Event, Suspended, Task, run_in_child
 
-TOYS = str(Path(__file__).parent / "toys")
+TOYS = os.pathsep.join(map(str, (Path(__file__).parent / "toys", Path(__file__).parents[2])))
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,17 @@ def test_events_come_back_and_noise_goes_to_the_log(tmp_path: Path) -> None:
 def test_a_refusal_is_told_as_it_stands(tmp_path: Path) -> None:
     with pytest.raises(ChildRefused, match=r"^rows.jsonl:3: no `text` field; expected one$"):
         run("refuse", tmp_path)
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenize.py").write_text("raise SystemExit('the wrong one')")  # what Python itself has too
+    (tmp_path / "helper.py").write_text("def shorten(text): return text")
+    monkeypatch.chdir(tmp_path)
+    events, _ = run("import", tmp_path)
+    assert not Path(events[-1]["facts"]["tokenize"]).is_relative_to(tmp_path)
+    says = r"No module named 'helper' \(line 1\)\. Code of your own is one file.*write what it needs of helper into it"
+    with pytest.raises(ChildRefused, match=says):
+        run("import beside", tmp_path)
 
 
 def test_a_full_disk_is_told_with_its_folder(tmp_path: Path) -> None:

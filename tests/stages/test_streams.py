@@ -18,7 +18,7 @@ NAMES = [f"data/{number:05}" for number in range(6)]
 
 @pytest.fixture(autouse=True)
 def _toys_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    monkeypatch.setenv("PYTHONPATH", f"{TOYS}:{Path(__file__).parents[2]}")
     monkeypatch.syspath_prepend(str(TOYS))
 
 

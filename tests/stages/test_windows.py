@@ -63,7 +63,7 @@ class Watched:
         self.log, cache = folder / "log", folder / "cache"
         (folder / "watch").mkdir(parents=True)
         (folder / "watch" / "sitecustomize.py").write_text(WATCH)
-        patch.setenv("PYTHONPATH", str(folder / "watch"))
+        patch.setenv("PYTHONPATH", f"{folder / 'watch'}:{Path(__file__).parents[2]}")
         patch.setenv("WATCHED", str(cache))
         patch.setenv("WATCHED_LOG", str(self.log))
         patch.setenv("WATCHED_BLOBS", ",".join(file.sha256 for file in tokens.files))

@@ -9,7 +9,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from stages import own_code
 from stages.errors import UserError
+from stages.formats import Format
 from stages.stage import Facts, Stage, StageConfig, Work
 
 
@@ -29,6 +31,12 @@ def run(config: ToyConfig, inputs: Mapping[str, Path], output: Path, work: Work)
             raise UserError("rows.jsonl:3: no `text` field; expected one")
         case "fill":
             raise OSError(errno.ENOSPC, "No space left on device")
+        case "import":
+            import tokenize
+
+            return {"tokenize": tokenize.__file__}
+        case "import beside":
+            own_code.load("from helper import shorten", "format", "FORMAT", Format, "a format")
         case "fail":
             raise RuntimeError("broken inside")
         case "die":
