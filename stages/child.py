@@ -37,10 +37,12 @@ STACKS_SECONDS = 3.0
 SUSPENDED = 75
 """Exit code of a stage that saved its state on SIGTERM (EX_TEMPFAIL: try again)."""
 
+ALONE = {"PYTHONSAFEPATH": "1"}
+"""Environment of whatever is started with `python -m`: it finds no modules in the user's working folder, where a file
+may be called like one of Python's own, and whose text is in no key."""
+
 CHILD_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
-    # Some libraries write what they iterate over a set: the same bytes in every process.
-    "PYTHONHASHSEED": "0",
     "TOKENIZERS_PARALLELISM": "true",
     # Pydantic would look for plug-ins through all that is installed, in every process.
     "PYDANTIC_DISABLE_PLUGINS": "__all__",
@@ -51,9 +53,17 @@ CHILD_ENVIRONMENT = {
 }
 """Defaults for the child's environment; what the user has set wins."""
 
-ALONE = {"PYTHONSAFEPATH": "1"}
-"""Environment of whatever is started with `python -m`: it finds no modules in the user's working folder, where a file
-may be called like one of Python's own, and whose text is in no key."""
+FIXED_ENVIRONMENT = {
+    **ALONE,
+    # Some libraries write what they iterate over a set: the same bytes in every process.
+    "PYTHONHASHSEED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+"""What the child's environment has whatever the user has set."""
+
+NOT_PASSED_ON = "ACCELERATE_"
+"""How variables begin that the child does not get: with them Accelerate changes the precision, the device and the
+optimizer's steps behind the back of the recipe, and no key knows."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -107,7 +117,7 @@ def run_in_child(
     """
     reads, writes = os.pipe()
     job = json.dumps({"module": module, "runtime": dict(runtime), "tasks": [asdict(t) for t in tasks]})
-    environment = {**CHILD_ENVIRONMENT, **os.environ, **ALONE, "PYTHONUNBUFFERED": "1"}
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.child", str(os.getpid()), str(writes)],
         stdin=subprocess.PIPE,
@@ -115,7 +125,7 @@ def run_in_child(
         stderr=subprocess.STDOUT,
         pass_fds=(writes,),
         start_new_session=True,
-        env=environment,
+        env={**CHILD_ENVIRONMENT, **theirs, **FIXED_ENVIRONMENT},
     )
     os.close(writes)
     assert process.stdin is not None and process.stdout is not None

@@ -73,6 +73,15 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path, monkeypatch
         run("import beside", tmp_path)
 
 
+def test_what_the_user_has_set_changes_nothing_that_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = run("compute", tmp_path)
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    events, _ = run("compute", tmp_path)
+    assert events[-1]["facts"] == plain[-1]["facts"]
+    assert plain[-1]["facts"]["precision"] == "no"
+
+
 def test_a_full_disk_is_told_with_its_folder(tmp_path: Path) -> None:
     with pytest.raises(ChildRefused, match=f"^{tmp_path}: the disk is full; free some space.*REGROW_CACHE"):
         run("fill", tmp_path)
