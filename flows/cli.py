@@ -97,10 +97,10 @@ def run(
     quiet = Console(quiet=True) if as_json else console
     try:
         dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
-    except (UserError, StageFailed, Suspended, KeyboardInterrupt) as error:
-        # What is done stays done, so the command that goes on is the command itself.
-        error.add_note(f"continue with: regrow {shlex.join(sys.argv[1:])}")
-        raise
+    except KeyboardInterrupt:
+        raise _going_on(typer.Abort()) from None  # of the other, typer keeps nothing but the exit code
+    except (UserError, StageFailed, Suspended) as error:
+        raise _going_on(error) from error.__cause__
     raise typer.Exit(finish(this, selection, dashboard, console, as_json))
 
 
@@ -204,6 +204,12 @@ def verify(
     raise typer.Exit(show_verify(store_of(runtime_of(store, runtime)), deep, console, as_json))
 
 
+def _going_on(error: Exception) -> Exception:
+    """The error that ended a run, noted with the command that goes on: the command itself, as what is done stays done."""
+    error.add_note(f"continue with: regrow {shlex.join(sys.argv[1:])}")
+    return error
+
+
 def _start(
     recipe: Path,
     settings: list[str] | None,
@@ -222,6 +228,8 @@ def main() -> None:
     try:
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == EXIT_INTERRUPTED:  # typer has caught the Ctrl-C, and says nothing
+            _complain("interrupted", code)
     except typer.Exit as error:
         code = error.exit_code
     except typer.TyperException as error:
