@@ -28,7 +28,7 @@ while kill -0 "$run" 2>/dev/null; do
     wait "$run"
     code=$?
 done
-# 75: the run saved its state. 143: the warning came before there was anything to save.
+# 75: the run is suspended. 143: the warning came before it had begun.
 if [ "$code" -eq 75 ] || [ "$code" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

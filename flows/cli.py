@@ -5,7 +5,10 @@ Importing this module pulls in neither torch nor Prefect; only `run` starts Pref
 """
 
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +22,7 @@ from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from flows.plan import make_plan, require_writable
 from flows.recipe import load
 from flows.run import Run, start
-from stages.child import Suspended
+from stages.child import ON_SIGTERM, Suspended
 from stages.errors import UserError
 from stages.runtime import store_of
 from stages.store import BadBlob
@@ -96,7 +99,8 @@ def run(
         raise typer.Exit(run_there(this, selection, console))
     quiet = Console(quiet=True) if as_json else console
     try:
-        dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
+        with _suspended_on_sigterm():
+            dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
     except KeyboardInterrupt:
         raise _going_on(typer.Abort()) from None  # of the other, typer keeps nothing but the exit code
     except (UserError, StageFailed, Suspended) as error:
@@ -202,6 +206,28 @@ def verify(
     from flows.show import show_verify
 
     raise typer.Exit(show_verify(store_of(runtime_of(store, runtime)), deep, console, as_json))
+
+
+@contextmanager
+def _suspended_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into Suspended where no flow runs that does so: while its server starts, say."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows tidies up
+        raise KeyboardInterrupt  # which no library takes for an error of its own
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if stopped:
+            raise Suspended(ON_SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _going_on(error: Exception) -> Exception:

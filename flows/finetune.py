@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import State
 from prefect.events import emit_event
-from prefect.exceptions import Pause
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
@@ -34,7 +34,7 @@ from flows.settle import Outcome, settle
 from flows.stored import AnyRecipe, recipe_of, recorded
 from stages import evaluate
 from stages.build import Built
-from stages.child import Suspended
+from stages.child import ON_SIGTERM, Suspended
 from stages.deliver import refuse_taken
 from stages.errors import UserError
 from stages.lease import Lease
@@ -225,6 +225,10 @@ def drive(
                         run.check_kind()
         require_held(held)
         outcome = settle(run) if "publish" in states else None
+    except TerminationSignal as signal:  # between two stages
+        stopped = Suspended(ON_SIGTERM)
+        run.record_end(stopped)
+        raise stopped from signal
     except BaseException as error:
         run.record_end(Suspended("suspended in the dashboard") if isinstance(error, Pause) else error)
         raise
@@ -245,6 +249,8 @@ def stage_task(
         try:
             forced = (force or (strict and drifted(run, stage))) and not (resumed and run.has_made(stage))
             built = execute(run, stage, force=forced, regrow=step.regrows)
+        except TerminationSignal:
+            return failed(Suspended(ON_SIGTERM))
         except (UserError, StageFailed, Suspended) as error:
             return failed(error)
         made = Reference(stage=stage, key=built.artifact.key, digest=built.artifact.digest)

@@ -89,7 +89,11 @@ class ChildRefused(ValueError):
 
 
 class Suspended(RuntimeError):
-    """The stage saved its state on SIGTERM and can be continued."""
+    """The run was stopped (by SIGTERM, say) and can be continued: from what the stage saved, or from its start."""
+
+
+ON_SIGTERM = "stopped on SIGTERM; what was finished is kept"
+"""Of a run whose stage had nothing more to save."""
 
 
 Event = dict[str, Any]

@@ -47,6 +47,7 @@ def test_ctrl_c_while_planning_is_told(tmp_path: Path) -> None:
     ("stop", "code", "says", "status"),
     [
         (signal.SIGINT, 130, "interrupted", "interrupted"),
+        (signal.SIGTERM, 75, "stopped on SIGTERM; what was finished is kept", "suspended"),
     ],
 )
 def test_a_run_that_is_stopped_says_how_to_go_on(
