@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import operate, screen, talk
-from flows.execute import StageFailed
+from flows.execute import Follower, StageFailed, following
+from flows.graph import select
 from flows.options import AsJson, RuntimeFile, StoreUrl, console, runtime_of
 from flows.plan import make_plan, require_writable
 from flows.recipe import load
@@ -98,13 +99,14 @@ def run(
 
         raise typer.Exit(run_there(this, selection, console))
     quiet = Console(quiet=True) if as_json else console
+    again, made = [stage for stage in select(force) if stage in plan.to_run] if force else [], set[str]()
     try:
-        with _suspended_on_sigterm():
+        with _suspended_on_sigterm(), following(Follower(finished=lambda run, stage, built: made.add(stage))):
             dashboard = run_plan(this, selection, quiet) if plan.to_run else ""
     except KeyboardInterrupt:
-        raise _going_on(typer.Abort()) from None  # of the other, typer keeps nothing but the exit code
+        raise _going_on(typer.Abort(), again, made) from None  # of the other, typer keeps nothing but the exit code
     except (UserError, StageFailed, Suspended) as error:
-        raise _going_on(error) from error.__cause__
+        raise _going_on(error, again, made) from error.__cause__
     raise typer.Exit(finish(this, selection, dashboard, console, as_json))
 
 
@@ -230,10 +232,24 @@ def _suspended_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _going_on(error: Exception) -> Exception:
-    """The error that ended a run, noted with the command that goes on: the command itself, as what is done stays done."""
-    error.add_note(f"continue with: regrow {shlex.join(sys.argv[1:])}")
+def _going_on(error: Exception, again: list[str], made: set[str]) -> Exception:
+    """The error that ended a run, noted with the command that goes on: the command itself, as what is done stays done;
+    of the stages that it makes `again`, those that are `made` are not forced once more."""
+    words = sys.argv[1:]
+    if made.intersection(again):
+        left = [stage for stage in again if stage not in made]
+        words = [*_without_force(words), *(word for stage in left for word in ("--force", stage))]
+    error.add_note(f"continue with: regrow {shlex.join(words)}")
     return error
+
+
+def _without_force(words: list[str]) -> list[str]:
+    """The command's words without `--force STAGE` and `--force=STAGE`."""
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if "--force" not in (before, word) and not word.startswith("--force=")
+    ]
 
 
 def _start(

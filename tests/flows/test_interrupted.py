@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     environment = {**os.environ, **places, "PREFECT_API_URL": tiny.api.url, "STOP": str(int(stop))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
-    goes_on = f"continue with: regrow run {command[4]} +tokenize"
+    goes_on = f"continue with: regrow run {command[4]} +tokenize --force convert --force tokenize"  # fetch is made
     assert done.stderr.splitlines() == [f"error: {says}", goes_on]
     [event] = events_of(open_store(tiny.runtime.store, tiny.runtime.cache), "tiny")
     assert event.what == status
