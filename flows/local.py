@@ -5,6 +5,7 @@ Only a plan with something to run starts Prefect.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def run_plan(run: Run, selection: Selection, console: Console) -> str:
 
     run.record("started")
     screen = Screen(console)
-    with serving() as api:
+    with ExitStack() as stack:
+        try:
+            api = stack.enter_context(serving())
+        except BaseException as error:  # what ends the flow is recorded there
+            run.record_end(error)
+            raise
         console.print(f"[dim]dashboard: {api.url.removesuffix('/api')}[/]")
         with following(screen.follower()):
             try:

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from flows.local import EXIT_GATE, Selection
 from flows.run import Run
-from flows.server import QUIET, Api
+from flows.server import QUIET, Api, require_usable
 from flows.up import home_of, running
 from stages.errors import UserError
 
@@ -30,12 +30,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run_there(run: Run, selection: Selection, console: Console) -> int:
-    """Send the run and follow it; return the exit code. Raises UserError when there is nowhere to send it."""
+    """Send the run and follow it; return the exit code. Raises UserError when there is nowhere to send it, and
+    when the server cannot be used."""
     ours = running(home_of(None))
     url = os.environ.get("PREFECT_API_URL") or ours
     if not url:
         raise UserError("--on up: nothing is up here; start it with `regrow up`, or set PREFECT_API_URL")
     os.environ |= {**QUIET, "PREFECT_API_URL": url}
+    require_usable(url)
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 

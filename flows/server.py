@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from stages.child import ALONE, PR_SET_PDEATHSIG
@@ -95,7 +96,7 @@ def serving(home: Path | None = None) -> Iterator[Api]:
     """Have a Prefect API: `PREFECT_API_URL` or a profile's when there is one, else a server of our own.
 
     Prefect must not have been imported yet: it sets up its logging then. Raises UserError when the server does not
-    start, naming its log.
+    start, naming its log, and when the configured one cannot be used.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -105,6 +106,7 @@ def serving(home: Path | None = None) -> Iterator[Api]:
 
     usual = home or default_home() / "prefect"
     if configured := get_current_settings().api.url:
+        require_usable(configured)
         yield Api(configured, None)
     elif url := running(usual):
         with reporting_to(Api(url, None)) as api:
@@ -112,6 +114,26 @@ def serving(home: Path | None = None) -> Iterator[Api]:
     else:
         with own_server(usual) as api, reporting_to(api):
             yield api
+
+
+def require_usable(url: str) -> None:
+    """Raise UserError when the configured API, at `url`, is down, of another major version, or wants a password."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.raise_for_api_version_mismatch()
+            client.read_flows(limit=1)
+    except (httpx.HTTPError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code in (401, 403):
+            why = "wants a password: set PREFECT_API_AUTH_STRING=user:password, or PREFECT_API_KEY for Prefect Cloud"
+        else:
+            told = str(cause).partition("\n")[0]
+            why = f"cannot be used ({told}): start one of this version there, mend the URL, or unset the variable"
+        shown = urlsplit(url)._replace(netloc=urlsplit(url).netloc.rpartition("@")[2]).geturl()
+        raise UserError(f"PREFECT_API_URL: the Prefect server {shown} {why}") from None
 
 
 @contextmanager

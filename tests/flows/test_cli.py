@@ -20,6 +20,7 @@ from stages.child import Suspended
 from stages.errors import UserError
 from stages.store import BadBlob, open_store
 from tests.conftest import S3
+from tests.stages.web_server import Page, web_server
 
 GOOD = {"messages": [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi"}]}
 
@@ -138,6 +139,40 @@ def test_what_yaml_reads_otherwise_than_people_is_refused_in_a_runtime_file(
 def test_json_is_refused_for_a_run_that_is_sent_elsewhere(user: User) -> None:
     user.write([GOOD])
     assert "--json" in user.refused("--on", "up", "--json")
+
+
+@pytest.mark.parametrize("on", ["here", "up"])
+@pytest.mark.parametrize(
+    ("version", "password", "says"),
+    [
+        (b'"2.19.3"', "", "server: 2.19.3. Major versions must match.): start one of this version there"),
+        (b'"3.0.0"', "Basic eDp5", "wants a password: set PREFECT_API_AUTH_STRING=user:password"),
+        (None, "", "cannot be used (Client error '404 Not Found'"),
+    ],
+)
+def test_a_prefect_server_that_cannot_be_used(
+    user: User, version: bytes | None, password: str, says: str, on: str
+) -> None:
+    user.write([GOOD])
+    with web_server() as web:
+        if version:
+            web.pages["/api/admin/version"] = Page(version, needs=password)
+        one = User(user.folder, user.model, {"PREFECT_API_URL": f"{web.url}/api"})
+        told = one.refused("--on", on)
+    assert told.startswith(f"PREFECT_API_URL: the Prefect server {web.url}/api ") and says in told
+    _ended_or_none(user)
+
+
+def test_a_prefect_server_that_is_down(user: User) -> None:
+    user.write([GOOD])
+    says = "PREFECT_API_URL: the Prefect server http://127.0.0.1:9/api cannot be used ([Errno 111] Connection refused)"
+    assert user.refused().startswith(says)
+    _ended_or_none(user)
+
+
+def _ended_or_none(user: User) -> None:
+    store = open_store(str(user.folder / "home" / "regrow" / "store"), user.folder / "cache")
+    assert {record["status"] for _, record in store.runs()} <= {"failed"}
 
 
 @pytest.mark.full
