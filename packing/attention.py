@@ -66,11 +66,12 @@ def implementation(device: "str | torch.device", config: Any = None, kernel: Att
             else "attention flash: flash-attn is not installed: pip install 'regrow[flash4]', or 'regrow[flash]' "
             "before Hopper, or leave attention at auto"
         )
-    chunked = getattr(config, "attention_chunk_size", None) is not None
+    text = None if config is None else config.get_text_config()  # a model that also takes images has one of its own
+    chunked = getattr(text, "attention_chunk_size", None) is not None
     if chunked or not _takes_functions(config):
         return "eager"
     # flash-attn 2 is torch's kernel but for scores that are capped, which ours does not do either.
-    slower = version is None or (version == 2 and getattr(config, "attn_logit_softcapping", None) is None)
+    slower = version is None or (version == 2 and getattr(text, "attn_logit_softcapping", None) is None)
     if kernel == "auto" and slower and capability is not None and hopper.runs_on(capability):
         return f"{NAME}_hopper"
     return NAME if version is None else f"{NAME}_fa{version}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +25,9 @@ LENGTHS = (9, 1, 14)
 LONGEST_WINDOW = 1024
 """A model with a sliding window up to this also gets a document that is longer than its window, and one whose rotary
 positions are others beyond a length up to this (`packing.rotary`) one that is longer than that."""
+FEW = {"attention_chunk_size": 4}
+"""What Llama 4 counts by in thousands of tokens, which are too many to try, and what it counts by while it is checked.
+None of the documents but the first begins at a multiple."""
 SIXTEEN_BITS = 1e-4
 """Relative precisions above this are those of 16-bit numbers."""
 COMPARED = 2**24
@@ -33,8 +37,8 @@ COMPARED = 2**24
 def check_isolation(model: Any, seed: int = 0) -> dict[str, float]:
     """Compare packed and unpacked documents on `model`, a causal language model of transformers, maybe under PEFT.
 
-    The model keeps its weights, mode and attention implementation; call this on the device, in the precision and under
-    the autocast of training, before compiling or sharding the model.
+    The model keeps its weights, mode, config and attention implementation; call this on the device, in the precision
+    and under the autocast of training, before compiling or sharding the model.
 
     Returns `documents`; `max_loss_difference`, over tokens, in nats; `max_gradient_difference`, over the gradients of
     the input embeddings and the trainable parameters, each as the norm of the difference over the norm of all;
@@ -52,7 +56,7 @@ def check_isolation(model: Any, seed: int = 0) -> dict[str, float]:
     kind = model.config.model_type
     documents = _documents(model.config, seed)
     parameters = list(_compared(model))
-    with _evaluating(model), _watched(model.get_input_embeddings()) as embedded:
+    with _evaluating(model), _counting_few(model), _watched(model.get_input_embeddings()) as embedded:
         try:
             packed_losses, packed_gradients, leak = _packed(model, documents, parameters, embedded)
         except (TypeError, ValueError) as error:
@@ -84,7 +88,7 @@ def check_isolation(model: Any, seed: int = 0) -> dict[str, float]:
     elif not gradient_difference <= tolerance:
         reason = "gradients differ from those of the documents alone"
     if reason is not None:
-        raise ValueError(f"{kind} cannot be packed: {reason} {figures}")
+        raise ValueError(f"{kind} cannot be packed: {reason}, with transformers {transformers.__version__} {figures}")
     return figures
 
 
@@ -201,6 +205,25 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _counting_few(model: torch.nn.Module) -> Iterator[None]:
+    """With `FEW` where the model has larger numbers, on its modules or in their configs."""
+    before = [
+        (owner, name, value)
+        for module in model.modules()
+        for owner in (module, getattr(module, "config", None))
+        for name in FEW
+        if isinstance(value := getattr(owner, name, None), int)
+    ]
+    for owner, name, _ in before:
+        setattr(owner, name, FEW[name])
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @contextmanager

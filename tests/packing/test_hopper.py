@@ -5,12 +5,12 @@ Triton's interpreter runs them on a CPU: TRITON_INTERPRET=1 python -m pytest, wh
 
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Gemma2Config
 
 from packing import flash, hopper
 from packing.attention import attend, implementation
@@ -188,7 +188,7 @@ def test_the_fastest_kernel_that_is_there_is_taken(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(flash, "installed", lambda _: installed)
-    config = SimpleNamespace(attn_logit_softcapping=softcap)
+    config = Gemma2Config(attn_logit_softcapping=softcap)
     assert implementation("cuda", config) == auto
     assert implementation("cuda", config, kernel="torch") == torchs
     if installed:

@@ -40,6 +40,7 @@ STRETCHED = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LLAMA4: dict[str, Any] = {"num_local_experts": 2, "intermediate_size_mlp": 48}
 STATE_SPACE = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 
 
@@ -61,8 +62,12 @@ EXACT = {
     "gpt2, learned positions": transformers.GPT2Config(
         vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
     ),
-    "llama4, chunks": config("Llama4Text", attention_chunk_size=5, num_local_experts=2, intermediate_size_mlp=48),
 }
+if hasattr(transformers.masking_utils, "remap_positions_for_packed_sequence"):  # from transformers 5.23
+    EXACT["llama4, chunks"] = config("Llama4Text", attention_chunk_size=5, **LLAMA4)
+    EXACT["llama4 with images, chunks"] = transformers.Llama4Config(
+        text_config={**SIZES, **LLAMA4, "attention_chunk_size": 5}, vision_config={"num_hidden_layers": 1}
+    )
 LEAKING = {
     "mamba2": transformers.Mamba2Config(
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=16, n_groups=2
@@ -184,6 +189,15 @@ def test_attention_that_is_wrong_is_found(attention: Callable[..., Any], told: s
     AttentionInterface.register("wrong", attention)
     with pytest.raises(ValueError, match=f"mistral cannot be packed: {told}"):
         check_isolation(model(EXACT["mistral, sliding window"], "wrong"))
+
+
+@pytest.mark.parametrize("chunk", [48, 8192])
+def test_attention_that_forgets_chunks_is_found_however_long_they_are(chunk: int) -> None:
+    configuration = config("Llama4Text", attention_chunk_size=chunk, **LLAMA4)
+    made = model(configuration, "regrow")
+    with pytest.raises(ValueError, match="llama4_text cannot be packed: a token's loss differs"):
+        check_isolation(made)
+    assert made.config.attention_chunk_size == chunk
 
 
 def test_the_check_holds_in_16_bits_for_a_model_whose_gradients_are_wild() -> None:
