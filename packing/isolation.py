@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packing.collate import IGNORED, Bin, collate
-from packing.rotary import plain_length
+from packing.rotary import plain_lengths
 
 __all__ = ["check_isolation"]
 
@@ -148,7 +148,7 @@ def _among_others(
 
 def _documents(config: Any, seed: int) -> list[NDArray[np.int64]]:
     text = config.get_text_config()
-    bounds = getattr(text, "sliding_window", None), plain_length(text)
+    bounds = getattr(text, "sliding_window", None), *plain_lengths(text).values()
     lengths = (*LENGTHS, *(bound + 8 for bound in bounds if bound is not None and bound <= LONGEST_WINDOW))
     random = np.random.default_rng(seed)
     return [random.integers(0, text.vocab_size, length) for length in lengths]

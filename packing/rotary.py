@@ -1,8 +1,9 @@
 """Rotary positions whose frequencies depend on how long a text is, found for each document of a packed batch.
 
-Models that were stretched have two sets of frequencies, one for texts up to the length they were pretrained on and one
-for longer ones (longrope, arXiv:2402.13753: Phi-3 and Phi-4 of 128k), or widen them as a text grows (dynamic). There
-transformers goes by the last position in the whole batch, so one long document would change what the others are.
+Models that were stretched have two sets of rotary frequencies, one for texts up to the length they were pretrained on
+and one for longer ones (longrope, arXiv:2402.13753: Phi-3 and Phi-4 of 128k), or widen them as a text grows (dynamic);
+some in one kind of their layers only (Gemma 3 has a set for each). There transformers goes by the last position in the
+whole batch, so one long document would change what the others are.
 
     by_document(model)      # nothing happens to other models
 """
@@ -14,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["by_document", "plain_length"]
+__all__ = ["by_document", "plain_lengths"]
 
 KINDS = ("longrope", "dynamic")
 """What transformers calls them."""
@@ -23,39 +24,43 @@ KINDS = ("longrope", "dynamic")
 def by_document(model: nn.Module) -> None:
     """Have rotary embeddings choose their frequencies for every document of a packed batch by its own length."""
     for module in model.modules():
-        if getattr(module, "rope_type", None) in KINDS and not isinstance(module, _ByDocument):
-            kind: Any = type(module)
-            module.__class__ = _in_front(kind)
+        rope = getattr(module, "rope_type", None)
+        if any(kind in KINDS for kind in (rope.values() if isinstance(rope, dict) else [rope])):
+            _put(_Rotary, module)
 
 
-def plain_length(config: Any) -> int | None:
-    """The longest text that a model, by its config, gives the plain frequencies; None where all have the same."""
+def plain_lengths(config: Any) -> dict[str | None, int]:
+    """The longest text that a model, by its config, gives the plain frequencies, for each kind of its layers that has
+    others for longer ones; the kind is None where all layers have the same."""
     rope: Any = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in KINDS:
-        return None
-    stretched = rope["rope_type"] == "longrope"
-    return int(rope["original_max_position_embeddings"] if stretched else config.max_position_embeddings)
+    kinds = {None: rope} if "rope_type" in rope else rope
+    found: dict[str | None, int] = {}
+    for kind, own in kinds.items():
+        if isinstance(own, dict) and own.get("rope_type") in KINDS:
+            stretched = own["rope_type"] == "longrope"
+            found[kind] = int(own["original_max_position_embeddings"] if stretched else config.max_position_embeddings)
+    return found
 
 
-class _ByDocument:
+class _Rotary:
     """The forward pass of a rotary embedding, in front of its own."""
 
-    def forward(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+    def forward(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """Cosines and sines [1, T, .] for packed positions [1, T], which start at 0 in every document."""
-        if len(position_ids) > 1:  # not packed
-            return super().forward(x, position_ids)  # type: ignore[misc]
-        plain = plain_length(self.config)
-        assert plain is not None
-        found = self._alone(x, position_ids.clamp(max=plain - 1))
+        kind = {} if layer_type is None else {"layer_type": layer_type}
+        plain = plain_lengths(self.config).get(layer_type)
+        if plain is None or len(position_ids) > 1:  # or not packed
+            return super().forward(x, position_ids, **kind)  # type: ignore[misc]
+        found = self._alone(x, position_ids.clamp(max=plain - 1), kind)
         for begin, end in _longer(position_ids[0], plain):
-            for whole, own in zip(found, self._alone(x, position_ids[:, begin:end]), strict=True):
+            for whole, own in zip(found, self._alone(x, position_ids[:, begin:end], kind), strict=True):
                 whole[:, begin:end] = own
         return found
 
-    def _alone(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+    def _alone(self: Any, x: Tensor, position_ids: Tensor, kind: dict[str, str]) -> Any:
         """What a model that has read nothing longer gives these positions."""
-        super().forward(x, position_ids.new_zeros(1, 1))  # type: ignore[misc]
-        return super().forward(x, position_ids)  # type: ignore[misc]
+        super().forward(x, position_ids.new_zeros(1, 1), **kind)  # type: ignore[misc]
+        return super().forward(x, position_ids, **kind)  # type: ignore[misc]
 
 
 def _longer(positions: Tensor, plain: int) -> Iterator[tuple[int, int]]:
@@ -66,6 +71,12 @@ def _longer(positions: Tensor, plain: int) -> Iterator[tuple[int, int]]:
     return zip(begins.tolist(), (ends + 1).tolist(), strict=True)
 
 
+def _put(front: type, module: nn.Module) -> None:
+    if not isinstance(module, front):
+        kind: Any = type(module)
+        module.__class__ = _in_front(front, kind)
+
+
 @cache
-def _in_front(kind: Any) -> type:
-    return type(f"ByDocument{kind.__name__}", (_ByDocument, kind), {})
+def _in_front(front: type, kind: Any) -> type:
+    return type(kind.__name__, (front, kind), {"__module__": kind.__module__})
