@@ -25,9 +25,9 @@ LENGTHS = (9, 1, 14)
 LONGEST_WINDOW = 1024
 """A model with a sliding window up to this also gets a document that is longer than its window, and one whose rotary
 positions are others beyond a length up to this (`packing.rotary`) one that is longer than that."""
-FEW = {"attention_chunk_size": 4}
+FEW = {"attention_chunk_size": 4, "floor_scale": 1}
 """What Llama 4 counts by in thousands of tokens, which are too many to try, and what it counts by while it is checked.
-None of the documents but the first begins at a multiple."""
+None of the documents but the first begins at a multiple of its chunks."""
 SIXTEEN_BITS = 1e-4
 """Relative precisions above this are those of 16-bit numbers."""
 COMPARED = 2**24

@@ -1,9 +1,12 @@
-"""Rotary positions whose frequencies depend on how long a text is, found for each document of a packed batch.
+"""What transformers makes of a whole batch's positions, found for each document of a packed batch by itself.
 
 Models that were stretched have two sets of rotary frequencies, one for texts up to the length they were pretrained on
 and one for longer ones (longrope, arXiv:2402.13753: Phi-3 and Phi-4 of 128k), or widen them as a text grows (dynamic);
 some in one kind of their layers only (Gemma 3 has a set for each). There transformers goes by the last position in the
 whole batch, so one long document would change what the others are.
+
+Llama 4's layers without rotary positions scale their queries by how many times 8,192 tokens are before them
+(arXiv:2501.19399). There transformers counts from the beginning of the row.
 
     by_document(model)      # nothing happens to other models
 """
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,11 +26,15 @@ KINDS = ("longrope", "dynamic")
 
 
 def by_document(model: nn.Module) -> None:
-    """Have rotary embeddings choose their frequencies for every document of a packed batch by its own length."""
+    """Have rotary embeddings choose their frequencies for every document of a packed batch by its own length, and
+    layers that scale their queries by place go by the place in the document."""
     for module in model.modules():
-        rope = getattr(module, "rope_type", None)
+        rope: Any = getattr(module, "rope_type", None)
+        attention: Any = getattr(module, "self_attn", None)
         if any(kind in KINDS for kind in (rope.values() if isinstance(rope, dict) else [rope])):
             _put(_Rotary, module)
+        elif getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope:
+            _put(_Scaling, module)
 
 
 def plain_lengths(config: Any) -> dict[str | None, int]:
@@ -69,6 +77,35 @@ def _longer(positions: Tensor, plain: int) -> Iterator[tuple[int, int]]:
     ends = (last & (positions >= plain)).nonzero()[:, 0]
     begins = (ends - positions[ends]).clamp(min=0)  # where generation goes on from a cache, its beginning is not here
     return zip(begins.tolist(), (ends + 1).tolist(), strict=True)
+
+
+class _Scaling:
+    """The forward pass of a decoder layer that scales its queries by place, in front of its own."""
+
+    def forward(
+        self: Any, x: Tensor, *inputs: Any, position_ids: Tensor, past_key_values: Any = None, **named: Any
+    ) -> Any:
+        """As the layer's own, for packed positions [1, T]."""
+        if past_key_values is None and len(position_ids) == 1:
+            past_key_values = _Before(position_ids[0])
+        named |= {"position_ids": position_ids, "past_key_values": past_key_values}
+        return super().forward(x, *inputs, **named)  # type: ignore[misc]
+
+
+class _Before:
+    """An empty cache that a layer asks how many tokens were before the row, to count its own from there: for each token
+    of a packed row, so many that its place in the document comes out."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer: int) -> Tensor:
+        """[T] At most 0."""
+        return self.before
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Nothing is kept."""
+        return key, value
 
 
 def _put(front: type, module: nn.Module) -> None:

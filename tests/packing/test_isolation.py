@@ -75,6 +75,9 @@ if hasattr(transformers.masking_utils, "remap_positions_for_packed_sequence"):
     # transformers before 5.23 fails at these by itself, or the check refuses them.
     EXACT["gemma3, stretched in some layers"] = config("Gemma3Text", **BOTH, rope_parameters=nested(STRETCHED))
     EXACT["llama4, chunks"] = config("Llama4Text", attention_chunk_size=5, **LLAMA4)
+    EXACT["llama4, scaled queries"] = config(
+        "Llama4Text", **LLAMA4, no_rope_layers=[1, 0], floor_scale=4, attn_scale=1.0
+    )
     EXACT["llama4 with images, chunks"] = transformers.Llama4Config(
         text_config={**SIZES, **LLAMA4, "attention_chunk_size": 5}, vision_config={"num_hidden_layers": 1}
     )
@@ -208,6 +211,13 @@ def test_attention_that_forgets_chunks_is_found_however_long_they_are(chunk: int
     with pytest.raises(ValueError, match="llama4_text cannot be packed: a token's loss differs"):
         check_isolation(made)
     assert made.config.attention_chunk_size == chunk
+
+
+def test_queries_scaled_by_place_in_the_row_are_found_though_they_change_after_8192_tokens() -> None:
+    made = model(config("Llama4Text", no_rope_layers=[1, 0], **LLAMA4), apart=False)
+    with pytest.raises(ValueError, match="llama4_text cannot be packed: a token's loss differs"):
+        check_isolation(made)
+    assert [layer.self_attn.floor_scale for layer in made.model.layers] == [8192, 8192]
 
 
 def test_the_check_holds_in_16_bits_for_a_model_whose_gradients_are_wild() -> None:
