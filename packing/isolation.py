@@ -101,6 +101,8 @@ def _packed(
     device = model.get_input_embeddings().weight.device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
     losses = _losses(model(**inputs, use_cache=False).logits, labels.to(device))
+    if embedded[-1].shape[1] != labels.shape[1]:
+        raise ValueError("it puts tokens of its own before those it is given, once for a whole batch")
     total = sum(map(len, documents))
     begin = total - len(documents[-1])
     of_last = torch.autograd.grad(losses[begin:total].sum(), embedded[-1], retain_graph=True)[0]
@@ -245,7 +247,7 @@ def _watched(embeddings: torch.nn.Module) -> Iterator[list[Tensor]]:
 
     def watch(module: torch.nn.Module, arguments: Any, output: Tensor) -> Tensor:
         outputs.append(output.detach().requires_grad_())
-        return outputs[-1]
+        return outputs[-1].clone()  # some models scale them in place, which a leaf does not allow
 
     handle = embeddings.register_forward_hook(watch)
     try:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from stages import last_layer, loss_head
 
@@ -90,7 +91,7 @@ class Head:
 
     def _hidden(self, batch: Batch) -> Tensor:
         kept = {last_layer.KEPT: batch[last_layer.KEPT]} if self.shortened and last_layer.KEPT in batch else {}
-        hidden: Tensor = self.causal.get_decoder()(**model_inputs(batch), **kept, use_cache=False).last_hidden_state[0]
+        hidden: Tensor = decoder(self.causal)(**model_inputs(batch), **kept, use_cache=False).last_hidden_state[0]
         return hidden
 
     def _in_chunks(self, batch: Batch, reduction: str) -> Tensor:
@@ -131,11 +132,18 @@ class Head:
         return torch.tanh(logits / cap) * cap if cap else logits
 
 
+def decoder(causal: Any) -> Any:
+    """What gives the hidden states of a causal language model; None where transformers takes something else for it: the
+    model itself (Llama 4), or a layer after it (ModernBERT)."""
+    found = causal.get_decoder()
+    return found if isinstance(found, PreTrainedModel) and found is not causal else None
+
+
 def find(model: Any, example: Batch) -> Head:
     """The head of `model`, with or without a PEFT adapter. The model is run on `example` twice to find out how its head
     works: one short document will do."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    if not _agrees(Head(model, causal, known=True), example):
+    if decoder(causal) is None or not _agrees(Head(model, causal, known=True), example):
         return Head(model, causal, known=False)
     return Head(model, causal, known=True, shortened=_shortens(causal, example))
 
@@ -144,13 +152,13 @@ def _shortens(causal: Any, batch: Batch) -> bool:
     """Whether the last layer, given half of the tokens, gives what it gave for them."""
     if not last_layer.shorten(causal):
         return False
-    decoder, training = causal.get_decoder(), causal.training
+    body, training = decoder(causal), causal.training
     kept = torch.arange(0, batch["input_ids"].shape[1], 2, device=batch["input_ids"].device)
     causal.eval()
     try:
         with torch.no_grad():
-            whole = decoder(**model_inputs(batch), use_cache=False).last_hidden_state[0, kept]
-            part = decoder(**model_inputs(batch), kept=kept, use_cache=False).last_hidden_state[0, kept]
+            whole = body(**model_inputs(batch), use_cache=False).last_hidden_state[0, kept]
+            part = body(**model_inputs(batch), kept=kept, use_cache=False).last_hidden_state[0, kept]
         same = bool((whole - part).abs().max() <= TOLERANCE * whole.abs().max())
     except TypeError:  # the decoder, or something in it, does not hand on what it does not know
         same = False

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages import lm_head
+
 
 def add_noise(model: Any, alpha: float) -> None:
     """Let a model's embeddings come out with noise while it trains. Drawn from torch's seed on the model's device."""
@@ -27,7 +29,8 @@ def add_noise(model: Any, alpha: float) -> None:
         noise = torch.empty_like(embedded).uniform_(-1, 1)
         return embedded + noise * noise_size(alpha, lengths, width)[..., None].to(embedded.dtype)
 
-    causal.get_decoder().register_forward_pre_hook(see, with_kwargs=True)
+    called = lm_head.decoder(causal) or causal
+    called.register_forward_pre_hook(see, with_kwargs=True)
     causal.get_input_embeddings().register_forward_hook(shake)
 
 

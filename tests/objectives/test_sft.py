@@ -33,8 +33,11 @@ HEADS: dict[str, dict[str, Any]] = {
     "MiniCPM3Config": {"dim_model_base": 8, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8},
     "NanoChatConfig": {"final_logit_softcapping": 2.0},
     "HyperCLOVAXConfig": {"logits_scaling": 4.0},
+    "ModernBertDecoderConfig": {"cls_token_id": 1, "sep_token_id": 2},
+    "Llama4TextConfig": {"num_local_experts": 2, "intermediate_size_mlp": 48},
 }
-"""Architectures by their heads: plain, tied, capped, scaled, and with a formula of their own."""
+"""Architectures by their heads: plain, tied, capped, scaled, with a formula of their own, and without a decoder that
+transformers finds."""
 
 
 def packed() -> dict[str, Any]:
@@ -79,11 +82,13 @@ def test_loss_and_gradients_are_the_models_own(
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "known"), [("LlamaConfig", True), ("HyperCLOVAXConfig", False)])
-def test_a_head_that_is_not_known_is_found_out(tmp_path: Path, architecture: str, known: bool) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["LlamaConfig", "HyperCLOVAXConfig", "ModernBertDecoderConfig", "Llama4TextConfig"]
+)
+def test_a_head_that_is_not_known_is_found_out(tmp_path: Path, architecture: str) -> None:
     # HyperCLOVA X multiplies by what Granite divides by, under the same name.
     model = load(tiny.save(tmp_path, architecture, **HEADS[architecture]))
-    assert lm_head.find(model, sft.prepare(packed())).known is known
+    assert lm_head.find(model, sft.prepare(packed())).known == (architecture == "LlamaConfig")
 
 
 @pytest.mark.parametrize("architecture", ["LlamaConfig", "Gemma2Config", "HyperCLOVAXConfig"])

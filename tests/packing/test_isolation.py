@@ -70,6 +70,9 @@ EXACT = {
     "gpt2, learned positions": transformers.GPT2Config(
         vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
     ),
+    "ctrl, embeddings scaled in place": transformers.CTRLConfig(
+        vocab_size=61, n_positions=32, n_embd=32, dff=48, n_layer=2, n_head=4
+    ),
 }
 if hasattr(transformers.masking_utils, "remap_positions_for_packed_sequence"):
     # transformers before 5.23 fails at these by itself, or the check refuses them.
@@ -173,6 +176,12 @@ def test_a_model_that_goes_by_all_documents_of_a_batch_is_refused(name: str) -> 
     """As transformers' is, before `by_document`."""
     with pytest.raises(ValueError, match="cannot be packed: a token's loss differs"):
         check_isolation(model(EXACT[name], apart=False))
+
+
+def test_a_model_that_puts_tokens_before_a_text_is_refused() -> None:
+    sizes = {"num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match="cpmant cannot be packed: it puts tokens of its own before"):
+        check_isolation(model(transformers.CpmAntConfig(vocab_size=61, hidden_size=32, **sizes)))
 
 
 def _leaky(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:

@@ -94,16 +94,17 @@ def test_noise_comes_where_a_model_hands_its_token_ids_on_by_position(
     assert not torch.equal(one, other)
 
 
-def test_noise_has_the_papers_size_for_every_document(folder: Path) -> None:
-    network: Any = AutoModelForCausalLM.from_pretrained(folder)
+@pytest.mark.parametrize(
+    ("config_name", "sizes"), [("LlamaConfig", {}), ("ModernBertDecoderConfig", {"cls_token_id": 1, "sep_token_id": 2})]
+)
+def test_noise_has_the_papers_size_for_every_document(tmp_path: Path, config_name: str, sizes: dict[str, Any]) -> None:
+    network: Any = AutoModelForCausalLM.from_pretrained(tiny.save(tmp_path, config_name, **sizes))
     clean = network.get_input_embeddings().weight.detach().clone()
     neftune.add_noise(network, 5.0)
     lengths = [4, 60]
     ids = torch.arange(64)[None] % 60
     seen = []
-    handle = network.model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].detach()), with_kwargs=True
-    )
+    network.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     boundaries = torch.tensor([0, 4, 64], dtype=torch.int32)
     network.train()
     for _ in range(20):
@@ -117,7 +118,6 @@ def test_noise_has_the_papers_size_for_every_document(folder: Path) -> None:
     network.eval()
     network(input_ids=ids, cu_seq_lens_q=boundaries)
     assert torch.equal(seen[-1][0], clean[ids[0]])
-    handle.remove()
 
 
 def test_noise_of_a_document_of_two_thousand_million_numbers_has_a_size() -> None:
