@@ -25,7 +25,7 @@ from stages.selection import CONTAMINATED, EQUAL_SIDES, KEPT, LIMITED, NEAR_DUPL
 from stages.stage import Facts, UserError, Work
 from stages.steps import judged
 from stages.tables import Numbers, read_table
-from stages.tokenized import Files, Rows, Shard, by_shard, find_shards, read_rows
+from stages.tokenized import Files, Flags, Rows, Shard, by_shard, find_shards, read_rows
 from stages.tokenizer_files import backend
 
 
@@ -38,10 +38,11 @@ def plan(config: PackConfig, inputs: Mapping[str, Path], output: Path, work: Wor
     rows = read_rows(files.spans, shards, config.train_on, limit, work.tell)
     if len(rows) == 0:
         raise UserError(_no_rows(shards))
+    live = np.array([config.of(shard.source).weight > 0 or shard.split == "heldout" for shard in shards])
     if wrapped:
-        _refuse_all_but_raw_text(rows, shards)
+        _refuse_all_but_raw_text(rows, shards, live)
     if config.overlong == "error":
-        _refuse_overlong(rows, shards, config.sequence_length)
+        _refuse_overlong(rows, shards, live, config.sequence_length)
     if config.max_documents and config.max_documents < rows.sequences:
         raise UserError(f"pack.max_documents is {config.max_documents}: a row here is {rows.sequences} documents")
     taken = _take(config, files, rows, shards)
@@ -180,9 +181,11 @@ def _no_rows(shards: Sequence[Shard]) -> str:
     return f"there are no rows to pack: of {dropped.total():,}, convert dropped {', '.join(told)}"
 
 
-def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard]) -> None:
-    """A cut anywhere leaves raw text what it is; of a chat, an answer would lose its question."""
-    for number, shard in enumerate(shards):
+def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard], live: Flags) -> None:
+    """A cut anywhere leaves raw text what it is; of a chat, an answer would lose its question. `live` [shards] says
+    whose sources are not switched off."""
+    for number in np.flatnonzero(live).tolist():
+        shard = shards[number]
         talks = [role for role, said in zip(ROLES, rows.said[number], strict=True) if said and role not in ("", "text")]
         if shard.kind != "conversation":
             held = f"rows of kind {shard.kind}"
@@ -199,8 +202,8 @@ def _refuse_all_but_raw_text(rows: Rows, shards: Sequence[Shard]) -> None:
         )
 
 
-def _refuse_overlong(rows: Rows, shards: Sequence[Shard], limit: int) -> None:
-    lengths = rows.length.sum(axis=1)
+def _refuse_overlong(rows: Rows, shards: Sequence[Shard], live: Flags, limit: int) -> None:
+    lengths = np.where(live[rows.shard], rows.length.sum(axis=1), 0)
     overlong = np.flatnonzero(lengths > limit)
     if len(overlong) == 0:
         return

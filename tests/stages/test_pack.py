@@ -301,6 +301,12 @@ def test_overlong_rows_as_an_error_are_named(tmp_path: Path) -> None:
     shard(tokens, "b/00001", [row(*asked), row(("user", 3), ("assistant", 90))])
     with pytest.raises(UserError, match=r"b/00001, row 102: 99 tokens do not fit into pack\.sequence_length 64"):
         Packed(tokens, tmp_path / "out", overlong="error")
+    packed = Packed(tokens, tmp_path / "without", overlong="error", sources={"b": {"weight": 0}})
+    assert packed.rows() == {("a/00000", 0)}
+    assert packed.facts["dropped"] == {"overlong": 1, "not sampled": 1}
+    shard(tokens, "b/00001", [row(*asked), row(("user", 3), ("assistant", 90))], split="heldout")
+    with pytest.raises(UserError, match=r"b/00001, row 102"):
+        Packed(tokens, tmp_path / "asked", overlong="error", sources={"b": {"weight": 0}})
 
 
 @pytest.mark.parametrize(

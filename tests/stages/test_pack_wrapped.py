@@ -285,3 +285,14 @@ def test_held_out_text_is_measured_as_it_would_train(tmp_path: Path, tiny_model:
     losses, counts = zip(*plain_losses(tiny_model, PackedBins(None, books["plan"])), strict=True)
     assert measured.sums == pytest.approx(losses, rel=1e-5)
     assert measured.tokens == list(counts)
+
+
+def test_a_source_that_is_switched_off_may_hold_chats(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    shard(tokens, "books/00000", [text(list(range(9)), 1), text(list(range(12)), 2)])
+    shard(tokens, "chats/00000", [row(("user", 3), ("assistant", 9))])
+    with pytest.raises(UserError, match="chats holds chats"):
+        Packed(tokens, tmp_path / "refused", documents="wrapped")
+    packed = Packed(tokens, tmp_path / "out", documents="wrapped", sources={"chats": {"weight": 0}})
+    assert packed.rows() == {("books/00000", 0), ("books/00000", 1)}
+    assert packed.facts["dropped"] == {"not sampled": 1}
