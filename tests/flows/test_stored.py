@@ -66,8 +66,8 @@ def test_a_schedule_says_whose_recipe_it_took(rehearsal: Rehearsal, prefect_api:
     runtime = rehearsal.start(20).runtime
     with reporting_to(prefect_api):
         state = retrain("bot", runtime=runtime, return_state=True)
-        assert state.is_completed(), state
-        chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[state.state_details.flow_run_id]))
-        with get_client(sync_client=True) as client:
-            told = [entry.message for entry in client.read_logs(chosen)]
+    assert state.is_completed(), state
+    chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    with reporting_to(prefect_api), get_client(sync_client=True) as client:  # after what was held back is delivered
+        told = [entry.message for entry in client.read_logs(chosen)]
     assert f"the recipe bot is that of run {run}, with train.epochs=2" in told
