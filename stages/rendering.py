@@ -106,11 +106,11 @@ def _split(template: Template, turns: list[Turn], text: str, last: int, followin
         # The prompt may go on (`<think>\n`) where this turn does not: what they share is what is given.
         at = text.rfind(template.header, end) if template.prompt else -1
         if at >= 0:
-            begin = at + _shared(text[at:], template.prompt)
+            begin = at + _shared(text[at:], template.prompt, template.control)
         elif (said := template.openings.get(turns[following - 1].role, "")) and said in text:
             begin = max(end, text.rindex(said) + len(said))
         elif last != NO_TURN:
-            begin = max(end, _shared(text, template.openings.get(turns[last].role, text)))
+            begin = max(end, _shared(text, template.openings.get(turns[last].role, text), template.control))
     return [
         (text[:end], ORIGIN_END, last, None),
         (text[end:begin], ORIGIN_TEMPLATE, NO_TURN, None),
@@ -118,9 +118,14 @@ def _split(template: Template, turns: list[Turn], text: str, last: int, followin
     ]
 
 
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _shared(a: str, b: str, control: tuple[str, ...]) -> int:
+    """How many characters two texts have in common at their beginning, of control tokens only whole ones."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if same == len(b):
+        return same
+    over = ((text, token, max(0, same - len(token) + 1), same + len(token) - 1) for token in control for text in (a, b))
+    split = [text.find(token, low, high) for text, token, low, high in over]
+    return min([same, *(start for start in split if start >= 0)])
 
 
 def spans(pieces: Iterable[Piece], turns: list[Turn]) -> list[Span]:

@@ -49,8 +49,10 @@ TOOLS = (
 )
 
 
-def template(source: str, today: datetime.date | None = None) -> Template:
-    return load(Tokenizer(source, NAMES, CONTROL, CONTROL, "<s>"), "tokenizer", today)
+def template(source: str, today: datetime.date | None = None, more: tuple[str, ...] = ()) -> Template:
+    """`more` are control tokens besides CONTROL."""
+    control = (*CONTROL, *more)
+    return load(Tokenizer(source, NAMES, control, control, "<s>"), "tokenizer", today)
 
 
 def transformers_text(
@@ -252,6 +254,21 @@ def test_what_the_prompt_gives_away_is_not_learned_and_the_rest_is() -> None:
     assert found[3:6] == [("T", NO_TURN, "\n<|im_start|>assistant\n<think>"), ("E", 1, "</think>"), ("C", 1, "!")]
 
 
+@pytest.mark.parametrize("otherwise", ["", "<|eot|>"])
+def test_a_control_token_that_begins_as_the_prompts_does_is_learned(otherwise: str) -> None:
+    """The prompt ends in `<|think|>` and the turn begins with `<|tool|>`; `otherwise` stands where nothing is asked."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+        "{% elif m.tool_calls %}<|tool|>{{ m.tool_calls[0].function.name }}<|im_end|>"
+        "{% else %}<|think|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|think|>{% else %}" + otherwise + "{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    turns = [Turn("user", "?"), Turn("assistant", None, tool_calls=[call])]
+    found = parts(render(template(source, more=("<|think|>",)), Conversation(turns)))
+    assert ("E", 1, "<|tool|>") in found
+
+
 def test_what_the_template_leaves_out_is_told() -> None:
     loaded = template("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}</s>{% endif %}{% endfor %}")
     turns = [Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a", reasoning="r")]
@@ -441,7 +458,14 @@ def test_templates_of_many_models_write_what_they_write_in_transformers(path: Pa
         prompt = transformers_text(source, given[:-1], tools, add_generation_prompt=True)
         data, own = rendered.text.encode(), [span for span in rendered.spans if span.turn == len(chat) - 1]
         same = (one == other for one, other in zip(prompt.encode(), data, strict=False))
-        shared = sum(itertools.takewhile(bool, same))
+        shared = _before_half_a_token(sum(itertools.takewhile(bool, same)), prompt, rendered.text, loaded.control)
         # What the prompt gives does not train, and all that follows does, unless the row itself says `<think>` again.
         assert own[0].start == shared or (name, data[own[0].start : shared]) == ("inline reasoning", b"<think>\n")
         assert data[own[-1].end :].decode().strip() == "", name
+
+
+def _before_half_a_token(at: int, prompt: str, text: str, control: tuple[str, ...]) -> int:
+    """The byte `at`, or where a control token begins that it would split."""
+    tokens = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))).encode())
+    found = [match.span() for said in (prompt, text) for match in tokens.finditer(said.encode())]
+    return min([at, *(start for start, end in found if start < at < end)])
