@@ -39,16 +39,13 @@ class Template:
     endings: tuple[str, ...] = ()
     """Texts that end a turn."""
     answer_end: str = ""
-    """The one that ends a plain answer of the assistant's."""
+    """The control token that ends a plain answer of the assistant's, the last one of several; empty where none does."""
+    end_in_words: str = ""
+    """What ends it where that is no control token, so that nothing stops there."""
     thought_end: str = ""
     """What stands between the assistant's reasoning and its answer, such as `</think>`; empty where it knows none."""
     calls: Calls | None = None
     """How it takes tool calls; None where it knows none."""
-
-    @property
-    def end_in_words(self) -> str:
-        """What ends a plain answer where that holds no control token, so that nothing stops there; else empty."""
-        return "" if any(token in self.answer_end for token in self.control) else self.answer_end
 
 
 _QUESTION = Turn("user", "?")
@@ -104,7 +101,9 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
     written = {text for text in tokenizer.added if (text in source and not text.isspace()) or text in own}
     variable = {token for name, token in tokenizer.variables.items() if name in source and token in tokenizer.added}
     control = tuple(sorted({*tokenizer.special, *written, *variable}))
-    endings = {_ending(after, control) for after in (after_question, after_answer)} - {""}
+    answered = _answer_ending(bare, after_answer, control)
+    answer_end = max((token for token in control if answered.endswith(token)), key=len, default="")
+    endings = {_ending(after_question, control), answered, answer_end} - {""}
     calls, after_call = _calls(bare)
     if not any(ending in after_call for ending in endings):
         endings |= {token for token in control if after_call.rstrip().endswith(token)}
@@ -118,7 +117,8 @@ def load(tokenizer: Tokenizer, choice: str, today: datetime.date | None = None) 
         prompt=prompt,
         header=_ending(prompt, control) or prompt,
         endings=tuple(sorted(endings)),
-        answer_end=_ending(after_answer, control),
+        answer_end=answer_end,
+        end_in_words="" if answer_end else answered,
         thought_end=_thought_end(bare, before_answer.removeprefix(prompted)),
         calls=calls,
     )
@@ -164,6 +164,24 @@ def _ending(after: str, control: tuple[str, ...]) -> str:
     """The text that ends a turn, from what stands after the last one: up to its first control token, if any."""
     ends = [after.index(token) + len(token) for token in control if token in after]
     return after[: min(ends)] if ends else after.rstrip()
+
+
+def _answer_ending(bare: Template, after: str, control: tuple[str, ...]) -> str:
+    """The text that ends an answer: up to the last of the control tokens which stand there side by side, and which it
+    also ends in (`after` is the text after the last answer) where another question follows."""
+    end, before_question = len(_ending(after, control)), after
+    with suppress(BadRow):
+        before_question, _ = _around(bare, [_QUESTION, _ANSWER, _QUESTION])
+    stops = [stop for stop in side_by_side(after, end, control) if before_question.startswith(after[:stop])]
+    return after[: max([end, *stops])]
+
+
+def side_by_side(text: str, at: int, control: tuple[str, ...]) -> list[int]:
+    """Where each of the control tokens ends that follow one another from `at` on, with nothing between them."""
+    stops = []
+    while token := max((token for token in control if text.startswith(token, at)), key=len, default=""):
+        stops.append(at := at + len(token))
+    return stops
 
 
 def _thought_end(bare: Template, opening: str) -> str:

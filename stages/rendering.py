@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stages.chat_template import Template
+from stages.chat_template import Template, side_by_side
 from stages.chunks import CALLS, CONTENT, NAMES, REASONING, TOOLS, Chunk, render_chunks
 from stages.formats import BadRow, Conversation, Turn
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
@@ -101,6 +101,9 @@ def _split(template: Template, turns: list[Turn], text: str, last: int, followin
         return [(text, ORIGIN_END, last, None) if inside else (text, ORIGIN_TEMPLATE, NO_TURN, None)]
     ends = [text.index(ending) + len(ending) for ending in template.endings if ending in text]
     end = min(ends) if ends and last != NO_TURN else 0
+    if end and end < max(ends) and (following if following != NO_TURN else len(turns)) == last + 1:
+        # Several tokens side by side may end a turn, if there is no silent one whose end that could be.
+        end = max({*ends} & {end, *side_by_side(text, end, template.control)})
     begin = len(text)
     if opens and following != NO_TURN and turns[following].role == "assistant":
         # The prompt may go on (`<think>\n`) where this turn does not: what they share is what is given.

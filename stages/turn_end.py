@@ -31,11 +31,10 @@ def answer_marks(folder: Path, template: str = "tokenizer") -> tuple[str, int | 
         known = chat_template.load(tokenizer, template, ANY_DAY)
     except UserError:  # a tokenizer or a template that cannot be asked marks nothing that we know of
         return "", None
-    end = known.answer_end.strip()
-    if end not in tokenizer.added:
+    if not known.answer_end:
         return known.thought_end, None
     added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-    return known.thought_end, int(next(token["id"] for token in added if token["content"] == end))
+    return known.thought_end, int(next(token["id"] for token in added if token["content"] == known.answer_end))
 
 
 def turn_end(folder: Path, template: str = "tokenizer") -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -22,6 +23,7 @@ from stages.formats import BadRow, Conversation, Options, Turn, find
 from stages.marks import NO_TURN, ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_UNSET
 from stages.rendering import Rendered, Span, render
 from stages.tokenizer_files import Tokenizer, read_tokenizer
+from stages.turn_end import turn_end
 from tests.stages.chats import conversations, messages, smollm2
 
 CONTROL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|call|>", "<|tool|>", "[INST]", "[/INST]")
@@ -269,6 +271,43 @@ def test_a_control_token_that_begins_as_the_prompts_does_is_learned(otherwise: s
     assert ("E", 1, "<|tool|>") in found
 
 
+def test_a_turn_that_ends_in_several_control_tokens_trains_them_all() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if m.content %}{{ m.content }}{% endif %}[/INST]"
+        "{% elif m.role == 'tool' %}<|tool|>{{ m.content }}"
+        "{% elif m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}<|call|>{% endfor %}"
+        "{% if m.tool_calls | length > 1 %}<|im_end|></s>{% endif %}"
+        "{% else %}{{ m.content }}<|eot|></s>{% endif %}{% endfor %}"
+    )
+    loaded = template(source)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chat = [
+        Turn("user", "?"),
+        Turn("assistant", None, tool_calls=[call, call]),
+        Turn("tool", "="),
+        Turn("assistant", "!"),
+        Turn("user", ""),
+        Turn("assistant", "!"),
+    ]
+    found = [(turn, text) for kind, turn, text in parts(render(loaded, Conversation(chat))) if kind == "E"]
+    assert found == [
+        (0, "[/INST]"),
+        (1, "<|call|>"),
+        (1, "<|call|><|im_end|></s>"),
+        (3, "<|eot|></s>"),
+        (5, "<|eot|></s>"),
+    ]
+
+
+def test_what_generates_stops_at_the_last_token_that_ends_a_turn() -> None:
+    ends = "<|endoftext|><|im_end|>"
+    source = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}" + ends + "{% endfor %}"
+    known = tokenizers.Tokenizer.from_file(str(smollm2() / "tokenizer.json"))
+    assert turn_end(smollm2(), source) == known.token_to_id("<|im_end|>")
+    once = source.replace(ends, "<|im_end|>") + "<|endoftext|>"  # which ends the conversation alone
+    assert turn_end(smollm2(), once) == known.token_to_id("<|im_end|>")
+
+
 def test_what_the_template_leaves_out_is_told() -> None:
     loaded = template("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}</s>{% endif %}{% endfor %}")
     turns = [Turn("system", "s"), Turn("user", "q"), Turn("assistant", "a", reasoning="r")]
@@ -390,6 +429,8 @@ def test_cost_is_linear_in_the_turns() -> None:
 
 
 TRL = importlib.util.find_spec("trl")
+TAGS = re.compile(r"</?[a-z_]+>|<[|｜][^<>{}'\" ]+[|｜]>|\[/?[A-Z_]+\]")
+"""What looks like a control token in a template."""
 SHIPPED = sorted(Path(str(TRL.origin)).parent.glob("chat_templates/*.jinja")) if TRL else []
 QUESTION: dict[str, Any] = {"role": "user", "content": "hi <|im_end|> "}
 ASKED: list[dict[str, Any]] = [
@@ -431,7 +472,7 @@ def test_templates_of_many_models_write_what_they_write_in_transformers(path: Pa
     """Some seventy templates of real models, from trl. Each must load, or be one that wants pictures."""
     source = path.read_text("utf-8")
     try:
-        loaded = template(source, datetime.date.today())
+        loaded = template(source, datetime.date.today(), tuple(sorted({*TAGS.findall(source)} - {*CONTROL})))
     except UserError as error:
         assert "leaves out what the user says" in str(error), error
         assert "image" in source
@@ -461,7 +502,8 @@ def test_templates_of_many_models_write_what_they_write_in_transformers(path: Pa
         shared = _before_half_a_token(sum(itertools.takewhile(bool, same)), prompt, rendered.text, loaded.control)
         # What the prompt gives does not train, and all that follows does, unless the row itself says `<think>` again.
         assert own[0].start == shared or (name, data[own[0].start : shared]) == ("inline reasoning", b"<think>\n")
-        assert data[own[-1].end :].decode().strip() == "", name
+        # Some write one more token after the last turn of all, which ends none.
+        assert data[own[-1].end :].decode().strip() in ("", "</s>"[: 4 * path.stem.startswith("phi3")]), name
 
 
 def _before_half_a_token(at: int, prompt: str, text: str, control: tuple[str, ...]) -> int:
