@@ -70,10 +70,7 @@ Piece = tuple[str, int, int, int | None]
 
 def _pieces(template: Template, turns: list[Turn], chunks: list[Chunk]) -> list[Piece]:
     """What the template wrote between two leaves is split into turn end, header and the rest."""
-    # A template may write a tool's name again with the tool's answer: nobody says that a second time.
-    turn_of = [
-        NO_TURN if leaf is None or (again and leaf.kind in (CALLS, NAMES)) else leaf.turn for _, leaf, again in chunks
-    ]
+    turn_of = _turns(template, chunks)
     pieces: list[Piece] = []
     seen: set[int] = set()
     for number, (text, leaf, _) in enumerate(chunks):
@@ -92,6 +89,22 @@ def _pieces(template: Template, turns: list[Turn], chunks: list[Chunk]) -> list[
             following = turn_of[number + 1] if after else NO_TURN
             pieces += _split(template, turns, text, last, following, following not in seen)
     return pieces
+
+
+def _turns(template: Template, chunks: list[Chunk]) -> list[int]:
+    """The turn that says each chunk's leaf. A template may write a tool's name again with the tool's answer: nobody
+    says that a second time, unless it is still within the turn that calls the tool."""
+    found = []
+    current = NO_TURN
+    for text, leaf, again in chunks:
+        if leaf is None:
+            found.append(NO_TURN)
+            current = NO_TURN if any(ending in text for ending in template.endings) else current
+        elif again and leaf.kind in (CALLS, NAMES) and leaf.turn != current:
+            found.append(NO_TURN)
+        else:
+            found.append(current := leaf.turn)
+    return found
 
 
 def _split(template: Template, turns: list[Turn], text: str, last: int, following: int, opens: bool) -> list[Piece]:

@@ -246,6 +246,24 @@ def test_a_tools_name_written_again_with_its_answer_is_not_learned() -> None:
     ]
 
 
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, {}])
+def test_a_tools_name_written_twice_within_the_call_is_learned(arguments: dict[str, str]) -> None:
+    source = (
+        "{% set ns = namespace(name='') %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{% set ns.name = c.function.name %}"
+        "to={{ c.function.name }} <call {{ c.function.name }}>{{ c.function.arguments | tojson }}</call>{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% if m.tool_calls %}{{ ns.name }} says {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name in ("f", "g")]
+    chat = [Turn("user", "?"), Turn("assistant", None, tool_calls=calls), Turn("tool", "=")]
+    found = parts(render(template(source), Conversation(chat)))
+    said = "{}" if not arguments else '{"city": "Paris"}'
+    own = "".join(text for _, turn, text in found if turn == 1)
+    assert own == f"to=f <call f>{said}</call>to=g <call g>{said}</call><|im_end|>"
+    assert ("T", NO_TURN, " says <|im_start|>tool\n") in found
+
+
 def test_what_the_prompt_gives_away_is_not_learned_and_the_rest_is() -> None:
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
