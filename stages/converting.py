@@ -68,6 +68,7 @@ def convert(config: ConvertPart, inputs: Mapping[str, Path], output: Path, work:
         {
             "control": json.dumps(list(template.control if template else tokenizer.special), ensure_ascii=False),
             "trusted": "1" if config.trust_special_tokens or reader.verbatim else "0",
+            "prompt": template.prompt if template else "",
         }
     )
     sequencer = Sequencer(reader, tokenizer, forms, config.reasoning, config.trust_special_tokens)

@@ -1,8 +1,9 @@
 """Encoding: text with spans to token ids with spans, exactly as Hugging Face's tokenizer would, except for forgeries.
 
-Control tokens are only those that the chat template wrote; their text in content is encoded as text. A token belongs
-to the span that holds its first byte. For byte-level vocabularies the first bytes come from the ids alone (cumulative
-byte lengths, checked by their sum row by row); every other row asks the tokenizer for its offsets.
+Control tokens are only those that the chat template wrote; their text in content is encoded as text. No token reaches
+over the end of a prompt into what the template writes of the answer: the model is asked with the prompt's own tokens.
+A token belongs to the span that holds its first byte. For byte-level vocabularies the first bytes come from the ids
+alone (cumulative byte lengths, checked by their sum row by row); every other row asks the tokenizer for its offsets.
 """
 
 import re
@@ -10,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from stages import exact_json, fast_encoding
 from stages.errors import UserError
 from stages.fast_encoding import Fast, Ids, Positions
-from stages.marks import ORIGIN_CONTENT, TRAIN_NO
+from stages.marks import ORIGIN_CONTENT, ORIGIN_END, ORIGIN_TEMPLATE, TRAIN_NO
 
 _SAMPLES = ("Hello world", " lead", "\n\n x", "a  b", "12 345", "é漢字🙂")
 
@@ -42,6 +43,8 @@ class Encoder:
     """Whether control tokens may stand in content too."""
     fast: Fast | None = None
     """The fast backend, in which `matching` does not have to be asked; only where there are `lengths`."""
+    prompt: str = ""
+    """What the chat template asks the assistant with."""
 
     @cached_property
     def rest(self) -> Any:
@@ -85,14 +88,21 @@ class Encoder:
         return True
 
     @cached_property
+    def divides(self) -> bool:
+        """Whether a text may be encoded in pieces: nothing is put before a piece."""
+        return _ids(self.matching, "a\n") == [*_ids(self.matching, "a"), *_ids(self.matching, "\n")]
+
+    @cached_property
     def pattern(self) -> "re.Pattern[str]":
         """Matches the text of a control token, the longest at its place."""
         return re.compile("|".join(re.escape(text) for text in sorted(self.tokens, key=len, reverse=True)) or r"(?!)")
 
 
-def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False, fast: bool = True) -> Encoder:
+def load(
+    tokenizer_json: str, control: Sequence[str], *, trusted: bool = False, fast: bool = True, prompt: str = ""
+) -> Encoder:
     """Make an encoder, with its fast backend or not. `control` are texts that are control tokens besides those that the
-    file calls special."""
+    file calls special; `prompt` is what the chat template asks the assistant with."""
     settings = exact_json.loads(tokenizer_json)
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
     added = settings["added_tokens"] = settings.get("added_tokens") or []
@@ -112,7 +122,7 @@ def load(tokenizer_json: str, control: Sequence[str], *, trusted: bool = False, 
         for token in added:
             lengths[token["id"]] = len(token["content"].encode())
     other = fast_encoding.load(settings, matching) if fast and lengths is not None else None
-    return Encoder(settings, lengths, normalizers == ["NFC"], flags, matching, trusted, other)
+    return Encoder(settings, lengths, normalizers == ["NFC"], flags, matching, trusted, other, prompt)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -171,31 +181,34 @@ class Spans:
 
 def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -> Encoded:
     """Encode rows of `sizes` bytes. Raises Unwritable when a control token's text cannot be written as plain text."""
-    if encoder.fast is not None:
-        encodings = []
-        ids, counts = encoder.fast.encode(texts)
-    else:
-        batch = encoder.matching.encode_batch if encoder.lengths is None else encoder.matching.encode_batch_fast
-        encodings = batch(texts, add_special_tokens=False)
-        counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
-        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
+    ids, starts, counts, slow = _matched(encoder, texts, sizes)
     base = np.cumsum(sizes) - sizes
-    starts, slow = _starts(encoder, texts, sizes, base, encodings, ids, counts)
     forged = () if encoder.trusted else _rows_with_forged(encoder, texts, ids, starts, counts, base, sizes, spans)
-    if not len(forged):
+    across = np.setdiff1d(_rows_across_prompts(encoder, starts, base, spans), forged)
+    if not len(forged) and not len(across):
         return Encoded(ids, starts, counts, int(slow.sum()), 0)
     first_token = np.cumsum(counts) - counts
     first_span = np.cumsum(spans.counts) - spans.counts
     all_ids, all_starts = np.split(ids, first_token[1:]), np.split(starts, first_token[1:])
-    for row in forged:
+
+    def layout(row: int) -> tuple[list[int], list[int], list[int]]:
+        """Borders and origins of a row's spans, and where its prompts end."""
         here = slice(first_span[row], first_span[row] + spans.counts[row])
-        bounds = [*spans.starts[here].tolist(), int(sizes[row])]
+        bounds, origins = [*spans.starts[here].tolist(), int(sizes[row])], spans.origins[here].tolist()
+        return bounds, origins, _prompt_ends(encoder, texts[row].encode(), bounds, origins)
+
+    again = [(row, ends) for row in across.tolist() if (ends := layout(row)[2])]
+    found = _in_pieces(encoder, [(texts[row].encode(), ends) for row, ends in again])
+    for (row, _), (all_ids[row], own, slow[row]) in zip(again, found, strict=True):
+        all_starts[row] = own + base[row]
+        counts[row] = len(own)
+    for row in forged:
         try:
-            all_ids[row], own = encode_around(encoder, texts[row], bounds, spans.origins[here].tolist())
+            all_ids[row], own = encode_around(encoder, texts[row], *layout(row))
         except UserError as error:
             raise Unwritable(int(row), str(error)) from error
         all_starts[row] = own + base[row]
-        counts[row] = len(all_ids[row])
+        counts[row] = len(own)
         slow[row] = True
     return Encoded(np.concatenate(all_ids), np.concatenate(all_starts), counts, int(slow.sum()), len(forged))
 
@@ -206,6 +219,23 @@ class Unwritable(UserError):
     def __init__(self, row: int, detail: str) -> None:
         super().__init__(detail)
         self.row = row
+
+
+def _matched(
+    encoder: Encoder, texts: list[str], sizes: Positions
+) -> tuple[Ids, Positions, Positions, npt.NDArray[np.bool_]]:
+    """Texts as the tokenizer reads them: ids, the byte at which each token starts (counted through all texts), tokens a
+    text, and which texts did not take the fast path."""
+    encodings: Sequence[Any] = []
+    if encoder.fast is not None:
+        ids, counts = encoder.fast.encode(texts)
+    else:
+        batch = encoder.matching.encode_batch if encoder.lengths is None else encoder.matching.encode_batch_fast
+        encodings = batch(texts, add_special_tokens=False)
+        counts = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(texts))
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32, int(counts.sum()))
+    starts, slow = _starts(encoder, texts, sizes, np.cumsum(sizes) - sizes, encodings, ids, counts)
+    return ids, starts, counts, slow
 
 
 def _starts(
@@ -293,12 +323,51 @@ def _rows_with_forged(
     return np.unique(rows[forged()])
 
 
-def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[int]) -> tuple[Ids, Positions]:
+def _rows_across_prompts(encoder: Encoder, starts: Positions, base: Positions, spans: Spans) -> Positions:
+    """Rows where a token reaches over the end of a prompt into what the template writes of the answer."""
+    if not encoder.prompt or not encoder.divides:
+        return np.empty(0, np.int64)
+    row = np.repeat(np.arange(len(base)), spans.counts)
+    ends = np.flatnonzero((spans.origins[:-1] == ORIGIN_TEMPLATE) & (spans.origins[1:] == ORIGIN_END)) + 1
+    at = spans.starts[ends] + base[row[ends]]
+    return np.unique(row[ends][np.append(starts, -1)[np.searchsorted(starts, at)] != at])
+
+
+def _prompt_ends(encoder: Encoder, data: bytes, bounds: list[int], origins: list[int]) -> list[int]:
+    """Where, in bytes, a whole prompt ends and the template goes on with what the assistant has to write."""
+    prompt = encoder.prompt.encode()
+    if not prompt or not encoder.divides:
+        return []
+    meeting = zip(bounds[1:], pairwise(origins), strict=False)
+    return [at for at, origin in meeting if origin == (ORIGIN_TEMPLATE, ORIGIN_END) and data.endswith(prompt, 0, at)]
+
+
+def _in_pieces(encoder: Encoder, rows: Sequence[tuple[bytes, list[int]]]) -> Iterator[tuple[Ids, Positions, bool]]:
+    """Rows in pieces, which end at some bytes: a row's ids, the byte in it at which each token starts, and whether it
+    did not take the fast path."""
+    if not rows:
+        return
+    borders = [[0, *ends, len(data)] for data, ends in rows]
+    pieces = [data[low:high] for (data, _), own in zip(rows, borders, strict=True) for low, high in pairwise(own)]
+    sizes = np.array([len(piece) for piece in pieces], np.int64)
+    ids, starts, counts, slow = _matched(encoder, [piece.decode() for piece in pieces], sizes)
+    first = np.cumsum([0, *(len(own) - 1 for own in borders[:-1])])
+    cuts = np.cumsum(np.add.reduceat(counts, first))[:-1]
+    base = (np.cumsum(sizes) - sizes)[first]
+    asked = np.logical_or.reduceat(slow, first)
+    for own_ids, own, at, exact in zip(np.split(ids, cuts), np.split(starts, cuts), base, asked, strict=True):
+        yield own_ids, own - at, bool(exact)
+
+
+def encode_around(
+    encoder: Encoder, text: str, bounds: list[int], origins: list[int], ends: Sequence[int] = ()
+) -> tuple[Ids, Positions]:
     """Ids and first bytes of one row whose content holds the text of control tokens.
 
     `bounds` are the spans' borders in bytes, from 0 to the end. Only control tokens inside the template's spans
     become tokens; everything between two of them is encoded as plain text, the way the tokenizer itself goes on
-    after a control token. Raises UserError when the tokenizer does not let itself be kept from it.
+    after a control token; and no token reaches over the bytes `ends`, where prompts end. Raises UserError when the
+    tokenizer does not let itself be kept from it.
     """
     if not encoder.composes:
         raise UserError(
@@ -308,9 +377,13 @@ def encode_around(encoder: Encoder, text: str, bounds: list[int], origins: list[
     ids: list[int] = []
     starts: list[int] = []  # in characters
     done = 0
+    cuts = [len(data[:end].decode()) for end in ends]
 
     def write(stop: int) -> None:
         nonlocal done
+        for cut in cuts:
+            if done < cut < stop:
+                write(cut)
         if done < stop:
             encoding = encoder.plain(text[done:stop], done == 0)
             if encoder.control[encoding.ids].any():

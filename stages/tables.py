@@ -80,8 +80,8 @@ CONVERSATIONS = pa.schema(
   have TRAIN_NO; a label is about the last token of its turn.
 - `prompt`: one part that ends where the model is to answer, and has TRAIN_NO; extra is the row's other columns.
 
-Metadata: `control`, the texts (JSON) that are control tokens where the template wrote them, and `trusted`, `1` where
-they are also in content.
+Metadata: `control`, the texts (JSON) that are control tokens where the template wrote them; `trusted`, `1` where they
+are also in content; and `prompt`, what the template asks the assistant with.
 """
 
 CONVERSATIONS_OF_IDS = pa.schema(

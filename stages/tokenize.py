@@ -1,7 +1,9 @@
 """tokenize: rendered conversations become token ids, with the spans carried over to tokens.
 
-Ids are what Hugging Face's tokenizer gives for the same text, with one exception: control tokens are only those that
-the chat template wrote. `<|im_end|>` in a user's message is encoded as ordinary text.
+Ids are what Hugging Face's tokenizer gives for the same text, with two exceptions. Control tokens are only those that
+the chat template wrote: `<|im_end|>` in a user's message is encoded as ordinary text. And where a token would reach
+over the end of a prompt (`<think>` and a line break) into what the template writes of the answer (another one, and
+`</think>`), the text is encoded in pieces that end there, as the prompt is at inference.
 
 One shard in; out come `tokens.arrow` (`stages.tables.tokens_schema`), `spans.arrow` (`SPANS`) and `counts.json`. The
 work is in `stages.tokenizing`.

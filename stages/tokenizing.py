@@ -52,9 +52,10 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
         metadata = reader.schema.metadata or {}
         tokenized = _passed if "ids" in reader.schema.names else _tokenized
     control, trusted = json.loads(metadata.get(b"control", b"[]")), metadata.get(b"trusted") == b"1"
+    prompt = metadata.get(b"prompt", b"").decode()
     fast = tokenized is _tokenized and _much(source.stat().st_size)
     _share_cores(work.runtime.workers)
-    encoder = _encoder(inputs["tokenizer"], work.runtime.cache / "tokenizers", tuple(control), trusted, fast)
+    encoder = _encoder(inputs["tokenizer"], work.runtime.cache / "tokenizers", tuple(control), trusted, fast, prompt)
     if tokenized is _tokenized:
         encoder = _agreed(encoder, source)
     counts = json.loads((inputs["conversations"] / "counts.json").read_text("utf-8"))
@@ -84,9 +85,11 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], output: Path, w
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, memory: Path, control: tuple[str, ...], trusted: bool, fast: bool) -> Encoder:
+def _encoder(
+    tokenizer: Path, memory: Path, control: tuple[str, ...], trusted: bool, fast: bool, prompt: str
+) -> Encoder:
     """One for all shards of a process: reading a tokenizer takes longer than a small shard."""
-    return load(backend(tokenizer, memory), control, trusted=trusted, fast=fast)
+    return load(backend(tokenizer, memory), control, trusted=trusted, fast=fast, prompt=prompt)
 
 
 def _share_cores(workers: int) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,62 @@ def test_white_space_that_a_control_token_swallows_is_no_forgery(strips: dict[st
     assert forged(("<|é|>", 0), ("\n", 1), ("<|é|>", 2)) == 0
     assert forged(("<|é|>", 0), (" <|é|> ", 1), ("<|é|>", 2)) == 1
     assert forged(("<|é", 0), ("|> ", 1), ("<|é|>", 2)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=3).map("".join), min_size=1, max_size=4), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_no_token_reaches_over_the_end_of_a_prompt(kind: str, contents: list[str], trusted: bool) -> None:
+    """`hi\\n` asks, and the answer begins with a line break: two of them are one token of the byte-level tokenizers."""
+    made, encoder, slower = _asking(kind, trusted)
+    rows, asked = [], []
+    for content in contents:
+        pieces = [("x<|end|>hi\n", 0), ("\n\nx", 2), (content, 1), ("<|end|>é hi\n", 0), ("\n", 2), ("x", 1)]
+        rows.append(_written(pieces))
+        asked.append([pieces[0][0], "".join(text for text, _ in pieces[1:4]), "".join(text for text, _ in pieces[4:])])
+    found = encoded(encoder, rows)
+    assert found == encoded(slower, rows)
+    for content, row, pieces, tokens, bounds in zip(contents, rows, asked, *found, strict=True):
+        check_order(row, tokens, bounds)
+        ids = [number for number, _ in tokens]
+        assert encoder.divides == ("prefix" not in kind and kind != "sentencepiece")
+        whole = pieces if encoder.divides else ["".join(pieces)]
+        if trusted or "<|end|>" not in content:
+            assert ids == [number for piece in whole for number in made.encode(piece, add_special_tokens=False).ids]
+        first = made.encode(whole[0] if encoder.divides else "x<|end|>", add_special_tokens=False).ids
+        assert ids[: len(first)] == first
+    pieces = [("x<|end|>ho\n", 0), ("\n", 2), ("x", 1)]  # what is asked otherwise is not what inference asks
+    [tokens], _ = encoded(encoder, [_written(pieces)])
+    assert [number for number, _ in tokens] == made.encode("x<|end|>ho\n\nx", add_special_tokens=False).ids
+
+
+@cache
+def _asking(kind: str, trusted: bool) -> tuple[tokenizers.Tokenizer, Encoder, Encoder]:
+    """A tokenizer, and its encoders with and without the fast backend, for a template that asks with `hi`."""
+    made = KINDS[kind]()
+    made.add_special_tokens(["<|end|>"])
+    one, other = (load_encoder(made.to_str(), [], trusted=trusted, fast=fast, prompt="hi\n") for fast in (True, False))
+    return made, one, other
+
+
+def test_an_answer_without_reasoning_is_learned_from_where_the_prompt_ends(tmp_path: Path, real: Real) -> None:
+    source_text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "<think>\n{{ m.reasoning_content or '' }}\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <|im_end|>."}]
+    rows = [[chat[0], chat[1] | {"content": "Hello."}], chat, [chat[0], chat[1] | {"reasoning_content": "Greet."}]]
+    shard = source(tmp_path / "rows", [{"messages": row} for row in rows])
+    conversations, _ = run_convert(tmp_path, shard, smollm2(), {"template": source_text, "format": "messages"})
+    tokens, _ = run_tokenize(tmp_path, conversations, smollm2())
+    prompt = real.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    for row in rows_of(tokens):
+        assert row["ids"][: len(prompt)] == prompt
+        spans = [span for span in row["spans"] if span["role"] == "assistant"]
+        assert spans[0]["start"] == len(prompt) and all(a["end"] == b["start"] for a, b in itertools.pairwise(spans))
+    whole = real.hugging_face.decode(rows_of(tokens)[0]["ids"])
+    assert whole.endswith("<think>\n\n\n</think>\n\nHello.<|im_end|>\n")
 
 
 def test_a_token_over_a_border_belongs_to_where_it_begins() -> None:
