@@ -199,9 +199,8 @@ def encode(encoder: Encoder, texts: list[str], sizes: Positions, spans: Spans) -
 
     again = [(row, ends) for row in across.tolist() if (ends := layout(row)[2])]
     found = _in_pieces(encoder, [(texts[row].encode(), ends) for row, ends in again])
-    for (row, _), (all_ids[row], own, slow[row]) in zip(again, found, strict=True):
-        all_starts[row] = own + base[row]
-        counts[row] = len(own)
+    for (row, _), (own_ids, own, exact) in zip(again, found, strict=True):
+        all_ids[row], all_starts[row], counts[row], slow[row] = own_ids, own + base[row], len(own), exact
     for row in forged:
         try:
             all_ids[row], own = encode_around(encoder, texts[row], *layout(row))
