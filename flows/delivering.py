@@ -119,5 +119,6 @@ def _record_of(store: Store, name: str, move: Move) -> Mapping[str, Any] | None:
 def place_of(record: Mapping[str, Any]) -> Place:
     """Where a run's recipe publishes, as it was then, whatever a newer version would say of it."""
     publish = (yaml.safe_load(record["text"]) or {}).get("publish") or {}
-    private = PublishConfig(private=publish.get("private")).private  # a null means the default, and "false" no
+    said = publish.get("private")  # null, and "false" as text, which older records have, too
+    private = PublishConfig().private if said is None else PublishConfig(private=said).private
     return Place(record.get("to") or absolute(publish.get("to") or ""), private)

@@ -357,11 +357,17 @@ def test_a_record_that_does_not_say_where_its_recipes_folder_lay_goes_on_as_befo
     assert delivered(rehearsal, "served") == first.id
 
 
-@pytest.mark.parametrize("private", [None, "false", "true", False])
+@pytest.mark.parametrize("private", ["false", "true", False])
 def test_a_repository_is_as_private_for_a_person_as_for_a_run(private: object, rehearsal: Rehearsal) -> None:
     run, _ = rehearsal.run(10, to="hf://org/mine", private=private, approval=True)
     record = rehearsal.store.read_run(run.id)
     assert record and place_of(record).private is run.loaded.recipe.publish.private
+
+
+def test_a_repository_of_whose_privacy_a_record_says_nothing_is_private() -> None:
+    """Recipes could say `private: null` once."""
+    for said in ("{}", "{to: hf://org/mine}", "{to: hf://org/mine, private: null}"):
+        assert place_of({"text": f"publish: {said}", "to": "hf://org/mine"}).private is True
 
 
 def test_digits_of_several_models_name_none(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
