@@ -7,16 +7,16 @@ from datetime import date
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import Template
-
-from stages import arithmetic, formats, sandbox
-from stages.chunks import render_chunks
+from stages import arithmetic, formats
 from stages.errors import UserError
 from stages.formats import BadRow, Conversation
 from stages.generation_settings import keep_tokens
 from stages.turn_end import after_thought, answer_marks, with_end
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -62,6 +62,8 @@ class Model:
     def render(self, turns: Sequence[Turn], begun: bool = False) -> str:
         """The text of turns by the chat template, as in training, up to where the assistant speaks, or where its last
         turn, which is `begun`, goes on. Raises UserError where the template does not take them."""
+        from stages.chunks import render_chunks
+
         conversation = Conversation([formats.Turn(turn["role"], turn["content"]) for turn in turns])
         named, compiled = self.tokenizer.special_tokens_map, _compiled(self.tokenizer.get_chat_template(), self.today)
         try:
@@ -92,7 +94,9 @@ class Model:
 
 
 @cache
-def _compiled(template: str, today: date | None) -> Template:
+def _compiled(template: str, today: date | None) -> "Template":
+    from stages import sandbox
+
     return sandbox.environment(today).from_string(template)
 
 

@@ -66,7 +66,9 @@ def test_a_greedy_answer_is_the_one_of_evaluate_whatever_the_folder_says_of_pena
     told = {**json.loads(settings.read_text()), "repetition_penalty": 1.8, "min_new_tokens": 40}
     settings.write_text(json.dumps(told))
     penalised = load(folder, None, "cpu", Sampling(max_new_tokens=64))
+    pair.forget()
     assert "".join(penalised.answer("tuned", QUESTION)) == "".join(pair.answer("tuned", QUESTION))
+    pair.forget()
 
 
 def test_a_question_is_asked_in_the_tokens_of_the_training(finished: Finished, pair: Chat) -> None:

@@ -409,7 +409,9 @@ def test_a_reward_that_fails_stops_the_run_or_counts_zero(tmp_path: Path, tiny_m
         "tokens": tmp_path / "tokens",
         "plan": Packed(tmp_path / "tokens", tmp_path / "plan").output,
     }
-    with pytest.raises(UserError, match=r"the reward letters: RuntimeError: cannot score this, for the completion"):
+    with pytest.raises(
+        UserError, match=r"the reward letters: RuntimeError: cannot score this \(line 6\), for the completion"
+    ):
         train(tmp_path / "stop", inputs, recipe(tmp_path, steps=1), allow_code=True)
     output, facts = train(tmp_path / "zero", inputs, recipe(tmp_path, steps=1, on_error="zero"), allow_code=True)
     assert facts["unscored"]["letters"] > 0
