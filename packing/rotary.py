@@ -12,12 +12,13 @@ Llama 4's layers without rotary positions scale their queries by how many times 
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from packing.fronts import in_front
 
 __all__ = ["by_document", "plain_lengths"]
 
@@ -111,9 +112,4 @@ class _Before:
 def _put(front: type, module: nn.Module) -> None:
     if not isinstance(module, front):
         kind: Any = type(module)
-        module.__class__ = _in_front(front, kind)
-
-
-@cache
-def _in_front(front: type, kind: Any) -> type:
-    return type(kind.__name__, (front, kind), {"__module__": kind.__module__})
+        module.__class__ = in_front(front, kind)

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stages import evals, harness, reward_models
 from stages.compare import BASE, HELDOUT_LOSS, PREFERENCES, PRODUCTION, TUNED
-from stages.evals import Example, Options
+from stages.evals import Options
 from stages.formats import BadRow
 from stages.generation import Precision, Turn
 from stages.identity import Tree
@@ -190,10 +190,12 @@ def check_rows(config: EvaluateConfig, rows: Tree, base: Tree, files: Callable[[
         shard, first = next(iter(_rows(name, task, rows)["rows"].folders().items()))
         for row in islice(all_rows(files(first.under(shard))), 1):
             try:
-                chosen = evals.load(task.eval or EXACT_MATCH)
-                examples = [] if task.reward_model else chosen.examples([row], task.options)
-                for example in examples or [Example(evals.question(row, task.options), "")]:
-                    turns = task.asked(example.turns)
+                if task.reward_model:
+                    asked = [evals.question(row, task.options)]
+                else:
+                    chosen = evals.load(task.eval or EXACT_MATCH)
+                    asked = [example.turns for example in chosen.examples([row], task.options)]
+                for turns in map(task.asked, asked):
                     if len(turns) > 1:
                         folder = files(base.select(*TOKENIZER_FILES, "chat_template*"))
                         _try_asking(row[0], turns, folder, config.date)

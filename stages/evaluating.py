@@ -14,7 +14,6 @@ from pathlib import Path
 from stages import evals, harness, reward_models
 from stages.compare import OTHER_TOKENIZER
 from stages.errors import UserError
-from stages.evals import Example
 from stages.evaluate import EXACT_MATCH, Measure, Task, all_rows
 from stages.generation import Model, Turn, cut, generate, load
 from stages.harness import Sample
@@ -102,8 +101,7 @@ def _judged(
         reward_models.refuse_steps(folder, f"evaluate.tasks: the steps of {name}")
     by_steps = reward_models.judges_steps(folder)
     metric = f"{task.steps or 'min'} over steps by {name}" if by_steps else f"reward by {name}"
-    rows = [(row[0], Example(evals.question(row, task.options), "")) for row in _read(inputs["rows"], task)]
-    asked = [(place, task.asked(example.turns)) for place, example in rows]
+    asked = [(row[0], task.asked(evals.question(row, task.options))) for row in _read(inputs["rows"], task)]
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     judges = reward_models.prepared(folder, tokenizer, task.steps)
     for place, turns in asked:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stages.fronts import behind, in_front
+from packing.fronts import behind, in_front
 from stages.loss_head import spread
 
 __all__ = ["KEPT", "lengthen", "shorten", "some"]

@@ -64,7 +64,7 @@ class Eval:
     """An answer's score from 0 (wrong) to 1 (right)."""
 
 
-def question(row: Row, options: Options) -> str | list[Turn]:
+def question(row: Row, options: Options) -> list[Turn]:
     """What a row asks: its field of the question, a text or a list of messages; or, where the task names no field, its
     `messages`, without the assistant's answer where they end with one. Raises UserError naming the row that has
     neither, or a conversation that does not end with a user's turn."""
@@ -72,7 +72,7 @@ def question(row: Row, options: Options) -> str | list[Turn]:
     name = options.question
     found = values.get(name, None if options.names_fields else values.get("messages"))
     if isinstance(found, str):
-        return found
+        return [{"role": "user", "content": found}]
     if not isinstance(found, list):
         has = f"holds a {type(found).__name__}" if name in values else f"has only {', '.join(values)}"
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.fronts import in_front
+from packing.fronts import in_front
 from stages.train.lora_linear import Fast, Outputs, add_product, are_plain_now, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from stages.fronts import in_front
+from packing.fronts import in_front
 from stages.train.float8 import Float8Linear
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.fronts import in_front
+from packing.fronts import in_front
 from stages.train.lora_linear import Fast, add_product, are_plain_now, multiplied_in, narrowed, widened
 from stages.train.lora_stack import as_one, stack
 
